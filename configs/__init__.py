@@ -1,0 +1,1 @@
+"""Shapes and launcher configurations that ship with the package; data only."""
