@@ -1,0 +1,226 @@
+"""Attention over packed sequences: the only module that knows kernels and masks.
+
+A pack is a flat row of T tokens holding S sequences end to end. A token attends to itself and to what came before it in
+its own sequence, nothing else. The model is told to use `PACKED_ATTENTION`, which transformers calls in every layer; the
+layout of the pack travels as the keyword `packed`. Because no mask is registered for this name, transformers builds none.
+
+CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
+`EXPLICIT_MAX_TOKENS` the formula written out beats the fused kernel's backward (docs/log.md), above it SDPA runs.
+GPU: FlexAttention with a document block mask; a dense mask is never built there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from trainer.errors import ModelError
+
+PACKED_ATTENTION: Final = "tunesmith_packed"
+EXPLICIT_MAX_TOKENS: Final = 384
+BUCKET_RATIO: Final = 1.6
+"""A bucket's longest sequence is at most so many times its shortest (tiny sequences ride along)."""
+
+
+@final
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of like length, as rows of one padded matrix."""
+
+    gather: torch.Tensor
+    """[R, L] index of each padded cell into the pack; padding cells repeat index of the row's first token."""
+    cells: torch.Tensor
+    """[n] flat index of the real cells."""
+
+
+@final
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the sequences of a pack lie."""
+
+    cu_seqlens: torch.Tensor
+    """[S + 1] int32 offsets of the sequences."""
+    max_len: int
+    buckets: tuple[Bucket, ...]
+    order: torch.Tensor
+    """[T] position of each token of the pack in the concatenation of the buckets' real cells."""
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
+        """Lay out sequences of these lengths, which stand in the pack in this order."""
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        groups: list[list[int]] = []
+        for index in by_length:
+            if groups and lengths[groups[-1][0]] <= BUCKET_RATIO * lengths[index] + 16:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        buckets, flat = [], []
+        for group in groups:
+            longest = lengths[group[0]]
+            begin = torch.tensor([starts[index] for index in group])[:, None]
+            offset = torch.arange(longest)[None, :]
+            real = offset < torch.tensor([lengths[index] for index in group])[:, None]
+            gather = begin + offset * real
+            cells = real.flatten().nonzero().squeeze(1)
+            buckets.append(Bucket(gather.to(device), cells.to(device)))
+            flat.append(gather.flatten()[cells])
+        order = torch.argsort(torch.cat(flat))
+        return cls(
+            cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+            max_len=max(lengths),
+            buckets=tuple(buckets),
+            order=order.to(device),
+        )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer.
+
+    Args:
+        module: the layer's attention module.
+        query: [1, H, T, D].
+        key: [1, H_kv, T, D].
+        value: [1, H_kv, T, D].
+        attention_mask: None, or the model builds masks of its own and is refused.
+        scaling: factor of the scores; 1 / sqrt(D) when None.
+        dropout: attention dropout, which packed attention does not have.
+        **kwargs: `packed`, and the layer's `sliding_window`, `softcap`, `s_aux` where it has them.
+
+    Returns:
+        [1, T, H, D] and no weights.
+    """
+    layout = kwargs.get("packed")
+    if not isinstance(layout, PackedLayout):
+        raise ModelError(f"{type(module).__name__} does not hand the pack's layout to attention: model not supported")
+    if attention_mask is not None or query.shape[0] != 1:
+        raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
+    if dropout:
+        raise ModelError("attention dropout is not supported; set attention_dropout to 0 in the model's config.json")
+    form = _Form(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    if query.device.type == "cpu":
+        return _bucketed(query, key, value, layout, form), None
+    return _flex(query, key, value, layout, form), None
+
+
+@final
+@dataclass(frozen=True)
+class _Form:
+    """What a layer's attention has besides softmax(QK)V."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    """[H] learned logits that take weight and give nothing."""
+
+
+def _bucketed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: _Form
+) -> torch.Tensor:
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    outputs = []
+    for bucket in layout.buckets:
+        q, k, v = (tensor[bucket.gather].transpose(1, 2) for tensor in rows)
+        longest = q.shape[2]
+        is_plain = form.softcap is None and form.sinks is None
+        if longest > EXPLICIT_MAX_TOKENS and is_plain:
+            windowed = form.window is not None and form.window < longest
+            mask = _causal(longest, form.window, q.device) if windowed else None
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
+            )
+        else:
+            out = explicit_attention(q, k, v, form.scaling, form.window, form.softcap, form.sinks)
+        outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.cells])
+    return torch.cat(outputs)[layout.order][None]
+
+
+def explicit_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention written out: [R, H, L, D] from queries [R, H, L, D], keys and values [R, H_kv, L, D]."""
+    rows, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    folded = query.reshape(rows, kv_heads, heads // kv_heads * length, width)
+    scores = (folded @ key.transpose(-1, -2)).view(rows, heads, length, length) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_causal(length, window, query.device), float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., :length].to(value.dtype)
+    out = weights.reshape(rows, kv_heads, heads // kv_heads * length, length) @ value
+    return out.view(rows, heads, length, value.shape[-1])
+
+
+def _causal(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    allowed = distance >= 0
+    return allowed if window is None else allowed & (distance < window)
+
+
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: _Form
+) -> torch.Tensor:
+    if form.sinks is not None:
+        raise ModelError("attention sinks are not supported on GPU yet; train this model on the CPU shape or not at all")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    total = query.shape[2]
+    lengths = layout.cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
+
+    def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        near = q - k < form.window if form.window is not None else q >= k
+        return (document[q] == document[k]) & (q >= k) & near
+
+    def capped(score: torch.Tensor, _b: Any, _h: Any, _q: Any, _k: Any) -> torch.Tensor:
+        return torch.tanh(score / form.softcap) * form.softcap  # type: ignore[no-any-return]
+
+    mask = create_block_mask(is_visible, None, None, total, total, device=query.device.type)
+    out = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=capped if form.softcap is not None else None,
+        block_mask=mask,
+        scale=form.scaling,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2)  # type: ignore[union-attr]
+
+
+def register() -> None:
+    """Make `PACKED_ATTENTION` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)

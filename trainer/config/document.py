@@ -1,0 +1,150 @@
+"""YAML with the line of every value, for messages that name it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import yaml
+
+from trainer.errors import RecipeError
+
+KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-5` as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)
+
+
+@final
+@dataclass
+class Document:
+    """A YAML mapping, the line of each value, and what `--set` changed."""
+
+    file: str
+    data: dict[str, Any]
+    lines: dict[KeyPath, int]
+    mistakes: list[str] = field(default_factory=list)
+    overridden: set[KeyPath] = field(default_factory=set)
+
+    def line_of(self, path: KeyPath) -> int | None:
+        """The line of a value, or of the nearest section around it."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                return self.lines[path[:end]]
+        return None
+
+    def where(self, path: KeyPath) -> str:
+        """`file:line: a.b.c`, or `--set a.b.c` for an override, as messages begin."""
+        name = ".".join(str(part) for part in path)
+        if any(path[: len(over)] == over or over[: len(path)] == path for over in self.overridden):
+            return f"--set {name}"
+        line = self.line_of(path)
+        return f"{self.file}:{line}: {name}" if line else f"{self.file}: {name}"
+
+    def is_given(self, path: KeyPath) -> bool:
+        """Whether the user wrote this value, in the file or by `--set`."""
+        return path in self.lines or any(over[: len(path)] == path for over in self.overridden)
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML mapping with its lines.
+
+    Raises:
+        RecipeError: the file is missing, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError([f"{path}: no such file. Give the path of a recipe, for example recipes/"]) from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise RecipeError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise RecipeError([f"{path}:{line}: byte {error.start} is not UTF-8. Save the file as UTF-8."]) from None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError([f"{path}:{line}: not YAML: {error.problem}"]) from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError([f"{path}:1: expected a mapping of fields, found {'nothing' if node is None else node.id}"])
+    document = Document(file=str(path), data={}, lines={})
+    document.data = _read_mapping(loader, node, (), document)
+    return document
+
+
+def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+        here = (*path, key)
+        line = key_node.start_mark.line + 1
+        if key in result:
+            first = document.lines[here]
+            document.mistakes.append(f"{document.file}:{line}: {key}: given twice (first on line {first})")
+        document.lines[here] = line
+        result[key] = _read_node(loader, value_node, here, document)
+    return result
+
+
+def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _read_mapping(loader, node, path, document)
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for index, item in enumerate(node.value):
+            document.lines[(*path, index)] = item.start_mark.line + 1
+            items.append(_read_node(loader, item, (*path, index), document))
+        return items
+    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+
+
+def apply_override(document: Document, assignment: str) -> None:
+    """Apply one `--set a.b.c=value`; the value is read as YAML, a number indexes a list."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
+        document.mistakes.append(f"--set {assignment}: expected key=value, for example optimizer.learning_rate=1e-4")
+        return
+    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else None  # noqa: S506  (a subclass of SafeLoader)
+    except yaml.YAMLError:
+        value = text
+    target: Any = document.data
+    for part, following in zip(path[:-1], path[1:], strict=True):
+        inside: Any = None
+        if isinstance(target, dict):
+            inside = target.get(str(part))
+        elif isinstance(target, list) and isinstance(part, int) and part < len(target):
+            inside = target[part]
+        if not isinstance(inside, dict | list):
+            inside = {"path": inside} if isinstance(inside, str) and following in {"path", "hub", "split"} else {}
+        if not _put(target, part, inside):
+            document.mistakes.append(f"--set {assignment}: there is no list entry {part}")
+            return
+        target = inside
+    if not _put(target, path[-1], value):
+        document.mistakes.append(f"--set {assignment}: there is no list entry {path[-1]}")
+        return
+    document.overridden.add(path)
+
+
+def _put(target: Any, part: str | int, value: Any) -> bool:
+    if isinstance(target, list):
+        if not isinstance(part, int) or part >= len(target):
+            return False
+        target[part] = value
+        return True
+    target[str(part)] = value
+    return True

@@ -1,0 +1,261 @@
+"""What the user writes: the recipe, as typed data.
+
+Nothing here knows about devices (that is the shape's business) and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from trainer.config.section import Section
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    path: str
+    """A directory with config.json and safetensors weights, or a hub name where a hub is reachable."""
+    revision: str | None = None
+    """Commit of a hub name; required for hub names, because a branch moves."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's template; it needs `{% generation %}` markers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and activations in forward and backward; trained parameters and optimizer are float32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time for much less memory."""
+
+
+class LoraSettings(Section):
+    """Low-rank adapters (arXiv:2106.09685), made by PEFT."""
+
+    rank: PositiveInt = 16
+    """Inner dimension of each adapter."""
+    alpha: PositiveFloat = 32.0
+    """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
+    dropout: OpenFraction = 0.0
+    """On the adapter's input while learning; rft refuses more than 0."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Module names that get an adapter; `all-linear` is every linear layer but the head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn magnitude and direction apart (arXiv:2402.09353); slower."""
+    warm_start: str | None = None
+    """An adapter directory to begin from; a new run, not a resume."""
+
+
+class DataSource(Section):
+    """Where rows come from: a file, or a hub data set where the file is absent."""
+
+    path: str | None = None
+    """A JSONL file; used whenever it exists."""
+    hub: str | None = None
+    """A Hugging Face data set name (or a local directory that `datasets.load_dataset` reads)."""
+    config: str | None = None
+    """The data set's configuration."""
+    split: str = "train"
+    """The data set's split."""
+    revision: str | None = None
+    """Commit of the data set."""
+
+
+def _path_to_source(value: object) -> object:
+    """Let a plain string stand for a file."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+RowSource = Annotated[DataSource, BeforeValidator(_path_to_source, json_schema_input_type=str | DataSource)]
+
+
+class DataSettings(Section):
+    """Training and held-out rows, and how a row becomes tokens."""
+
+    train: RowSource
+    """Rows to train on: a JSONL path, or `{path, hub, config, split, revision}`."""
+    eval: RowSource | None = None
+    """Held-out rows; never trained on."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field names of this project -> names in the file, for example `{prompt: question, completion: answer}`."""
+    system: str | None = None
+    """A system message put before rows that have none."""
+    format: Literal["chat", "text"] = "chat"
+    """`chat` renders through the chat template; `text` trains prompt + completion + stop token as they are."""
+    max_seq_tokens: PositiveInt = 2048
+    """Longest row in tokens, prompt and completion together."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer row; the count is reported always."""
+    eval_rows: PositiveInt | None = None
+    """Use only the first so many held-out rows."""
+
+
+class OptimizerSettings(Section):
+    """AdamW (arXiv:1711.05101) and its schedule."""
+
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear increase from 0."""
+    min_learning_rate_frac: Fraction = 0.0
+    """Where `linear` and `cosine` end, as a fraction of the peak."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    beta1: OpenFraction = 0.9
+    """Decay of the first moment."""
+    beta2: OpenFraction = 0.999
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the gradient to this norm; null: never."""
+
+
+class AlgorithmSettings(Section):
+    """The policy-gradient algorithm of rft. A field left out has the algorithm's own default."""
+
+    name: Literal["grpo", "gspo", "cispo", "dapo", "dr_grpo"] = "grpo"
+    """`dapo` and `dr_grpo` are presets of grpo."""
+    clip_low: NonNegativeFloat | None = None
+    """The ratio is bounded below by 1 - clip_low."""
+    clip_high: NonNegativeFloat | None = None
+    """The ratio is bounded above by 1 + clip_high."""
+    kl_coef: NonNegativeFloat | None = None
+    """Weight of the penalty KL(policy || reference); 0 logs `train/ref_kld` all the same."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Whose gradient the penalty has."""
+    advantage: Literal["group_std", "mean_only", "leave_one_out"] | None = None
+    """How rewards of a group become advantages."""
+    normalizer: Literal["token", "sequence", "constant"] | None = None
+    """What the sum over tokens is divided by."""
+    reference: Literal["initial", "base"] = "initial"
+    """What `ref_kld` is measured against: the policy as the run began, or the base model without adapter."""
+    minibatches_per_step: PositiveInt = 1
+    """Optimizer updates per pass over a step's rollouts; with 1 (and one epoch) `ppo_kl` is 0 by construction."""
+    epochs_per_batch: PositiveInt = 1
+    """Passes over a step's rollouts."""
+    mismatch_cap: Annotated[float, Field(ge=1.0)] | None = None
+    """Cap of the truncated importance weight from sampler to trainer (truncation as in arXiv:1802.01561); null: off."""
+    overlong: Literal["keep", "mask", "punish"] = "keep"
+    """Completions cut at `max_completion_tokens`: train on them, leave them out, or score them `overlong_reward`."""
+    overlong_reward: float = 0.0
+    """The reward of a cut completion when `overlong: punish`."""
+
+
+class RolloutSettings(Section):
+    """How the policy answers while it learns."""
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt, G; a group of one has nothing to be compared with."""
+    max_completion_tokens: PositiveInt = 256
+    """Where a completion is cut."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling, and of every logprob that is logged or trained on."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus; 1 is off. Other values need `algorithm.mismatch_cap`."""
+    top_k: NonNegativeInt = 0
+    """Only the k likeliest tokens; 0 is off. Other values need `algorithm.mismatch_cap`."""
+    min_p: OpenFraction = 0.0
+    """Only tokens at least so likely relative to the likeliest; 0 is off. Needs `algorithm.mismatch_cap`."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings after which a completion ends, besides the model's stop tokens."""
+    sampler: Literal["local", "vllm"] = "local"
+    """In process, or a vLLM server."""
+    vllm_url: str = "http://127.0.0.1:8000"
+    """Where the vLLM server listens when `sampler: vllm`."""
+    chunk_prompts: PositiveInt = 8
+    """Prompts sampled together: the unit of sampling, of the journal and of replay."""
+    refill: bool = False
+    """Draw further prompts in place of flat groups, until the batch is full."""
+    max_refill_rounds: PositiveInt = 4
+    """Bound on the extra draws of `refill`."""
+    max_sampler_kl: PositiveFloat = 0.1
+    """Budget of `train/sampler_kl`; beyond it the run stops, since the sampler has other weights."""
+
+
+class RewardSpec(Section):
+    """One reward function and its weight."""
+
+    use: str
+    """A built-in name, `module:function` or `file.py:function`."""
+    weight: float = 1.0
+    """Factor in the weighted sum."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function."""
+    label: str | None = None
+    """Name in the metrics; the function's name when left out."""
+
+    @property
+    def name(self) -> str:
+        """What the metrics call it."""
+        return self.label or self.use.rsplit(":", 1)[-1]
+
+
+class RewardLimits(Section):
+    """What a reward function may use before it counts as failed."""
+
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock limit of one call."""
+    memory_limit_gib: PositiveFloat = 4.0
+    """Address space of a reward process."""
+    num_workers: PositiveInt = 1
+    """Reward processes per rank."""
+    max_failed_frac: Fraction = 0.1
+    """Share of a step's rollouts that may fail before the run stops with the first traceback."""
+
+
+class LoggingSettings(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror of metrics.jsonl in Weights & Biases; losing it never stops a run."""
+    wandb_project: str = "tunesmith"
+    """Project there."""
+
+
+class Recipe(Section):
+    """One training, from rows to adapter. See docs/recipe.md for every field."""
+
+    name: RunName
+    """Names the run directory runs/<name>/ and the W&B run."""
+    method: Literal["sft", "rft"]
+    """Supervised fine-tuning, or reinforcement fine-tuning from rewards."""
+    seed: NonNegativeInt = 0
+    """Everything random in step k is a function of (seed, k)."""
+    model: ModelSettings
+    lora: LoraSettings | None = Field(default_factory=LoraSettings)
+    """Adapters; `lora: null` trains every parameter."""
+    data: DataSettings
+    rows_per_step: PositiveInt = 16
+    """The global batch: rows (sft) or prompts (rft) of one step over all ranks, on any shape."""
+    steps: PositiveInt | None = None
+    """Length of the run in steps; or give `epochs`."""
+    epochs: PositiveFloat | None = None
+    """Length of the run in passes over the rows; or give `steps`."""
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    algorithm: AlgorithmSettings | None = None
+    """rft only."""
+    rollout: RolloutSettings | None = None
+    """rft only."""
+    rewards: list[RewardSpec] = Field(default_factory=list)
+    """rft only: summed with their weights, each logged."""
+    reward_limits: RewardLimits = Field(default_factory=RewardLimits)
+    eval_interval: NonNegativeInt = 0
+    """Held-out evaluation every so many steps; 0: only before the first and after the last."""
+    dcp_save_interval: NonNegativeInt = 0
+    """Checkpoint after every so many absolute steps; 0: never, and a kill loses the run."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    shape: str = "auto"
+    """A training shape of configs/shapes/, a path to one, or `auto`: the smallest that fits."""
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)

@@ -1,0 +1,104 @@
+"""Ranks: who we are, and the few collectives that training needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+from torch import distributed
+
+from trainer.errors import LaunchError
+
+
+@final
+@dataclass(frozen=True)
+class World:
+    """The ranks of this attempt."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to people."""
+        return self.rank == 0
+
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """Sum over ranks; every rank gets the same bits."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM)
+
+    def max_of(self, values: Sequence[float]) -> list[float]:
+        """Elementwise maximum over ranks of small host-side numbers."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def sum_of(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum over ranks of small host-side numbers."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+def join_world(device: str, expected_size: int) -> World:
+    """Join the ranks that the launcher started.
+
+    Raises:
+        LaunchError: the launcher started another number of ranks than the shape has.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if size != expected_size:
+        raise LaunchError(
+            f"the launcher started {size} rank(s) and the shape has {expected_size}. "
+            "Launch with --num_processes of the shape (`trainer check` prints the command), or choose another --shape."
+        )
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise LaunchError("the shape needs GPUs and torch sees none here; choose `--shape cpu` or another machine")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local)
+        where = torch.device("cuda", local)
+    else:
+        where = torch.device("cpu")
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(rank, size, where)
+
+
+def leave_world(world: World) -> None:
+    """Leave the process group, where there is one."""
+    if world.size > 1:
+        distributed.destroy_process_group()

@@ -1,0 +1,159 @@
+"""The LM head in tiles: logprobs of given targets without keeping [N, V] logits.
+
+    logprob_i = z_i[y_i] - logsumexp(z_i),  z_i = softcap(W h_i * scale) / temperature
+    d logprob_i / d h_i = (onehot(y_i) - softmax(z_i)) W        (times scale, softcap's slope, 1 / temperature)
+
+The derivative by h_i does not depend on what the loss does with logprob_i, so with a frozen head the forward pass
+computes it while the tile is at hand, and the backward pass is one multiplication: two matrix products in all, where
+recomputing takes three. A trained head recomputes each tile, since its gradient needs the loss's own factor.
+Products run in the weights' dtype, statistics in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch.autograd.function import once_differentiable
+
+TILE_CELLS: Final = 128 * 49_152
+"""Logits in a tile: small enough for a CPU's cache and a sliver of a GPU's memory."""
+
+
+@final
+@dataclass(frozen=True)
+class HeadForm:
+    """What a model does to its logits."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+def tile_rows(vocab: int) -> int:
+    """Rows of a tile, a power of two."""
+    return max(16, 1 << ((TILE_CELLS // vocab).bit_length() - 1))
+
+
+def tiled_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    form: HeadForm,
+    *,
+    with_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs of targets, and the entropy of each distribution.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H] of the head.
+        bias: [V] or None.
+        targets: [N] long.
+        form: scale, soft cap, temperature.
+        with_entropy: whether to compute the entropy; zeros otherwise.
+
+    Returns:
+        [N] float32 logprobs with gradient, [N] float32 entropy without.
+    """
+    logprobs, entropy = _TiledLogprobs.apply(hidden, weight, bias, targets, form, with_entropy)  # type: ignore[no-untyped-call]
+    return logprobs, entropy
+
+
+def _tile_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, form: HeadForm
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[n, V] float32 log-softmax, and the softcap's slope."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    slope = None
+    if form.scale != 1.0 or form.softcap is not None or form.temperature != 1.0:
+        logits = logits.float()
+        if form.scale != 1.0:
+            logits = logits * form.scale
+        if form.softcap is not None:
+            capped = torch.tanh(logits / form.softcap)
+            slope = 1 - capped.square()
+            logits = capped * form.softcap
+        logits = logits / form.temperature
+    return torch.log_softmax(logits, -1, dtype=torch.float32), slope
+
+
+def _residual(
+    log_softmax: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor | None, form: HeadForm
+) -> torch.Tensor:
+    """[n, V] d logprob / d (W h): onehot - softmax times the chain; consumes its first argument."""
+    probabilities = log_softmax.exp_()
+    probabilities.scatter_add_(1, targets[:, None], probabilities.new_full((len(targets), 1), -1.0))
+    if slope is not None:
+        probabilities.mul_(slope)
+    factor = -form.scale / form.temperature
+    return probabilities.mul_(factor) if factor != -1.0 else probabilities.neg_()
+
+
+def _tiles(total: int, vocab: int) -> Iterator[slice]:
+    rows = tile_rows(vocab)
+    for start in range(0, total, rows):
+        yield slice(start, min(start + rows, total))
+
+
+class _TiledLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        form: HeadForm,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy = torch.zeros_like(logprobs)
+        is_head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        keep = hidden.requires_grad and not is_head_trained
+        derivative = torch.empty_like(hidden) if keep else None
+        for tile in _tiles(len(targets), weight.shape[0]):
+            log_softmax, slope = _tile_logits(hidden[tile], weight, bias, form)
+            logprobs[tile] = log_softmax.gather(1, targets[tile, None]).squeeze(1)
+            if with_entropy:
+                entropy[tile] = -(log_softmax.exp() * log_softmax).sum(-1)
+            if derivative is not None:
+                residual = _residual(log_softmax, targets[tile], slope, form)
+                derivative[tile] = residual.to(weight.dtype) @ weight
+        ctx.form, ctx.is_head_trained = form, is_head_trained
+        if is_head_trained:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+        elif derivative is not None:
+            ctx.save_for_backward(derivative)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor, _entropy: torch.Tensor) -> tuple[Any, ...]:
+        if not ctx.is_head_trained:
+            (derivative,) = ctx.saved_tensors
+            return (derivative * grad[:, None]).to(derivative.dtype), None, None, None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        for tile in _tiles(len(targets), weight.shape[0]):
+            log_softmax, slope = _tile_logits(hidden[tile], weight, bias, ctx.form)
+            residual = _residual(log_softmax, targets[tile], slope, ctx.form).mul_(grad[tile, None])
+            if grad_bias is not None:
+                grad_bias += residual.sum(0)
+            cast = residual.to(weight.dtype)
+            grad_hidden[tile] = cast @ weight
+            grad_weight += cast.T @ hidden[tile]
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype),
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+            None,
+            None,
+            None,
+        )

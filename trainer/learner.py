@@ -1,0 +1,166 @@
+"""Two verbs that learn: forward_backward accumulates sums, optim_step makes one update over all ranks.
+
+Terms are per token and unreduced; their sums are divided by the denominator of the whole step over all ranks. So
+micro-batching, packing and ranks change no gradient beyond rounding. Trained parameters, gradient sums and optimizer
+state are float32; where the model computes in bfloat16, its parameters are a rounded copy of the float32 masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import final
+
+import torch
+
+from trainer.algorithms.terms import PolicyTerms
+from trainer.config.recipe import OptimizerSettings
+from trainer.data.batch import Batch
+from trainer.distributed import World
+from trainer.errors import NumericalError
+from trainer.policy import Policy, Scores
+
+Loss = Callable[[Scores, Batch], PolicyTerms]
+"""From scores of a pack to unreduced terms."""
+
+
+@final
+class Learner:
+    """Owns the float32 masters, their gradients and the optimizer."""
+
+    def __init__(self, policy: Policy, settings: OptimizerSettings, world: World) -> None:
+        """Take the policy's trained parameters over."""
+        self.policy = policy
+        self.settings = settings
+        self.world = world
+        self.parameters = policy.trained_parameters()
+        self.masters = {
+            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+            for name, parameter in self.parameters.items()
+        }
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self._gradient = torch.zeros(sum(sizes), device=world.device)
+        views = self._gradient.split(sizes)
+        for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
+            shaped = view.view_as(parameter)
+            parameter.register_post_accumulate_grad_hook(_accumulate_into(shaped, is_master=parameter is self.masters[name]))
+            self.masters[name].grad = shaped
+        decayed = [master for master in self.masters.values() if master.ndim >= 2]
+        plain = [master for master in self.masters.values() if master.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            fused=True,
+        )
+        self.updates = 0
+        self._sums: dict[str, float] = {}
+
+    def forward_backward(self, batch: Batch, loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False) -> None:
+        """Add a micro-batch's gradient and measurements to the sums.
+
+        Args:
+            batch: a pack; its loss terms are summed, not averaged.
+            loss: from scores to terms.
+            temperature: of the scored distribution.
+            with_entropy: whether to measure the policy's entropy.
+        """
+        scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
+        terms = loss(scores, batch)
+        total = terms.loss.sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        measured = {"loss": total.detach(), **{name: values.sum() for name, values in terms.metrics.items()}}
+        if with_entropy:
+            measured["entropy"] = scores.entropy.sum()
+        stacked = torch.stack([value.double() for value in measured.values()]).tolist()
+        for name, value in zip(measured, stacked, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums["tokens"] = self._sums.get("tokens", 0.0) + batch.num_trained
+
+    def optim_step(self, learning_rate: float, denominator: float, names: tuple[str, ...]) -> dict[str, float]:
+        """Make one update from the sums of all ranks, and forget them.
+
+        Args:
+            learning_rate: of this update.
+            denominator: this rank's part of what the summed loss is divided by.
+            names: the loss's metrics; ranks without a micro-batch do not know them.
+
+        Returns:
+            `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, and the means of `names` over tokens.
+
+        Raises:
+            NumericalError: loss or gradient is not finite, on any rank; nothing was updated.
+        """
+        keys = ("loss", "tokens", *names)
+        *sums, whole = self.world.sum_of([*(self._sums.get(key, 0.0) for key in keys), denominator])
+        totals = dict(zip(keys, sums, strict=True))
+        self._sums = {}
+        self.world.sum_in_place(self._gradient)
+        self._gradient.div_(whole)
+        norm = float(torch.linalg.vector_norm(self._gradient))
+        loss = totals["loss"] / whole
+        if not (norm < float("inf") and abs(loss) < float("inf")):
+            self._gradient.zero_()
+            raise NumericalError(
+                f"loss {loss} with gradient norm {norm} after {self.updates} updates: not finite, nothing was updated. "
+                "Lower optimizer.learning_rate, or look at the rows of this step."
+            )
+        limit = self.settings.max_grad_norm
+        if limit is not None and norm > limit:
+            self._gradient.mul_(limit / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self._gradient.zero_()
+        self.refresh()
+        self.updates += 1
+        means = {name: totals[name] / totals["tokens"] for name in names}
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "tokens": totals["tokens"],
+            **means,
+        }
+
+    def learn(
+        self, batches: Iterable[Batch], loss: Loss, *, learning_rate: float, denominator: float
+    ) -> dict[str, float]:
+        """One update from micro-batches: the two verbs in a row."""
+        self.policy.train()
+        for batch in batches:
+            self.forward_backward(batch, loss)
+        self.policy.eval()
+        return self.optim_step(learning_rate, denominator, ())
+
+    def refresh(self) -> None:
+        """Round the masters into the model, after an update or a load."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if parameter is not self.masters[name]:
+                    parameter.copy_(self.masters[name])
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a resumed run needs, as tensors that a load may write into."""
+        tensors = {f"masters/{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            state = self.optimizer.state[master]
+            if not state:  # before the first update AdamW has none
+                state["step"] = torch.zeros((), device=master.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+        return tensors
+
+
+def _accumulate_into(view: torch.Tensor, *, is_master: bool) -> Callable[[torch.Tensor], None]:
+    """Move a parameter's fresh gradient into its float32 sum, and free it."""
+
+    def hook(parameter: torch.Tensor) -> None:
+        if is_master:  # autograd already added into the view
+            return
+        assert parameter.grad is not None
+        view.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook

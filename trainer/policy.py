@@ -1,0 +1,188 @@
+"""The policy: base model and adapter as one module from packed batch to logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trainer import attention
+from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.data.batch import Batch
+from trainer.errors import ModelError
+from trainer.head import HeadForm, tiled_logprobs
+
+
+@final
+@dataclass(frozen=True)
+class Scores:
+    """What a forward pass gives for the trained tokens."""
+
+    logprobs: torch.Tensor
+    """[N] float32, with gradient where it is enabled."""
+    entropy: torch.Tensor
+    """[N] float32; zeros where it was not asked for."""
+
+
+@final
+class Policy(nn.Module):
+    """Backbone and tiled head behind one forward; nobody calls a submodule from outside."""
+
+    def __init__(self, causal_lm: PreTrainedModel, adapted: peft.PeftModel | None, model_path: str) -> None:
+        """Wrap a loaded model; see `load_policy`."""
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.adapted = adapted
+        self.model_path = model_path
+        self.form = _head_form(causal_lm)
+
+    def forward(self, batch: Batch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
+        """Score the trained tokens of a pack.
+
+        Args:
+            batch: the pack.
+            temperature: of the distribution that logprobs and entropy are of.
+            with_entropy: whether to compute the entropy.
+        """
+        backbone = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+        output = backbone(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            packed=batch.layout,
+        )
+        hidden = output.last_hidden_state[0].index_select(0, batch.scored)
+        head = self.causal_lm.get_output_embeddings()
+        form = replace(self.form, temperature=temperature)
+        logprobs, entropy = tiled_logprobs(
+            hidden, head.weight, head.bias, batch.targets, form, with_entropy=with_entropy
+        )
+        return Scores(logprobs, entropy)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by their name in the model, sorted."""
+        inner = self.adapted if self.adapted is not None else self.causal_lm
+        return {name: value for name, value in sorted(inner.named_parameters()) if value.requires_grad}
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base model, within the block."""
+        if self.adapted is None:
+            raise ModelError("a policy without adapter has no base to compare with")
+        with self.adapted.disable_adapter():
+            yield
+
+
+def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, device: torch.device) -> Policy:
+    """Load the base model and put an adapter on it.
+
+    Raises:
+        ModelError: the directory holds no model that we can train, with the reason.
+    """
+    causal_lm = load_base(model, device)
+    if model.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is None:
+        if causal_lm.config.to_dict().get("num_experts") or causal_lm.config.to_dict().get("num_local_experts"):
+            raise ModelError("full-parameter training of mixture-of-experts models needs a router loss; use LoRA")
+        for parameter in causal_lm.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return Policy(causal_lm, None, model.path)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        adapted = _adapt(causal_lm, lora)
+    return Policy(causal_lm, adapted, model.path)
+
+
+def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
+    """Load the base model in the compute dtype, from safetensors only, with packed attention.
+
+    Raises:
+        ModelError: it cannot be loaded, with the reason.
+    """
+    attention.register()
+    try:
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            dtype=getattr(torch, model.compute_dtype),
+            attn_implementation=attention.PACKED_ATTENTION,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{model.path}: cannot be loaded: {reason}") from None
+    if causal_lm.get_output_embeddings() is None:
+        raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
+    causal_lm.config.use_cache = False
+    causal_lm.requires_grad_(False)
+    causal_lm.to(device)
+    return causal_lm.eval()  # type: ignore[no-any-return]
+
+
+def _adapt(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+    if lora.warm_start is not None:
+        _refuse_other_adapter(config, Path(lora.warm_start))
+    try:
+        adapted = peft.get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules: {error}") from None
+    head = causal_lm.get_output_embeddings()
+    if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
+        raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
+    return adapted
+
+
+def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:
+    theirs = peft.PeftConfig.from_pretrained(str(directory))
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if getattr(theirs, name) != getattr(ours, name):
+            field = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}[name]
+            raise ModelError(
+                f"lora.warm_start: {directory} was trained with {field} {getattr(theirs, name)}; "
+                f"the recipe has {getattr(ours, name)}. Make them equal."
+            )
+
+
+def adapter_tensors(directory: Path, policy: Policy) -> dict[str, torch.Tensor]:
+    """An adapter directory's weights in float32, by the policy's parameter names.
+
+    Raises:
+        ModelError: the directory belongs to another model or adapter.
+    """
+    try:
+        saved = load_file(directory / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no adapter can be read: {error}") from None
+    ours = policy.trained_parameters()
+    assert policy.adapted is not None
+    keys = peft.get_peft_model_state_dict(policy.adapted, state_dict={name: name for name in ours})
+    found = {own: saved[key].float() for key, own in keys.items() if key in saved}
+    if found.keys() != ours.keys() or any(found[name].shape != ours[name].shape for name in ours):
+        raise ModelError(f"{directory}: its weights are not those of this model and adapter")
+    return found
+
+
+def _head_form(causal_lm: PreTrainedModel) -> HeadForm:
+    config: dict[str, Any] = causal_lm.config.get_text_config().to_dict()
+    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    return HeadForm(scale=scale, softcap=config.get("final_logit_softcapping"))

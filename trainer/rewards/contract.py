@@ -1,0 +1,156 @@
+"""What a reward is, and how its name becomes a function.
+
+A reward takes the completion's text and the row, and returns a number, a `Score` or None, which abstains:
+
+    def last_number(completion: str, row: Row) -> float: ...
+
+TRL's batch form `(prompts, completions, **columns) -> list` is accepted unchanged and told apart by its parameter
+`completions`. Functions are loaded in reward workers only (`trainer.rewards.worker`): their imports may be heavy, and
+may never come back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias, final
+
+from trainer.errors import RewardError
+from trainer.rewards.locate import Place, importable, locate
+from trainer.types import Row
+
+__all__ = ["LoadedReward", "Reward", "Score", "UnscoredBatchError", "importable", "load_reward"]
+
+
+@final
+@dataclass(frozen=True)
+class Score:
+    """A reward with the parts it is made of, which are logged as `name/part`."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+Reward: TypeAlias = Callable[[str, Row], "float | Score | None"]
+
+
+class UnscoredBatchError(Exception):
+    """Raised by a batch reward when no completion is to blame, so that none is tried again alone."""
+
+
+@final
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward function, its arguments, and what else it wants to be called with."""
+
+    function: Callable[..., Any]
+    args: Mapping[str, Any]
+    is_batch: bool
+    """Whether it has TRL's form `(prompts, completions, **columns)`."""
+    takes_all: bool = False
+    """Whether a batch function takes every column, by `**kwargs`."""
+    names: frozenset[str] = frozenset()
+    """Parameters of a batch function."""
+    required: tuple[str, ...] = ()
+    """Row fields that a batch function cannot be called without, in the order of its signature."""
+
+    def takes(self, name: str) -> bool:
+        """Whether a batch function is to be given this column."""
+        return (self.takes_all or name in self.names) and name not in self.args
+
+
+def load_reward(use: str, args: Mapping[str, Any], base_dir: Path) -> LoadedReward:
+    """Import the function that `use` names and bind `args` to it.
+
+    Args:
+        use: a built-in name, `module:function`, or `file.py:function` relative to `base_dir`.
+        args: keyword arguments, the same at every call.
+        base_dir: the recipe's directory; modules in it can be imported too.
+
+    Raises:
+        RewardError: the name cannot be found or imported, or the function takes neither form or not these arguments.
+    """
+    place = locate(use, base_dir)
+    module = _import(place, use, base_dir)
+    try:
+        function = getattr(module, place.function)
+    except AttributeError:
+        near = difflib.get_close_matches(place.function, dir(module), n=1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        raise RewardError(f"reward {use}: {place} has no function `{place.function}`{meant}") from None
+    if not callable(function):
+        raise RewardError(f"reward {use}: `{place.function}` is a {type(function).__name__}, not a function")
+    return _bind(function, args, use)
+
+
+def _import(place: Place, use: str, base_dir: Path) -> ModuleType:
+    """Import the module or the file; its own failures become one line with file and line."""
+    for directory in (base_dir, place.file.parent if place.file else base_dir):
+        if str(directory.resolve()) not in sys.path:
+            sys.path.append(str(directory.resolve()))  # at the end: nothing there can hide a library
+    try:
+        if place.file is None:
+            return importlib.import_module(place.module)
+        spec = importlib.util.spec_from_file_location(place.module, place.file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[place.module] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        remedy = {"math_verify": 'pip install "tunesmith[math]"'}.get(error.name or "", f"pip install {error.name}")
+        raise RewardError(f"reward {use}: {error}{_where(error, place)}\nInstall it: {remedy}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}{_where(error, place)}"
+        raise RewardError(f"reward {use}: importing {place} fails: {what}") from error
+    return module
+
+
+def _where(error: Exception, place: Place) -> str:
+    """Return where in the user's file an import failed, or nothing."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(place.file)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _bind(function: Callable[..., Any], args: Mapping[str, Any], use: str) -> LoadedReward:
+    """Tell the two forms apart and check `args` against the signature."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        raise RewardError(f"reward {use}: has no signature to check; wrap it in a function of your own") from None
+    is_batch = "completions" in parameters
+    own = ("prompts", "completions") if is_batch else tuple(parameters)[:2]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in parameters.items() if name not in own and parameter.kind in named]
+    for name in args:
+        if name not in names and (name in own or not takes_all):
+            near = difflib.get_close_matches(name, names, n=1)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            takes = ", ".join(f"`{each}`" for each in names) or "none"
+            raise RewardError(f"reward {use}: args.{name}: unknown argument{meant} (it takes {takes})")
+    required = tuple(n for n in names if parameters[n].default is inspect.Parameter.empty and n not in args)
+    if is_batch:
+        if "completion_ids" in required:
+            raise RewardError(f"reward {use}: wants token ids, but a reward sees text; for lengths use `soft_overlong`")
+        accepted = frozenset(parameters)
+        return LoadedReward(function, args, True, takes_all=takes_all, names=accepted, required=required)
+    try:
+        inspect.signature(function).bind("", Row({}), **{**args, **dict.fromkeys(required)})
+    except TypeError:
+        raise RewardError(
+            f"reward {use}: takes ({', '.join(parameters)}), "
+            "which is neither `(completion, row)` nor `(prompts, completions, **columns)`"
+        ) from None
+    if required:
+        wanted = ", ".join(f"{name}: ..." for name in required)
+        raise RewardError(f"reward {use}: arguments are missing; give `args: {{{wanted}}}`")
+    return LoadedReward(function, args, False)

@@ -1,0 +1,134 @@
+"""Find a reward by name without importing anything.
+
+`trainer check` must answer in under a second, and importing a reward may pull in torch: files are parsed, packages
+are walked from directory to directory.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import final
+
+from trainer.errors import RewardError
+from trainer.rewards import BUILT_IN
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """Where a reward function is defined: in a module, or in a file of the user."""
+
+    module: str
+    function: str
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.file or self.module)
+
+
+def locate(use: str, base_dir: Path) -> Place:
+    """Split a reward's name into its place and function; neither has to exist yet.
+
+    >>> locate("last_number", Path()).module
+    'trainer.rewards.last_number'
+    >>> str(locate("mine.py:score", Path("recipes")))
+    'recipes/mine.py'
+    """
+    name = BUILT_IN.get(use, use)
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function.isidentifier():
+        near = difflib.get_close_matches(use, BUILT_IN, n=1, cutoff=0.5)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        raise RewardError(
+            f"reward {use}: no built-in reward of this name{meant}\n"
+            f"Use one of {', '.join(BUILT_IN)}; or name your own as `module:function` or `file.py:function`."
+        )
+    if place.endswith(".py"):
+        return Place(f"reward_file_{Path(place).stem}", function, base_dir / place)
+    return Place(place, function)
+
+
+def importable(use: str, base_dir: Path) -> str | None:
+    """Return what is wrong with a reward's name, or None; imports nothing.
+
+    A name that a module makes only as it runs cannot be seen here: where in doubt the answer is None.
+
+    >>> importable("exact_match", Path())
+    >>> importable("exact_mach", Path()).splitlines()[0]
+    'reward exact_mach: no built-in reward of this name; did you mean `exact_match`?'
+    """
+    try:
+        place = locate(use, base_dir)
+    except RewardError as error:
+        return str(error)
+    if use in BUILT_IN:
+        return None
+    if place.file is not None:
+        return _file_mistake(use, place.file, place.function)
+    spec = _find_module(place.module, base_dir)
+    if spec is None:
+        remedy = f"install it, or put it beside the recipe in {base_dir}"
+        return f"reward {use}: no module `{place.module}` is installed; {remedy}"
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    source = Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+    if place.function in source or "__getattr__" in source or "import *" in source:
+        return None
+    return f"reward {use}: {spec.origin} has no function `{place.function}`"
+
+
+def _file_mistake(use: str, file: Path, function: str) -> str | None:
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.py")], n=1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        return f"reward {use}: no file {file}{meant}"
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    except SyntaxError as error:
+        return f"{file}:{error.lineno}: {error.msg} (reward {use})"
+    except ValueError as error:
+        return f"{file}: {error} (reward {use})"
+    names = _names(tree)
+    if function in names or "*" in names:
+        return None
+    near = difflib.get_close_matches(function, names, n=1)
+    meant = f"; did you mean `{near[0]}`?" if near else ""
+    return f"reward {use}: {file} has no function `{function}`{meant}"
+
+
+def _names(tree: ast.Module) -> set[str]:
+    """Return every name that a statement of the module may bind, also inside `if` and `try`."""
+    names: set[str] = set()
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue  # what is bound inside is not the module's
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        pending.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def _find_module(name: str, base_dir: Path) -> ModuleSpec | None:
+    """Like `importlib.util.find_spec`, which would import the parent packages."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top) or PathFinder.find_spec(top, [str(base_dir)])
+    except ValueError:  # `__main__` and other modules without a spec
+        return None
+    path = top
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        path = f"{path}.{part}"
+        spec = PathFinder.find_spec(path, spec.submodule_search_locations)
+    return spec

@@ -1,0 +1,59 @@
+"""Reward text by comparison or by form."""
+
+from __future__ import annotations
+
+import re
+
+from trainer.types import Row
+
+
+def exact_match(
+    completion: str, row: Row, *, field: str = "answer", after: str | None = None, ignore_case: bool = False
+) -> float:
+    r"""1.0 if the completion is `row["answer"]`, or one of them if that is a list, else 0.0.
+
+    >>> exact_match(" Paris\n", {"answer": "Paris"}), exact_match("Paris.", {"answer": "Paris"})
+    (1.0, 0.0)
+    >>> exact_match("Answer: no. Answer: YES", {"answer": ["yes", "yeah"]}, after="Answer:", ignore_case=True)
+    1.0
+
+    Space at the ends and runs of space within do not count.
+
+    Args:
+        completion: what the model wrote.
+        row: holds the answer.
+        field: the row's field with the answer or answers.
+        after: compare only what follows the last occurrence of this text; without it the reward is 0.0.
+        ignore_case: whether "YES" is "yes".
+    """
+    answers = row[field] if isinstance(row[field], list) else [row[field]]
+    if after is not None:
+        _, found, completion = completion.rpartition(after)
+        if not found:
+            return 0.0
+    return float(_plain(completion, ignore_case) in {_plain(str(answer), ignore_case) for answer in answers})
+
+
+def _plain(text: str, ignore_case: bool) -> str:
+    plain = " ".join(text.split())
+    return plain.casefold() if ignore_case else plain
+
+
+def regex_match(completion: str, row: Row, *, pattern: str, search: bool = False) -> float:
+    r"""1.0 if the whole completion has the form `pattern`, else 0.0.
+
+    >>> regex_match("<think>\nhm\n</think>\n42", {}, pattern=r"<think>.*</think>\s*\d+")
+    1.0
+    >>> regex_match("so 42", {}, pattern=r"\d+"), regex_match("so 42", {}, pattern=r"\d+", search=True)
+    (0.0, 1.0)
+
+    A dot also matches a line's end. A pattern that takes for ever on some text, as `(a+)+b` does, is a failed reward.
+
+    Args:
+        completion: what the model wrote.
+        row: not read.
+        pattern: a regular expression of Python's `re`.
+        search: whether it may match anywhere instead.
+    """
+    compiled = re.compile(pattern, re.DOTALL)
+    return float((compiled.search if search else compiled.fullmatch)(completion.strip()) is not None)

@@ -1,0 +1,199 @@
+"""The process in which rewards run: `python -m trainer.rewards.worker`.
+
+It owns its standard input and output for messages (length-prefixed JSON) and gives rewards the null device and standard
+error in their place, so that a print cannot corrupt an answer. Time is kept by the parent, memory by the kernel.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import inspect
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, SupportsFloat, final
+
+from trainer.errors import RewardError
+from trainer.rewards.contract import LoadedReward, Score, UnscoredBatchError, load_reward
+from trainer.rewards.outcome import Outcome, encode, read_message
+from trainer.types import Row
+
+MAX_FAILURE_CHARACTERS: Final = 8000
+
+
+def main() -> None:
+    """Load the rewards that the first message names, then answer calls until the pipe ends."""
+    inbox = os.fdopen(os.dup(0), "rb")
+    outbox = os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    faulthandler.register(signal.SIGUSR1)  # the parent asks where a call hangs before it kills
+    parent = os.getppid()
+    threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
+
+    def send(message: Mapping[str, Any]) -> None:
+        outbox.write(encode(message))
+        outbox.flush()
+
+    setup = read_message(inbox)
+    if setup is None:
+        return
+    try:
+        rewards = [load_reward(spec["use"], spec["args"], Path(setup["base_dir"])) for spec in setup["rewards"]]
+    except RewardError as error:
+        send({"error": str(error)})
+        return
+    _limit_memory(setup["memory_limit_bytes"])
+    send({"batch": [reward.is_batch for reward in rewards]})
+    while (call := read_message(inbox)) is not None:
+        # A busy loop inside C code starves the thread that follows the parent: then the kernel ends the orphan.
+        signal.setitimer(signal.ITIMER_PROF, 4 * call["timeout_s"] + 60)
+        send(answer(rewards[call["reward"]], call["items"]))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def answer(reward: LoadedReward, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Score the items of one call; `split` says that the culprit of a failed batch must be looked for."""
+    rows = [Row(AskedFields(item["fields"]), item["file"], item["line"], item["index"]) for item in items]
+    start = time.perf_counter()
+    if not reward.is_batch:
+        outcomes = [_score(reward, item["completion"], row) for item, row in zip(items, rows, strict=True)]
+        return {"outcomes": [outcome.to_json() for outcome in outcomes], "split": False}
+    try:
+        values = _call_batch(reward, items, rows)
+        outcomes = [_outcome(value, start, reward.required) for value in values]
+        is_split = False
+    except BaseException as error:
+        outcomes = [_failure(error, row, start, reward.required) for row in rows]
+        is_split = len(items) > 1 and not isinstance(error, UnscoredBatchError)
+    return {"outcomes": [outcome.to_json() for outcome in outcomes], "split": is_split}
+
+
+@final
+class AskedFields(dict[str, Any]):
+    """The fields of a row, which remember what was asked of them."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        """Start with nothing asked."""
+        super().__init__(fields)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def _score(reward: LoadedReward, completion: str, row: Row) -> Outcome:
+    start = time.perf_counter()
+    try:
+        value = reward.function(completion, row, **reward.args)
+        if inspect.isawaitable(value):
+            value = _awaited(value)
+    except BaseException as error:  # also SystemExit: a reward must not end its worker politely
+        return _failure(error, row, start)
+    assert isinstance(row.fields, AskedFields)
+    return _outcome(value, start, tuple(sorted(row.fields.asked)))
+
+
+def _call_batch(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Any]:
+    """Call TRL's form: lists of prompts and completions, and each row field as a column."""
+    texts = [item["completion"] for item in items]
+    completions = [
+        [{"role": "assistant", "content": text}] if isinstance(item["prompt"], list) else text
+        for text, item in zip(texts, items, strict=True)
+    ]
+    for name in reward.required:
+        if not any(name in row for row in rows):
+            raise KeyError(name)
+    own = ("prompt", "prompts", "completion", "completions")
+    names = dict.fromkeys(name for row in rows for name in row if name not in own)
+    columns = {name: [row.get(name) for row in rows] for name in names if reward.takes(name)}
+    if reward.takes("prompts"):
+        columns["prompts"] = [item["prompt"] for item in items]
+    values = reward.function(completions=completions, **columns, **reward.args)
+    values = list(_awaited(values) if inspect.isawaitable(values) else values)
+    if len(values) != len(items):
+        raise ValueError(f"the reward returned {len(values)} values for {len(items)} completions")
+    return values
+
+
+def _awaited(value: Awaitable[Any]) -> Any:
+    import asyncio  # slow to import, and rewards are rarely coroutines
+
+    async def wait() -> Any:
+        return await value
+
+    return asyncio.run(wait())
+
+
+def _outcome(value: object, start: float, fields: tuple[str, ...]) -> Outcome:
+    """Hold what a reward returned to the contract."""
+    seconds = time.perf_counter() - start
+    parts = value.parts if isinstance(value, Score) else {}
+    number = value.value if isinstance(value, Score) else value
+    if number is None:
+        return Outcome(fields=fields, seconds=seconds)
+    try:
+        if not isinstance(number, SupportsFloat):
+            raise TypeError("not a number")
+        reward = float(number)
+        logged = {str(name): float(part) for name, part in parts.items()}
+    except Exception as error:
+        failure = f"the reward returned {_shown(value)} ({type(error).__name__}: {error})"
+        return Outcome(failure=f"{failure}; return a float, a Score or None", fields=fields, seconds=seconds)
+    if not all(math.isfinite(each) for each in (reward, *logged.values())):
+        return Outcome(failure=f"the reward returned {_shown(value)}, not finite", fields=fields, seconds=seconds)
+    return Outcome(reward, logged, fields=fields, seconds=seconds)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{type(value).__name__} {repr(value)[:200]}"
+    except Exception:
+        return type(value).__name__
+
+
+def _failure(error: BaseException, row: Row, start: float, required: Sequence[str] = ()) -> Outcome:
+    seconds = time.perf_counter() - start
+    assert isinstance(row.fields, AskedFields)
+    asked = row.fields.asked.union(required)
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    missing = key if isinstance(key, str) and key in asked and key not in row else None
+    own = error.__traceback__.tb_next if error.__traceback__ else None  # without our own frame
+    text = "".join(traceback.format_exception(type(error), error, own))
+    return Outcome(
+        failure=f"on {row}\n{text[-MAX_FAILURE_CHARACTERS:]}",
+        missing=missing,
+        fields=tuple(sorted(asked)),
+        seconds=seconds,
+    )
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    """Bound the address space, on top of what the imports took."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + limit_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (OSError, ValueError) as error:  # no Linux, or a lower limit already holds
+        sys.stderr.write(f"no memory limit for rewards: {error}\n")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _follow_parent(parent: int) -> None:
+    """End this process and its children when the parent is gone, even from inside a reward that hangs."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

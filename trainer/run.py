@@ -1,0 +1,312 @@
+"""The run directory: the only module that spells paths under runs/<name>/."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from trainer.config.plan import Plan
+from trainer.errors import LaunchError, RunConflictError, TrainerError
+
+State = Literal["finished", "preempted", "cancelled", "failed"]
+HEARTBEAT_S = 10.0
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; written last."""
+
+    state: State
+    step: int
+    message: str
+    exit_code: int
+
+
+@final
+@dataclass(frozen=True)
+class RunDir:
+    """runs/<name>/ and everything in it."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.root.name
+
+    @property
+    def plan_file(self) -> Path:
+        """Identity and resolved values."""
+        return self.root / "plan.json"
+
+    @property
+    def attempts_file(self) -> Path:
+        """One line per process start."""
+        return self.root / "attempts.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        """Directory of the journal."""
+        return self.root / "rollouts"
+
+    @property
+    def outcome_file(self) -> Path:
+        """How the last attempt ended."""
+        return self.root / "outcome.json"
+
+    @property
+    def heartbeat_file(self) -> Path:
+        """Sign of life."""
+        return self.root / "heartbeat.json"
+
+    @property
+    def tracker_file(self) -> Path:
+        """What the W&B mirror has received."""
+        return self.root / "wandb.json"
+
+    def weights(self, *, is_lora: bool, best: bool = False) -> Path:
+        """Directory of the last or the best trained weights."""
+        return self.root / (("adapter" if is_lora else "model") + ("-best" if best else ""))
+
+    def checkpoint(self, step: int) -> Path:
+        """Directory of one checkpoint."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def journal(self, step: int) -> Path:
+        """Directory of one step's rollouts."""
+        return self.rollouts / f"step-{step:06d}"
+
+    def log_file(self, attempt: int) -> Path:
+        """What one attempt printed."""
+        return self.root / "logs" / f"attempt-{attempt}.log"
+
+    def read_plan(self) -> Plan:
+        """The frozen plan.
+
+        Raises:
+            LaunchError: this is no run directory.
+        """
+        try:
+            return Plan.model_validate_json(self.plan_file.read_bytes())
+        except FileNotFoundError:
+            raise LaunchError(f"{self.root}: no plan.json, not a run directory") from None
+        except ValueError as error:
+            raise LaunchError(f"{self.plan_file}: not a plan of this version: {error}") from None
+
+    def read_outcome(self) -> Outcome | None:
+        """How the last attempt ended; None while one runs or before the first."""
+        try:
+            return Outcome(**json.loads(self.outcome_file.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Say how this attempt ended."""
+        write_atomically(self.outcome_file, json.dumps(outcome.__dict__) + "\n")
+
+    def write_heartbeat(self, attempt: int, step: int, phase: str) -> None:
+        """Say that the run lives."""
+        beat = {"attempt": attempt, "step": step, "phase": phase, "time": time.time()}
+        write_atomically(self.heartbeat_file, json.dumps(beat) + "\n", durable=False)
+
+    def read_heartbeat(self) -> dict[str, Any] | None:
+        """The last sign of life."""
+        try:
+            return dict(json.loads(self.heartbeat_file.read_text()))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every step's metrics; a half-written last line is left out."""
+        try:
+            lines = self.metrics_file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines[:-1]:
+            if line.strip():
+                found.append(json.loads(line))
+        return found
+
+    def take_attempt(self, about: Mapping[str, Any]) -> int:
+        """Take the next attempt number; whoever creates its file has it.
+
+        A commit or a metrics append by an attempt that is not the newest aborts, so that two attempts never mix.
+        """
+        fence = self.root / "fence"
+        fence.mkdir(exist_ok=True)
+        while True:
+            number = self.newest_attempt() + 1
+            try:
+                (fence / f"{number:06d}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            with self.attempts_file.open("a") as file:
+                file.write(json.dumps({"attempt": number, **about}) + "\n")
+            return number
+
+    def newest_attempt(self) -> int:
+        """Highest attempt number taken; 0 before the first."""
+        fence = self.root / "fence"
+        return max((int(file.name) for file in fence.iterdir()), default=0) if fence.is_dir() else 0
+
+    def refuse_stale(self, attempt: int) -> None:
+        """Stop an attempt that is no longer the newest.
+
+        Raises:
+            TrainerError: another attempt has taken the run over.
+        """
+        newest = self.newest_attempt()
+        if newest != attempt:
+            raise TrainerError(f"{self.root}: attempt {newest} has taken over; attempt {attempt} stops")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Own the run within the block.
+
+        Raises:
+            LaunchError: another process owns it.
+        """
+        with (self.root / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                text = f"{self.root}: another attempt is running. Wait for it, or stop it first (trainer status {self.root})"
+                raise LaunchError(text) from None
+            yield
+
+    def wait_unlocked(self, poll_s: float = 0.05, timeout_s: float = float("inf")) -> bool:
+        """Wait until no process owns the run."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if not self.is_locked():
+                return True
+            time.sleep(poll_s)
+        return False
+
+    def is_locked(self) -> bool:
+        """Whether a process owns the run."""
+        try:
+            with (self.root / "lock").open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+
+def open_run(plan: Plan, name: str | None = None, runs_dir: Path = Path("runs")) -> RunDir:
+    """The run directory of a plan: a new one, or the same run to go on with.
+
+    `steps`, intervals, evaluation, logging and the shape may differ; the new plan is kept.
+
+    Raises:
+        RunConflictError: the directory holds a run of another identity; shows the difference.
+        LaunchError: it is running now.
+    """
+    run = RunDir(runs_dir / (name or plan.recipe.name))
+    if not run.plan_file.exists():
+        run.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.plan_file, plan.dump())
+        return run
+    old = run.read_plan()
+    if old.identity_hash != plan.identity_hash:
+        lines = "\n".join(f"  {line}" for line in _differences(old.identity, plan.identity))
+        raise RunConflictError(
+            f"{run.root} holds another run; what differs:\n{lines}\n"
+            "Give another --name, undo the change, or move the directory away."
+        )
+    if run.is_locked():
+        raise LaunchError(f"{run.root}: another attempt is running. See: trainer status {run.root}")
+    if old.dump() != plan.dump():
+        write_atomically(run.plan_file, plan.dump())
+    return run
+
+
+def plan_changes(old: Plan, new: Plan) -> list[str]:
+    """What differs between two plans of one identity."""
+    return list(_differences(old.recipe.model_dump(), new.recipe.model_dump()))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a file as a whole: readers see the old or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames in a directory survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Fill a temporary sibling, then put it in the target's place; on an error the target stays as it was."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        fsync_dir(temporary)
+        retired = target.with_name(f".{target.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            target.rename(retired)
+        temporary.rename(target)
+        fsync_dir(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
