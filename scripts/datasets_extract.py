@@ -17,27 +17,39 @@ NUMBERS = frozenset({"quantity", "people", "price"})
 
 # Each list: values of both splits, then values that only held-out rows use.
 FIRST = (
-    "Anna Ben Carla David Emma Felix Grace Hugo Ivan Julia Karl Laura Maria Nina Oscar Paul Rosa Sam Tom Vera "
-    "Amir Mei Omar Priya Yuki Lucas Sofia Peter Helen Mark Diana Leo Alice George Sarah Adam",
+    "Anna Ben Carla David Emma Felix Grace Hugo Ivan Julia Karl Laura Maria Nina Oscar Paul Rosa Sam Tom Vera Amir Mei "
+    "Omar Priya Yuki Lucas Sofia Peter Helen Mark Diana Leo Alice George Sarah Adam Bella Caleb Dmitri Elena Farid "
+    "Gwen Hassan Ingrid Joao Kenji Lila Mateo Nadia Otto Pablo Quentin Rachel Stefan Theresa Ulrich Wendy Xavier "
+    "Yasmin Zoe Abigail Bjorn Chloe Dennis Esther Francesca",
     "Bruno Clara Erik Fatima Gloria Henry Irene Jack Lena Martin Olga Victor",
 )
 LAST = (
-    "Smith Brown Novak Garcia Miller Lopez Khan Weber Rossi Jensen Park Silva Cohen Murphy Tanaka Clark Young "
-    "Baker Walker Green King Hill Scott Adams Fischer Ali Chen Singh",
+    "Smith Brown Novak Garcia Miller Lopez Khan Weber Rossi Jensen Park Silva Cohen Murphy Tanaka Clark Young Baker "
+    "Walker Green King Hill Scott Adams Fischer Ali Chen Singh Kowalski Okafor Petrov Nguyen Lindqvist Moreau Haddad "
+    "Ferreira Yamamoto Schneider Papadopoulos Bianchi Ivanova Delgado Osborne Whitaker Mbeki Sato Keller Dubois",
     "Turner Cook Bell Ward Gray Lee Wood Ross Hansen Costa",
 )
 CITY = (
     "Paris|London|Berlin|Rome|Madrid|Oslo|Vienna|Prague|Lisbon|Dublin|Athens|Warsaw|Boston|Chicago|Denver|Seattle|"
-    "Toronto|Sydney|Tokyo|Delhi|Cairo|Milan|Munich|Geneva|New York|San Diego|Hamburg|Brussels|Austin|Dallas",
+    "Toronto|Sydney|Tokyo|Delhi|Cairo|Milan|Munich|Geneva|New York|San Diego|Hamburg|Brussels|Austin|Dallas|Krakow|"
+    "Valencia|Seville|Bilbao|Porto|Naples|Turin|Venice|Bologna|Marseille|Bordeaux|Lille|Toulouse|Antwerp|Rotterdam|"
+    "Utrecht|Cologne|Stuttgart|Leipzig|Dresden|Bremen|Salzburg|Graz|Basel|Lausanne|Copenhagen|Aarhus|Gothenburg|"
+    "Malmo|Bergen|Helsinki|Tampere|Riga|Tallinn|Vilnius|Gdansk|Budapest|Bucharest|Sofia|Belgrade|Zagreb|Ljubljana|"
+    "Istanbul|Ankara|Beirut|Casablanca|Nairobi|Lagos|Accra|Johannesburg|Cape Town|Karachi|Bangkok|Hanoi|Manila|Seoul|"
+    "Osaka|Kyoto|Perth|Brisbane|Auckland|Lima|Bogota|Santiago|Havana|Vancouver|Ottawa|Calgary|Houston|Phoenix|"
+    "Portland|Detroit|Memphis|Baltimore|San Jose|Salt Lake City|Manchester|Liverpool|Edinburgh|Glasgow|Cardiff",
     "Zurich|Florence|Barcelona|Stockholm|Atlanta|Miami|Montreal|Melbourne|Mumbai|Los Angeles",
 )
 NOUN = (
     "chairs|desks|lamps|shirts|books|pens|mugs|plates|bottles|boxes|bags|cables|phones|tables|shoes|towels|candles|"
-    "cups|jackets|batteries|keyboards|blankets|notebooks|bikes|helmets|mirrors|printers|knives|hats|clocks",
+    "cups|jackets|batteries|keyboards|blankets|notebooks|bikes|helmets|mirrors|printers|knives|hats|clocks|shelves|"
+    "carpets|curtains|envelopes|folders|markers|staplers|headphones|routers|monitors|hammers|ladders|brushes|buckets|"
+    "filters|magnets|postcards|puzzles|ribbons|sandals|sweaters|teapots|trays|vases|wallets|whistles|zippers|radios",
     "pillows|spoons|scarves|speakers|tents|umbrellas|gloves|baskets|cameras|screws",
 )
 ADJECTIVE = (
-    "red|blue|green|black|white|small|large|wooden|cheap|heavy|used|glass|steel|soft|office|garden|kitchen|leather",
+    "red|blue|green|black|white|small|large|wooden|cheap|heavy|used|glass|steel|soft|office|garden|kitchen|leather|"
+    "orange|purple|thin|waterproof|striped|silver|travel|paper|antique|rubber",
     "yellow|plastic|cotton|metal|round|folding",
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +72,22 @@ class Policy(nn.Module):
         inner = self.adapted if self.adapted is not None else self.causal_lm
         return {name: value for name, value in sorted(inner.named_parameters()) if value.requires_grad}
 
+    def save(self, directory: Path, masters: Mapping[str, torch.Tensor]) -> None:
+        """Write the trained weights as PEFT (adapter) or transformers (full-parameter) reads them.
+
+        Args:
+            directory: an existing, empty directory.
+            masters: float32 values of the trained parameters by name.
+        """
+        detached = {name: master.detach().cpu() for name, master in masters.items()}
+        if self.adapted is not None:
+            self.adapted.peft_config["default"].base_model_name_or_path = self.model_path
+            self.adapted.save_pretrained(str(directory), state_dict=detached)
+        else:
+            dtype = self.causal_lm.dtype
+            weights = {name: tensor.to(dtype) for name, tensor in detached.items()}
+            self.causal_lm.save_pretrained(str(directory), state_dict=weights)
+
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """The base model, within the block."""
@@ -124,7 +140,6 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
         raise ModelError(f"{model.path}: cannot be loaded: {reason}") from None
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
-    causal_lm.config.use_cache = False
     causal_lm.requires_grad_(False)
     causal_lm.to(device)
     return causal_lm.eval()  # type: ignore[no-any-return]
@@ -186,3 +201,13 @@ def _head_form(causal_lm: PreTrainedModel) -> HeadForm:
     config: dict[str, Any] = causal_lm.config.get_text_config().to_dict()
     scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
     return HeadForm(scale=scale, softcap=config.get("final_logit_softcapping"))
+
+
+def warm_start(lora: LoraSettings | None, policy: Policy, masters: Mapping[str, torch.Tensor]) -> None:
+    """Begin from an adapter directory, where the recipe names one; writes into the float32 masters."""
+    if lora is None or lora.warm_start is None:
+        return
+    saved = adapter_tensors(Path(lora.warm_start), policy)
+    with torch.no_grad():
+        for name, master in masters.items():
+            master.copy_(saved[name])

@@ -1,8 +1,8 @@
 """Try rewards before training does: `trainer check --rewards`.
 
 Each reward sees the gold answers of some rows, and garbage: words, another row's answer, nothing, 100 kB, and
-`5^5^5^5`, which no reward may compute. Gold answers are also dressed as models write them, since a reward may look for a
-box, a tag or a block of code only.
+`5^5^5^5`, which no reward may compute. Gold answers are also dressed as models write them, since a reward may look for
+a box, a tag or a block of code only.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ def probe(
     settings: dict[str, Any] = {"base_dir": base_dir, "timeout_s": timeout_s, "memory_limit_gib": memory_limit_gib}
     with RewardRunner(specs, **settings) as runner:
         _refuse_missing_fields(runner, specs, rows, gold_field)
-        first = runner.submit([(trial.text, trial.row) for trial in trials]).outcomes()
+        first = _outcomes(runner, trials)
         again = [trial for trial, outcomes in zip(trials, first, strict=True) if _all_scored(outcomes)]
-        second = runner.submit([(trial.text, trial.row) for trial in again]).outcomes()
+        second = _outcomes(runner, again)
     repeated = {id(trial): outcomes for trial, outcomes in zip(again, second, strict=True)}
     reports = []
     for index, spec in enumerate(specs):
@@ -158,6 +158,12 @@ def check_rows(specs: Sequence[Spec], rows: Sequence[Row], base_dir: Path, *, ti
     """
     with RewardRunner(specs, base_dir=base_dir, timeout_s=timeout_s) as runner:
         _refuse_missing_fields(runner, specs, rows, None)
+
+
+def _outcomes(runner: RewardRunner, trials: Sequence[Trial]) -> list[list[Outcome]]:
+    """Score each trial in a submission of its own, so that a batch reward is timed on one text too."""
+    pending = [runner.submit([(trial.text, trial.row)]) for trial in trials]
+    return [outcomes for scoring in pending for outcomes in scoring.outcomes()]
 
 
 def _refuse_missing_fields(

@@ -64,7 +64,7 @@ class WorkerProcess:
         self._inbox = self._process.stdout
         self._outbox = self._process.stdin
         os.set_blocking(self._outbox.fileno(), False)
-        self._setup = setup
+        self._setup = {**setup, "directory": str(directory)}
 
     def await_ready(self) -> list[bool]:
         """Wait until the rewards are loaded; return which of them take batches.

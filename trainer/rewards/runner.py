@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeAlias, final
@@ -193,12 +193,12 @@ class RewardRunner:
             if not worker.is_alive:  # the kernel took it between two calls
                 worker = self._replace(worker)
             reply = worker.ask(message, self._timeout_s)
-            return [Outcome.from_json(outcome) for outcome in reply["outcomes"]], reply["split"]
+            outcomes = [Outcome.from_json(outcome) for outcome in reply["outcomes"]]
+            return [_located(outcome, item) for outcome, item in zip(outcomes, items, strict=True)], reply["split"]
         except WorkerFailedError as error:
             worker = self._replace(worker)
-            where = f"on {items[0]['file']}:{items[0]['line']}"
-            outcome = Outcome(failure=f"{where}\n{error}", seconds=self._timeout_s)
-            return [outcome] * len(items), len(items) > 1
+            outcome = Outcome(failure=f"{error}", seconds=self._timeout_s)
+            return [_located(outcome, item) for item in items], len(items) > 1
         finally:
             self._idle.put(worker)
 
@@ -232,6 +232,13 @@ def weigh(specs: Sequence[Spec], outcomes: Sequence[Outcome]) -> Scored:
         spec.weight * outcome.value for spec, outcome in zip(specs, outcomes, strict=True) if outcome.value is not None
     ]
     return Scored(sum(terms), rewards) if terms else Scored(None, rewards, ALL_ABSTAINED)
+
+
+def _located(outcome: Outcome, item: Mapping[str, Any]) -> Outcome:
+    """Say on which row a reward failed."""
+    if outcome.failure is None:
+        return outcome
+    return replace(outcome, failure=f"on {item['file']}:{item['line']}\n{outcome.failure}")
 
 
 def _to_json(item: Item, prompt: Prompt | None) -> dict[str, Any]:

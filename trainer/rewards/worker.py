@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -37,7 +38,6 @@ def main() -> None:
     os.dup2(2, 1)
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a call hangs before it kills
     parent = os.getppid()
-    threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
 
     def send(message: Mapping[str, Any]) -> None:
         outbox.write(encode(message))
@@ -46,6 +46,7 @@ def main() -> None:
     setup = read_message(inbox)
     if setup is None:
         return
+    threading.Thread(target=_follow_parent, args=(parent, setup["directory"]), daemon=True).start()
     try:
         rewards = [load_reward(spec["use"], spec["args"], Path(setup["base_dir"])) for spec in setup["rewards"]]
     except RewardError as error:
@@ -170,7 +171,7 @@ def _failure(error: BaseException, row: Row, start: float, required: Sequence[st
     own = error.__traceback__.tb_next if error.__traceback__ else None  # without our own frame
     text = "".join(traceback.format_exception(type(error), error, own))
     return Outcome(
-        failure=f"on {row}\n{text[-MAX_FAILURE_CHARACTERS:]}",
+        failure=text[-MAX_FAILURE_CHARACTERS:],
         missing=missing,
         fields=tuple(sorted(asked)),
         seconds=seconds,
@@ -188,10 +189,14 @@ def _limit_memory(limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _follow_parent(parent: int) -> None:
-    """End this process and its children when the parent is gone, even from inside a reward that hangs."""
+def _follow_parent(parent: int, directory: str) -> None:
+    """End this process and its children when the parent is gone, even from inside a reward that hangs.
+
+    What the parent would have removed goes too.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
+    shutil.rmtree(directory, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -1,0 +1,252 @@
+"""Checkpoints: torch DCP, written aside, hashed, renamed; the newest valid one wins.
+
+A checkpoint holds tensors only. Scalars stand in manifest.json, which is written last: a directory without a manifest
+that verifies is no checkpoint. DCP's own `.metadata` is a pickle and is read by an unpickler that knows nothing but
+DCP's records, so a planted one runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+
+from trainer.config.recipe import Recipe
+from trainer.distributed import World
+from trainer.errors import CheckpointError
+from trainer.run import RunDir, fsync_dir, write_atomically
+
+FORMAT: Final = 1
+MANIFEST: Final = "manifest.json"
+
+
+@final
+@dataclass
+class TrainState:
+    """What a run is, besides tensors: the step and counters."""
+
+    step: int = 0
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Knows DCP's records and torch's plain value types, and refuses every other name."""
+
+    ALLOWED: Final = frozenset(
+        {
+            *(
+                ("torch.distributed.checkpoint.metadata", name)
+                for name in (
+                    "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+                    "StorageMeta", "_MEM_FORMAT_ENCODING",
+                )
+            ),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+        }
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if module in {"pathlib", "pathlib._local"} and name in {"PosixPath", "PurePosixPath", "Path"}:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+class _SafeReader(FileSystemReader):
+    """DCP's reader with the restricted unpickler, tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        data = (Path(self.path) / ".metadata").read_bytes()
+        try:
+            metadata = _RestrictedUnpickler(io.BytesIO(data)).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}/.metadata: refused: {error}") from None
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{self.path}/.metadata: holds {type(metadata).__name__}")
+        if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise CheckpointError(f"{self.path}: holds byte entries; only tensors are read")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+@final
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, identity_hash: str, world: World, attempt: int) -> None:
+        """Open the run's checkpoint directory."""
+        self.run, self.recipe, self.identity_hash = run, recipe, identity_hash
+        self.world, self.attempt = world, attempt
+
+    def save(self, state: TrainState, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Write a checkpoint of this step; every rank calls it.
+
+        Returns:
+            Seconds that the step stood still.
+
+        Raises:
+            CheckpointError: it could not be written; nothing of it is left and older ones are intact.
+        """
+        begin = time.perf_counter()
+        target = self.run.checkpoint(state.step)
+        staging = target.with_name(f".{target.name}.tmp")
+        problem: str | None = None
+        if self.world.is_main:
+            try:
+                self.run.refuse_stale(self.attempt)
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            except OSError as error:
+                problem = str(error)
+        problem = self._any_problem(problem)
+        if problem is None:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # DCP warns of single-process use
+                    dcp.save(dict(tensors), storage_writer=FileSystemWriter(staging, sync_files=True))
+            except Exception as error:  # DCP wraps whatever a rank's disk raised
+                problem = f"{type(error).__name__}: {_root_cause(error)}"
+            problem = self._any_problem(problem)
+        if problem is None and self.world.is_main:
+            try:
+                self._commit(staging, target, state)
+            except OSError as error:
+                problem = str(error)
+        problem = self._any_problem(problem)
+        if problem is not None:
+            if self.world.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(f"{target}: not written: {problem}")
+        if self.world.is_main:
+            self._prune(state.step)
+        return time.perf_counter() - begin
+
+    def load_newest(self, tensors: Mapping[str, torch.Tensor]) -> TrainState | None:
+        """Read the newest valid checkpoint into the given tensors; every rank calls it.
+
+        Broken ones are moved aside with a warning. The tensors' placement and number of ranks may differ from those
+        that saved.
+
+        Returns:
+            Its step and counters, or None where there is no valid checkpoint.
+        """
+        chosen = self._newest_valid() if self.world.is_main else None
+        chosen = self.world.from_main(chosen)
+        if chosen is None:
+            return None
+        directory, manifest = chosen
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(dict(tensors), storage_reader=_SafeReader(directory))
+        return TrainState(manifest["step"], manifest["counters"])
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint directory, ascending."""
+        if not self.run.checkpoints.is_dir():
+            return []
+        names = [entry.name for entry in self.run.checkpoints.iterdir() if entry.is_dir()]
+        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+
+    def _any_problem(self, problem: str | None) -> str | None:
+        found = [text for text in self.world.gather(problem) if text]
+        return found[0] if found else None
+
+    def _commit(self, staging: Path, target: Path, state: TrainState) -> None:
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            for file in sorted(staging.iterdir())
+            if file.name != MANIFEST
+        }
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "counters": state.counters,
+            "world_size": self.world.size,
+            "identity_hash": self.identity_hash,
+            "files": files,
+        }
+        for name in files:
+            with (staging / name).open("rb") as handle:
+                os.fsync(handle.fileno())
+        write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1))
+        self.run.refuse_stale(self.attempt)
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        fsync_dir(target.parent)
+
+    def _newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
+        for step in reversed(self.steps()):
+            directory = self.run.checkpoint(step)
+            try:
+                return directory, self._verified(directory)
+            except CheckpointError as error:
+                aside = _free_name(directory)
+                directory.rename(aside)
+                warnings.warn(f"{error}; moved to {aside.name}, taking the one before", stacklevel=2)
+        return None
+
+    def _verified(self, directory: Path) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+            files = manifest["files"]
+            identity, _step, _counters = manifest["identity_hash"], int(manifest["step"]), dict(manifest["counters"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{directory}: no readable manifest ({type(error).__name__})") from None
+        if identity != self.identity_hash:
+            raise CheckpointError(f"{directory}: belongs to another run")
+        if ".metadata" not in files:
+            raise CheckpointError(f"{directory}: lists no metadata")
+        for name, about in files.items():
+            file = directory / name
+            if Path(name).name != name or not file.is_file():
+                raise CheckpointError(f"{file}: missing")
+            if file.stat().st_size != about["bytes"] or file_sha256(file) != about["sha256"]:
+                raise CheckpointError(f"{file}: damaged")
+        _SafeReader(directory).read_metadata()
+        return manifest
+
+    def _prune(self, newest: int) -> None:
+        every = self.recipe.keep_every
+        ours = [step for step in self.steps() if step <= newest]
+        for step in ours[: -self.recipe.keep_last]:
+            if not (every and step % every == 0):
+                shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _free_name(directory: Path) -> Path:
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.broken-{number}")).exists():
+        number += 1
+    return aside
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__ or error
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,102 @@
+"""The command line: check, train, status, shapes. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except TrainerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_USER
+
+
+def _parser() -> argparse.ArgumentParser:
+    from trainer import __version__
+
+    parser = argparse.ArgumentParser(prog="trainer", description="Fine-tuning from one recipe.")
+    parser.add_argument("--version", action="version", version=f"tunesmith {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="validate a recipe, resolve it on a shape, estimate memory")
+    _recipe_arguments(check)
+    check.add_argument("--json", action="store_true", help="print the plan as one JSON document")
+    check.add_argument("--data", action="store_true", help="show the first rows as tokens, coloured by what is trained")
+    check.add_argument("--rewards", action="store_true", help="try the rewards on gold answers and on garbage")
+    check.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
+    check.set_defaults(run=_check)
+
+    train = commands.add_parser("train", help="train, or go on with a run; the same command again resumes")
+    _recipe_arguments(train)
+    train.add_argument("--name", help="run name; the recipe's own when left out")
+    train.set_defaults(run=_train)
+
+    status = commands.add_parser("status", help="state, step, rate, time left, last metrics of a run")
+    status.add_argument("target", metavar="RUN", help="run directory or name")
+    status.add_argument("--follow", action="store_true", help="until the run ends")
+    status.add_argument("--json", action="store_true", help="print one JSON document")
+    status.set_defaults(run=_status)
+
+    shapes = commands.add_parser("shapes", help="the training shapes; with a recipe, which it fits and why not")
+    shapes.add_argument("recipe", nargs="?", metavar="RECIPE")
+    shapes.set_defaults(run=_shapes)
+
+    export = commands.add_parser("export", help="write a merged model of a finished run, and verify it")
+    export.add_argument("target", metavar="RUN", help="run directory or name")
+    export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
+    export.add_argument("--best", action="store_true", help="the best held-out weights, not the last")
+    export.add_argument("--out", metavar="DIR", help="where to; RUN/merged when left out")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field")
+    parser.add_argument("--shape", metavar="NAME", help="training shape")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from trainer.launch.check import check
+
+    return check(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from trainer.launch.train import train
+
+    return train(arguments)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from trainer.launch.status import status
+
+    return status(arguments)
+
+
+def _shapes(arguments: argparse.Namespace) -> int:
+    from trainer.launch.check import shapes
+
+    return shapes(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer.launch.train import export
+
+    return export(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

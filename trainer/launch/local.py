@@ -1,0 +1,46 @@
+"""The launch command of a shape on this machine, as argv; pure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from trainer.config.load import config_dirs
+from trainer.config.shape import TrainingShape
+from trainer.errors import LaunchError
+
+
+def accelerate_config(shape: TrainingShape) -> Path:
+    """The launcher configuration that the shape names.
+
+    Raises:
+        LaunchError: there is none of this name.
+    """
+    for place in config_dirs("accelerate"):
+        file = place / f"{shape.accelerate}.yaml"
+        if file.is_file():
+            return file
+    raise LaunchError(f"shape {shape.name}: configs/accelerate/{shape.accelerate}.yaml does not exist")
+
+
+def launch_argv(shape: TrainingShape, target: Path, python: str = sys.executable) -> list[str]:
+    """`accelerate launch` for one node; on several nodes run it on each with its --machine_rank.
+
+    Args:
+        shape: ranks and nodes.
+        target: a run directory or a recipe.
+        python: the interpreter.
+    """
+    argv = [python, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(shape))]
+    argv += ["--num_processes", str(shape.num_ranks), "--num_machines", str(shape.nodes)]
+    if shape.device == "cpu":
+        argv += ["--num_cpu_threads_per_process", "0"] if shape.num_ranks == 1 else []
+    return [*argv, "-m", "trainer.worker", str(target)]
+
+
+def shown_command(shape: TrainingShape, target: str) -> str:
+    """The same as a person would type it."""
+    argv = launch_argv(shape, Path(target), "python")
+    config = Path(argv[4])
+    shown = config.relative_to(Path.cwd()) if config.is_relative_to(Path.cwd()) else config
+    return " ".join(["accelerate", "launch", "--config_file", str(shown), *argv[5:]])

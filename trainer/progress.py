@@ -1,0 +1,92 @@
+"""What a person sees while a run goes on. No torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, TextIO, final
+
+SHOWN: Final = {
+    "train/loss": ("loss", "{:.4f}"),
+    "rollout/reward": ("reward", "{:.3f}"),
+    "train/ref_kld": ("ref_kld", "{:.2g}"),
+    "train/ppo_kl": ("ppo_kl", "{:.2g}"),
+    "train/entropy": ("entropy", "{:.2f}"),
+    "rollout/completion_tokens": ("len", "{:.0f}"),
+    "rollout/truncated_frac": ("cut", "{:.0%}"),
+    "train/grad_norm": ("grad", "{:.2f}"),
+    "train/learning_rate": ("lr", "{:.1e}"),
+    "perf/tokens_per_s": ("tok/s", "{:.0f}"),
+    "eval/loss": ("held-out loss", "{:.4f}"),
+    "eval/reward": ("held-out reward", "{:.3f}"),
+}
+QUIET_S: Final = 30.0
+"""Without a terminal, a line at most so often."""
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The record's numbers that people look at, on a line."""
+    return "  ".join(
+        f"{label} {pattern.format(record[name])}" for name, (label, pattern) in SHOWN.items() if name in record
+    )
+
+
+def duration(seconds: float) -> str:
+    """A duration for people.
+
+    >>> duration(75), duration(4000), duration(8.4)
+    ('1m15s', '1h06m', '8s')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+@final
+class Console:
+    """A progress bar on a terminal, a line now and then elsewhere; always on stderr."""
+
+    def __init__(self, steps: int, stream: TextIO = sys.stderr) -> None:
+        """Begin to show a run of so many steps."""
+        self.steps, self.stream = steps, stream
+        self.is_terminal = stream.isatty()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+        self._last_line = 0.0
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Show a metrics record."""
+        step = int(record["step"])
+        self._recent.append((float(record.get("time", time.time())), step))
+        is_milestone = step in (0, self.steps) or any(name.startswith("eval/") for name in record)
+        now = time.monotonic()
+        text = f"{step}/{self.steps}  {describe(record)}{self._left(step)}"
+        if self.is_terminal:
+            width = 24
+            done = round(width * step / max(1, self.steps))
+            self.stream.write(f"\r\033[K[{'#' * done}{'.' * (width - done)}] {text}")
+            if is_milestone:
+                self.stream.write("\n")
+        elif is_milestone or now - self._last_line > QUIET_S:
+            self.stream.write(text + "\n")
+            self._last_line = now
+        self.stream.flush()
+
+    def say(self, text: str) -> None:
+        """Say a sentence on a line of its own."""
+        self.stream.write(("\r\033[K" if self.is_terminal else "") + text + "\n")
+        self.stream.flush()
+
+    def _left(self, step: int) -> str:
+        seconds = seconds_left(self._recent, step, self.steps)
+        return f"  {duration(seconds)} left" if seconds is not None and step < self.steps else ""
+
+
+def seconds_left(recent: deque[tuple[float, int]], step: int, steps: int) -> float | None:
+    """Time left at the rate of the last steps; None where there is no rate yet."""
+    if len(recent) < 2 or recent[-1][1] <= recent[0][1]:
+        return None
+    (begin, first), (end, last) = recent[0], recent[-1]
+    return (end - begin) / (last - first) * (steps - step)

@@ -1,0 +1,204 @@
+"""One attempt at a run: what both loops share around their steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trainer.checkpoint import Checkpoints, TrainState
+from trainer.config.plan import Plan
+from trainer.distributed import World
+from trainer.errors import CheckpointError, PreemptedError
+from trainer.learner import Learner
+from trainer.metrics import MetricsLog, peak_gib
+from trainer.preemption import StopFlag
+from trainer.progress import Console
+from trainer.run import HEARTBEAT_S, RunDir, replaced_directory
+
+Values = dict[str, float]
+
+
+@final
+class Session:
+    """Plan, run directory, ranks, log, checkpoints and the stop flag of this attempt."""
+
+    def __init__(self, plan: Plan, run: RunDir, world: World, attempt: int) -> None:
+        """Open everything; `train` of a loop gets it."""
+        self.plan, self.run, self.world, self.attempt = plan, run, world, attempt
+        self.console = Console(plan.steps) if world.is_main else None
+        self.log = MetricsLog(run, attempt, plan, is_main=world.is_main, show=self._show)
+        self.checkpoints = Checkpoints(run, plan.recipe, plan.identity_hash, world, attempt)
+        self.stop = StopFlag()
+        self.phase = "starting"
+        self.step = 0
+        self.saved_step: int | None = None
+
+    def say(self, text: str) -> None:
+        """Tell a person, on the main rank."""
+        if self.console is not None:
+            self.console.say(text)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if self.console is not None:
+            self.console.show(record)
+
+    def resume(self, learner: Learner) -> TrainState:
+        """The state to go on from: the newest valid checkpoint, or the beginning."""
+        state = self.checkpoints.load_newest(learner.state_tensors())
+        if state is None:
+            state = TrainState()
+        else:
+            self.saved_step = state.step
+            learner.updates = int(state.counters.get("updates", 0))
+            learner.refresh()
+            self.say(f"resumed {self.run.root} at step {state.step} of {self.plan.steps}")
+        self.log.rewind(state.step if self.saved_step is not None else -1)
+        self.step = state.step
+        return state
+
+    def after_step(self, state: TrainState, learner: Learner, values: Values, evaluate: Callable[[], Values]) -> None:
+        """What is due after a step: evaluation, the log, a checkpoint, a stop; in this order.
+
+        Raises:
+            PreemptedError: a rank was asked to stop; the state is saved.
+        """
+        recipe = self.plan.recipe
+        self.step = state.step
+        state.counters["updates"] = learner.updates
+        last = state.step == self.plan.steps
+        if recipe.data.eval is not None and (last or (recipe.eval_interval and state.step % recipe.eval_interval == 0)):
+            values |= self.evaluated(learner, evaluate)
+        self.log.write(state.step, values | {"train/updates": learner.updates})
+        must_stop = self.stop.agreed(self.world)
+        if must_stop or (recipe.dcp_save_interval and (last or state.step % recipe.dcp_save_interval == 0)):
+            self.save(state, learner, must=must_stop)
+        self._beat()
+        if must_stop and not last:
+            raise PreemptedError(f"stopped after step {state.step} of {self.plan.steps}; the state is saved")
+
+    def evaluated(self, learner: Learner, evaluate: Callable[[], Values]) -> Values:
+        """Held-out values, and the best weights so far kept."""
+        self.phase = "evaluating"
+        values = evaluate()
+        if self.world.is_main and self._is_best(values):
+            self.save_weights(learner, best=True)
+        self.phase = "training"
+        return values
+
+    def save(self, state: TrainState, learner: Learner, *, must: bool) -> None:
+        """Checkpoint; a failure is a warning while older checkpoints and later attempts remain."""
+        if self.saved_step == state.step:
+            return
+        self.phase = "saving"
+        try:
+            seconds = self.checkpoints.save(state, learner.state_tensors())
+        except CheckpointError as error:
+            if must:
+                raise
+            self.say(f"warning: {error}; going on, the next save tries again")
+        else:
+            self.saved_step = state.step
+            state.counters["save_s"] = seconds
+        self.phase = "training"
+
+    def save_weights(self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+        """Write adapter/ or model/ (or the -best one) whole or not at all."""
+        target = self.run.weights(is_lora=self.plan.recipe.lora is not None, best=best)
+        with replaced_directory(target) as directory:
+            learner.policy.save(directory, learner.masters)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(directory))
+        return target
+
+    def _is_best(self, values: Values) -> bool:
+        """Decided from metrics.jsonl, so that a resumed run decides alike; ties: the earlier."""
+        for name, sign in (("eval/reward", -1.0), ("eval/loss", 1.0)):
+            if name in values:
+                before = [sign * record[name] for record in self.run.read_metrics() if name in record]
+                return not before or sign * values[name] < min(before)
+        return False
+
+    def best(self) -> tuple[int, str, float] | None:
+        """Step, name and value of the best held-out result."""
+        for name, sign in (("eval/reward", -1.0), ("eval/loss", 1.0)):
+            found = [(sign * record[name], record["step"]) for record in self.run.read_metrics() if name in record]
+            if found:
+                value, step = min(found)
+                return step, name, sign * value
+        return None
+
+    def performance(self, *, tokens: float, step_s: float) -> Values:
+        """The perf/ values of a step that every method has."""
+        peak = max(self.world.max_of([peak_gib(self.world.device)]))
+        return {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Write the heartbeat within the block."""
+        if not self.world.is_main:
+            yield
+            return
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_S):
+                self._beat()
+
+        self._beat()
+        thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _beat(self) -> None:
+        if self.world.is_main:
+            self.run.write_heartbeat(self.attempt, self.step, self.phase)
+
+
+def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
+    """What attempts.jsonl says of a process start."""
+    import accelerate
+    import peft
+    import transformers
+
+    import trainer
+
+    versions = {module.__name__: module.__version__ for module in (trainer, torch, transformers, peft, accelerate)}
+    return {
+        "time": math.floor(time.time()),
+        "shape": plan.shape.name,
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "launcher": os.environ.get("TRAINER_LAUNCHER", "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "steps": plan.steps,
+        "argv": sys.argv[1:],
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

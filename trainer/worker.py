@@ -1,0 +1,116 @@
+"""What every rank runs: `accelerate launch -m trainer.worker RECIPE_OR_RUN_DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from trainer.config.load import load_recipe
+from trainer.config.plan import Plan, make_plan
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, PreemptedError, TrainerError
+from trainer.run import Outcome, RunDir, State, open_run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank of one attempt; the exit code is the outcome's."""
+    arguments = _parse(argv)
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        plan, run = _plan_and_run(arguments)
+        return _attempt(plan, run)
+    except TrainerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+def _attempt(plan: Plan, run: RunDir) -> int:
+    from contextlib import ExitStack
+
+    from trainer import rft, sft
+    from trainer.distributed import join_world, leave_world
+    from trainer.session import Session, about_attempt
+
+    _quiet_libraries()
+    world = join_world(plan.shape.device, plan.shape.num_ranks)
+    with ExitStack() as stack:
+        stack.callback(leave_world, world)
+        if world.is_main:
+            stack.enter_context(run.locked())
+            run.outcome_file.unlink(missing_ok=True)
+        number = world.from_main(run.take_attempt(about_attempt(plan, world)) if world.is_main else None)
+        session = Session(plan, run, world, number)
+        stack.enter_context(session.alive())
+        outcome = Outcome("failed", 0, "", EXIT_FAILED)
+        try:
+            {"sft": sft.train, "rft": rft.train}[plan.recipe.method](session)
+            outcome = Outcome("finished", plan.steps, _summary(session), EXIT_FINISHED)
+        except TrainerError as error:
+            state: State = "preempted" if isinstance(error, PreemptedError) else "failed"
+            outcome = Outcome(state, session.step, str(error), error.exit_code)
+        except OSError as error:
+            kept = f"; the checkpoint of step {session.saved_step} is kept" if session.saved_step is not None else ""
+            message = f"{error.strerror or error}: {error.filename or run.root}{kept}. Mend it and run the same command."
+            outcome = Outcome("failed", session.step, message, EXIT_FAILED)
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome("failed", session.step, f"{type(error).__name__}: {error}", EXIT_FAILED)
+        session.log.close(outcome.exit_code)
+        if world.is_main:
+            session.say(outcome.message)
+            run.write_outcome(outcome)
+        if outcome.state == "failed" and world.size > 1:
+            sys.stderr.flush()
+            os._exit(outcome.exit_code)  # other ranks wait in a collective that this one will never join
+        return outcome.exit_code
+
+
+def _summary(session: object) -> str:
+    from trainer.session import Session
+
+    assert isinstance(session, Session)
+    text = f"finished {session.plan.steps} steps of {session.run.root}"
+    best = session.best() if session.world.is_main else None
+    if best is not None:
+        first = next((record for record in session.run.read_metrics() if best[1] in record), {})
+        text += f"; {best[1]} {first.get(best[1], float('nan')):.4f} at step {first.get('step')}, "
+        text += f"best {best[2]:.4f} at step {best[0]}"
+    return text
+
+
+def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
+    target = Path(arguments.target)
+    if target.is_dir():
+        run = RunDir(target)
+        return run.read_plan(), run
+    plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
+    if int(os.environ.get("RANK", "0")) == 0:
+        return plan, open_run(plan, arguments.name)
+    return plan, RunDir(Path("runs") / (arguments.name or plan.recipe.name))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="trainer.worker", description=__doc__)
+    parser.add_argument("target", help="a recipe, or a run directory that holds a plan")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
+    parser.add_argument("--shape", help="training shape")
+    parser.add_argument("--name", help="run name")
+    return parser.parse_args(argv)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars of loaders are noise here, and advice for their callers is not for our users."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
