@@ -34,7 +34,7 @@ class HeadForm:
 
 def tile_rows(vocab: int) -> int:
     """Rows of a tile, a power of two."""
-    return max(16, 1 << ((TILE_CELLS // vocab).bit_length() - 1))
+    return max(16, (1 << (TILE_CELLS // vocab).bit_length()) >> 1)
 
 
 def tiled_logprobs(

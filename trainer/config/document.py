@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import yaml
 
 from trainer.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
+SOURCE_FIELDS: Final = frozenset({"path", "hub", "config", "split", "revision"})
+
+
+_KINDS: Final = {type(None): "nothing", yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-5` as a number, as YAML 1.2 does and PyYAML does not."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
     list("-+0123456789"),
@@ -45,15 +51,52 @@ class Document:
 
     def where(self, path: KeyPath) -> str:
         """`file:line: a.b.c`, or `--set a.b.c` for an override, as messages begin."""
-        name = ".".join(str(part) for part in path)
-        if any(path[: len(over)] == over or over[: len(path)] == path for over in self.overridden):
-            return f"--set {name}"
+        name = dotted(path)
+        place = self.place_of(path)
+        return f"--set {name}" if place == "--set" else f"{place}: {name}"
+
+    def place_of(self, path: KeyPath) -> str:
+        """`file:line`, or `--set`."""
+        if any(path[: len(over)] == over for over in self.overridden):
+            return "--set"
+        if path not in self.lines and any(over[: len(path)] == path for over in self.overridden):
+            return "--set"
         line = self.line_of(path)
-        return f"{self.file}:{line}: {name}" if line else f"{self.file}: {name}"
+        return f"{self.file}:{line}" if line else self.file
 
     def is_given(self, path: KeyPath) -> bool:
         """Whether the user wrote this value, in the file or by `--set`."""
         return path in self.lines or any(over[: len(path)] == path for over in self.overridden)
+
+    def override(self, path: KeyPath, value: Any) -> None:
+        """Note that `--set` gave this value; what the file said of it no longer counts."""
+        self.lines = {known: line for known, line in self.lines.items() if known[: len(path)] != path}
+        self.overridden.update(leaf for leaf, _ in leaves(value, path))
+
+
+def dotted(path: KeyPath) -> str:
+    """The path as people write it.
+
+    >>> dotted(("rewards", 0, "use"))
+    'rewards.0.use'
+    """
+    return ".".join(str(part) for part in path)
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value that is no section, with its path; a list of plain values is one value.
+
+    >>> dict(leaves({"a": {"b": 1}, "c": [2, 3], "d": [{"e": 4}]}))
+    {('a', 'b'): 1, ('c',): [2, 3], ('d', 0, 'e'): 4}
+    """
+    if isinstance(value, dict) and value:
+        for key, inside in value.items():
+            yield from leaves(inside, (*path, key))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, inside in enumerate(value):
+            yield from leaves(inside, (*path, index))
+    else:
+        yield path, value
 
 
 def read_document(path: Path) -> Document:
@@ -78,7 +121,7 @@ def read_document(path: Path) -> Document:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError([f"{path}:{line}: not YAML: {error.problem}"]) from None
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError([f"{path}:1: expected a mapping of fields, found {'nothing' if node is None else node.id}"])
+        raise RecipeError([f"{path}:1: expected a mapping of fields, found {_KINDS[type(node)]}"])
     document = Document(file=str(path), data={}, lines={})
     document.data = _read_mapping(loader, node, (), document)
     return document
@@ -87,12 +130,12 @@ def read_document(path: Path) -> Document:
 def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = str(loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+        key = str(loader.construct_object(key_node, deep=True))
         here = (*path, key)
         line = key_node.start_mark.line + 1
         if key in result:
             first = document.lines[here]
-            document.mistakes.append(f"{document.file}:{line}: {key}: given twice (first on line {first})")
+            document.mistakes.append(f"{document.file}:{line}: {dotted(here)}: given twice (first on line {first})")
         document.lines[here] = line
         result[key] = _read_node(loader, value_node, here, document)
     return result
@@ -107,7 +150,7 @@ def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Docume
             document.lines[(*path, index)] = item.start_mark.line + 1
             items.append(_read_node(loader, item, (*path, index), document))
         return items
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node, deep=True)
 
 
 def apply_override(document: Document, assignment: str) -> None:
@@ -122,29 +165,53 @@ def apply_override(document: Document, assignment: str) -> None:
     except yaml.YAMLError:
         value = text
     target: Any = document.data
-    for part, following in zip(path[:-1], path[1:], strict=True):
-        inside: Any = None
-        if isinstance(target, dict):
-            inside = target.get(str(part))
-        elif isinstance(target, list) and isinstance(part, int) and part < len(target):
-            inside = target[part]
-        if not isinstance(inside, dict | list):
-            inside = {"path": inside} if isinstance(inside, str) and following in {"path", "hub", "split"} else {}
-        if not _put(target, part, inside):
-            document.mistakes.append(f"--set {assignment}: there is no list entry {part}")
+    for part, following in itertools.pairwise(path):
+        inside = _section_under(target, part, following)
+        if inside is None or not _put(target, part, inside):
+            document.mistakes.append(_no_entry(assignment, path, document.data))
             return
         target = inside
     if not _put(target, path[-1], value):
-        document.mistakes.append(f"--set {assignment}: there is no list entry {path[-1]}")
+        document.mistakes.append(_no_entry(assignment, path, document.data))
         return
-    document.overridden.add(path)
+    document.override(path, value)
+
+
+def _section_under(target: Any, part: str | int, following: str | int) -> Any:
+    """What the next part of the name goes into: what is there, or a new section or list."""
+    inside: Any = None
+    if isinstance(target, dict):
+        inside = target.get(str(part))
+    elif isinstance(part, int) and part < len(target):
+        inside = target[part]
+    if isinstance(inside, dict | list):
+        return inside
+    if isinstance(following, int):
+        return [] if inside is None else None
+    if isinstance(inside, str) and following in SOURCE_FIELDS:
+        return {"path": inside}  # `data.train: file` is short for `data.train: {path: file}`
+    return {}
 
 
 def _put(target: Any, part: str | int, value: Any) -> bool:
-    if isinstance(target, list):
-        if not isinstance(part, int) or part >= len(target):
-            return False
-        target[part] = value
+    """Set an entry; one past the end of a list appends."""
+    if isinstance(target, dict):
+        target[str(part)] = value
         return True
-    target[str(part)] = value
+    if not isinstance(part, int) or part > len(target):
+        return False
+    target[part : part + 1] = [value]
     return True
+
+
+def _no_entry(assignment: str, path: KeyPath, data: Any) -> str:
+    known: KeyPath = ()
+    for part in path:
+        inside = data.get(str(part)) if isinstance(data, dict) else None
+        if isinstance(data, list) and isinstance(part, int) and part < len(data):
+            inside = data[part]
+        if inside is None:
+            break
+        data, known = inside, (*known, part)
+    what = f"a list of {len(data)}" if isinstance(data, list) else f"{data!r:.60}, no list"
+    return f"--set {assignment}: there is no {dotted(path)}; {dotted(known)} is {what}"
