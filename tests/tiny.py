@@ -24,6 +24,18 @@ HIDDEN: Final = 32
 
 _SLIDING: Final = {"sliding_window": 8}
 _MIXTURE: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS: Final = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_LINEAR: Final = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "llama": {},
     "qwen2": {},
@@ -32,8 +44,21 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "mixtral": _MIXTURE,
     "gemma2": {**_SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16},
     "gpt_oss": {**_SLIDING, **_MIXTURE, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2_moe": {
+        **_EXPERTS,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **_SLIDING,
+        "use_sliding_window": True,
+    },
+    "qwen3_next": {**_EXPERTS, **_LINEAR, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon": {},
+    "stablelm": {},
+    "mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2},
 }
-"""Families worth a test: windows of 8 tokens, soft caps (gemma2), sinks (gpt_oss), experts."""
+"""Families worth a test: windows of 8 tokens, soft caps (gemma2), sinks (gpt_oss), experts, and what is refused:
+windows only in the mask (qwen2_moe), recurrent state (qwen3_next), convolutions (lfm2), attention of their own (rest).
+"""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,7 +116,7 @@ def tiny_model_dir(path: Path, arch: str = "llama", *, seed: int = 0, scale: flo
 
     Args:
         path: the directory, made where it is missing.
-        arch: llama, qwen2, qwen3, mistral, mixtral, gemma2 or gpt_oss.
+        arch: a key of `_ARCHITECTURES`.
         seed: of the weights.
         scale: factor on the weights.
         **overrides: fields of the model's config.json.

@@ -114,15 +114,32 @@ def packed_attention(
         raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
     if dropout:
         raise ModelError("attention dropout is not supported; set attention_dropout to 0 in the model's config.json")
+    window = kwargs.get("sliding_window")
+    if window is None:
+        _refuse_unsaid_window(module, layout.max_len)
     form = _Form(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=kwargs.get("sliding_window"),
+        window=window,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
     if query.device.type == "cpu":
         return _bucketed(query, key, value, layout, form), None
     return _flex(query, key, value, layout, form), None
+
+
+def _refuse_unsaid_window(module: torch.nn.Module, longest: int) -> None:
+    """Some models put a layer's window only into the mask, which packed attention never sees."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds else "sliding_attention"
+    field = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}.get(kind)
+    window = getattr(config, field, None) if field else None
+    if window is not None and longest > window:
+        raise ModelError(
+            f"{type(module).__name__} does not hand its window of {window:,} tokens to attention: "
+            f"sequences longer than that cannot be trained; set data.max_seq_tokens to {window}"
+        )
 
 
 @final

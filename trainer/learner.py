@@ -134,6 +134,11 @@ class Learner:
         self.policy.eval()
         return self.optim_step(learning_rate, denominator, ())
 
+    def mean_so_far(self, name: str) -> float:
+        """A metric's mean over the tokens accumulated since the last update, over all ranks."""
+        total, tokens = self.world.sum_of([self._sums.get(name, 0.0), self._sums.get("tokens", 0.0)])
+        return total / tokens if tokens else 0.0
+
     def refresh(self) -> None:
         """Round the masters into the model, after an update or a load."""
         with torch.no_grad():

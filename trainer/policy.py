@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import peft
 import torch
@@ -52,8 +52,7 @@ class Policy(nn.Module):
             temperature: of the distribution that logprobs and entropy are of.
             with_entropy: whether to compute the entropy.
         """
-        backbone = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
-        output = backbone(
+        output = self.causal_lm.base_model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
@@ -97,6 +96,51 @@ class Policy(nn.Module):
             yield
 
 
+@final
+class Reference:
+    """What `ref_kld` is measured against: the policy as the run began, or its base without adapter.
+
+    A fresh adapter adds exactly nothing, so as the run began is the adapter off. After a warm start, or with full
+    parameters, the initial values are kept aside and put in place for the pass.
+    """
+
+    def __init__(self, policy: Policy, kind: Literal["initial", "base"], *, is_fresh: bool) -> None:
+        """Remember the reference; call it before any update and before a resume.
+
+        Args:
+            policy: as the run began.
+            kind: the recipe's choice.
+            is_fresh: whether the adapter is newly made, so that initial and base are the same.
+        """
+        self.policy = policy
+        self.values: dict[str, torch.Tensor] | None = None
+        if policy.adapted is None or (kind == "initial" and not is_fresh):
+            self.values = {name: value.detach().clone() for name, value in policy.trained_parameters().items()}
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """[N] logprobs of a pack under the reference."""
+        self.policy.eval()
+        with self._in_place():
+            return self.policy(batch, temperature=temperature).logprobs  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        if self.values is None:
+            with self.policy.adapter_off():
+                yield
+            return
+        parameters = self.policy.trained_parameters()
+        current = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.values[name]
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = current[name]
+
+
 def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, device: torch.device) -> Policy:
     """Load the base model and put an adapter on it.
 
@@ -107,7 +151,7 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
     if model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is None:
-        if causal_lm.config.to_dict().get("num_experts") or causal_lm.config.to_dict().get("num_local_experts"):
+        if has_experts(causal_lm):
             raise ModelError("full-parameter training of mixture-of-experts models needs a router loss; use LoRA")
         for parameter in causal_lm.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -137,7 +181,11 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if reason == repr(attention.PACKED_ATTENTION):
+            reason = "the model's code chooses attention by itself, so packed training would leak"
         raise ModelError(f"{model.path}: cannot be loaded: {reason}") from None
+    if causal_lm.base_model is causal_lm:
+        raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no backbone apart from its head")
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
     causal_lm.requires_grad_(False)
@@ -195,6 +243,13 @@ def adapter_tensors(directory: Path, policy: Policy) -> dict[str, torch.Tensor]:
     if found.keys() != ours.keys() or any(found[name].shape != ours[name].shape for name in ours):
         raise ModelError(f"{directory}: its weights are not those of this model and adapter")
     return found
+
+
+def has_experts(causal_lm: PreTrainedModel) -> bool:
+    """Whether the model is a mixture of experts."""
+    config: dict[str, Any] = causal_lm.config.get_text_config().to_dict()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any((config.get(name) or 0) > 1 for name in names)
 
 
 def _head_form(causal_lm: PreTrainedModel) -> HeadForm:

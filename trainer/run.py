@@ -95,6 +95,10 @@ class RunDir:
         """Directory of one step's rollouts."""
         return self.rollouts / f"step-{step:06d}"
 
+    def journal_chunk(self, step: int, number: int) -> Path:
+        """One chunk of it."""
+        return self.journal(step) / f"chunk-{number:04d}.jsonl"
+
     def log_file(self, attempt: int) -> Path:
         """What one attempt printed."""
         return self.root / "logs" / f"attempt-{attempt}.log"

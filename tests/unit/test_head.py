@@ -37,7 +37,9 @@ def make_inputs(rows: int, vocab: int, *, dtype: torch.dtype = torch.float32, wi
     return hidden, weight, bias, targets, factor
 
 
-def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm) -> tuple[Tensor, Tensor]:
+def naive(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm
+) -> tuple[Tensor, Tensor]:
     """Logprobs and entropy in float64, from the formula."""
     logits = hidden @ weight.T
     if bias is not None:

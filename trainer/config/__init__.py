@@ -1,0 +1,1 @@
+"""Recipes and training shapes as typed data, and the plan they make. No torch."""

@@ -64,9 +64,11 @@ class Document:
         line = self.line_of(path)
         return f"{self.file}:{line}" if line else self.file
 
-    def is_given(self, path: KeyPath) -> bool:
-        """Whether the user wrote this value, in the file or by `--set`."""
-        return path in self.lines or any(over[: len(path)] == path for over in self.overridden)
+    def origin_of(self, path: KeyPath) -> str | None:
+        """Where one value is from: `--set`, `file:line`, or None where the user gave none."""
+        if any(over[: len(path)] == path for over in self.overridden):
+            return "--set"
+        return self.place_of(path) if path in self.lines else None
 
     def override(self, path: KeyPath, value: Any) -> None:
         """Note that `--set` gave this value; what the file said of it no longer counts."""
@@ -114,16 +116,24 @@ def read_document(path: Path) -> Document:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise RecipeError([f"{path}:{line}: byte {error.start} is not UTF-8. Save the file as UTF-8."]) from None
+    document = Document(file=str(path), data={}, lines={})
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError([f"{path}:1: expected a mapping of fields, found {_KINDS[type(node)]}"])
+        document.data = _read_mapping(loader, node, (), document)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError([f"{path}:{line}: not YAML: {error.problem}"]) from None
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError([f"{path}:1: expected a mapping of fields, found {_KINDS[type(node)]}"])
-    document = Document(file=str(path), data={}, lines={})
-    document.data = _read_mapping(loader, node, (), document)
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(
+            [f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}"]
+        ) from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # control characters, an impossible date, an endless alias
+        raise RecipeError([f"{path}: not YAML: {str(error).splitlines()[0]}"]) from None
     return document
 
 
@@ -162,7 +172,7 @@ def apply_override(document: Document, assignment: str) -> None:
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
     try:
         value = yaml.load(text, Loader=_Loader) if text else None  # noqa: S506  (a subclass of SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     target: Any = document.data
     for part, following in itertools.pairwise(path):

@@ -6,6 +6,7 @@ A first estimate: constants are counted from tensor shapes of a Llama-like layer
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from trainer.config.recipe import LoraSettings, Recipe
 from trainer.config.shape import TrainingShape
+from trainer.errors import ModelError
 
 GIB: Final = 2**30
 HEAD_TILE_ROWS: Final = 256
@@ -64,49 +66,80 @@ class ModelFacts:
         except (KeyError, TypeError, ValueError):
             return None
 
-    def linears(self, experts: int) -> list[tuple[int, int]]:
-        """(in, out) of every linear layer of a block."""
+    def linears(self, experts: int) -> list[tuple[str, int, int]]:
+        """(name, in, out) of every linear layer of a block, as Llama-like models call them."""
         attention = [
-            (self.hidden, self.query_width),
-            (self.hidden, self.key_width),
-            (self.hidden, self.key_width),
-            (self.query_width, self.hidden),
+            ("q_proj", self.hidden, self.query_width),
+            ("k_proj", self.hidden, self.key_width),
+            ("v_proj", self.hidden, self.key_width),
+            ("o_proj", self.query_width, self.hidden),
         ]
-        up = [(self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)]
-        return attention + up * experts
+        mlp = [
+            ("gate_proj", self.hidden, self.intermediate),
+            ("up_proj", self.hidden, self.intermediate),
+            ("down_proj", self.intermediate, self.hidden),
+        ]
+        return attention + mlp * experts
 
     @property
     def block_params(self) -> int:
         """Parameters of all blocks, norms included."""
-        linear = sum(i * o for i, o in self.linears(self.num_experts))
+        linear = sum(i * o for _, i, o in self.linears(self.num_experts))
         return self.layers * (linear + 2 * self.hidden)
 
     @property
     def params(self) -> int:
         """All parameters."""
-        return self.block_params + self.vocab * self.hidden * (1 if self.is_tied else 2) + self.hidden
+        return self.block_params + self.embedding_params + self.hidden
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of embedding and head."""
+        return self.vocab * self.hidden * (1 if self.is_tied else 2)
 
     @property
     def active_block_params(self) -> int:
         """Parameters that one token passes through, without embedding and head."""
-        return self.layers * sum(i * o for i, o in self.linears(self.active_experts))
+        return self.layers * sum(i * o for _, i, o in self.linears(self.active_experts))
 
     def lora_params(self, lora: LoraSettings) -> int:
-        """Parameters of the adapters of `all-linear`; an upper bound for a list of modules."""
-        return self.layers * lora.rank * sum(i + o for i, o in self.linears(self.num_experts))
+        """Parameters of the adapters; a list with names that we do not know counts as `all-linear`, an upper bound."""
+        linears = self.linears(self.num_experts)
+        if isinstance(lora.target_modules, list):
+            named = {module.rpartition(".")[2] for module in lora.target_modules}
+            if named <= {name for name, _, _ in linears}:
+                linears = [linear for linear in linears if linear[0] in named]
+        return self.layers * lora.rank * sum(i + o for _, i, o in linears)
 
 
 def find_model_facts(path: str, model_card_dirs: list[Path]) -> ModelFacts | None:
-    """Facts from a directory's config.json, or from our cards of well-known hub names."""
-    config = Path(path) / "config.json"
-    if config.is_file():
-        return ModelFacts.from_config(json.loads(config.read_text(encoding="utf-8")))
+    """Facts from a directory's config.json, from the hub's local cache, or from our cards of well-known hub names."""
+    for config in (Path(path) / "config.json", *_cached_configs(path)):
+        if config.is_file():
+            return ModelFacts.from_config(_read_config(config))
     for place in model_card_dirs:
         for card in sorted(place.glob("*.yaml")):
             known = yaml.safe_load(card.read_text(encoding="utf-8"))
             if path in known:
                 return ModelFacts.from_config(known[path])
     return None
+
+
+def _cached_configs(hub_name: str) -> list[Path]:
+    """config.json of every revision of a hub name that huggingface_hub has downloaded; without importing it."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return sorted(cache.glob(f"models--{hub_name.replace('/', '--')}/snapshots/*/config.json"))
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ModelError(f"{file}: not JSON ({error}). Copy the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: not a model's config. Copy the model again.")
+    return config
 
 
 @final
@@ -149,6 +182,7 @@ def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> 
         parts["activations"] = tokens * facts.layers * block
     if shards > 1:
         parts["gathered block"] = 2 * facts.block_params / facts.layers * compute_bytes
+        parts["gathered embedding and head"] = facts.embedding_params * compute_bytes
     parts["head tile"] = HEAD_TILE_ROWS * facts.vocab * (compute_bytes + 4 + 4)
     if recipe.method == "rft" and recipe.rollout is not None:
         sampled = min(recipe.rollout.chunk_prompts, recipe.rows_per_step) * recipe.rollout.group_size

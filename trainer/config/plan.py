@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
-from trainer.config.document import KeyPath
+from trainer.config.document import Document, dotted, leaves
+from trainer.config.length import count_rows, mean_row_tokens, num_steps
 from trainer.config.load import LoadedRecipe, all_shapes, config_dirs, find_shape
 from trainer.config.memory import MemoryEstimate, ModelFacts, estimate_memory, find_model_facts, flops_per_token
 from trainer.config.presets import resolve_algorithm
@@ -18,9 +18,9 @@ from trainer.config.section import Section
 from trainer.config.shape import TrainingShape
 from trainer.errors import ShapeError
 
-PLAN_FORMAT = 1
-CHARS_PER_TOKEN = 3.5
-"""Rough, for the time estimate before anything is tokenized."""
+PLAN_FORMAT: Final = 1
+SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
+"""What the shape decides of a plan."""
 
 
 @final
@@ -64,56 +64,108 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     Raises:
         ShapeError: no shape fits, or the named one does not.
     """
-    recipe = loaded.recipe
-    origins = dict(_origins(loaded))
-    if recipe.method == "rft":
-        given = recipe.algorithm or AlgorithmSettings()
-        algorithm = resolve_algorithm(given)
-        for name, value in algorithm.model_dump().items():
-            if value != getattr(given, name):
-                origins[f"algorithm.{name}"] = f"preset {given.name}"
-        recipe = recipe.model_copy(update={"algorithm": algorithm, "rollout": recipe.rollout or RolloutSettings()})
-    shape, chosen = choose_shape(recipe, shape_name or recipe.shape)
-    if shape_name is not None:
-        chosen = "--shape"
-    origins["shape"] = chosen or origins.get("shape", "default")
-    origins |= {f"shape.{name}": f"shape {shape.name}" for name in ("micro_batch_tokens", "sharding", "gpus", "nodes")}
+    given, document = loaded.recipe, loaded.document
+    recipe = _with_preset(given)
+    name = shape_name or recipe.shape
+    shape = choose_shape(recipe, name, "--shape" if shape_name else document.where(("shape",)))
+    origins = _origins(recipe, given, document)
+    if name == "auto":
+        origins["shape"] = "auto: the smallest that fits"
+    elif shape_name is not None:
+        origins["shape"] = "--shape"
+    origins |= {f"shape.{field}": f"shape {shape.name}" for field in SHAPE_VALUES}
+    warnings = list(loaded.warnings)
+    if model_facts(recipe) is None:
+        warnings.append(
+            f"{recipe.model.path}: its sizes are not known here, so nobody checked that it fits {shape.name}"
+        )
     num_rows = count_rows(recipe.data.train)
+    steps = num_steps(recipe, num_rows)
+    assert steps is not None, "a recipe that loads says how long it runs"
     identity = make_identity(recipe)
     return Plan(
         recipe=recipe.model_copy(update={"shape": shape.name}),
-        recipe_dir=str(Path(loaded.document.file).resolve().parent),
+        recipe_dir=str(Path(document.file).resolve().parent),
         shape=shape,
-        steps=_num_steps(recipe, num_rows),
+        steps=steps,
         num_rows=num_rows,
         identity=identity,
         identity_hash=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         origins=origins,
-        warnings=list(loaded.warnings),
+        warnings=warnings,
     )
 
 
-def choose_shape(recipe: Recipe, name: str) -> tuple[TrainingShape, str | None]:
-    """The named shape if it fits, or with `auto` the smallest that does; and a word on how it was chosen."""
+def _with_preset(recipe: Recipe) -> Recipe:
+    """The recipe with every number of its algorithm."""
+    if recipe.method != "rft":
+        return recipe
+    algorithm = resolve_algorithm(recipe.algorithm or AlgorithmSettings())
+    return recipe.model_copy(update={"algorithm": algorithm, "rollout": recipe.rollout or RolloutSettings()})
+
+
+def _origins(recipe: Recipe, given: Recipe, document: Document) -> dict[str, str]:
+    """Where each value of the resolved recipe is from."""
+    origins = {}
+    for path, value in leaves(recipe.model_dump()):
+        origin = document.origin_of(path)
+        if origin is None and path[-1] == "path" and value is not None:
+            origin = document.origin_of(path[:-1])  # `data.train: file` is short for `{path: file}`
+        origins[dotted(path)] = origin or "default"
+    if recipe.algorithm is not None:
+        wrote = (given.algorithm or AlgorithmSettings()).model_dump()
+        for name, value in recipe.algorithm.model_dump().items():
+            if value != wrote[name]:
+                origins[f"algorithm.{name}"] = f"preset {recipe.algorithm.name}"
+    return origins
+
+
+def choose_shape(recipe: Recipe, name: str, where: str = "shape") -> TrainingShape:
+    """The named shape if it fits, or with `auto` the smallest that does.
+
+    Args:
+        recipe: the recipe.
+        name: of the shape, its file, or `auto`.
+        where: how messages begin.
+
+    Raises:
+        ShapeError: none fits, or the named one does not.
+    """
     facts = model_facts(recipe)
     if name != "auto":
-        shape = find_shape(name)
+        try:
+            shape = find_shape(name)
+        except ShapeError as error:
+            raise ShapeError(f"{where}: {error}") from None
         problem = misfit(recipe, shape, facts)
         if problem is not None:
-            raise ShapeError(f"shape {shape.name} does not fit: {problem}\nTry `shape: auto`, or `trainer shapes`.")
-        return shape, None
+            raise ShapeError(f"{where}: {shape.name} does not fit: {problem}\nTry `shape: auto`, or `trainer shapes`.")
+        return shape
+    if facts is None:
+        raise ShapeError(
+            f"{where}: the sizes of {recipe.model.path} are not known here, so `auto` cannot choose.\n"
+            "Name a shape (`trainer shapes` lists them), or give `model.path` as a directory with config.json."
+        )
     problems = []
     for shape in all_shapes():
         problem = misfit(recipe, shape, facts)
         if problem is None:
-            return shape, "auto: the smallest that fits"
+            return shape
         problems.append(f"  {shape.name}: {problem}")
-    size = f"{facts.params / 1e9:.1f} B parameters at " if facts else ""
     raise ShapeError(
-        f"no training shape fits {size}{recipe.data.max_seq_tokens:,} tokens:\n"
-        + "\n".join(problems)
-        + "\nLower `data.max_seq_tokens`, set `model.gradient_checkpointing`, or add a shape to configs/shapes/."
+        f"{where}: no training shape fits {facts.params / 1e9:.3g} B parameters at "
+        f"{recipe.data.max_seq_tokens:,} tokens:\n" + "\n".join(problems) + f"\n{_remedy(recipe)}"
     )
+
+
+def _remedy(recipe: Recipe) -> str:
+    remedies = ["lower `data.max_seq_tokens`"]
+    if not recipe.model.gradient_checkpointing:
+        remedies.append("set `model.gradient_checkpointing: true`")
+    if recipe.lora is None:
+        remedies.append("train with `lora`")
+    text = ", ".join([*remedies, "or add a shape to configs/shapes/."])
+    return text[0].upper() + text[1:]
 
 
 def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> str | None:
@@ -145,22 +197,36 @@ def plan_memory(plan: Plan) -> MemoryEstimate | None:
     return estimate_memory(plan.recipe, plan.shape, facts) if facts else None
 
 
-def plan_gpu_hours(plan: Plan) -> float | None:
-    """Device-hours of the learning part, where the shape's rate and the rows are known; rough."""
-    facts, rate, path = model_facts(plan.recipe), plan.shape.rate, plan.recipe.data.train.path
-    if facts is None or rate is None or not plan.num_rows or path is None:
-        return None
-    row_tokens = min(Path(path).stat().st_size / plan.num_rows / CHARS_PER_TOKEN, plan.recipe.data.max_seq_tokens)
-    tokens = plan.steps * plan.recipe.rows_per_step * row_tokens
-    return tokens * flops_per_token(facts, is_lora=plan.recipe.lora is not None) / (rate.tflops * 1e12) / 3600
+def sequences_per_step(recipe: Recipe) -> int:
+    """Sequences that a step learns from: rows, or every completion of every prompt."""
+    return recipe.rows_per_step * (recipe.rollout.group_size if recipe.rollout is not None else 1)
 
 
-def count_rows(source: DataSource) -> int | None:
-    """Lines of a file that are not blank; None where the rows come from a hub."""
-    if source.path is None or not Path(source.path).is_file():
+def step_tokens(plan: Plan) -> float | None:
+    """Tokens that a step learns from; rft counts every completion at its full length, so it is at most that."""
+    own = mean_row_tokens(plan.recipe)
+    if own is None:
         return None
-    with Path(source.path).open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    if plan.recipe.rollout is not None:
+        own = min(own + plan.recipe.rollout.max_completion_tokens, plan.recipe.data.max_seq_tokens)
+    return own * sequences_per_step(plan.recipe)
+
+
+def accumulation(plan: Plan) -> int | None:
+    """Micro-batches per device of a step, if they are filled."""
+    tokens = step_tokens(plan)
+    return (
+        None if tokens is None else max(1, math.ceil(tokens / (plan.shape.micro_batch_tokens * plan.shape.num_ranks)))
+    )
+
+
+def plan_device_hours(plan: Plan) -> float | None:
+    """Device-hours of learning (sampling not counted), where the shape's rate and the rows are known; rough."""
+    facts, rate, tokens = model_facts(plan.recipe), plan.shape.rate, step_tokens(plan)
+    if facts is None or rate is None or tokens is None:
+        return None
+    flops = plan.steps * tokens * flops_per_token(facts, is_lora=plan.recipe.lora is not None)
+    return flops / (rate.tflops * 1e12) / 3600
 
 
 def make_identity(recipe: Recipe) -> dict[str, Any]:
@@ -213,33 +279,3 @@ def model_digest(path: str) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _num_steps(recipe: Recipe, num_rows: int | None) -> int:
-    if recipe.steps is not None:
-        return recipe.steps
-    if num_rows is None:
-        raise ShapeError("`epochs` needs rows that can be counted here; with a hub data set give `steps`")
-    return max(1, math.ceil((recipe.epochs or 1.0) * num_rows / recipe.rows_per_step))
-
-
-def _origins(loaded: LoadedRecipe) -> Iterator[tuple[str, str]]:
-    document = loaded.document
-    for path, _ in _leaves(loaded.recipe.model_dump(), ()):
-        name = ".".join(str(part) for part in path)
-        if document.is_given(path) or document.is_given(path[:-1]) and path[-1] == "path":
-            where = document.where(path)
-            yield name, "--set" if where.startswith("--set") else where.removesuffix(f": {name}")
-        else:
-            yield name, "default"
-
-
-def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inside in value.items():
-            yield from _leaves(inside, (*path, key))
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, inside in enumerate(value):
-            yield from _leaves(inside, (*path, index))
-    else:
-        yield path, value

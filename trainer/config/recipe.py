@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from trainer.config.presets import AdvantageEstimator, KLEstimator, Normalizer, OverlongHandling
 from trainer.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -22,7 +23,7 @@ class ModelSettings(Section):
     path: str
     """A directory with config.json and safetensors weights, or a hub name where a hub is reachable."""
     revision: str | None = None
-    """Commit of a hub name; required for hub names, because a branch moves."""
+    """Commit of a hub name; hub names need one. A branch is taken with a warning, because it moves."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's template; it needs `{% generation %}` markers."""
     trust_remote_code: bool = False
@@ -130,11 +131,11 @@ class AlgorithmSettings(Section):
     """The ratio is bounded above by 1 + clip_high."""
     kl_coef: NonNegativeFloat | None = None
     """Weight of the penalty KL(policy || reference); 0 logs `train/ref_kld` all the same."""
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Whose gradient the penalty has."""
-    advantage: Literal["group_std", "mean_only", "leave_one_out"] | None = None
+    kl_estimator: KLEstimator | None = None
+    """Which estimate the penalty is; they differ in their gradients (docs/algorithms.md)."""
+    advantage: AdvantageEstimator | None = None
     """How rewards of a group become advantages."""
-    normalizer: Literal["token", "sequence", "constant"] | None = None
+    normalizer: Normalizer | None = None
     """What the sum over tokens is divided by."""
     reference: Literal["initial", "base"] = "initial"
     """What `ref_kld` is measured against: the policy as the run began, or the base model without adapter."""
@@ -144,7 +145,7 @@ class AlgorithmSettings(Section):
     """Passes over a step's rollouts."""
     mismatch_cap: Annotated[float, Field(ge=1.0)] | None = None
     """Cap of the truncated importance weight from sampler to trainer (truncation as in arXiv:1802.01561); null: off."""
-    overlong: Literal["keep", "mask", "punish"] = "keep"
+    overlong: OverlongHandling | None = None
     """Completions cut at `max_completion_tokens`: train on them, leave them out, or score them `overlong_reward`."""
     overlong_reward: float = 0.0
     """The reward of a cut completion when `overlong: punish`."""
@@ -177,6 +178,8 @@ class RolloutSettings(Section):
     """Draw further prompts in place of flat groups, until the batch is full."""
     max_refill_rounds: PositiveInt = 4
     """Bound on the extra draws of `refill`."""
+    eval_samples: PositiveInt = 4
+    """Completions of each held-out prompt, k of pass@k, at the sampling temperature."""
     max_sampler_kl: PositiveFloat = 0.1
     """Budget of `train/sampler_kl`; beyond it the run stops, since the sampler has other weights."""
 
@@ -205,7 +208,7 @@ class RewardLimits(Section):
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one call."""
     memory_limit_gib: PositiveFloat = 4.0
-    """Address space of a reward process."""
+    """Address space of a reward process on top of what the reward's imports take."""
     num_workers: PositiveInt = 1
     """Reward processes per rank."""
     max_failed_frac: Fraction = 0.1
@@ -231,9 +234,11 @@ class Recipe(Section):
     seed: NonNegativeInt = 0
     """Everything random in step k is a function of (seed, k)."""
     model: ModelSettings
+    """The base model: `{path: DIRECTORY_OR_HUB_NAME}`, and how to load it."""
     lora: LoraSettings | None = Field(default_factory=LoraSettings)
     """Adapters; `lora: null` trains every parameter."""
     data: DataSettings
+    """The rows: `{train: FILE.jsonl}`, and how they become tokens."""
     rows_per_step: PositiveInt = 16
     """The global batch: rows (sft) or prompts (rft) of one step over all ranks, on any shape."""
     steps: PositiveInt | None = None
@@ -241,13 +246,15 @@ class Recipe(Section):
     epochs: PositiveFloat | None = None
     """Length of the run in passes over the rows; or give `steps`."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    """AdamW and its learning rate."""
     algorithm: AlgorithmSettings | None = None
-    """rft only."""
+    """rft only: how rewards become updates; grpo when left out."""
     rollout: RolloutSettings | None = None
-    """rft only."""
+    """rft only: how completions are drawn."""
     rewards: list[RewardSpec] = Field(default_factory=list)
     """rft only: summed with their weights, each logged."""
     reward_limits: RewardLimits = Field(default_factory=RewardLimits)
+    """rft only: when a reward counts as failed, and when the run stops for it."""
     eval_interval: NonNegativeInt = 0
     """Held-out evaluation every so many steps; 0: only before the first and after the last."""
     dcp_save_interval: NonNegativeInt = 0
@@ -259,3 +266,4 @@ class Recipe(Section):
     shape: str = "auto"
     """A training shape of configs/shapes/, a path to one, or `auto`: the smallest that fits."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    """Where metrics go besides metrics.jsonl."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 from trainer.config.document import KeyPath
-from trainer.config.recipe import DataSource, Recipe
+from trainer.config.length import count_rows, num_steps
+from trainer.config.recipe import AlgorithmSettings, DataSource, Recipe, RolloutSettings
+
+COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 @final
@@ -27,63 +31,71 @@ def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
         recipe: the recipe.
         recipe_dir: directory of the recipe file, for `file.py:function` rewards.
     """
-    found = _length(recipe) + _data(recipe) + _model(recipe)
-    found += _rft(recipe, recipe_dir) if recipe.method == "rft" else _sft(recipe)
-    if recipe.dcp_save_interval == 0:
-        found.append(Finding(("dcp_save_interval",), "is 0: a kill loses the run. Set it, for example to 20.", False))
-    if recipe.eval_interval and recipe.data.eval is None:
-        found.append(Finding(("eval_interval",), "needs held-out rows: set `data.eval`"))
-    return found
+    num_rows = count_rows(recipe.data.train)
+    found = _length(recipe, num_rows) + _intervals(recipe, num_rows) + _data(recipe) + _model(recipe)
+    return found + (_rft(recipe, recipe_dir) if recipe.method == "rft" else _sft(recipe))
 
 
-def _length(recipe: Recipe) -> list[Finding]:
+def _length(recipe: Recipe, num_rows: int | None) -> list[Finding]:
     if recipe.steps is None and recipe.epochs is None:
         return [Finding(("steps",), "missing; say how long to train with `steps` or `epochs`")]
     if recipe.steps is not None and recipe.epochs is not None:
         return [Finding(("epochs",), "contradicts `steps`; give one of them")]
-    if recipe.steps is not None and recipe.optimizer.warmup_steps >= recipe.steps:
-        text = f"warm-up of {recipe.optimizer.warmup_steps} steps is not shorter than the run of {recipe.steps} steps"
+    source = recipe.data.train
+    if recipe.epochs is not None and num_rows is None and source.hub is not None:
+        return [Finding(("epochs",), f"the rows of {source.hub} cannot be counted here; give `steps`")]
+    steps = num_steps(recipe, num_rows)
+    if steps is not None and recipe.optimizer.warmup_steps >= steps:
+        text = f"warm-up of {recipe.optimizer.warmup_steps} steps is not shorter than the run of {steps} steps"
         return [Finding(("optimizer", "warmup_steps"), text)]
     return []
 
 
+def _intervals(recipe: Recipe, num_rows: int | None) -> list[Finding]:
+    found = []
+    if recipe.eval_interval and recipe.data.eval is None:
+        found.append(Finding(("eval_interval",), "needs held-out rows: set `data.eval`"))
+    if recipe.dcp_save_interval == 0:
+        text = "0: nothing is saved on the way, a kill loses the run. Set it, for example to 20."
+        found.append(Finding(("dcp_save_interval",), text, is_error=False))
+    if num_rows is not None and recipe.rows_per_step > num_rows > 0:
+        text = f"more than the {num_rows} rows: each step sees some of them several times"
+        found.append(Finding(("rows_per_step",), text, is_error=False))
+    return found
+
+
 def _data(recipe: Recipe) -> list[Finding]:
-    found = _source(("data", "train"), recipe.data.train)
-    if recipe.data.eval is not None:
-        found += _source(("data", "eval"), recipe.data.eval)
-        if recipe.data.eval == recipe.data.train:
-            found.append(Finding(("data", "eval"), "is the training data; held-out rows must be others"))
+    train, held_out = recipe.data.train, recipe.data.eval
+    found = _source(("data", "train"), train)
+    if held_out is None:
+        return found
+    found += _source(("data", "eval"), held_out)
+    same_file = train.path and held_out.path and Path(train.path).resolve() == Path(held_out.path).resolve()
+    if held_out == train or (same_file and Path(str(train.path)).is_file()):
+        found.append(Finding(("data", "eval"), "is the training data; held-out rows must be others"))
     return found
 
 
 def _source(path: KeyPath, source: DataSource) -> list[Finding]:
     if source.path is None and source.hub is None:
         return [Finding(path, "give `path` (a JSONL file) or `hub` (a data set name)")]
-    if source.path is None:
-        return []
-    file = Path(source.path)
-    if file.is_dir():
+    file = Path(source.path) if source.path is not None else None
+    if file is not None and file.is_dir():
         return [Finding(path, f"{file} is a directory; name a JSONL file in it")]
-    if not file.exists() and source.hub is None:
+    if file is not None and file.exists():
+        return [Finding(path, f"{file} is empty")] if file.stat().st_size == 0 else []
+    if source.hub is None:
         return [Finding(path, f"no such file: {file} (paths are relative to {Path.cwd()})")]
-    if file.exists() and file.stat().st_size == 0:
-        return [Finding(path, f"{file} is empty")]
+    if source.revision is None and not Path(source.hub).is_dir():
+        text = f"rows come from the hub ({source.hub}) and may change; pin `revision` to a commit"
+        return [Finding(path, text, is_error=False)]
     return []
 
 
 def _model(recipe: Recipe) -> list[Finding]:
-    found = []
     model = recipe.model
     directory = Path(model.path)
-    looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") != 1 or directory.exists()
-    if directory.is_dir() and not (directory / "config.json").is_file():
-        found.append(Finding(("model", "path"), f"{directory} has no config.json: not a model directory"))
-    elif not directory.exists() and (looks_local or model.path.startswith("models/")):
-        hint = " Run scripts/prepare_model to make it." if model.path.startswith("models/") else ""
-        found.append(Finding(("model", "path"), f"no such directory: {directory}.{hint}"))
-    elif not directory.exists() and model.revision is None:
-        text = "a hub name needs a pinned `model.revision` (a commit), because a branch moves"
-        found.append(Finding(("model", "path"), text))
+    found = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         found.append(Finding(("model", "chat_template"), f"no such file: {model.chat_template}"))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
@@ -91,6 +103,34 @@ def _model(recipe: Recipe) -> list[Finding]:
         if not config.is_file():
             found.append(Finding(("lora", "warm_start"), f"{config} is missing: not an adapter directory"))
     return found
+
+
+def _is_hub_name(path: str) -> bool:
+    """Whether `owner/name` is meant: one slash, and nothing of that name on disk."""
+    looks_local = path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
+    return not looks_local and not Path(path).exists()
+
+
+def _model_directory(directory: Path) -> list[Finding]:
+    if (directory / "config.json").is_file():
+        return []
+    if directory.is_dir():
+        return [Finding(("model", "path"), f"{directory} has no config.json: not a model directory")]
+    remedy = ""
+    if directory.parent == Path("models"):
+        remedy = ". Run scripts/prepare_model to make it" if directory.name.startswith("SmolLM2") else ""
+    hub = "" if "/" in str(directory) else "; a hub name is `owner/name`"
+    return [Finding(("model", "path"), f"no such directory: {directory}{hub}{remedy}")]
+
+
+def _hub_model(recipe: Recipe) -> list[Finding]:
+    revision = recipe.model.revision
+    if revision is None:
+        return [Finding(("model", "path"), "a hub name needs `model.revision`, a commit: what a branch holds moves")]
+    if not COMMIT.fullmatch(revision):
+        text = f"`{revision}` is a branch or a tag, which moves; pin a commit (40 hexadecimal digits)"
+        return [Finding(("model", "revision"), text, is_error=False)]
+    return []
 
 
 def _sft(recipe: Recipe) -> list[Finding]:
@@ -106,33 +146,47 @@ def _sft(recipe: Recipe) -> list[Finding]:
 
 
 def _rft(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
-    from trainer.rewards import importable  # here, so that sft recipes do not pay for it
+    found = _rewards(recipe, recipe_dir)
+    if recipe.lora is not None and recipe.lora.dropout > 0:
+        found.append(Finding(("lora", "dropout"), "rft needs 0: with dropout the policy would differ from itself"))
+    if recipe.data.format == "text":
+        found.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
+    algorithm = recipe.algorithm or AlgorithmSettings()
+    found += _rollout(recipe, recipe.rollout or RolloutSettings(), algorithm)
+    if recipe.rows_per_step % algorithm.minibatches_per_step:
+        text = f"{algorithm.minibatches_per_step} minibatches do not divide rows_per_step ({recipe.rows_per_step})"
+        found.append(Finding(("algorithm", "minibatches_per_step"), text))
+    return found
 
-    found = []
+
+def _rewards(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
+    from trainer.rewards.locate import importable  # here, so that sft recipes do not pay for it
+
     if not recipe.rewards:
-        found.append(Finding(("rewards",), "missing; rft needs at least one reward, for example `- use: last_number`"))
+        return [Finding(("rewards",), "missing; rft needs at least one reward, for example `- use: last_number`")]
+    found = []
     names = [reward.name for reward in recipe.rewards]
     for index, reward in enumerate(recipe.rewards):
         problem = importable(reward.use, recipe_dir)
         if problem is not None:
-            found.append(Finding(("rewards", index, "use"), problem))
+            text = problem.removeprefix(f"reward {reward.use}: ").replace("\n", " ")
+            found.append(Finding(("rewards", index, "use"), text))
         if names.index(reward.name) != index:
             found.append(Finding(("rewards", index), f"two rewards are called {reward.name}; give one a `label`"))
-    if recipe.lora is not None and recipe.lora.dropout > 0:
-        found.append(Finding(("lora", "dropout"), "rft needs 0: with dropout the policy would differ from itself"))
-    rollout, algorithm = recipe.rollout, recipe.algorithm
-    if rollout is not None:
-        truncated = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
-        if truncated and (algorithm is None or algorithm.mismatch_cap is None):
-            name = "top_p" if rollout.top_p < 1 else "top_k" if rollout.top_k > 0 else "min_p"
-            text = "truncated sampling biases the gradient; turn it off or set `algorithm.mismatch_cap`"
-            found.append(Finding(("rollout", name), text))
-        if rollout.max_completion_tokens >= recipe.data.max_seq_tokens:
-            text = f"leaves no room for the prompt in data.max_seq_tokens ({recipe.data.max_seq_tokens})"
-            found.append(Finding(("rollout", "max_completion_tokens"), text))
-    if algorithm is not None and recipe.rows_per_step % algorithm.minibatches_per_step:
-        text = f"{algorithm.minibatches_per_step} minibatches do not divide rows_per_step ({recipe.rows_per_step})"
-        found.append(Finding(("algorithm", "minibatches_per_step"), text))
-    if recipe.data.format == "text":
-        found.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
+    return found
+
+
+def _rollout(recipe: Recipe, rollout: RolloutSettings, algorithm: AlgorithmSettings) -> list[Finding]:
+    found = []
+    truncated = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
+    if any(truncated.values()) and algorithm.mismatch_cap is None:
+        name = next(name for name, is_on in truncated.items() if is_on)
+        text = "truncated sampling biases the gradient; turn it off or set `algorithm.mismatch_cap`"
+        found.append(Finding(("rollout", name), text))
+    if rollout.max_completion_tokens >= recipe.data.max_seq_tokens:
+        text = (
+            f"{rollout.max_completion_tokens:,} leaves no room for the prompt in "
+            f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
+        )
+        found.append(Finding(("rollout", "max_completion_tokens"), text))
     return found

@@ -24,8 +24,9 @@ class ShapeLimits(Section):
     """Limits by kind of training."""
 
     lora: ShapeLimit
+    """With low-rank adapters on a frozen base."""
     full: ShapeLimit | None = None
-    """null: full-parameter training does not fit."""
+    """With every parameter trained; null: full-parameter training does not fit."""
 
 
 class ShapeRate(Section):
@@ -34,13 +35,16 @@ class ShapeRate(Section):
     tflops: PositiveFloat
     """Model FLOP/s (10**12, recomputation not counted) that training reaches per device."""
     basis: Literal["measured", "estimated"]
+    """Whether the rate was run or computed."""
 
 
 class TrainingShape(Section):
     """How many of which device, and the largest job known to fit on them."""
 
     name: str
+    """What recipes and `--shape` call it."""
     device: Literal["cpu", "cuda"]
+    """What torch calls the devices."""
     device_name: str
     """For people, for example `H100-80G`."""
     nodes: PositiveInt = 1
@@ -54,6 +58,7 @@ class TrainingShape(Section):
     sharding: Literal["none", "full"] = "none"
     """`full` shards the base model's parameters over all ranks (FSDP2)."""
     limits: ShapeLimits
+    """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None
     """null: no time estimate is given."""
     accelerate: str

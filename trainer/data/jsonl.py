@@ -14,14 +14,22 @@ from trainer.types import Row
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_rows(source: DataSource, settings: DataSettings, limit: int | None = None) -> list[Row]:
+def read_rows(
+    source: DataSource, settings: DataSettings, limit: int | None = None, refused: list[DataError] | None = None
+) -> list[Row]:
     """Read every row, or the first `limit`.
+
+    Args:
+        source: the file or hub data set.
+        settings: how its columns are called.
+        limit: how many rows at most.
+        refused: takes the mistakes of single lines, which are then left out; without it the first one is raised.
 
     Raises:
         DataError: the file is empty or a line is not a JSON object; names file and line.
     """
     if source.path is not None and Path(source.path).is_file():
-        fields = _read_jsonl(Path(source.path))
+        fields = _read_jsonl(Path(source.path), refused)
         name = source.path
     else:
         from trainer.data.hub import read_hub
@@ -32,29 +40,47 @@ def read_rows(source: DataSource, settings: DataSettings, limit: int | None = No
     for line, raw in fields:
         if limit is not None and len(rows) == limit:
             break
-        renamed = _rename(raw, settings.columns, f"{name}:{line}")
+        try:
+            renamed = _rename(raw, settings.columns, f"{name}:{line}")
+        except DataError as error:
+            if refused is None:
+                raise
+            refused.append(error)
+            continue
         rows.append(Row(renamed, file=name, line=line, index=len(rows)))
-    if not rows:
+    if not rows and not refused:
         raise DataError(f"{name}: holds no rows. Give a file with one JSON object a line.")
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_jsonl(path: Path, refused: list[DataError] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
-            except json.JSONDecodeError as error:
-                cut = " (the line looks cut off)" if error.pos >= len(line.rstrip()) - 1 else ""
-                message = f"{path}:{number}: not JSON: {error.msg} at column {error.colno}{cut}. Mend or remove it."
-                raise DataError(message) from None
-            if not isinstance(value, dict):
-                raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
-            yield number, value
+                value = _parse_line(line, f"{path}:{number}")
+            except DataError as error:
+                if refused is None:
+                    raise
+                refused.append(error)
+            else:
+                yield number, value
+
+
+def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        is_cut = error.pos >= len(line.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+        cut = " (the line looks cut off)" if is_cut else ""
+        message = f"{where}: not JSON: {error.msg} at column {error.colno}{cut}. Mend or remove it."
+        raise DataError(message) from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _rename(raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
@@ -78,54 +104,58 @@ def row_messages(row: Row, settings: DataSettings, *, with_completion: bool) -> 
         DataError: the row has neither form, an unknown role, or the wrong last turn.
     """
     if "messages" in row:
-        messages = _checked_messages(row)
+        messages = _chat(row, "messages", None)
     elif "prompt" in row:
-        prompt = row["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = _chat(row, "prompt", "user")
         if with_completion:
-            completion = row.get("completion")
-            if completion is None:
+            if row.get("completion") is None:
                 raise DataError(f"{row}: has `prompt` and no `completion`")
-            answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-            messages = messages + answer
+            messages += _chat(row, "completion", "assistant")
     else:
         raise DataError(f"{row}: needs `messages`, or `prompt` and `completion`; it has: {', '.join(row) or 'nothing'}")
     if settings.system is not None and messages and messages[0]["role"] not in {"system", "developer"}:
         messages = [{"role": "system", "content": settings.system}, *messages]
     last = messages[-1]
     if with_completion and (last["role"] != "assistant" or last.get("weight", 1) == 0):
-        raise DataError(f"{row}: the last turn is not trained (role {last['role']}); end the row with an assistant turn")
+        text = f"the last turn is not trained (role {last['role']}); end the row with an assistant turn"
+        raise DataError(f"{row}: {text}")
     if not with_completion and last["role"] not in {"user", "tool"}:
         raise DataError(f"{row}: the last turn is by {last['role']}; an rft prompt ends with a user turn")
     return messages
 
 
-def _checked_messages(row: Row) -> list[dict[str, Any]]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{row}: `messages` must be a list of messages")
-    checked = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise DataError(f"{row}: messages[{number}]: unknown role {role!r}; known: {', '.join(ROLES)}")
-        if message.get("weight", 1) not in (0, 1):
-            raise DataError(f"{row}: messages[{number}]: weight must be 0 or 1 (got {message['weight']!r})")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_text_part(part, row, number) for part in content)
-        if content is None and message.get("tool_calls"):
-            content = ""
-        if not isinstance(content, str):
-            raise DataError(f"{row}: messages[{number}]: content must be text (got {type(content).__name__})")
-        checked.append({**message, "content": content})
-    return checked
+def _chat(row: Row, field: str, role: str | None) -> list[dict[str, Any]]:
+    """The messages of a field; a plain text is one message of `role`, where there is one."""
+    value = row[field]
+    if role is not None and isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else type(value).__name__
+        raise DataError(f"{row}: `{field}` must be {'a text or ' if role else ''}a list of messages (got {found})")
+    return [_message(row, message, f"{field}[{number}]") for number, message in enumerate(value)]
 
 
-def _text_part(part: Any, row: Row, number: int) -> str:
+def _message(row: Row, raw: Any, where: str) -> dict[str, Any]:
+    role = raw.get("role") if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or role not in ROLES:
+        raise DataError(f"{row}: {where}: unknown role {role!r:.60}; known: {', '.join(ROLES)}")
+    message = {name: value for name, value in raw.items() if value is not None}  # Arrow fills absent fields with null
+    if message.get("weight", 1) not in (0, 1):
+        raise DataError(f"{row}: {where}: weight must be 0 or 1 (got {message['weight']!r})")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_text_part(part, row, where) for part in content)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise DataError(f"{row}: {where}: content must be text (got {type(content).__name__})")
+    return {**message, "content": content}
+
+
+def _text_part(part: Any, row: Row, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise DataError(f"{row}: messages[{number}]: only text parts are supported (got {part!r:.60})")
+    raise DataError(f"{row}: {where}: only text parts are supported (got {part!r:.60})")
 
 
 def row_weight(row: Row) -> float:
@@ -134,7 +164,9 @@ def row_weight(row: Row) -> float:
     Raises:
         DataError: it is not a number of 0 or more.
     """
-    weight = row.get("weight", 1)
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise DataError(f"{row}: weight must be a number of 0 or more (got {weight!r})")
     return float(weight)

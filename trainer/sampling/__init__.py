@@ -1,0 +1,23 @@
+"""Samplers: token ids in, token ids and their logprobs out."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config.recipe import RolloutSettings
+from trainer.distributed import World
+from trainer.policy import Policy
+from trainer.sampling.sampler import Sampler
+
+
+def make_sampler(
+    settings: RolloutSettings, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World
+) -> Sampler:
+    """The sampler that the recipe names."""
+    if settings.sampler == "vllm":
+        from trainer.sampling.vllm import VllmSampler
+
+        return VllmSampler(settings.vllm_url, tokenizer, world)
+    from trainer.sampling.local import LocalSampler
+
+    return LocalSampler(policy, tokenizer)

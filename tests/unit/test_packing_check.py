@@ -1,0 +1,113 @@
+"""The leak test before step 1: it passes what packs, and refuses what leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_model_dir
+
+from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.data.batch import Batch
+from trainer.errors import ModelError, NumericalError
+from trainer.head import tiled_logprobs
+from trainer.packing_check import verify_packing
+from trainer.policy import Policy, Scores, load_policy
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings(
+    # PEFT writes patterns for fused experts that it then reports as unmatched.
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+)
+
+
+def load(path, *, compute_dtype: str = "float32", lora: LoraSettings | None = None) -> Policy:
+    settings = ModelSettings(path=str(path), compute_dtype=compute_dtype)
+    return load_policy(settings, lora or LoraSettings(rank=2), 0, CPU)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "mixtral", "gemma2", "gpt_oss"])
+def test_models_that_pack_pass(tmp_path, arch, compute_dtype):
+    policy = load(tiny_model_dir(tmp_path, arch), compute_dtype=compute_dtype)
+    verify_packing(policy, CPU)
+    assert policy.causal_lm.config._attn_implementation == "tunesmith_packed"  # and is as it was
+
+
+def test_experts_round_by_their_neighbours_and_pass(tmp_path):
+    # Other neighbours give each expert another number of rows, and matrix products of another size other bits.
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_local_experts": 8}
+    verify_packing(load(tiny_model_dir(tmp_path, "mixtral", scale=2.0, **sizes)), CPU)
+
+
+class OwnAttention(Policy):
+    """The model under transformers' own attention, which knows sequences by their positions."""
+
+    use_cache = False
+
+    def forward(self, batch: Batch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
+        output = self.causal_lm.base_model(
+            input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=self.use_cache
+        )
+        hidden = output.last_hidden_state[0].index_select(0, batch.scored)
+        head = self.causal_lm.get_output_embeddings()
+        scores = tiled_logprobs(hidden, head.weight, head.bias, batch.targets, self.form, with_entropy=with_entropy)
+        return Scores(*scores)
+
+
+@pytest.fixture
+def own_attention() -> OwnAttention:
+    model = tiny_model("llama")
+    model.set_attn_implementation("sdpa")
+    return OwnAttention(model, None, "tiny")
+
+
+def test_the_cache_switched_off_passes(own_attention):
+    verify_packing(own_attention, CPU)
+
+
+def test_the_cache_switched_on_leaks_and_is_refused(own_attention):
+    # With a cache, transformers builds no block mask: the second sequence sees the first.
+    own_attention.use_cache = True
+    with pytest.raises(NumericalError, match=r"packed neighbours leak: logprobs move by [0-9.]+ on average"):
+        verify_packing(own_attention, CPU)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["qwen3_next", "lfm2"])
+def test_state_that_runs_over_the_border_is_refused(tmp_path, arch, compute_dtype):
+    policy = load(tiny_model_dir(tmp_path, arch), compute_dtype=compute_dtype)
+    with pytest.raises(NumericalError, match="packed neighbours leak"):
+        verify_packing(policy, CPU)
+
+
+def test_what_packing_leaves_out_is_refused(tmp_path, monkeypatch):
+    policy = load(tiny_model_dir(tmp_path, "gemma2"))
+    form = policy.form
+    monkeypatch.setattr(policy, "form", type(form)(scale=form.scale * 1.1, softcap=form.softcap))
+    with pytest.raises(NumericalError, match="differ from the model's own forward pass by"):
+        verify_packing(policy, CPU)
+
+
+def test_nothing_finite_is_no_pass(tmp_path):
+    policy = load(tiny_model_dir(tmp_path))
+    with torch.no_grad():
+        policy.causal_lm.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NumericalError, match="nan"):
+        verify_packing(policy, CPU)
+
+
+def test_code_with_attention_of_its_own_is_refused_when_it_is_loaded(tmp_path):
+    with pytest.raises(ModelError, match="the model's code chooses attention by itself"):
+        load(tiny_model_dir(tmp_path, "falcon"))
+
+
+def test_code_that_needs_a_mask_is_refused_by_name(tmp_path):
+    policy = load(tiny_model_dir(tmp_path, "mpt"))
+    with pytest.raises(ModelError, match="MptForCausalLM cannot run packed sequences"):
+        verify_packing(policy, CPU)
+
+
+def test_a_model_that_passes_no_layout_is_refused_by_the_layer(tmp_path):
+    policy = load(tiny_model_dir(tmp_path, "stablelm"))
+    with pytest.raises(ModelError, match="StableLmAttention does not hand the pack's layout"):
+        verify_packing(policy, CPU)

@@ -1,0 +1,195 @@
+"""From scored groups to packed minibatches, and the loss over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, final
+
+import torch
+
+from trainer.algorithms import (
+    PolicyTerms,
+    PolicyTokens,
+    Preset,
+    denominator,
+    group_advantages,
+    policy_terms,
+    sampler_kl,
+    token_weights,
+    truncated_weights,
+)
+from trainer.config.plan import Plan
+from trainer.config.presets import merge_preset
+from trainer.config.recipe import AlgorithmSettings, RolloutSettings
+from trainer.data.batch import Batch, TokenSequence, micro_batches
+from trainer.errors import NumericalError
+from trainer.learner import Learner
+from trainer.policy import Policy, Reference, Scores
+from trainer.schedule import learning_rate
+from trainer.types import Group, Rollout
+
+METRICS: Final = ("ppo_kl", "ppo_kl_k1", "ref_kld", "ref_kld_k1", "clip_frac", "sampler_kl", "entropy")
+
+
+@final
+@dataclass
+class Minibatch:
+    """What one optimizer update learns from, on this rank."""
+
+    packs: list[Batch]
+    denominator: float
+    """This rank's part of what the summed loss is divided by."""
+
+
+def minibatches(groups: Sequence[Group], plan: Plan, device: torch.device) -> list[Minibatch]:
+    """Pack a step's scored rollouts into minibatches, groups in order.
+
+    Args:
+        groups: this rank's.
+        plan: algorithm, number of minibatches, token budget.
+        device: where the packs go.
+    """
+    settings, rollout = _settings(plan)
+    preset = merge_preset(settings)
+    found = []
+    for part in _split(groups, settings.minibatches_per_step):
+        sequences = [sequence for group in part for sequence in _sequences(group, preset)]
+        packs = [Batch.pack(chosen, device) for chosen in micro_batches(sequences, plan.shape.micro_batch_tokens)]
+        divisor = denominator(
+            preset.normalizer,
+            num_tokens=sum(pack.num_trained for pack in packs),
+            num_sequences=sum(len(group.scored) for group in part),
+            max_completion_tokens=rollout.max_completion_tokens,
+        )
+        found.append(Minibatch(packs, float(divisor)))
+    return found
+
+
+def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: Plan, step: int) -> dict[str, float]:
+    """Make the step's updates; returns means over them.
+
+    Args:
+        learner: whose policy learns.
+        parts: the step's minibatches, from `minibatches`.
+        reference: what `ref_kld` is measured against.
+        plan: algorithm and optimizer.
+        step: steps made so far.
+
+    Raises:
+        NumericalError: the sampler drew from other weights than the policy's; nothing was updated by it.
+    """
+    settings, rollout = _settings(plan)
+    loss = PolicyLoss(merge_preset(settings), settings.mismatch_cap)
+    temperature = rollout.temperature
+    is_on_policy = settings.epochs_per_batch * len(parts) == 1
+    for number, part in enumerate(parts):
+        for index, pack in enumerate(part.packs):
+            extra = {"ref_logprobs": reference.logprobs(pack, temperature)}
+            if number > 0:  # the first minibatch is its own old policy
+                extra["old_logprobs"] = score(learner.policy, pack, temperature)
+            part.packs[index] = replace(pack, inputs={**pack.inputs, **extra})
+    rate = learning_rate(plan.recipe.optimizer, step, plan.steps)
+    updates = []
+    for epoch in range(settings.epochs_per_batch):
+        for number, part in enumerate(parts):
+            learner.policy.train()
+            for index, pack in enumerate(part.packs):
+                loss.own_logprobs = None
+                learner.forward_backward(pack, loss, temperature=temperature, with_entropy=True)
+                if not is_on_policy and "old_logprobs" not in pack.inputs and loss.own_logprobs is not None:
+                    part.packs[index] = replace(pack, inputs={**pack.inputs, "old_logprobs": loss.own_logprobs})
+            learner.policy.eval()
+            if epoch == 0 and number == 0:
+                _refuse_stale_sampler(learner, rollout.max_sampler_kl)
+            updates.append(learner.optim_step(rate, part.denominator, METRICS))
+    return _combined(updates)
+
+
+@final
+class PolicyLoss:
+    """The algorithm's loss over a pack that carries advantages, reference and old logprobs."""
+
+    def __init__(self, preset: Preset, mismatch_cap: float | None) -> None:
+        """Fix algorithm and correction."""
+        self.preset, self.mismatch_cap = preset, mismatch_cap
+        self.own_logprobs: torch.Tensor | None = None
+        """Of the pack just scored, where it had no old logprobs: it is its own old policy."""
+
+    def __call__(self, scores: Scores, batch: Batch) -> PolicyTerms:
+        """Unreduced terms, weighted so that their sum over the denominator is the paper's average."""
+        old = batch.inputs.get("old_logprobs")
+        if old is None:
+            old = self.own_logprobs = scores.logprobs.detach()
+        sampler = batch.inputs["sampler_logprobs"]
+        correction = None
+        if self.mismatch_cap is not None:
+            correction = truncated_weights(old, sampler, cap=self.mismatch_cap)
+        tokens = PolicyTokens(
+            logprobs=scores.logprobs,
+            old_logprobs=old,
+            ref_logprobs=batch.inputs["ref_logprobs"],
+            advantages=batch.inputs["advantages"],
+            sequence_ids=batch.sequence_ids,
+            sampler_weights=correction,
+        )
+        terms = policy_terms(tokens, self.preset)
+        weights = token_weights(self.preset.normalizer, batch.sequence_ids)
+        return PolicyTerms(terms.loss * weights, {**terms.metrics, "sampler_kl": sampler_kl(old, sampler)})
+
+
+@torch.no_grad()
+def score(policy: Policy, batch: Batch, temperature: float) -> torch.Tensor:
+    """[N] logprobs of a pack as the policy is now."""
+    policy.eval()
+    return policy(batch, temperature=temperature).logprobs  # type: ignore[no-any-return]
+
+
+def _settings(plan: Plan) -> tuple[AlgorithmSettings, RolloutSettings]:
+    algorithm, rollout = plan.recipe.algorithm, plan.recipe.rollout
+    assert algorithm is not None and rollout is not None
+    return algorithm, rollout
+
+
+def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """Equal runs of groups; the last ones are shorter where it does not divide."""
+    size = -(-len(groups) // parts)
+    return [groups[begin : begin + size] for begin in range(0, size * parts, size)] if size else [[]] * parts
+
+
+def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:
+    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], preset.advantage)
+    found = []
+    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+        is_masked = preset.overlong == "mask" and rollout.finish_reason == "length"
+        if advantage is not None and not is_masked:
+            found.append(_sequence(rollout, advantage, str(group.row)))
+    return found
+
+
+def _sequence(rollout: Rollout, advantage: float, where: str) -> TokenSequence:
+    logprobs = tuple(
+        value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained
+    )
+    inputs = {"advantages": (advantage,) * len(logprobs), "sampler_logprobs": logprobs}
+    return TokenSequence(rollout.token_ids, rollout.trained, inputs, where)
+
+
+def _refuse_stale_sampler(learner: Learner, budget: float) -> None:
+    divergence = learner.mean_so_far("sampler_kl")
+    if not divergence <= budget:
+        raise NumericalError(
+            f"sampler_kl is {divergence:.3g}, more than rollout.max_sampler_kl ({budget:g}): the sampler drew from other "
+            "weights than the policy's (a stale or unloaded adapter?). Nothing was updated."
+        )
+
+
+def _combined(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over updates weighted by tokens; tokens and the norm as the largest would mislead, so tokens of one pass."""
+    tokens = sum(update["tokens"] for update in updates)
+    if len(updates) == 1:
+        return dict(updates[0])
+    return {
+        name: sum(update[name] * update["tokens"] for update in updates) / tokens if name != "tokens" else tokens
+        for name in updates[0]
+    }
