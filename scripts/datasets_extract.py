@@ -31,14 +31,14 @@ LAST = (
 )
 CITY = (
     "Paris|London|Berlin|Rome|Madrid|Oslo|Vienna|Prague|Lisbon|Dublin|Athens|Warsaw|Boston|Chicago|Denver|Seattle|"
-    "Toronto|Sydney|Tokyo|Delhi|Cairo|Milan|Munich|Geneva|New York|San Diego|Hamburg|Brussels|Austin|Dallas|Krakow|"
+    "Toronto|Sydney|Tokyo|Delhi|Cairo|Milan|Munich|Geneva|New York|San Diego|Hamburg|Brussels|Austin|Dallas|Krakow|Zurich|"
     "Valencia|Seville|Bilbao|Porto|Naples|Turin|Venice|Bologna|Marseille|Bordeaux|Lille|Toulouse|Antwerp|Rotterdam|"
     "Utrecht|Cologne|Stuttgart|Leipzig|Dresden|Bremen|Salzburg|Graz|Basel|Lausanne|Copenhagen|Aarhus|Gothenburg|"
     "Malmo|Bergen|Helsinki|Tampere|Riga|Tallinn|Vilnius|Gdansk|Budapest|Bucharest|Sofia|Belgrade|Zagreb|Ljubljana|"
     "Istanbul|Ankara|Beirut|Casablanca|Nairobi|Lagos|Accra|Johannesburg|Cape Town|Karachi|Bangkok|Hanoi|Manila|Seoul|"
     "Osaka|Kyoto|Perth|Brisbane|Auckland|Lima|Bogota|Santiago|Havana|Vancouver|Ottawa|Calgary|Houston|Phoenix|"
     "Portland|Detroit|Memphis|Baltimore|San Jose|Salt Lake City|Manchester|Liverpool|Edinburgh|Glasgow|Cardiff",
-    "Zurich|Florence|Barcelona|Stockholm|Atlanta|Miami|Montreal|Melbourne|Mumbai|Los Angeles",
+    "Florence|Barcelona|Stockholm|Atlanta|Miami|Montreal|Melbourne|Mumbai|Los Angeles|Nice",
 )
 NOUN = (
     "chairs|desks|lamps|shirts|books|pens|mugs|plates|bottles|boxes|bags|cables|phones|tables|shoes|towels|candles|"
@@ -122,9 +122,9 @@ def draw_value(key, split, rng):
 
 
 def pool(lists, split, separator, rng):
-    """Return the values a split draws from; half of the held-out draws are of unseen values."""
+    """Return the values a split draws from; a third of the held-out draws are of unseen values."""
     known, unseen = (part.split(separator) for part in lists)
-    return unseen if split == "heldout" and rng.chance(0.5) else known
+    return unseen if split == "heldout" and rng.chance(1 / 3) else known
 
 
 def draw_quantity(rng):

@@ -200,7 +200,7 @@ CLOSERS = {
         " Thanks!",
         " Many thanks.",
         " Phone 555-{digits}.",
-        " Number {digits}.",
+        " My number is {digits}.",
         " Let me know soon.",
         " Have a nice day!",
         " I will pay by card.",

@@ -7,6 +7,10 @@ layout of the pack travels as the keyword `packed`. Because no mask is registere
 CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
 `EXPLICIT_MAX_TOKENS` the formula written out beats the fused kernel's backward (docs/log.md), above it SDPA runs.
 GPU: FlexAttention with a document block mask; a dense mask is never built there.
+
+Sampling hands a `CachedLayout` instead: first with the pack of the prompts, whose keys and values are kept, then for
+one token of each row at a time. Rows of one prompt read its keys and values together, as one matrix product, and their
+own beside it; the two parts meet in one softmax, so nothing is approximate.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trainer.errors import ModelError
+from trainer.kv_cache import KeyValueCache, LayerCache
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
 EXPLICIT_MAX_TOKENS: Final = 384
@@ -36,6 +41,8 @@ class Bucket:
     """[R, L] index of each padded cell into the pack; padding cells repeat index of the row's first token."""
     cells: torch.Tensor
     """[n] flat index of the real cells."""
+    padding: torch.Tensor
+    """[R, L] bool: cells that hold no token."""
 
 
 @final
@@ -71,7 +78,7 @@ class PackedLayout:
             real = offset < torch.tensor([lengths[index] for index in group])[:, None]
             gather = begin + offset * real
             cells = real.flatten().nonzero().squeeze(1)
-            buckets.append(Bucket(gather.to(device), cells.to(device)))
+            buckets.append(Bucket(gather.to(device), cells.to(device), (~real).to(device)))
             flat.append(gather.flatten()[cells])
         order = torch.argsort(torch.cat(flat))
         return cls(
@@ -80,6 +87,21 @@ class PackedLayout:
             buckets=tuple(buckets),
             order=order.to(device),
         )
+
+
+@final
+@dataclass(frozen=True)
+class CachedLayout:
+    """What sampling hands to attention: the pack of the prompts first, then one token of each row."""
+
+    cache: KeyValueCache
+    prompts: PackedLayout | None
+    """The prompts' layout when they are read; None ever after."""
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence, for models that hide their window."""
+        return self.cache.longest_prompt + self.cache.num_own + 1
 
 
 def packed_attention(
@@ -108,7 +130,7 @@ def packed_attention(
         [1, T, H, D] and no weights.
     """
     layout = kwargs.get("packed")
-    if not isinstance(layout, PackedLayout):
+    if not isinstance(layout, PackedLayout | CachedLayout):
         raise ModelError(f"{type(module).__name__} does not hand the pack's layout to attention: model not supported")
     if attention_mask is not None or query.shape[0] != 1:
         raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
@@ -123,6 +145,12 @@ def packed_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
+    if isinstance(layout, CachedLayout):
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if layout.prompts is None:
+            return _cached(query, layout.cache.append(layer, key, value), layout.cache, form), None
+        layout.cache.keep_prompts(layer, key, value)
+        layout = layout.prompts
     if query.device.type == "cpu":
         return _bucketed(query, key, value, layout, form), None
     return _flex(query, key, value, layout, form), None
@@ -157,10 +185,10 @@ class _Form:
 def _bucketed(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: _Form
 ) -> torch.Tensor:
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    rows = [_ToRows.apply(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]  # type: ignore[no-untyped-call]
     outputs = []
-    for bucket in layout.buckets:
-        q, k, v = (tensor[bucket.gather].transpose(1, 2) for tensor in rows)
+    for padded in zip(*rows, strict=True):
+        q, k, v = (tensor.transpose(1, 2) for tensor in padded)
         longest = q.shape[2]
         is_plain = form.softcap is None and form.sinks is None
         if longest > EXPLICIT_MAX_TOKENS and is_plain:
@@ -171,8 +199,47 @@ def _bucketed(
             )
         else:
             out = explicit_attention(q, k, v, form.scaling, form.window, form.softcap, form.sinks)
-        outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.cells])
-    return torch.cat(outputs)[layout.order][None]
+        outputs.append(out.transpose(1, 2))
+    return _ToPack.apply(layout, *outputs)[None]  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _ToRows(torch.autograd.Function):
+    """[T, ...] of the pack to [R, L, ...] of each bucket. Written by hand because the backward of indexing adds up.
+
+    Real cells are a permutation of the tokens, so the gradient is a gather too. Padding cells carry no gradient: what
+    comes after a sequence is seen by nobody.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pack: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, ...]:
+        ctx.layout = layout
+        return tuple(pack[bucket.gather] for bucket in layout.buckets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _pick(ctx.layout, grads), None
+
+
+class _ToPack(torch.autograd.Function):
+    """The way back: real cells only; their padding gets a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: PackedLayout, *padded: torch.Tensor) -> torch.Tensor:
+        ctx.layout = layout
+        return _pick(layout, padded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = []
+        for bucket in ctx.layout.buckets:
+            spread = grad[bucket.gather]
+            found.append(spread.masked_fill_(bucket.padding.view(*bucket.padding.shape, 1, 1), 0.0))
+        return None, *found
+
+
+def _pick(layout: PackedLayout, padded: Sequence[torch.Tensor]) -> torch.Tensor:
+    flat = [rows.flatten(0, 1)[bucket.cells] for rows, bucket in zip(padded, layout.buckets, strict=True)]
+    return torch.cat(flat)[layout.order]
 
 
 def explicit_attention(
@@ -207,11 +274,44 @@ def _causal(length: int, window: int | None, device: torch.device) -> torch.Tens
     return allowed if window is None else allowed & (distance < window)
 
 
+def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: _Form) -> torch.Tensor:
+    """[1, R, H, D] attention of one token of each row, [1, H, R, D], to its prompt and to what it has drawn."""
+    _, heads, rows, width = query.shape
+    kv_heads, longest = layer.prompt_keys.shape[1:3]
+    folded = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, width)
+    start = 0 if form.window is None else max(0, cache.num_own + 1 - form.window)
+    own = slice(start, cache.num_own + 1)
+
+    def of_prompts(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """[R, H_kv, q, n] times its prompt's [S, H_kv, n, m], for all rows of a prompt at once."""
+        slots = tensor[cache.slots].transpose(1, 2)
+        out = slots.flatten(2, 3) @ matrix
+        return out.view(*slots.shape[:-1], -1).transpose(1, 2).flatten(0, 1)[cache.rows]
+
+    prompt_scores = of_prompts(folded, layer.prompt_keys.transpose(-1, -2))
+    own_scores = folded @ layer.keys[:rows, :, own].transpose(-1, -2)
+    scores = torch.cat([prompt_scores, own_scores], -1) * form.scaling
+    if form.softcap is not None:
+        scores = torch.tanh(scores / form.softcap) * form.softcap
+    hidden = cache.hidden(form.window)
+    if hidden is not None:
+        scores[..., :longest].masked_fill_(hidden, float("-inf"))
+    if form.sinks is not None:
+        column = form.sinks.to(scores.dtype).view(1, kv_heads, -1, 1).expand(rows, -1, -1, -1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(layer.values.dtype)
+    out = of_prompts(weights[..., :longest], layer.prompt_values)
+    out += weights[..., longest : longest + own_scores.shape[-1]] @ layer.values[:rows, :, own]
+    return out.reshape(1, rows, heads, -1)
+
+
 def _flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: _Form
 ) -> torch.Tensor:
     if form.sinks is not None:
-        raise ModelError("attention sinks are not supported on GPU yet; train this model on the CPU shape or not at all")
+        raise ModelError(
+            "attention sinks are not supported on GPU yet; train this model on the CPU shape or not at all"
+        )
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     total = query.shape[2]

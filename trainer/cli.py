@@ -1,4 +1,4 @@
-"""The command line: check, train, status, shapes. Imports no torch."""
+"""The command line: check, train, status, shapes, rollouts, export. Imports no torch."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("recipe", nargs="?", metavar="RECIPE")
     shapes.set_defaults(run=_shapes)
 
+    rollouts = commands.add_parser("rollouts", help="what the policy answered in a step, and what it earned")
+    rollouts.add_argument("target", metavar="RUN", help="run directory or name")
+    rollouts.add_argument("--step", type=int, help="the step that learned from them; the last when left out")
+    rollouts.add_argument("--groups", type=int, default=4, metavar="N", help="how many prompts to show")
+    rollouts.add_argument("--json", action="store_true", help="print one JSON document")
+    rollouts.set_defaults(run=_rollouts)
+
     export = commands.add_parser("export", help="write a merged model of a finished run, and verify it")
     export.add_argument("target", metavar="RUN", help="run directory or name")
     export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
@@ -90,6 +97,12 @@ def _shapes(arguments: argparse.Namespace) -> int:
     from trainer.launch.check import shapes
 
     return shapes(arguments)
+
+
+def _rollouts(arguments: argparse.Namespace) -> int:
+    from trainer.launch.rollouts import rollouts
+
+    return rollouts(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

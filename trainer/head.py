@@ -18,8 +18,10 @@ from typing import Any, Final, final
 import torch
 from torch.autograd.function import once_differentiable
 
-TILE_CELLS: Final = 128 * 49_152
-"""Logits in a tile: small enough for a CPU's cache and a sliver of a GPU's memory."""
+TILE_CELLS: Final = 256 * 49_152
+"""Logits in a tile: rows enough for an efficient product, a sliver of a GPU's memory."""
+CPU_BLOCK_ROWS: Final = 32
+"""Rows whose float32 statistics are computed together on a CPU, so that they stay in its cache (docs/log.md)."""
 
 
 @final
@@ -63,22 +65,19 @@ def tiled_logprobs(
     return logprobs, entropy
 
 
-def _tile_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, form: HeadForm
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[n, V] float32 log-softmax, and the softcap's slope."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+def _log_softmax(logits: torch.Tensor, form: HeadForm) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[n, V] float32 log-softmax of raw logits, and the softcap's slope."""
+    logits = logits.float()
     slope = None
-    if form.scale != 1.0 or form.softcap is not None or form.temperature != 1.0:
-        logits = logits.float()
-        if form.scale != 1.0:
-            logits = logits * form.scale
-        if form.softcap is not None:
-            capped = torch.tanh(logits / form.softcap)
-            slope = 1 - capped.square()
-            logits = capped * form.softcap
+    if form.scale != 1.0:
+        logits = logits * form.scale
+    if form.softcap is not None:
+        capped = torch.tanh(logits / form.softcap)
+        slope = 1 - capped.square()
+        logits = capped * form.softcap
+    if form.temperature != 1.0:
         logits = logits / form.temperature
-    return torch.log_softmax(logits, -1, dtype=torch.float32), slope
+    return torch.log_softmax(logits, -1), slope
 
 
 def _residual(
@@ -93,10 +92,13 @@ def _residual(
     return probabilities.mul_(factor) if factor != -1.0 else probabilities.neg_()
 
 
-def _tiles(total: int, vocab: int) -> Iterator[slice]:
-    rows = tile_rows(vocab)
+def _slices(total: int, rows: int) -> Iterator[slice]:
     for start in range(0, total, rows):
         yield slice(start, min(start + rows, total))
+
+
+def _block_rows(tensor: torch.Tensor) -> int:
+    return CPU_BLOCK_ROWS if tensor.device.type == "cpu" else max(1, len(tensor))
 
 
 class _TiledLogprobs(torch.autograd.Function):
@@ -115,14 +117,18 @@ class _TiledLogprobs(torch.autograd.Function):
         is_head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         keep = hidden.requires_grad and not is_head_trained
         derivative = torch.empty_like(hidden) if keep else None
-        for tile in _tiles(len(targets), weight.shape[0]):
-            log_softmax, slope = _tile_logits(hidden[tile], weight, bias, form)
-            logprobs[tile] = log_softmax.gather(1, targets[tile, None]).squeeze(1)
-            if with_entropy:
-                entropy[tile] = -(log_softmax.exp() * log_softmax).sum(-1)
+        for tile in _slices(len(targets), tile_rows(weight.shape[0])):
+            logits = torch.nn.functional.linear(hidden[tile], weight, bias)
+            for block in _slices(len(logits), _block_rows(logits)):
+                rows = slice(tile.start + block.start, tile.start + block.stop)
+                log_softmax, slope = _log_softmax(logits[block], form)
+                logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
+                if with_entropy:
+                    entropy[rows] = -(log_softmax.exp() * log_softmax).sum(-1)
+                if derivative is not None:  # the logits are not needed any more: their memory takes the residual
+                    logits[block] = _residual(log_softmax, targets[rows], slope, form)
             if derivative is not None:
-                residual = _residual(log_softmax, targets[tile], slope, form)
-                derivative[tile] = residual.to(weight.dtype) @ weight
+                derivative[tile] = logits @ weight
         ctx.form, ctx.is_head_trained = form, is_head_trained
         if is_head_trained:
             ctx.save_for_backward(hidden, weight, bias, targets)
@@ -141,14 +147,17 @@ class _TiledLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-        for tile in _tiles(len(targets), weight.shape[0]):
-            log_softmax, slope = _tile_logits(hidden[tile], weight, bias, ctx.form)
-            residual = _residual(log_softmax, targets[tile], slope, ctx.form).mul_(grad[tile, None])
-            if grad_bias is not None:
-                grad_bias += residual.sum(0)
-            cast = residual.to(weight.dtype)
-            grad_hidden[tile] = cast @ weight
-            grad_weight += cast.T @ hidden[tile]
+        for tile in _slices(len(targets), tile_rows(weight.shape[0])):
+            logits = torch.nn.functional.linear(hidden[tile], weight, bias)
+            for block in _slices(len(logits), _block_rows(logits)):
+                rows = slice(tile.start + block.start, tile.start + block.stop)
+                log_softmax, slope = _log_softmax(logits[block], ctx.form)
+                residual = _residual(log_softmax, targets[rows], slope, ctx.form).mul_(grad[rows, None])
+                if grad_bias is not None:
+                    grad_bias += residual.sum(0)
+                logits[block] = residual
+            grad_hidden[tile] = logits @ weight
+            grad_weight += logits.T @ hidden[tile]
         return (
             grad_hidden,
             grad_weight.to(weight.dtype),

@@ -19,6 +19,7 @@ from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.batch import Batch
 from trainer.errors import ModelError
 from trainer.head import HeadForm, tiled_logprobs
+from trainer.lora import use_fused_linear
 
 
 @final
@@ -205,6 +206,7 @@ def _adapt(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
     )
     if lora.warm_start is not None:
         _refuse_other_adapter(config, Path(lora.warm_start))
+    use_fused_linear(config)
     try:
         adapted = peft.get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
     except ValueError as error:

@@ -33,6 +33,10 @@ class StopFlag:
             os.write(2, b"\ninterrupted: saving after this step; Ctrl-C again stops at once\n")
         self.reason = name
 
+    def request(self, reason: str) -> None:
+        """Ask for a stop from within this process, from any thread."""
+        self.reason = self.reason or reason
+
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked to stop; every rank calls this at the same point."""
         return world.max_of([float(self.reason is not None)])[0] > 0

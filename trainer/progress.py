@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, TextIO, final
 
 SHOWN: Final = {
@@ -66,18 +67,20 @@ class Console:
         if self.is_terminal:
             width = 24
             done = round(width * step / max(1, self.steps))
-            self.stream.write(f"\r\033[K[{'#' * done}{'.' * (width - done)}] {text}")
-            if is_milestone:
-                self.stream.write("\n")
+            bar = f"[{'#' * done}{'.' * (width - done)}]"
+            self._write(f"\r\033[K{bar} {text}" + ("\n" if is_milestone else ""))
         elif is_milestone or now - self._last_line > QUIET_S:
-            self.stream.write(text + "\n")
+            self._write(text + "\n")
             self._last_line = now
-        self.stream.flush()
 
     def say(self, text: str) -> None:
         """Say a sentence on a line of its own."""
-        self.stream.write(("\r\033[K" if self.is_terminal else "") + text + "\n")
-        self.stream.flush()
+        self._write(("\r\033[K" if self.is_terminal else "") + text + "\n")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # a log on a full disk, or a pipe that nobody reads, ends no run
+            self.stream.write(text)
+            self.stream.flush()
 
     def _left(self, step: int) -> str:
         seconds = seconds_left(self._recent, step, self.steps)

@@ -18,6 +18,8 @@ from trainer.errors import LaunchError, RunConflictError, TrainerError
 
 State = Literal["finished", "preempted", "cancelled", "failed"]
 HEARTBEAT_S = 10.0
+PROBE_S = 1.0
+"""Whoever looks whether a lock is taken holds it for a moment; taking it tries for so long."""
 
 
 @final
@@ -190,12 +192,30 @@ class RunDir:
         Raises:
             LaunchError: another process owns it.
         """
-        with (self.root / "lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                text = f"{self.root}: another attempt is running. Wait for it, or stop it first (trainer status {self.root})"
-                raise LaunchError(text) from None
+        with self._holding("lock"):
+            yield
+
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Be the run's only supervisor within the block; its worker stops when the supervisor is gone.
+
+        Raises:
+            LaunchError: another process supervises it.
+        """
+        with self._holding("supervisor.lock"):
+            yield
+
+    @contextmanager
+    def _holding(self, name: str) -> Iterator[None]:
+        with (self.root / name).open("a") as file:
+            end = time.monotonic() + PROBE_S
+            while not _try_lock(file.fileno(), fcntl.LOCK_EX):
+                if time.monotonic() > end:
+                    raise LaunchError(
+                        f"{self.root}: another attempt is running. "
+                        f"Wait for it, or stop it first (trainer status {self.root})"
+                    )
+                time.sleep(0.02)
             yield
 
     def wait_unlocked(self, poll_s: float = 0.05, timeout_s: float = float("inf")) -> bool:
@@ -209,14 +229,26 @@ class RunDir:
 
     def is_locked(self) -> bool:
         """Whether a process owns the run."""
+        return self._is_held("lock")
+
+    def is_supervised(self) -> bool:
+        """Whether a `trainer train` watches the run."""
+        return self._is_held("supervisor.lock")
+
+    def _is_held(self, name: str) -> bool:
         try:
-            with (self.root / "lock").open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
+            with (self.root / name).open("rb") as file:
+                return not _try_lock(file.fileno(), fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
-        except OSError:
-            return True
+
+
+def _try_lock(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def open_run(plan: Plan, name: str | None = None, runs_dir: Path = Path("runs")) -> RunDir:
@@ -240,7 +272,7 @@ def open_run(plan: Plan, name: str | None = None, runs_dir: Path = Path("runs"))
             f"{run.root} holds another run; what differs:\n{lines}\n"
             "Give another --name, undo the change, or move the directory away."
         )
-    if run.is_locked():
+    if run.is_locked() or run.is_supervised():
         raise LaunchError(f"{run.root}: another attempt is running. See: trainer status {run.root}")
     if old.dump() != plan.dump():
         write_atomically(run.plan_file, plan.dump())

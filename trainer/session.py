@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint import Checkpoints, TrainState
@@ -29,22 +30,25 @@ from trainer.progress import Console
 from trainer.run import HEARTBEAT_S, RunDir, replaced_directory
 
 Values = dict[str, float]
+WATCH_S: Final = 1.0
+"""How often the worker looks for its supervisor."""
 
 
 @final
 class Session:
     """Plan, run directory, ranks, log, checkpoints and the stop flag of this attempt."""
 
-    def __init__(self, plan: Plan, run: RunDir, world: World, attempt: int) -> None:
+    def __init__(self, plan: Plan, run: RunDir, world: World, attempt: int, stop: StopFlag) -> None:
         """Open everything; `train` of a loop gets it."""
-        self.plan, self.run, self.world, self.attempt = plan, run, world, attempt
+        self.plan, self.run, self.world, self.attempt, self.stop = plan, run, world, attempt, stop
         self.console = Console(plan.steps) if world.is_main else None
         self.log = MetricsLog(run, attempt, plan, is_main=world.is_main, show=self._show)
         self.checkpoints = Checkpoints(run, plan.recipe, plan.identity_hash, world, attempt)
-        self.stop = StopFlag()
         self.phase = "starting"
         self.step = 0
         self.saved_step: int | None = None
+        self._save_s: float | None = None
+        self._beating = threading.Lock()
 
     def say(self, text: str) -> None:
         """Tell a person, on the main rank."""
@@ -56,7 +60,11 @@ class Session:
             self.console.show(record)
 
     def resume(self, learner: Learner) -> TrainState:
-        """The state to go on from: the newest valid checkpoint, or the beginning."""
+        """The state to go on from: the newest valid checkpoint, or the beginning.
+
+        Raises:
+            PreemptedError: a rank was asked to stop meanwhile.
+        """
         state = self.checkpoints.load_newest(learner.state_tensors())
         if state is None:
             state = TrainState()
@@ -67,6 +75,9 @@ class Session:
             self.say(f"resumed {self.run.root} at step {state.step} of {self.plan.steps}")
         self.log.rewind(state.step if self.saved_step is not None else -1)
         self.step = state.step
+        self.phase = "training"
+        if self.stop.agreed(self.world) and state.step < self.plan.steps:
+            raise PreemptedError(f"stopped at step {state.step} of {self.plan.steps}, before another; nothing is lost")
         return state
 
     def after_step(self, state: TrainState, learner: Learner, values: Values, evaluate: Callable[[], Values]) -> None:
@@ -81,6 +92,9 @@ class Session:
         last = state.step == self.plan.steps
         if recipe.data.eval is not None and (last or (recipe.eval_interval and state.step % recipe.eval_interval == 0)):
             values |= self.evaluated(learner, evaluate)
+        if self._save_s is not None:
+            values |= {"perf/save_s": self._save_s}
+            self._save_s = None
         self.log.write(state.step, values | {"train/updates": learner.updates})
         must_stop = self.stop.agreed(self.world)
         if must_stop or (recipe.dcp_save_interval and (last or state.step % recipe.dcp_save_interval == 0)):
@@ -103,24 +117,31 @@ class Session:
         if self.saved_step == state.step:
             return
         self.phase = "saving"
+        best = self.best() if self.world.is_main else None
         try:
-            seconds = self.checkpoints.save(state, learner.state_tensors())
+            self._save_s = self.checkpoints.save(state, learner.state_tensors(), keep=best[0] if best else None)
         except CheckpointError as error:
             if must:
                 raise
             self.say(f"warning: {error}; going on, the next save tries again")
         else:
             self.saved_step = state.step
-            state.counters["save_s"] = seconds
         self.phase = "training"
 
     def save_weights(self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-        """Write adapter/ or model/ (or the -best one) whole or not at all."""
+        """Write adapter/ or model/ (or the -best one) whole or not at all.
+
+        Raises:
+            CheckpointError: it could not be written; what stood there before is intact.
+        """
         target = self.run.weights(is_lora=self.plan.recipe.lora is not None, best=best)
-        with replaced_directory(target) as directory:
-            learner.policy.save(directory, learner.masters)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(directory))
+        try:
+            with replaced_directory(target) as directory:
+                learner.policy.save(directory, learner.masters)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(str(directory))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{target}: not written: {error}") from None
         return target
 
     def _is_best(self, values: Values) -> bool:
@@ -153,9 +174,17 @@ class Session:
             return
         ended = threading.Event()
 
+        has_supervisor = self.run.is_supervised()
+
         def beat() -> None:
-            while not ended.wait(HEARTBEAT_S):
-                self._beat()
+            last = time.monotonic()
+            while not ended.wait(WATCH_S):
+                if has_supervisor and self.stop.reason is None and not self.run.is_supervised():
+                    self.say("the supervisor is gone: saving after this step")
+                    self.stop.request("supervisor gone")
+                if time.monotonic() - last >= HEARTBEAT_S:
+                    self._beat()
+                    last = time.monotonic()
 
         self._beat()
         thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
@@ -168,7 +197,8 @@ class Session:
 
     def _beat(self) -> None:
         if self.world.is_main:
-            self.run.write_heartbeat(self.attempt, self.step, self.phase)
+            with self._beating, suppress(OSError):  # no sign of life is no reason to die
+                self.run.write_heartbeat(self.attempt, self.step, self.phase)
 
 
 def about_attempt(plan: Plan, world: World) -> dict[str, Any]:

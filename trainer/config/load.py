@@ -35,10 +35,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     document = read_document(path)
     for assignment in overrides:
         apply_override(document, assignment)
-    recipe, mistakes = validate(Recipe, document)
-    mistakes = document.mistakes + mistakes
+    recipe, wrong = validate(Recipe, document)
+    mistakes = document.mistakes + [f"{document.where(path)}: {text}" for path, text in wrong.items()]
     findings = contradictions(recipe, path.parent) if recipe is not None else []
-    mistakes += [_finding_line(finding, document) for finding in findings if finding.is_error]
+    for finding in findings:
+        is_echo = any(place[: len(finding.path)] == finding.path for place in wrong)  # of a value that was dropped
+        if finding.is_error and not is_echo:
+            mistakes.append(_finding_line(finding, document))
     if mistakes or recipe is None:
         raise RecipeError(sorted(dict.fromkeys(mistakes), key=_line_number))
     warnings = tuple(_finding_line(finding, document) for finding in findings if not finding.is_error)
@@ -48,9 +51,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def load_shape(path: Path) -> TrainingShape:
     """Read and validate one training shape."""
     document = read_document(path)
-    shape, mistakes = validate(TrainingShape, document)
+    shape, wrong = validate(TrainingShape, document)
+    mistakes = document.mistakes + [f"{document.where(path)}: {text}" for path, text in wrong.items()]
     if mistakes or shape is None:
-        raise RecipeError(document.mistakes + mistakes)
+        raise RecipeError(sorted(mistakes, key=_line_number))
     return shape
 
 

@@ -136,7 +136,7 @@ def choose_shape(recipe: Recipe, name: str, where: str = "shape") -> TrainingSha
         try:
             shape = find_shape(name)
         except ShapeError as error:
-            raise ShapeError(f"{where}: {error}") from None
+            raise ShapeError(f"{where}: {str(error).removeprefix('shape ')}") from None
         problem = misfit(recipe, shape, facts)
         if problem is not None:
             raise ShapeError(f"{where}: {shape.name} does not fit: {problem}\nTry `shape: auto`, or `trainer shapes`.")

@@ -30,24 +30,24 @@ NEAR_CUTOFF: Final = 0.6
 SHOWN_CHARS: Final = 60
 
 
-def validate(model: type[M], document: Document) -> tuple[M | None, list[str]]:
+def validate(model: type[M], document: Document) -> tuple[M | None, dict[KeyPath, str]]:
     """Validate; where values are wrong, drop them and look again, so that contradictions elsewhere are found too.
 
     Returns:
-        The section without the wrong values, or None where it cannot do without them; and every mistake, one line each.
+        The section without the wrong values, or None where it cannot do without them; and what is wrong with each.
     """
     try:
-        return model.model_validate(document.data), []
+        return model.model_validate(document.data), {}
     except ValidationError as error:
         problems: dict[KeyPath, list[Any]] = {}
         for problem in error.errors():
             problems.setdefault(_real_path(problem["loc"], document.data), []).append(problem)
-    mistakes = []
+    mistakes = {}
     pruned = copy.deepcopy(document.data)
     for path, found in problems.items():
         if any(len(other) > len(path) and other[: len(path)] == path for other in problems):
             continue  # another branch of a union; the deeper one is what was meant
-        mistakes.append(f"{document.where(path)}: {_explain(found, path, model)}")
+        mistakes[path] = _explain(found, path, model)
         _drop(pruned, path)
     try:
         return model.model_validate(pruned), mistakes

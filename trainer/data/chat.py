@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from trainer.config.recipe import DataSettings, ModelSettings
 from trainer.data.batch import TokenSequence
 from trainer.data.jsonl import row_messages, row_weight
-from trainer.data.template import render, training_template
+from trainer.data.template import Rendered, render, training_template
 from trainer.errors import DataError, ModelError
 from trainer.types import Row
 
@@ -87,7 +87,7 @@ class ChatEncoder:
                         continue
                     truncated += 1
                     sequence = sequence.truncated(self.data.max_seq_tokens)
-                    if not any(sequence.trained):
+                    if not sequence.num_trained:
                         truncated, dropped = truncated - 1, dropped + 1
                         continue
                 sequences.append(sequence)
@@ -111,11 +111,12 @@ class ChatEncoder:
             DataError: the row is no prompt, or leaves no room for a completion.
         """
         messages = row_messages(row, self.data, with_completion=False)
-        text = self._render_text(row, messages, add_generation_prompt=True)
+        text = _checked_text(self._rendered(row, messages, add_generation_prompt=True).text, row)
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         self._refuse_double_bos(ids, str(row))
         if len(ids) >= self.data.max_seq_tokens:
-            raise DataError(f"{row}: the prompt has {len(ids):,} tokens; data.max_seq_tokens is {self.data.max_seq_tokens:,}")
+            limit = self.data.max_seq_tokens
+            raise DataError(f"{row}: the prompt has {len(ids):,} tokens; data.max_seq_tokens is {limit:,}")
         return ids
 
     def _render(self, row: Row) -> _Pending:
@@ -123,47 +124,35 @@ class ChatEncoder:
             prompt, completion = row.get("prompt"), row.get("completion")
             if not isinstance(prompt, str) or not isinstance(completion, str):
                 raise DataError(f"{row}: `format: text` needs the texts `prompt` and `completion`")
+            if not completion.strip():
+                raise DataError(f"{row}: the completion is empty. Remove the row.")
             text = prompt + completion + str(self.tokenizer.eos_token)
-            return _Pending(row, text, ((len(prompt), len(text)),), row_weight(row))
+            return _Pending(row, _checked_text(text, row), ((len(prompt), len(text)),), row_weight(row))
         messages = row_messages(row, self.data, with_completion=True)
-        text, spans = self._render_spans(row, messages)
+        rendered = self._rendered(row, messages, add_generation_prompt=False)
+        spans = rendered.spans
         turns = [message for message in messages if message["role"] == "assistant"]
+        if any(_is_empty(turn) for turn in turns if turn.get("weight", 1)):
+            raise DataError(f"{row}: an assistant turn is empty. Remove it or the row, or give the turn `weight: 0`.")
         if len(spans) == len(turns):
             spans = tuple(span for span, turn in zip(spans, turns, strict=True) if turn.get("weight", 1))
         elif any(turn.get("weight", 1) == 0 for turn in turns):
             raise DataError(f"{row}: the chat template merges assistant turns, so `weight: 0` cannot be honoured")
         if not spans:
             raise DataError(f"{row}: no token would be trained")
-        return _Pending(row, text, spans, row_weight(row))
+        return _Pending(row, _checked_text(rendered.text, row), spans, row_weight(row))
 
-    def _render_spans(self, row: Row, messages: list[dict[str, Any]]) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _rendered(self, row: Row, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> Rendered:
         messages = [_with_parsed_arguments(message, row) for message in messages]
-        try:
-            rendered = render(self.template, self.tokenizer, messages, tools=row.get("tools"))
-        except Exception as error:  # a template raises whatever its author thought of
-            raise DataError(f"{row}: the chat template refuses the row: {error}") from None
-        self._refuse_unrendered(row, messages, rendered.text)
-        return rendered.text, rendered.spans
-
-    def _render_text(self, row: Row, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-        messages = [_with_parsed_arguments(message, row) for message in messages]
+        tools = _checked_tools(row)
         try:
             rendered = render(
-                self.template, self.tokenizer, messages, tools=row.get("tools"),
-                add_generation_prompt=add_generation_prompt,
-            )  # fmt: skip
-        except Exception as error:
+                self.template, self.tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template raises whatever its author thought of
             raise DataError(f"{row}: the chat template refuses the row: {error}") from None
-        self._refuse_unrendered(row, messages, rendered.text)
-        return rendered.text
-
-    def _refuse_unrendered(self, row: Row, messages: list[dict[str, Any]], text: str) -> None:
-        """Some templates drop tools and tool calls without a word."""
-        names = [call["function"]["name"] for message in messages for call in message.get("tool_calls") or []]
-        names += [tool["function"]["name"] for tool in row.get("tools") or [] if isinstance(tool, dict)]
-        for name in names:
-            if name not in text:
-                raise DataError(f"{row}: the chat template leaves out the tool {name!r}; the model does not know tools")
+        _refuse_unrendered(row, messages, tools, rendered.text)
+        return rendered
 
     def _tokenize(self, pending: Sequence[_Pending]) -> list[TokenSequence]:
         add_bos = self.data.format == "text"
@@ -172,10 +161,10 @@ class ChatEncoder:
         )
         result = []
         for item, ids, offsets in zip(pending, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            trained = [any(low <= start < high and end > start for low, high in item.spans) for start, end in offsets]
+            trained = [any(_is_within(offset, span) for span in item.spans) for offset in offsets]
             self._refuse_double_bos(ids, str(item.row))
             if not any(trained[1:]) or item.weight == 0:
-                raise DataError(f"{item.row}: no token would be trained (empty completion, or weight 0)")
+                raise DataError(f"{item.row}: no token would be trained (weight 0)")
             result.append(
                 TokenSequence(tuple(ids), tuple(trained), {"weights": (item.weight,) * sum(trained[1:])}, str(item.row))
             )
@@ -190,20 +179,27 @@ class ChatEncoder:
         chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         row = Row({"messages": [*chat, *chat]}, file="(template check)")
         sequence = self._tokenize([self._render(row)])[0]
-        ends = [
-            token
-            for token, trained, following in zip(
-                sequence.token_ids, sequence.trained, (*sequence.trained[1:], False), strict=True
-            )
-            if trained and not following
-        ]
+        ends: list[int] = []
+        for token, trained, before in zip(
+            sequence.token_ids, sequence.trained, (False, *sequence.trained), strict=False
+        ):
+            if trained and not before:
+                ends.append(token)
+            elif trained and self.tokenizer.decode([token]).strip():  # some templates train a line break after it
+                ends[-1] = token
         for token in ends:
-            if token not in self.stop_ids and self.tokenizer.decode([token]).strip():
+            if token not in self.stop_ids:
                 raise ModelError(
                     f"training ends a turn with {self.tokenizer.decode([token])!r}, but generation stops at "
                     f"{[self.tokenizer.decode([stop]) for stop in sorted(self.stop_ids)]}. "
                     "Set eos_token_id in the model's generation_config.json, or another chat template."
                 )
+
+
+def _is_within(offset: tuple[int, int], span: tuple[int, int]) -> bool:
+    """Whether a token begins within a span; tokenizers that trim spaces leave one of spaces alone empty at its end."""
+    (start, end), (low, high) = offset, span
+    return low <= start < high if end > start else low < end <= high
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> frozenset[int]:
@@ -247,3 +243,41 @@ def _with_parsed_arguments(message: dict[str, Any], row: Row) -> dict[str, Any]:
             raise DataError(f"{row}: a tool call needs function.name and JSON arguments (got {call!r:.80})") from None
         parsed.append({**call, "function": function})
     return {**message, "tool_calls": parsed}
+
+
+def _checked_tools(row: Row) -> list[Any] | None:
+    tools = row.get("tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"{row}: `tools` must be a list (got {type(tools).__name__})")
+    for number, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{row}: tools[{number}] needs function.name (got {tool!r:.80})")
+    return tools
+
+
+def _refuse_unrendered(row: Row, messages: list[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
+    """Some templates drop tools and tool calls without a word."""
+    names = [call["function"]["name"] for message in messages for call in message.get("tool_calls") or []]
+    names += [tool["function"]["name"] for tool in tools or []]
+    for name in names:
+        if name not in text:
+            raise DataError(f"{row}: the chat template leaves out the tool {name!r}; the model does not know tools")
+
+
+def _is_empty(turn: dict[str, Any]) -> bool:
+    """Whether a turn says nothing, calls no tool and carries nothing else that a template may render."""
+    return not turn["content"].strip() and not turn.keys() - {"role", "content", "weight", "name"}
+
+
+def _checked_text(text: str, row: Row) -> str:
+    """Half of a surrogate pair is legal in JSON and is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row}: {text[error.start]!r} is half a character (a lone surrogate). Mend the text."
+        ) from None
+    return text

@@ -38,8 +38,6 @@ def read_rows(
         name = f"{source.hub}[{source.split}]"
     rows: list[Row] = []
     for line, raw in fields:
-        if limit is not None and len(rows) == limit:
-            break
         try:
             renamed = _rename(raw, settings.columns, f"{name}:{line}")
         except DataError as error:
@@ -48,6 +46,8 @@ def read_rows(
             refused.append(error)
             continue
         rows.append(Row(renamed, file=name, line=line, index=len(rows)))
+        if len(rows) == limit:
+            break
     if not rows and not refused:
         raise DataError(f"{name}: holds no rows. Give a file with one JSON object a line.")
     return rows

@@ -42,7 +42,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase, override: str | None) 
         ModelError: there is none, it changes earlier turns when later ones follow, or never trains its stop token.
     """
     if override is not None:
-        template = Path(override).read_text(encoding="utf-8")
+        try:
+            template = Path(override).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.chat_template: {override}: cannot be read: {error}") from None
         if not has_generation_markers(template):
             raise ModelError(f"{override}: has no `{{% generation %}}` markers, so no token would be trained")
         tokenizer.chat_template = template
@@ -63,6 +66,8 @@ def _known_template(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return get_training_chat_template(tokenizer) or own
     except ValueError:
+        if has_generation_markers(own):
+            return own  # its fault is another one, which `_refuse_unfit` names
         raise ModelError(f"the tokenizer's chat template does not say which tokens are trained. {REMEDY}") from None
 
 

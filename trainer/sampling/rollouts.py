@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, final
 
+from trainer.algorithms import group_advantages
+from trainer.config.presets import merge_preset
 from trainer.config.recipe import AlgorithmSettings, Recipe, RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed import World
@@ -15,7 +17,7 @@ from trainer.errors import PreemptedError, RewardError
 from trainer.preemption import StopFlag
 from trainer.rewards.runner import RewardRunner, Scored, Scoring
 from trainer.run import RunDir
-from trainer.sampling.journal import read_chunk, write_chunk
+from trainer.journal import read_chunk, write_chunk
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 from trainer.types import Completion, Group, Rollout, Row
 
@@ -72,6 +74,7 @@ class Rollouts:
         """Bring together what a step's rollouts need; `params` are those of training, their step is replaced."""
         assert recipe.rollout is not None and recipe.algorithm is not None
         self.recipe, self.settings, self.algorithm = recipe, recipe.rollout, recipe.algorithm
+        self.preset = merge_preset(recipe.algorithm)
         self.prompts, self.sampler, self.rewards = prompts, sampler, rewards
         self.run, self.world, self.stop, self.params = run, world, stop, params
 
@@ -152,7 +155,9 @@ class Rollouts:
             )
             for prompt, completions, texts in zip(pending.prompts, pending.completions, pending.texts, strict=True)
         ]
-        write_chunk(self.run, step, pending.number, self._header(step, pending.prompts), groups)
+        rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
+        advantages = group_advantages(rewards, self.preset.advantage)
+        write_chunk(self.run, step, pending.number, self._header(step, pending.prompts), groups, advantages)
         return groups
 
     def _header(self, step: int, prompts: Sequence[Prompt]) -> dict[str, Any]:

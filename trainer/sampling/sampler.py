@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
-from trainer.config.recipe import RolloutSettings
 from trainer.policy import Policy
 from trainer.types import Completion
 
@@ -45,20 +44,13 @@ class SamplingParams:
     is_greedy: bool = False
     """Take the likeliest token, for evaluation; top_p, top_k and min_p are then without effect."""
 
-    @classmethod
-    def of_rollout(cls, settings: RolloutSettings, stop_ids: frozenset[int], *, seed: int, step: int) -> SamplingParams:
-        """What a recipe's `rollout` says, in one step of a run."""
-        return cls(
-            max_completion_tokens=settings.max_completion_tokens,
-            stop_ids=stop_ids,
-            seed=seed,
-            step=step,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
-            stop=tuple(settings.stop),
-        )
+    def at_step(self, step: int) -> SamplingParams:
+        """The same with the noise of another step."""
+        return replace(self, step=step)
+
+    def for_evaluation(self, seed_offset: int) -> SamplingParams:
+        """The same with a noise that no training step uses and that is equal at every evaluation."""
+        return replace(self, seed=self.seed + seed_offset, step=0)
 
 
 class Sampler(Protocol):
@@ -72,3 +64,6 @@ class Sampler(Protocol):
 
         Logprobs are of the untruncated distribution at `params.temperature`, whatever top_p, top_k and min_p say.
         """
+
+    def text_of(self, completion: Completion) -> str:
+        """What was drawn as text, without special tokens: for rewards and people, never tokenized again."""

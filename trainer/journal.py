@@ -1,4 +1,4 @@
-"""The journal of rollouts: a file per chunk, written whole or not at all, replayed whole or not at all."""
+"""The journal of rollouts: a file per chunk, written whole or not at all, replayed whole or not at all. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from trainer.types import Group, Rollout, Row
 FORMAT = 1
 
 
-def write_chunk(run: RunDir, step: int, number: int, header: Mapping[str, Any], groups: Sequence[Group]) -> None:
+def write_chunk(
+    run: RunDir,
+    step: int,
+    number: int,
+    header: Mapping[str, Any],
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float | None]],
+) -> None:
     """Write one chunk.
 
     Args:
@@ -21,11 +28,12 @@ def write_chunk(run: RunDir, step: int, number: int, header: Mapping[str, Any], 
         number: of the chunk in its step.
         header: what a replay must find equal.
         groups: the chunk's groups, scored.
+        advantages: of each rollout, for people; a replay computes them again.
     """
     lines = [json.dumps({"format": FORMAT, **header})]
-    for group in groups:
-        for rollout in group.rollouts:
-            record = {"row": group.row.index, "where": str(group.row), **rollout.__dict__}
+    for group, of_group in zip(groups, advantages, strict=True):
+        for rollout, advantage in zip(group.rollouts, of_group, strict=True):
+            record = {"row": group.row.index, "where": str(group.row), "advantage": advantage, **rollout.__dict__}
             record["trained"] = "".join("1" if flag else "0" for flag in rollout.trained)
             lines.append(json.dumps(record, ensure_ascii=False))
     lines.append(json.dumps({"end": len(lines) - 1}))
@@ -59,7 +67,7 @@ def read_chunk(
     rollouts: dict[int, list[Rollout]] = {row.index: [] for row in rows}
     for record in records[1:-1]:
         index = record.pop("row")
-        record.pop("where")
+        del record["where"], record["advantage"]
         if index not in rollouts:
             return None
         rollouts[index].append(_rollout(record))

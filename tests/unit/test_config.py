@@ -1,0 +1,261 @@
+"""Recipes: every mistake at once with its line, and contradictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_recipe import RFT, SFT, write_small
+
+from trainer.config.load import load_recipe
+from trainer.errors import RecipeError
+
+
+@pytest.fixture(autouse=True)
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+
+
+def mistakes_of(recipe: str, *overrides: str) -> list[str]:
+    path = write_small(Path(), recipe)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return caught.value.mistakes
+
+
+def warnings_of(recipe: str, *overrides: str) -> tuple[str, ...]:
+    return load_recipe(write_small(Path(), recipe), overrides).warnings
+
+
+def test_the_small_recipe_is_valid_and_raises_no_warning():
+    assert warnings_of(SFT) == ()
+    assert warnings_of(RFT) == ()
+
+
+def test_five_mistakes_are_reported_at_once_each_on_its_line():
+    assert mistakes_of(
+        """\
+name: a b
+method: sfr
+model: {path: model}
+data: {train: train.jsonl}
+rows_per_step: 0
+steps: 10
+optimizer:
+  learning_rates: 1e-3
+  beta1: 1.5
+"""
+    ) == [
+        "recipe.yaml:1: name: must be letters, digits, `.`, `_` or `-`, beginning with a letter or digit (got 'a b')",
+        "recipe.yaml:2: method: must be one of sft, rft (got 'sfr'); did you mean `sft`?",
+        "recipe.yaml:5: rows_per_step: must be greater than 0 (got 0)",
+        "recipe.yaml:8: optimizer.learning_rates: unknown field; did you mean `learning_rate`?",
+        "recipe.yaml:9: optimizer.beta1: must be less than 1 (got 1.5)",
+    ]
+
+
+def test_a_contradiction_is_reported_beside_a_wrong_value():
+    recipe = SFT.replace("warmup_steps: 2", "warmup_steps: 10").replace("rank: 4", "rnak: 4")
+    assert mistakes_of(recipe) == [
+        "recipe.yaml:6: lora.rnak: unknown field; did you mean `rank`?",
+        "recipe.yaml:15: optimizer.warmup_steps: warm-up of 10 steps is not shorter than the run of 10 steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        ("rank: 4", "rank: '4'", "6: lora.rank: must be a whole number (got '4'); remove the quotes"),
+        ("rank: 4", "rank: 4.5", "6: lora.rank: must be a whole number (got 4.5)"),
+        ("learning_rate: 1e-3", "learning_rate: fast", "14: optimizer.learning_rate: must be a number (got 'fast')"),
+        (
+            "learning_rate: 1e-3",
+            "learning_rate: -1e-3",
+            "14: optimizer.learning_rate: must be greater than 0 (got -0.001)",
+        ),
+        ("name: small", "name: 2024", "1: name: must be text (got 2024); put it in quotes"),
+        ("rank: 4", "target_modules: 5", "6: lora.target_modules: must be `all-linear` or a list (got 5)"),
+        (
+            "rank: 4",
+            "target_modules: all-liner",
+            "6: lora.target_modules: must be `all-linear` or a list (got 'all-liner'); did you mean `all-linear`?",
+        ),
+        ("rank: 4", "target_modules: [q_proj, 7]", "6: lora.target_modules.1: must be text (got 7); put it in quotes"),
+        (
+            "rank: 4",
+            "target_modules: []",
+            "6: lora.target_modules: must be `all-linear` or a list with at least one entry (got [])",
+        ),
+        (
+            "train: train.jsonl",
+            "train: 7",
+            "8: data.train: must be a section with fields of its own: path, hub, config, split, revision (got 7)",
+        ),
+        ("train: train.jsonl", "train: {file: train.jsonl}", "8: data.train.file: unknown field; "),
+        (
+            "train: train.jsonl",
+            "system: Hi",
+            "7: data.train: missing. Rows to train on: a JSONL path, or `{path, hub, config, split, revision}`.",
+        ),
+        ("steps: 10", "steps: 10\nsteps: 12", "13: steps: given twice (first on line 12)"),
+        ("rank: 4", "rank: 4\n  rank: 5", "7: lora.rank: given twice (first on line 6)"),
+    ],
+)
+def test_a_mistake_says_where_what_and_how_to_mend_it(old, new, mistake):
+    (found,) = mistakes_of(SFT.replace(old, new))
+    assert found.startswith(f"recipe.yaml:{mistake}")
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("", "recipe.yaml:1: expected a mapping of fields, found nothing"),
+        ("- a\n- b\n", "recipe.yaml:1: expected a mapping of fields, found a list"),
+        ("name: [a\n", "recipe.yaml:2: not YAML: "),
+        ("name: a\nmethod: !made_up sft\n", "recipe.yaml:2: not YAML: could not determine a constructor"),
+        ("name: a\nseed: 2024-13-45\n", "recipe.yaml: not YAML: month must be in 1..12"),
+        ("name: &a {b: *a}\n", "recipe.yaml: not YAML: "),
+    ],
+)
+def test_what_is_no_recipe_is_refused_without_a_traceback(text, mistake):
+    (found,) = mistakes_of(text)
+    assert found.startswith(mistake)
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line():
+    Path("recipe.yaml").write_bytes(b"name: a\nmethod: sft \xff\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:2: byte 20 is not UTF-8"):
+        load_recipe(Path("recipe.yaml"))
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(RecipeError, match=r"none\.yaml: no such file"):
+        load_recipe(Path("none.yaml"))
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001"])
+def test_scientific_notation_is_a_number(text):
+    recipe = load_recipe(write_small(Path(), SFT.replace("1e-3", text))).recipe
+    assert recipe.optimizer.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        ("steps: 10\n", "", "recipe.yaml: steps: missing; say how long to train with `steps` or `epochs`"),
+        ("steps: 10", "steps: 10\nepochs: 1", "recipe.yaml:13: epochs: contradicts `steps`; give one of them"),
+        # 6 rows, 2 a step: half an epoch is 2 steps
+        (
+            "steps: 10",
+            "epochs: 0.5",
+            "recipe.yaml:15: optimizer.warmup_steps: warm-up of 2 steps is not shorter than the run of 2",
+        ),
+        (
+            "eval: eval.jsonl",
+            "eval: train.jsonl",
+            "recipe.yaml:9: data.eval: is the training data; held-out rows must be others",
+        ),
+        ("eval: eval.jsonl", "eval: ./train.jsonl", "recipe.yaml:9: data.eval: is the training data"),
+        ("  eval: eval.jsonl\n", "", "recipe.yaml:15: eval_interval: needs held-out rows: set `data.eval`"),
+        (
+            "train: train.jsonl",
+            "train: none.jsonl",
+            "recipe.yaml:8: data.train: no such file: none.jsonl (paths are relative to",
+        ),
+        (
+            "train: train.jsonl",
+            "train: model",
+            "recipe.yaml:8: data.train: model is a directory; name a JSONL file in it",
+        ),
+        (
+            "train: train.jsonl",
+            "train: {split: train}",
+            "recipe.yaml:8: data.train: give `path` (a JSONL file) or `hub`",
+        ),
+        ("path: model", "path: models/none", "recipe.yaml:4: model.path: no such directory: models/none"),
+        ("path: model", "path: gone", "recipe.yaml:4: model.path: no such directory: gone; a hub name is `owner/name`"),
+        ("path: model", "path: .", "recipe.yaml:4: model.path: . has no config.json: not a model directory"),
+        ("path: model", "path: owner/name", "recipe.yaml:4: model.path: a hub name needs `model.revision`, a commit"),
+        (
+            "path: model",
+            "path: model\n  chat_template: no.jinja",
+            "recipe.yaml:5: model.chat_template: no such file: no.jinja",
+        ),
+        ("rank: 4", "warm_start: model", "recipe.yaml:6: lora.warm_start: model/adapter_config.json is missing"),
+        ("shape: cpu", "rewards: [{use: last_number}]", "recipe.yaml:18: rewards: belongs to `method: rft`"),
+    ],
+)
+def test_an_sft_contradiction_is_an_error_at_its_line(old, new, mistake):
+    (found,) = mistakes_of(SFT.replace(old, new))
+    assert found.startswith(mistake)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        ("group_size: 4", "group_size: 1", "14: rollout.group_size: must be at least 2 (got 1)"),
+        ("use: last_number", "use: last_numbr", "17: rewards.0.use: no built-in reward of this name; did you mean"),
+        ("use: last_number", "use: mine.py:score", "17: rewards.0.use: no file mine.py"),
+        ("use: last_number", "use: no_such:score", "17: rewards.0.use: no module `no_such` is installed"),
+        ("rewards:", "rewards:\n  - use: last_number", "18: rewards.1: two rewards are called last_number"),
+        ("- use: last_number", "[]", "16: rewards: missing; rft needs at least one reward"),
+        ("group_size: 4", "top_p: 0.9", "14: rollout.top_p: truncated sampling biases the gradient"),
+        ("tokens: 16", "tokens: 128", "15: rollout.max_completion_tokens: 128 leaves no room"),
+        ("clip_low: 0.1", "minibatches_per_step: 3", "12: algorithm.minibatches_per_step: 3 minibatches do not divide"),
+        ("name: small", "name: small\nlora: {dropout: 0.1}", "2: lora.dropout: rft needs 0"),
+        ("max_seq_tokens: 128", "max_seq_tokens: 128\n  format: text", "8: data.format: rft prompts are chats"),
+        ("name: dapo", "name: ppo", "11: algorithm.name: must be one of grpo, gspo, cispo, dapo, dr_grpo (got 'ppo')"),
+        ("clip_low: 0.1", "kl_estimator: k4", "12: algorithm.kl_estimator: must be one of k1, k2, k3, k3_corrected"),
+    ],
+)  # fmt: skip
+def test_an_rft_contradiction_is_an_error_at_its_line(old, new, mistake):
+    (found,) = mistakes_of(RFT.replace(old, new))
+    assert found.startswith(f"recipe.yaml:{mistake}")
+
+
+def test_a_reward_in_a_file_beside_the_recipe_is_found_without_importing_it():
+    Path("mine.py").write_text("import no_such_package\n\ndef score(completion, row):\n    return 1.0\n")
+    assert warnings_of(RFT.replace("use: last_number", "use: mine.py:score")) == ()
+    (found,) = mistakes_of(RFT.replace("use: last_number", "use: mine.py:scroe"))
+    assert found == "recipe.yaml:17: rewards.0.use: mine.py has no function `scroe`; did you mean `score`?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warning"),
+    [
+        (
+            "dcp_save_interval: 5\n",
+            "",
+            "recipe.yaml: dcp_save_interval: 0: nothing is saved on the way, a kill loses the run.",
+        ),
+        (
+            "dcp_save_interval: 5",
+            "dcp_save_interval: 0",
+            "recipe.yaml:17: dcp_save_interval: 0: nothing is saved on the way",
+        ),
+        ("rows_per_step: 2", "rows_per_step: 7", "recipe.yaml:11: rows_per_step: more than the 6 rows"),
+        (
+            "path: model",
+            "path: owner/name\n  revision: main",
+            "recipe.yaml:5: model.revision: `main` is a branch or a tag, which moves; pin a commit",
+        ),
+        (
+            "train: train.jsonl",
+            "train: {path: none.jsonl, hub: owner/rows}",
+            "recipe.yaml:8: data.train: rows come from the hub (owner/rows) and may change; pin `revision`",
+        ),
+    ],
+)
+def test_what_is_odd_but_allowed_is_a_warning(old, new, warning):
+    (found,) = warnings_of(SFT.replace(old, new))
+    assert found.startswith(warning)
+
+
+def test_a_pinned_commit_raises_no_warning():
+    assert warnings_of(SFT.replace("path: model", f"path: owner/name\n  revision: {'0123456789' * 4}")) == ()
+
+
+def test_epochs_of_rows_on_a_hub_are_refused_with_the_remedy():
+    recipe = SFT.replace("train: train.jsonl", "train: {hub: owner/rows}").replace("steps: 10", "epochs: 1")
+    assert "recipe.yaml:12: epochs: the rows of owner/rows cannot be counted here; give `steps`" in mistakes_of(recipe)
