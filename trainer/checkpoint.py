@@ -23,7 +23,7 @@ from typing import Any, Final, final
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 
 from trainer.config.recipe import Recipe
 from trainer.distributed import World
@@ -77,7 +77,7 @@ class _SafeReader(FileSystemReader):
         data = (Path(self.path) / ".metadata").read_bytes()
         try:
             metadata = _RestrictedUnpickler(io.BytesIO(data)).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+        except Exception as error:  # hostile bytes may raise whatever they like
             raise CheckpointError(f"{self.path}/.metadata: refused: {error}") from None
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{self.path}/.metadata: holds {type(metadata).__name__}")
@@ -98,8 +98,13 @@ class Checkpoints:
         self.run, self.recipe, self.identity_hash = run, recipe, identity_hash
         self.world, self.attempt = world, attempt
 
-    def save(self, state: TrainState, tensors: Mapping[str, torch.Tensor]) -> float:
+    def save(self, state: TrainState, tensors: Mapping[str, torch.Tensor], keep: int | None = None) -> float:
         """Write a checkpoint of this step; every rank calls it.
+
+        Args:
+            state: step and counters.
+            tensors: everything else.
+            keep: an older step whose checkpoint `keep_last` must not remove.
 
         Returns:
             Seconds that the step stood still.
@@ -138,7 +143,7 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
             raise CheckpointError(f"{target}: not written: {problem}")
         if self.world.is_main:
-            self._prune(state.step)
+            self._prune(state.step, keep)
         return time.perf_counter() - begin
 
     def load_newest(self, tensors: Mapping[str, torch.Tensor]) -> TrainState | None:
@@ -150,14 +155,18 @@ class Checkpoints:
         Returns:
             Its step and counters, or None where there is no valid checkpoint.
         """
-        chosen = self._newest_valid() if self.world.is_main else None
+        chosen = self._newest_valid(tensors) if self.world.is_main else None
         chosen = self.world.from_main(chosen)
         if chosen is None:
             return None
         directory, manifest = chosen
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(dict(tensors), storage_reader=_SafeReader(directory))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(dict(tensors), storage_reader=_SafeReader(directory))
+        except Exception as error:  # its bytes are what was written, and yet DCP cannot read them
+            remedy = "Move it away to go on from the one before."
+            raise CheckpointError(f"{directory}: cannot be read: {_root_cause(error)}. {remedy}") from error
         return TrainState(manifest["step"], manifest["counters"])
 
     def steps(self) -> list[int]:
@@ -194,42 +203,47 @@ class Checkpoints:
         staging.rename(target)
         fsync_dir(target.parent)
 
-    def _newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_valid(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Path, dict[str, Any]] | None:
+        for half_written in self.run.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(half_written, ignore_errors=True)
         for step in reversed(self.steps()):
             directory = self.run.checkpoint(step)
             try:
-                return directory, self._verified(directory)
+                return directory, self._verified(directory, tensors)
             except CheckpointError as error:
                 aside = _free_name(directory)
                 directory.rename(aside)
                 warnings.warn(f"{error}; moved to {aside.name}, taking the one before", stacklevel=2)
         return None
 
-    def _verified(self, directory: Path) -> dict[str, Any]:
+    def _verified(self, directory: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         try:
             manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
-            files = manifest["files"]
+            files = {str(name): (int(about["bytes"]), about["sha256"]) for name, about in manifest["files"].items()}
             identity, _step, _counters = manifest["identity_hash"], int(manifest["step"]), dict(manifest["counters"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory}: no readable manifest ({type(error).__name__})") from None
         if identity != self.identity_hash:
             raise CheckpointError(f"{directory}: belongs to another run")
         if ".metadata" not in files:
             raise CheckpointError(f"{directory}: lists no metadata")
-        for name, about in files.items():
+        for name, (size, sha256) in files.items():
             file = directory / name
             if Path(name).name != name or not file.is_file():
                 raise CheckpointError(f"{file}: missing")
-            if file.stat().st_size != about["bytes"] or file_sha256(file) != about["sha256"]:
+            if file.stat().st_size != size or file_sha256(file) != sha256:
                 raise CheckpointError(f"{file}: damaged")
-        _SafeReader(directory).read_metadata()
+        entries = _SafeReader(directory).read_metadata().state_dict_metadata
+        sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        if sizes != {name: tensor.size() for name, tensor in tensors.items()}:
+            raise CheckpointError(f"{directory}: holds other tensors than this run has")
         return manifest
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, newest: int, keep: int | None) -> None:
         every = self.recipe.keep_every
         ours = [step for step in self.steps() if step <= newest]
         for step in ours[: -self.recipe.keep_last]:
-            if not (every and step % every == 0):
+            if step != keep and not (every and step % every == 0):
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
 
 

@@ -18,6 +18,10 @@ from trainer.errors import LaunchError, RunConflictError, TrainerError
 
 State = Literal["finished", "preempted", "cancelled", "failed"]
 HEARTBEAT_S = 10.0
+LAUNCHER = "TRAINER_LAUNCHER"
+"""Environment variable that names who started a worker."""
+SUPERVISOR = "trainer train"
+"""Its value where the run is supervised."""
 PROBE_S = 1.0
 """Whoever looks whether a lock is taken holds it for a moment; taking it tries for so long."""
 

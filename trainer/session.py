@@ -27,7 +27,7 @@ from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
 from trainer.preemption import StopFlag
 from trainer.progress import Console
-from trainer.run import HEARTBEAT_S, RunDir, replaced_directory
+from trainer.run import HEARTBEAT_S, LAUNCHER, SUPERVISOR, RunDir, replaced_directory
 
 Values = dict[str, float]
 WATCH_S: Final = 1.0
@@ -174,7 +174,7 @@ class Session:
             return
         ended = threading.Event()
 
-        has_supervisor = self.run.is_supervised()
+        has_supervisor = os.environ.get(LAUNCHER) == SUPERVISOR
 
         def beat() -> None:
             last = time.monotonic()
@@ -215,7 +215,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
         "shape": plan.shape.name,
         "ranks": world.size,
         "threads": torch.get_num_threads(),
-        "launcher": os.environ.get("TRAINER_LAUNCHER", "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
+        "launcher": os.environ.get(LAUNCHER, "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
         "host": socket.gethostname(),
         "machine": platform.machine(),
         "python": platform.python_version(),

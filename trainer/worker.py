@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.config.load import load_recipe
 from trainer.config.plan import Plan, make_plan
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, PreemptedError, TrainerError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, CheckpointError, LaunchError, PreemptedError, TrainerError
 from trainer.run import Outcome, RunDir, State, open_run
 
 
@@ -34,17 +34,25 @@ def _attempt(plan: Plan, run: RunDir) -> int:
 
     from trainer import rft, sft
     from trainer.distributed import join_world, leave_world
+    from trainer.preemption import StopFlag
     from trainer.session import Session, about_attempt
 
     _quiet_libraries()
-    world = join_world(plan.shape.device, plan.shape.num_ranks)
+    try:
+        world = join_world(plan.shape.device, plan.shape.num_ranks)
+    except LaunchError as error:
+        if _is_main():
+            with run.locked():
+                run.write_outcome(Outcome("failed", 0, str(error), error.exit_code))
+        raise
+    stop = StopFlag()  # not before: a signal must be able to end a rank that waits for the others
     with ExitStack() as stack:
         stack.callback(leave_world, world)
         if world.is_main:
             stack.enter_context(run.locked())
             run.outcome_file.unlink(missing_ok=True)
         number = world.from_main(run.take_attempt(about_attempt(plan, world)) if world.is_main else None)
-        session = Session(plan, run, world, number)
+        session = Session(plan, run, world, number, stop)
         stack.enter_context(session.alive())
         outcome = Outcome("failed", 0, "", EXIT_FAILED)
         try:
@@ -52,10 +60,10 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             outcome = Outcome("finished", plan.steps, _summary(session), EXIT_FINISHED)
         except TrainerError as error:
             state: State = "preempted" if isinstance(error, PreemptedError) else "failed"
-            outcome = Outcome(state, session.step, str(error), error.exit_code)
+            kept = _kept(session.saved_step) if isinstance(error, CheckpointError) else ""
+            outcome = Outcome(state, session.step, f"{error}{kept}", error.exit_code)
         except OSError as error:
-            kept = f"; the checkpoint of step {session.saved_step} is kept" if session.saved_step is not None else ""
-            message = f"{error.strerror or error}: {error.filename or run.root}{kept}. Mend it and run the same command."
+            message = f"{error.filename or run.root}: {error.strerror or error}{_kept(session.saved_step)}"
             outcome = Outcome("failed", session.step, message, EXIT_FAILED)
         except Exception as error:
             traceback.print_exc()
@@ -63,11 +71,23 @@ def _attempt(plan: Plan, run: RunDir) -> int:
         session.log.close(outcome.exit_code)
         if world.is_main:
             session.say(outcome.message)
-            run.write_outcome(outcome)
+            try:
+                run.write_outcome(outcome)
+            except OSError as error:
+                session.say(f"{run.outcome_file}: not written: {error}")
         if outcome.state == "failed" and world.size > 1:
             sys.stderr.flush()
             os._exit(outcome.exit_code)  # other ranks wait in a collective that this one will never join
         return outcome.exit_code
+
+
+def _kept(saved_step: int | None) -> str:
+    kept = "" if saved_step is None else f"; the checkpoint of step {saved_step} is kept"
+    return f"{kept}. Mend it and run the same command."
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _summary(session: object) -> str:
@@ -89,7 +109,7 @@ def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
         run = RunDir(target)
         return run.read_plan(), run
     plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main():
         return plan, open_run(plan, arguments.name)
     return plan, RunDir(Path("runs") / (arguments.name or plan.recipe.name))
 

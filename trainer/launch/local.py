@@ -33,8 +33,8 @@ def launch_argv(shape: TrainingShape, target: Path, python: str = sys.executable
     """
     argv = [python, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(shape))]
     argv += ["--num_processes", str(shape.num_ranks), "--num_machines", str(shape.nodes)]
-    if shape.device == "cpu":
-        argv += ["--num_cpu_threads_per_process", "0"] if shape.num_ranks == 1 else []
+    if shape.device == "cpu" and shape.num_ranks > 1:
+        argv += ["--multi_gpu"]  # with `use_cpu` alone accelerate starts one process, whatever the number
     return [*argv, "-m", "trainer.worker", str(target)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import LaunchError
@@ -65,11 +66,10 @@ def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
 
 def _prompts(path: str | None) -> dict[int, str]:
     """The last user turn of each row, where the file is still there."""
-    try:
-        with open(path or "", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-    except OSError:
+    if path is None or not Path(path).is_file():
         return {}
+    with Path(path).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
     return {
         index: str(row["messages"][-1]["content"] if "messages" in row else row.get("prompt", ""))
         for index, row in enumerate(rows)
