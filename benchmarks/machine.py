@@ -17,7 +17,11 @@ def conditions() -> dict[str, Any]:
     import trl
 
     processor = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     flags = Path("/proc/cpuinfo").read_text()

@@ -24,12 +24,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 import transformers
-from datasets import Dataset
 from machine import conditions
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from datasets import Dataset
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings, OptimizerSettings
 from trainer.data.batch import Batch, micro_batches
 from trainer.data.chat import ChatEncoder, load_tokenizer
@@ -164,9 +164,9 @@ def report(out: Path, rates: dict[str, list[float]], failed: dict[str, str], arg
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     about = result["conditions"]
     lines = [
-        f"LoRA SFT of SmolLM2-135M-Instruct, {ROWS_PER_STEP} rows a step, medians of {arguments.rounds} alternating rounds of",
-        f"{arguments.steps} steps. {about['processor']}, {about['threads']} threads, AMX {about['amx']}, torch {about['torch']},",
-        f"TRL {about['trl']}; bf16 matrix peak {about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",
+        f"LoRA SFT of SmolLM2-135M-Instruct, {ROWS_PER_STEP} rows a step, medians of {arguments.rounds} alternating",
+        f"rounds of {arguments.steps} steps. {about['processor']}, {about['threads']} threads, AMX {about['amx']},",
+        f"torch {about['torch']}, TRL {about['trl']}; bf16 matrix peak {about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",
         "| | tokens/s |\n|---|---:|",
         *(f"| {name} | {value:.0f} |" for name, value in medians.items()),
         f"\nRatio to TRL's best ({best}): **{ratio:.1f}x**",

@@ -1,30 +1,38 @@
 """Random draws that are the same on every Python version.
 
-Only `random.random()` is promised to be stable across versions; `choice`, `sample` and `shuffle` are not.
+Only `random.random()` is promised to be; `choice`, `sample` and `shuffle` are not.
 """
 
+from __future__ import annotations
+
 import random
+from collections.abc import Sequence
+from typing import TypeVar, final
+
+T = TypeVar("T")
 
 
+@final
 class Draws:
     """A seeded source of choices."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: str) -> None:
+        """Start the draws that belong to this text."""
         self._random = random.Random(seed).random
 
-    def chance(self, probability):
+    def chance(self, probability: float) -> bool:
         """Return True with this probability."""
         return self._random() < probability
 
-    def between(self, low, high):
+    def between(self, low: int, high: int) -> int:
         """Return a whole number from low to high, both included."""
         return low + int(self._random() * (high - low + 1))
 
-    def pick(self, values):
+    def pick(self, values: Sequence[T]) -> T:
         """Return one of the values."""
         return values[int(self._random() * len(values))]
 
-    def shuffled(self, values):
+    def shuffled(self, values: Sequence[T]) -> list[T]:
         """Return the values in another order."""
         keyed = [(self._random(), index) for index in range(len(values))]
         return [values[index] for _, index in sorted(keyed)]

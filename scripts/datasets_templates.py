@@ -4,7 +4,12 @@ Each line is one template family. `{slot}` takes a value, `[a|b]` one of the var
 unlike every training family of its kind; none is used in both splits.
 """
 
-ORDER_TRAIN = """
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+ORDER_TRAIN: Final = """
 {customer} [wants|needs|would like] {quantity} {item} [sent|shipped|delivered] to {city}.
 Please [send|ship] {quantity} {item} to {customer} in {city}.
 [Order|New order]: {quantity} {item}, {customer}, {city}.
@@ -47,7 +52,7 @@ Purchase of {quantity} {item} by {customer} from {city}.
 {customer} bought {quantity} {item} and has them shipped home to {city}.
 """
 
-ORDER_HELDOUT = """
+ORDER_HELDOUT: Final = """
 [We sold|Sold] {quantity} {item} to {customer}, who lives in {city}.
 [Thanks for|About] your call, {customer}: we will bring {quantity} {item} to {city}.
 Invoice {customer}, {city}, for {quantity} {item}.
@@ -60,7 +65,7 @@ Would you mail {quantity} {item} to my friend {customer} in {city}?
 Someone called {customer} in {city} [needs|wants] {item}, {quantity} in total.
 """
 
-BOOKING_TRAIN = """
+BOOKING_TRAIN: Final = """
 [Book|Reserve] a table for {people} on {date} at {time}, name {name}.
 {name} [wants|would like] a table for {people} at {time} on {date}.
 Table for {people}, {date}, {time}, {name}.
@@ -103,7 +108,7 @@ Add a booking for {name}: {people} people, {date} at {time}.
 At {time} a group of {people} arrives, it is {date}, and {name} is the host.
 """
 
-BOOKING_HELDOUT = """
+BOOKING_HELDOUT: Final = """
 [Lunch|Brunch] for {people} at {time} on {date}, please, for {name}.
 {name} here, we'd like to come on {date} at {time}, {people} people in all.
 Please expect {name} and company, {people} in all, on {date} at {time}.
@@ -116,7 +121,7 @@ A group of {people} led by {name} arrives on {date} at {time}.
 Write down {date}, {time}, {name}, {people} people.
 """
 
-TICKET_TRAIN = """
+TICKET_TRAIN: Final = """
 [One|A] ticket from {from} to {to} for {passenger}, {price} euros.
 {passenger} [travels|flies|goes] from {from} to {to} for {price} dollars.
 {passenger} paid ${price} for the [train|bus|flight] from {from} to {to}.
@@ -159,7 +164,7 @@ A seat for {passenger} is ${price}, it goes from {from} to {to}.
 It was {price} dollars when {passenger} went from {from} to {to}.
 """
 
-TICKET_HELDOUT = """
+TICKET_HELDOUT: Final = """
 [We need|Get] a ticket to {to} for {passenger}, who starts in {from}, for {price} euros.
 {passenger} found a {price} dollar fare from {from} to {to}.
 Reserve the trip {from} to {to} for {passenger}; it costs {price} euros.
@@ -172,17 +177,17 @@ On the {from} to {to} line, {passenger} paid {price} dollars.
 Name on the ticket {passenger}, route {from} to {to}, total {price} euros.
 """
 
-FAMILIES = {
+FAMILIES: Final[Mapping[str, Mapping[str, str]]] = {
     "order": {"train": ORDER_TRAIN, "heldout": ORDER_HELDOUT},
     "booking": {"train": BOOKING_TRAIN, "heldout": BOOKING_HELDOUT},
     "ticket": {"train": TICKET_TRAIN, "heldout": TICKET_HELDOUT},
 }
 
-OPENERS = {
+OPENERS: Final[Mapping[str, list[str]]] = {
     "train": ["Hi, ", "Hello! ", "Good morning. ", "Hey, ", "Dear team, ", "New message: ", "Quick note: ", "FYI: "],
     "heldout": ["Hi, ", "Good evening. ", "Hello there. ", "To the front desk: ", "Hey, "],
 }
-CLOSERS = {
+CLOSERS: Final[Mapping[str, list[str]]] = {
     "train": [
         " Thanks!",
         " Thank you.",

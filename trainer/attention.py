@@ -289,7 +289,7 @@ def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: 
         return out.view(*slots.shape[:-1], -1).transpose(1, 2).flatten(0, 1)[cache.rows]
 
     prompt_scores = of_prompts(folded, layer.prompt_keys.transpose(-1, -2))
-    own_scores = folded @ layer.keys[:rows, :, own].transpose(-1, -2)
+    own_scores = folded @ layer.keys[:rows, ..., own]
     scores = torch.cat([prompt_scores, own_scores], -1) * form.scaling
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
@@ -322,8 +322,10 @@ def _flex(
         near = q - k < form.window if form.window is not None else q >= k
         return (document[q] == document[k]) & (q >= k) & near
 
+    softcap = form.softcap or 1.0
+
     def capped(score: torch.Tensor, _b: Any, _h: Any, _q: Any, _k: Any) -> torch.Tensor:
-        return torch.tanh(score / form.softcap) * form.softcap  # type: ignore[no-any-return]
+        return torch.tanh(score / softcap) * softcap
 
     mask = create_block_mask(is_visible, None, None, total, total, device=query.device.type)
     out = flex_attention(
@@ -335,7 +337,7 @@ def _flex(
         scale=form.scaling,
         enable_gqa=True,
     )
-    return out.transpose(1, 2)  # type: ignore[union-attr]
+    return out.transpose(1, 2)
 
 
 def register() -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from trainer.config.recipe import Recipe
 from trainer.distributed import World
@@ -44,7 +45,7 @@ class TrainState:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows DCP's records and torch's plain value types, and refuses every other name."""
+    """Knows DCP's records of tensors and torch's plain value types, and refuses every other name."""
 
     ALLOWED: Final = frozenset(
         {
@@ -63,7 +64,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
     )  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in self.ALLOWED or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         if module in {"pathlib", "pathlib._local"} and name in {"PosixPath", "PurePosixPath", "Path"}:
             return super().find_class(module, name)
@@ -81,8 +84,6 @@ class _SafeReader(FileSystemReader):
             raise CheckpointError(f"{self.path}/.metadata: refused: {error}") from None
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{self.path}/.metadata: holds {type(metadata).__name__}")
-        if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-            raise CheckpointError(f"{self.path}: holds byte entries; only tensors are read")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -128,8 +129,8 @@ class Checkpoints:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # DCP warns of single-process use
-                    dcp.save(dict(tensors), storage_writer=FileSystemWriter(staging, sync_files=True))
-            except Exception as error:  # DCP wraps whatever a rank's disk raised
+                    state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(staging, sync_files=True))
+            except (Exception, CheckpointException) as error:  # DCP wraps whatever a rank's disk raised
                 problem = f"{type(error).__name__}: {_root_cause(error)}"
             problem = self._any_problem(problem)
         if problem is None and self.world.is_main:
@@ -163,8 +164,8 @@ class Checkpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(dict(tensors), storage_reader=_SafeReader(directory))
-        except Exception as error:  # its bytes are what was written, and yet DCP cannot read them
+                state_dict_loader.load(dict(tensors), storage_reader=_SafeReader(directory))
+        except (Exception, CheckpointException) as error:  # its bytes are what was written, and yet DCP cannot read them
             remedy = "Move it away to go on from the one before."
             raise CheckpointError(f"{directory}: cannot be read: {_root_cause(error)}. {remedy}") from error
         return TrainState(manifest["step"], manifest["counters"])
@@ -261,6 +262,8 @@ def _free_name(directory: Path) -> Path:
 
 
 def _root_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__ or error
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -40,7 +40,7 @@ class RewardEvaluation:
     def __call__(self) -> dict[str, float]:
         """The eval/ values of the policy as it was last published; every rank calls it."""
         mine: dict[int, list[float]] = {}
-        tokens = truncated = 0.0
+        tokens = truncated = failed = 0.0
         chunks = list(split_chunks(range(len(self.prompts)), CHUNK_PROMPTS, self.world.size))
         for chunk in chunks[self.world.rank :: self.world.size]:
             prompts = [self.prompts[index] for index in chunk]
@@ -54,16 +54,18 @@ class RewardEvaluation:
             scores = iter(self.rewards.score(items))
             for index, prompt, completions in zip(chunk, prompts, answers, strict=True):
                 rollouts = [
-                    make_rollout(prompt, completion, "", next(scores), AlgorithmSettings()) for completion in completions
+                    make_rollout(prompt, completion, "", next(scores), AlgorithmSettings())
+                    for completion in completions
                 ]
                 # A failed reward earns nothing here: leaving it out would flatter a policy that breaks the scorer.
                 mine[index] = [rollout.reward if rollout.reward is not None else 0.0 for rollout in rollouts]
+                failed += sum(rollout.reward is None for rollout in rollouts)
                 tokens += sum(len(completion.token_ids) for completion in completions)
                 truncated += sum(completion.finish_reason == "length" for completion in completions)
         rewards: dict[int, list[float]] = {}
         for part in self.world.gather(mine):
             rewards |= part
-        tokens, truncated = self.world.sum_of([tokens, truncated])
+        tokens, truncated, failed = self.world.sum_of([tokens, truncated, failed])
         by_row = [rewards[index] for index in sorted(rewards)]
         count = len(by_row) * self.num_samples
         low, high = bootstrap_interval([sum(row) / len(row) for row in by_row], self.params.seed)
@@ -74,6 +76,7 @@ class RewardEvaluation:
             **{f"eval/pass_at_{k}": pass_at_k(by_row, k) for k in sorted({1, self.num_samples})},
             "eval/completion_tokens": tokens / count,
             "eval/truncated_frac": truncated / count,
+            "eval/failed": failed,
         }
 
 
@@ -99,5 +102,5 @@ def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float
     """Percentile interval of the mean, rows resampled; a function of values and seed."""
     generator = random.Random(f"bootstrap:{seed}")
     means = sorted(math.fsum(generator.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
-    tail = (1 - CONFIDENCE) / 2
-    return means[int(tail * RESAMPLES)], means[int((1 - tail) * RESAMPLES) - 1]
+    tail = int((1 - CONFIDENCE) / 2 * RESAMPLES)
+    return means[tail], means[-1 - tail]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, final
 
 import torch
@@ -41,6 +42,11 @@ class Minibatch:
     denominator: float
     """This rank's part of what the summed loss is divided by."""
 
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens on this rank."""
+        return sum(pack.num_trained for pack in self.packs)
+
 
 def minibatches(groups: Sequence[Group], plan: Plan, device: torch.device) -> list[Minibatch]:
     """Pack a step's scored rollouts into minibatches, groups in order.
@@ -69,6 +75,9 @@ def minibatches(groups: Sequence[Group], plan: Plan, device: torch.device) -> li
 def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: Plan, step: int) -> dict[str, float]:
     """Make the step's updates; returns means over them.
 
+    A minibatch without a trained token on any rank makes no update: all its completions failed or are masked. A step
+    of such minibatches has no means, and changes nothing.
+
     Args:
         learner: whose policy learns.
         parts: the step's minibatches, from `minibatches`.
@@ -82,6 +91,11 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
     settings, rollout = _settings(plan)
     loss = PolicyLoss(merge_preset(settings), settings.mismatch_cap)
     temperature = rollout.temperature
+    rate = learning_rate(plan.recipe.optimizer, step, plan.steps)
+    num_trained = learner.world.sum_of([float(part.num_trained) for part in parts])
+    parts = [part for part, tokens in zip(parts, num_trained, strict=True) if tokens]
+    if not parts:
+        return {"tokens": 0.0, "learning_rate": rate}
     is_on_policy = settings.epochs_per_batch * len(parts) == 1
     for number, part in enumerate(parts):
         for index, pack in enumerate(part.packs):
@@ -89,21 +103,19 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
             if number > 0:  # the first minibatch is its own old policy
                 extra["old_logprobs"] = score(learner.policy, pack, temperature)
             part.packs[index] = replace(pack, inputs={**pack.inputs, **extra})
-    rate = learning_rate(plan.recipe.optimizer, step, plan.steps)
     updates = []
     for epoch in range(settings.epochs_per_batch):
         for number, part in enumerate(parts):
             learner.policy.train()
             for index, pack in enumerate(part.packs):
-                loss.own_logprobs = None
                 learner.forward_backward(pack, loss, temperature=temperature, with_entropy=True)
-                if not is_on_policy and "old_logprobs" not in pack.inputs and loss.own_logprobs is not None:
-                    part.packs[index] = replace(pack, inputs={**pack.inputs, "old_logprobs": loss.own_logprobs})
+                if not is_on_policy and "old_logprobs" not in pack.inputs:
+                    part.packs[index] = replace(pack, inputs={**pack.inputs, "old_logprobs": loss.last_logprobs})
             learner.policy.eval()
             if epoch == 0 and number == 0:
                 _refuse_stale_sampler(learner, rollout.max_sampler_kl)
             updates.append(learner.optim_step(rate, part.denominator, METRICS))
-    return _combined(updates)
+    return _means(updates, settings.epochs_per_batch)
 
 
 @final
@@ -113,14 +125,13 @@ class PolicyLoss:
     def __init__(self, preset: Preset, mismatch_cap: float | None) -> None:
         """Fix algorithm and correction."""
         self.preset, self.mismatch_cap = preset, mismatch_cap
-        self.own_logprobs: torch.Tensor | None = None
-        """Of the pack just scored, where it had no old logprobs: it is its own old policy."""
+        self.last_logprobs = torch.empty(0)
+        """Of the pack just scored, detached: a pack without old logprobs is its own old policy."""
 
     def __call__(self, scores: Scores, batch: Batch) -> PolicyTerms:
         """Unreduced terms, weighted so that their sum over the denominator is the paper's average."""
-        old = batch.inputs.get("old_logprobs")
-        if old is None:
-            old = self.own_logprobs = scores.logprobs.detach()
+        self.last_logprobs = scores.logprobs.detach()
+        old = batch.inputs.get("old_logprobs", self.last_logprobs)
         sampler = batch.inputs["sampler_logprobs"]
         correction = None
         if self.mismatch_cap is not None:
@@ -142,19 +153,21 @@ class PolicyLoss:
 def score(policy: Policy, batch: Batch, temperature: float) -> torch.Tensor:
     """[N] logprobs of a pack as the policy is now."""
     policy.eval()
-    return policy(batch, temperature=temperature).logprobs  # type: ignore[no-any-return]
+    return policy(batch, temperature=temperature).logprobs
 
 
 def _settings(plan: Plan) -> tuple[AlgorithmSettings, RolloutSettings]:
     algorithm, rollout = plan.recipe.algorithm, plan.recipe.rollout
-    assert algorithm is not None and rollout is not None
+    assert algorithm is not None
+    assert rollout is not None
     return algorithm, rollout
 
 
 def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """Equal runs of groups; the last ones are shorter where it does not divide."""
-    size = -(-len(groups) // parts)
-    return [groups[begin : begin + size] for begin in range(0, size * parts, size)] if size else [[]] * parts
+    """Runs of groups whose lengths differ by one at most, the longer ones first."""
+    size, longer = divmod(len(groups), parts)
+    ends = [size * number + min(number, longer) for number in range(parts + 1)]
+    return [groups[begin:end] for begin, end in pairwise(ends)]
 
 
 def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:
@@ -168,9 +181,7 @@ def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:
 
 
 def _sequence(rollout: Rollout, advantage: float, where: str) -> TokenSequence:
-    logprobs = tuple(
-        value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained
-    )
+    logprobs = tuple(value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained)
     inputs = {"advantages": (advantage,) * len(logprobs), "sampler_logprobs": logprobs}
     return TokenSequence(rollout.token_ids, rollout.trained, inputs, where)
 
@@ -179,17 +190,15 @@ def _refuse_stale_sampler(learner: Learner, budget: float) -> None:
     divergence = learner.mean_so_far("sampler_kl")
     if not divergence <= budget:
         raise NumericalError(
-            f"sampler_kl is {divergence:.3g}, more than rollout.max_sampler_kl ({budget:g}): the sampler drew from other "
-            "weights than the policy's (a stale or unloaded adapter?). Nothing was updated."
+            f"sampler_kl is {divergence:.3g}, more than rollout.max_sampler_kl ({budget:g}): the sampler drew from "
+            "other weights than the policy's (a stale or unloaded adapter?). Nothing was updated."
         )
 
 
-def _combined(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over updates weighted by tokens; tokens and the norm as the largest would mislead, so tokens of one pass."""
-    tokens = sum(update["tokens"] for update in updates)
+def _means(updates: Sequence[dict[str, float]], num_epochs: int) -> dict[str, float]:
+    """Means over updates, weighted by their tokens; `tokens` are those of one pass."""
     if len(updates) == 1:
-        return dict(updates[0])
-    return {
-        name: sum(update[name] * update["tokens"] for update in updates) / tokens if name != "tokens" else tokens
-        for name in updates[0]
-    }
+        return updates[0]
+    tokens = sum(update["tokens"] for update in updates)
+    means = {name: sum(update[name] * update["tokens"] for update in updates) / tokens for name in updates[0]}
+    return means | {"tokens": tokens / num_epochs}

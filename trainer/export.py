@@ -115,7 +115,7 @@ def merge(plan: Plan, adapter: Path, out: Path) -> Verification:
 
 def _load(path: str, revision: str | None) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _held_out(plan: Plan, encoder: ChatEncoder) -> list[TokenSequence]:

@@ -138,7 +138,7 @@ class _TiledLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _entropy: torch.Tensor) -> tuple[Any, ...]:
         if not ctx.is_head_trained:
             (derivative,) = ctx.saved_tensors

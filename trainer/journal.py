@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from trainer.run import RunDir, write_atomically
 from trainer.types import Group, Rollout, Row
 
-FORMAT = 1
+FORMAT: Final = 1
 
 
 def write_chunk(
@@ -26,7 +28,7 @@ def write_chunk(
         run: the run directory.
         step: the step that the rollouts are trained on next, from 0.
         number: of the chunk in its step.
-        header: what a replay must find equal.
+        header: what a replay must find equal; its `rows` are the indices of the groups' rows.
         groups: the chunk's groups, scored.
         advantages: of each rollout, for people; a replay computes them again.
     """
@@ -35,7 +37,7 @@ def write_chunk(
         for rollout, advantage in zip(group.rollouts, of_group, strict=True):
             record = {"row": group.row.index, "where": str(group.row), "advantage": advantage, **rollout.__dict__}
             record["trained"] = "".join("1" if flag else "0" for flag in rollout.trained)
-            lines.append(json.dumps(record, ensure_ascii=False))
+            lines.append(_line(record))
     lines.append(json.dumps({"end": len(lines) - 1}))
     file = run.journal_chunk(step, number)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,37 +56,55 @@ def read_chunk(
         header: as it was written with.
         rows: the chunk's rows, in order.
     """
+    records = _whole(run.journal_chunk(step, number))
+    if records is None or records[0] != json.loads(json.dumps({"format": FORMAT, **header})):
+        return None
+    found = _by_group(records)
+    if [of_group[0]["row"] for of_group in found] != [row.index for row in rows]:
+        return None
+    return [Group(row, tuple(map(_rollout, of_group))) for row, of_group in zip(rows, found, strict=True)]
+
+
+def read_step(run: RunDir, step: int) -> list[list[dict[str, Any]]]:
+    """The rollout records of each group of a step, for people; empty where there is none."""
+    chunks = [_whole(file) for file in sorted(run.journal(step).glob("chunk-*.jsonl"))]
+    return [of_group for records in chunks if records is not None for of_group in _by_group(records)]
+
+
+def set_aside(run: RunDir, step: int) -> Path:
+    """Move a step's chunks out of the way of a replay; returns where to."""
+    directory = run.journal(step)
+    aside = directory.with_name(f"refused-{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+    return aside
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """JSON that people can read; half a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def _whole(file: Path) -> list[dict[str, Any]] | None:
+    """The records of a chunk, header first and end last; None where it is missing or cut off."""
     try:
-        records = [
-            json.loads(line) for line in run.journal_chunk(step, number).read_text(encoding="utf-8").splitlines()
-        ]
+        # not splitlines(): texts hold U+2028 and the like, which are no ends of lines in JSON
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     except (FileNotFoundError, ValueError):
         return None
-    if len(records) < 2 or records[0] != json.loads(json.dumps({"format": FORMAT, **header})):
-        return None
-    if records[-1] != {"end": len(records) - 2}:
-        return None
-    rollouts: dict[int, list[Rollout]] = {row.index: [] for row in rows}
-    for record in records[1:-1]:
-        index = record.pop("row")
-        del record["where"], record["advantage"]
-        if index not in rollouts:
-            return None
-        rollouts[index].append(_rollout(record))
-    return [Group(row, tuple(rollouts[row.index])) for row in rows]
+    return records if len(records) > 1 and records[-1] == {"end": len(records) - 2} else None
 
 
-def read_step(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Every rollout record of a step, for people; empty where there is none."""
-    found = []
-    for file in sorted(run.journal(step).glob("chunk-*.jsonl")):
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found += records[1:-1]
-    return found
+def _by_group(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rollout records group by group; a row may have several groups, all groups of a chunk are of one size."""
+    header, *rollouts, _end = records
+    size = len(rollouts) // len(header["rows"])
+    return [rollouts[begin : begin + size] for begin in range(0, len(rollouts), size)]
 
 
 def _rollout(record: dict[str, Any]) -> Rollout:
-    record["token_ids"] = tuple(record["token_ids"])
-    record["trained"] = tuple(flag == "1" for flag in record["trained"])
-    record["sampler_logprobs"] = tuple(record["sampler_logprobs"])
-    return Rollout(**record)
+    fields = {name: value for name, value in record.items() if name not in {"row", "where", "advantage"}}
+    fields["token_ids"] = tuple(record["token_ids"])
+    fields["trained"] = tuple(flag == "1" for flag in record["trained"])
+    fields["sampler_logprobs"] = tuple(record["sampler_logprobs"])
+    return Rollout(**fields)

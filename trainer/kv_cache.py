@@ -21,8 +21,9 @@ class LayerCache:
     """[S, H_kv, P, D]; what stands behind a shorter prompt is hidden when it is read."""
     prompt_values: torch.Tensor
     keys: torch.Tensor
-    """[R, H_kv, C, D]."""
+    """[R, H_kv, D, C]: transposed, because products with a part of [C, D] take twice as long on CPU (docs/log.md)."""
     values: torch.Tensor
+    """[R, H_kv, C, D]."""
 
 
 @final
@@ -42,6 +43,7 @@ class KeyValueCache:
         self._lengths = lengths.to(device)
         self._layers: dict[int, LayerCache] = {}
         self._owners: list[int] = []
+        self._most_rows = 0
         self._hidden: dict[int | None, torch.Tensor | None] = {}
         self.longest_prompt = max(prompt_lengths)
         self.num_own = 0
@@ -50,6 +52,7 @@ class KeyValueCache:
     def branch(self, owners: Sequence[int]) -> None:
         """Begin rows, the n-th of which goes on from prompt `owners[n]`."""
         self._owners = list(owners)
+        self._most_rows = len(owners)
         self._arrange()
 
     def advance(self) -> None:
@@ -72,8 +75,8 @@ class KeyValueCache:
         is_fewer = len(prompts) < len(self._lengths)
         left = torch.tensor(prompts, device=device)
         for layer in self._layers.values():
-            if movers:
-                layer.keys[to, :, : self.num_own] = layer.keys[of, :, : self.num_own]
+            if movers and self.num_own:  # rows that end with their first token end before there is a cache
+                layer.keys[to, ..., : self.num_own] = layer.keys[of, ..., : self.num_own]
                 layer.values[to, :, : self.num_own] = layer.values[of, :, : self.num_own]
             if is_fewer:
                 layer.prompt_keys, layer.prompt_values = layer.prompt_keys[left], layer.prompt_values[left]
@@ -92,11 +95,15 @@ class KeyValueCache:
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> LayerCache:
         """Store a layer's keys and values of one token of each row, [1, H_kv, R, D]."""
         cache, end = self._layers[layer], self.num_own
-        if end == (cache.keys.shape[2] if cache.keys.numel() else 0):
+        _, kv_heads, rows, width = key.shape
+        if end == (cache.keys.shape[-1] if cache.keys.numel() else 0):
             room = max(FIRST_ROOM, 2 * end)
-            cache.keys, cache.values = _grown(cache.keys, key, room), _grown(cache.values, value, room)
-        rows = key.shape[2]
-        cache.keys[:rows, :, end] = key[0].transpose(0, 1)
+            keys = key.new_empty(self._most_rows, kv_heads, width, room)
+            values = value.new_empty(self._most_rows, kv_heads, room, value.shape[-1])
+            if end:
+                keys[..., :end], values[:, :, :end] = cache.keys, cache.values
+            cache.keys, cache.values = keys, values
+        cache.keys[:rows, ..., end] = key[0].transpose(0, 1)
         cache.values[:rows, :, end] = value[0].transpose(0, 1)
         return cache
 
@@ -123,12 +130,3 @@ class KeyValueCache:
         self.slots = torch.tensor(slots, device=device)
         self.rows = torch.tensor([place[row] for row in range(len(self._owners))], device=device)
         self._hidden = {}
-
-
-def _grown(own: torch.Tensor, fresh: torch.Tensor, room: int) -> torch.Tensor:
-    """A larger [R, H_kv, C, D] with what was in the old one; rows are as many as at first."""
-    rows = own.shape[0] if own.numel() else fresh.shape[2]
-    grown = fresh.new_empty(rows, fresh.shape[1], room, fresh.shape[3])
-    if own.numel():
-        grown[:, :, : own.shape[2]] = own
-    return grown

@@ -42,7 +42,9 @@ class Learner:
         views = self._gradient.split(sizes)
         for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
             shaped = view.view_as(parameter)
-            parameter.register_post_accumulate_grad_hook(_accumulate_into(shaped, is_master=parameter is self.masters[name]))
+            parameter.register_post_accumulate_grad_hook(
+                _accumulate_into(shaped, is_master=parameter is self.masters[name])
+            )
             self.masters[name].grad = shaped
         decayed = [master for master in self.masters.values() if master.ndim >= 2]
         plain = [master for master in self.masters.values() if master.ndim < 2]
@@ -57,7 +59,9 @@ class Learner:
         self.updates = 0
         self._sums: dict[str, float] = {}
 
-    def forward_backward(self, batch: Batch, loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False) -> None:
+    def forward_backward(
+        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> None:
         """Add a micro-batch's gradient and measurements to the sums.
 
         Args:
@@ -69,7 +73,7 @@ class Learner:
         scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
         terms = loss(scores, batch)
         total = terms.loss.sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         measured = {"loss": total.detach(), **{name: values.sum() for name, values in terms.metrics.items()}}
         if with_entropy:
             measured["entropy"] = scores.entropy.sum()

@@ -27,9 +27,9 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """W x + b + scaling * B A x of [..., in]."""
         if args or kwargs or not self._is_plain():
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        return LoraProduct.apply(  # type: ignore[no-untyped-call,no-any-return]
+        return LoraProduct.apply(  # type: ignore[no-untyped-call]
             x, base.weight, base.bias, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
         )
 
@@ -75,7 +75,7 @@ class LoraProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B; the base weight is frozen."""
         flat, inner, weight, down, up = ctx.saved_tensors

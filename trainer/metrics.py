@@ -21,7 +21,9 @@ from trainer.run import RunDir, write_atomically
 class MetricsLog:
     """One JSON object a step, fsynced; after a resume no step appears twice and none is missing."""
 
-    def __init__(self, run: RunDir, attempt: int, plan: Plan, *, is_main: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, run: RunDir, attempt: int, plan: Plan, *, is_main: bool, show: Callable[[dict[str, Any]], None]
+    ) -> None:
         """Open the log.
 
         Args:
@@ -94,7 +96,7 @@ class _Mirror:
                 id=state["id"],
                 resume="allow",
                 dir=str(run.root),
-                mode=plan.recipe.logging.wandb,
+                mode="online" if plan.recipe.logging.wandb == "online" else "offline",
                 config=plan.model_dump(),
                 settings=wandb.Settings(silent=True, init_timeout=30),
             )

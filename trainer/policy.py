@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 import peft
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -123,7 +124,7 @@ class Reference:
         """[N] logprobs of a pack under the reference."""
         self.policy.eval()
         with self._in_place():
-            return self.policy(batch, temperature=temperature).logprobs  # type: ignore[no-any-return]
+            return self.policy(batch, temperature=temperature).logprobs
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -172,26 +173,30 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
     """
     attention.register()
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
             model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
             dtype=getattr(torch, model.compute_dtype),
             attn_implementation=attention.PACKED_ATTENTION,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if reason == repr(attention.PACKED_ATTENTION):
             reason = "the model's code chooses attention by itself, so packed training would leak"
         raise ModelError(f"{model.path}: cannot be loaded: {reason}") from None
+    if found["missing_keys"]:  # transformers would make them up
+        first, *others = sorted(found["missing_keys"])
+        raise ModelError(f"{model.path}: the weights lack {first} and {len(others)} more; is the directory whole?")
     if causal_lm.base_model is causal_lm:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no backbone apart from its head")
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
     causal_lm.requires_grad_(False)
     causal_lm.to(device)
-    return causal_lm.eval()  # type: ignore[no-any-return]
+    return causal_lm.eval()
 
 
 def _adapt(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
@@ -204,8 +209,6 @@ def _adapt(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    if lora.warm_start is not None:
-        _refuse_other_adapter(config, Path(lora.warm_start))
     use_fused_linear(config)
     try:
         adapted = peft.get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
@@ -214,16 +217,25 @@ def _adapt(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
     head = causal_lm.get_output_embeddings()
     if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
         raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
+    if lora.warm_start is not None:
+        _refuse_other_adapter(adapted.peft_config["default"], Path(lora.warm_start))
     return adapted
 
 
-def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:
-    theirs = peft.PeftConfig.from_pretrained(str(directory))
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+def _refuse_other_adapter(ours: peft.PeftConfig, directory: Path) -> None:
+    if not (directory / "adapter_config.json").is_file():
+        raise ModelError(f"lora.warm_start: {directory} holds no adapter (no adapter_config.json)")
+    try:
+        theirs = peft.PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"lora.warm_start: {directory}/adapter_config.json cannot be read: {error}") from None
+    if not isinstance(theirs, peft.LoraConfig):
+        raise ModelError(f"lora.warm_start: {directory} holds an adapter of type {theirs.peft_type}, not LORA")
+    fields = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
+    for name in (*fields, "alpha_pattern"):
         if getattr(theirs, name) != getattr(ours, name):
-            field = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}[name]
             raise ModelError(
-                f"lora.warm_start: {directory} was trained with {field} {getattr(theirs, name)}; "
+                f"lora.warm_start: {directory} was trained with {fields.get(name, name)} {getattr(theirs, name)}; "
                 f"the recipe has {getattr(ours, name)}. Make them equal."
             )
 
@@ -236,13 +248,14 @@ def adapter_tensors(directory: Path, policy: Policy) -> dict[str, torch.Tensor]:
     """
     try:
         saved = load_file(directory / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: no adapter can be read: {error}") from None
     ours = policy.trained_parameters()
     assert policy.adapted is not None
     keys = peft.get_peft_model_state_dict(policy.adapted, state_dict={name: name for name in ours})
     found = {own: saved[key].float() for key, own in keys.items() if key in saved}
-    if found.keys() != ours.keys() or any(found[name].shape != ours[name].shape for name in ours):
+    is_whole = found.keys() == ours.keys() and len(found) == len(saved)
+    if not is_whole or any(found[name].shape != ours[name].shape for name in ours):
         raise ModelError(f"{directory}: its weights are not those of this model and adapter")
     return found
 

@@ -30,7 +30,8 @@ def train(session: Session) -> None:
     """
     plan, recipe, world = session.plan, session.plan.recipe, session.world
     rollout, algorithm = recipe.rollout, recipe.algorithm
-    assert rollout is not None and algorithm is not None
+    assert rollout is not None
+    assert algorithm is not None
     tokenizer = load_tokenizer(recipe.model)
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
     prompts = _prompts(session, encoder, recipe.data.train, None)

@@ -22,6 +22,8 @@ LAUNCHER = "TRAINER_LAUNCHER"
 """Environment variable that names who started a worker."""
 SUPERVISOR = "trainer train"
 """Its value where the run is supervised."""
+SUPERVISOR_PID = "TRAINER_SUPERVISOR_PID"
+"""Environment variable with the supervisor's process id."""
 PROBE_S = 1.0
 """Whoever looks whether a lock is taken holds it for a moment; taking it tries for so long."""
 
@@ -128,6 +130,11 @@ class RunDir:
             return Outcome(**json.loads(self.outcome_file.read_text()))
         except FileNotFoundError:
             return None
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run has come to its end, of so many steps."""
+        outcome = self.read_outcome()
+        return outcome is not None and outcome.state == "finished" and outcome.step >= steps
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Say how this attempt ended."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -21,13 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint import Checkpoints, TrainState
 from trainer.config.plan import Plan
+from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
 from trainer.errors import CheckpointError, PreemptedError
 from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
 from trainer.preemption import StopFlag
 from trainer.progress import Console
-from trainer.run import HEARTBEAT_S, LAUNCHER, SUPERVISOR, RunDir, replaced_directory
+from trainer.run import HEARTBEAT_S, LAUNCHER, SUPERVISOR, SUPERVISOR_PID, RunDir, replaced_directory
 
 Values = dict[str, float]
 WATCH_S: Final = 1.0
@@ -128,8 +130,15 @@ class Session:
             self.saved_step = state.step
         self.phase = "training"
 
-    def save_weights(self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    def save_weights(
+        self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Path:
         """Write adapter/ or model/ (or the -best one) whole or not at all.
+
+        Args:
+            learner: has the weights.
+            best: whether they are the best so far, not the last.
+            tokenizer: put beside them; the model's own when left out.
 
         Raises:
             CheckpointError: it could not be written; what stood there before is intact.
@@ -138,11 +147,14 @@ class Session:
         try:
             with replaced_directory(target) as directory:
                 learner.policy.save(directory, learner.masters)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(str(directory))
+                (tokenizer or self._tokenizer).save_pretrained(str(directory))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{target}: not written: {error}") from None
         return target
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.plan.recipe.model)
 
     def _is_best(self, values: Values) -> bool:
         """Decided from metrics.jsonl, so that a resumed run decides alike; ties: the earlier."""
@@ -216,6 +228,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
         "ranks": world.size,
         "threads": torch.get_num_threads(),
         "launcher": os.environ.get(LAUNCHER, "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
+        "supervisor_pid": int(os.environ.get(SUPERVISOR_PID, "0")) or None,
         "host": socket.gethostname(),
         "machine": platform.machine(),
         "python": platform.python_version(),

@@ -93,7 +93,7 @@ def packs(session: Session, sequences: Sequence[TokenSequence]) -> Iterator[Batc
 
 
 def of_rank(session: Session, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """This rank's part of a step, balanced by tokens."""
+    """The part of a step that belongs to this rank, balanced by tokens."""
     parts = split_evenly([len(sequence.token_ids) for sequence in sequences], session.world.size)
     return [sequences[index] for index in parts[session.world.rank]]
 

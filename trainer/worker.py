@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         plan, run = _plan_and_run(arguments)
+        if run.is_finished(plan.steps):
+            sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
+            return EXIT_FINISHED
         return _attempt(plan, run)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")

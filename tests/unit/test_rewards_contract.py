@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.reward_place import BUILT_IN
 from trainer.errors import RewardError
-from trainer.rewards import BUILT_IN
 from trainer.rewards.contract import importable, load_reward
 
 MINE = """

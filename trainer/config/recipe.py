@@ -266,4 +266,4 @@ class Recipe(Section):
     shape: str = "auto"
     """A training shape of configs/shapes/, a path to one, or `auto`: the smallest that fits."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
-    """Where metrics go besides metrics.jsonl."""
+    """Mirrors of metrics.jsonl, such as Weights & Biases."""

@@ -160,7 +160,7 @@ def _rft(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
 
 
 def _rewards(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
-    from trainer.rewards.locate import importable  # here, so that sft recipes do not pay for it
+    from trainer.config.reward_place import importable  # here, so that sft recipes do not pay for it
 
     if not recipe.rewards:
         return [Finding(("rewards",), "missing; rft needs at least one reward, for example `- use: last_number`")]

@@ -28,5 +28,4 @@ def read_hub(source: DataSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
             f"Where no hub is reachable, put the rows in a JSONL file and set data.train.path"
             + (f" (now {source.path}, which does not exist)." if source.path else ".")
         ) from None
-    for number, fields in enumerate(loaded, start=1):
-        yield number, fields
+    yield from enumerate(loaded, start=1)

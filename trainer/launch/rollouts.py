@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import LaunchError
+from trainer.config.recipe import DataSettings
+from trainer.data.jsonl import read_rows, row_messages
+from trainer.errors import DataError, LaunchError
 from trainer.journal import read_step
 from trainer.launch.status import find_run
 from trainer.run import RunDir
@@ -27,7 +29,7 @@ def rollouts(arguments: argparse.Namespace) -> int:
         raise LaunchError(f"{run.root}: no rollouts of step {step}; there are {steps[0]} to {steps[-1]}")
     groups = _groups(run, step)
     if arguments.json:
-        sys.stdout.write(json.dumps({"run": str(run.root), "step": step, "groups": groups}, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({"run": str(run.root), "step": step, "groups": groups}) + "\n")
         return 0
     sys.stdout.write(f"{run.root}, step {step}: {len(groups)} prompts\n")
     for group in groups[: arguments.groups]:
@@ -39,21 +41,17 @@ def rollouts(arguments: argparse.Namespace) -> int:
 
 def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
     """Groups with the widest spread of rewards first, each with its best rollouts first."""
-    by_row: dict[int, list[dict[str, Any]]] = {}
-    for record in read_step(run, step - 1):
-        by_row.setdefault(record["row"], []).append(record)
-    plan = run.read_plan()
-    prompts = _prompts(plan.recipe.data.train.path)
+    prompts = _prompts(run.read_plan().recipe.data)
     groups = []
-    for row, records in by_row.items():
+    for records in read_step(run, step - 1):
         records.sort(key=lambda record: -(record["reward"] if record["reward"] is not None else float("-inf")))
         scored = [record["reward"] for record in records if record["reward"] is not None]
         kept = ("text", "reward", "rewards", "advantage", "finish_reason", "failure")
         groups.append(
             {
-                "row": row,
+                "row": records[0]["row"],
                 "where": records[0]["where"],
-                "prompt": prompts.get(row, ""),
+                "prompt": prompts.get(records[0]["row"], ""),
                 "spread": max(scored) - min(scored) if scored else 0.0,
                 "rollouts": [
                     {name: record[name] for name in kept} | {"tokens": record["trained"].count("1")}
@@ -64,25 +62,29 @@ def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
     return sorted(groups, key=lambda group: (-group["spread"], group["row"]))
 
 
-def _prompts(path: str | None) -> dict[int, str]:
-    """The last user turn of each row, where the file is still there."""
-    if path is None or not Path(path).is_file():
+def _prompts(data: DataSettings) -> dict[int, str]:
+    """The last turn of each row's prompt, where the file is still there and as it was."""
+    if data.train.path is None or not Path(data.train.path).is_file():
         return {}
-    with Path(path).open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    return {
-        index: str(row["messages"][-1]["content"] if "messages" in row else row.get("prompt", ""))
-        for index, row in enumerate(rows)
-    }
+    try:
+        rows = read_rows(data.train, data)
+        return {row.index: row_messages(row, data, with_completion=False)[-1]["content"] for row in rows}
+    except DataError:
+        return {}
 
 
 def _show(group: dict[str, Any]) -> None:
-    sys.stdout.write(f"\n{group['where']}  {' '.join(group['prompt'].split())[:WIDTH]}\n")
+    sys.stdout.write(f"\n{group['where']}  {_plain(group['prompt'])}\n")
     for rollout in group["rollouts"]:
         reward = f"{rollout['reward']:6.3f}" if rollout["reward"] is not None else "failed"
         advantage = f"{rollout['advantage']:+6.2f}" if rollout["advantage"] is not None else "      "
         cut = " ..." if rollout["finish_reason"] == "length" else ""
-        text = " ".join(rollout["text"].split())
-        sys.stdout.write(f"  {reward} {advantage} {rollout['tokens']:4d}  {text[:WIDTH]}{cut}\n")
+        sys.stdout.write(f"  {reward} {advantage} {rollout['tokens']:4d}  {_plain(rollout['text'])}{cut}\n")
         if rollout["failure"]:
-            sys.stdout.write(f"         {rollout['failure'].strip().splitlines()[-1][:WIDTH]}\n")
+            sys.stdout.write(f"         {_plain(rollout['failure'].strip().splitlines()[-1])}\n")
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what a terminal would obey: a model writes any character."""
+    line = " ".join(text.split())[:WIDTH]
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

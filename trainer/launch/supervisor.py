@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Final, final
 
 from trainer.config.plan import Plan
-from trainer.errors import EXIT_FAILED
+from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
 from trainer.launch.local import launch_argv
 from trainer.progress import Console
-from trainer.run import Outcome, RunDir
+from trainer.run import LAUNCHER, SUPERVISOR, SUPERVISOR_PID, Outcome, RunDir
 
 POLL_S: Final = 0.2
 START_S: Final = 120.0
 """A launcher that ended may leave a worker behind that has not taken the lock yet; it gets so long, if it lives."""
 TAIL_LINES: Final = 30
+FULL_BYTES: Final = 2**16
+"""With less than that free, a disk is called full."""
 
 
 @final
@@ -32,14 +38,17 @@ class Supervisor:
         """Prepare to launch the run's plan."""
         self.plan, self.run = plan, run
         self.process: subprocess.Popen[bytes] | None = None
+        self.number = run.newest_attempt() + 1
+        self._interrupts = 0
+        self._was_asked_to_stop = False
+        self._launcher_ended: float | None = None
 
     def attempt(self) -> Outcome:
         """Launch, watch and wait; returns how it ended."""
         self.run.outcome_file.unlink(missing_ok=True)
-        number = self.run.newest_attempt() + 1
-        log = self.run.log_file(number)
+        log = self.run.log_file(self.number)
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"TRAINER_LAUNCHER": "trainer train", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {LAUNCHER: SUPERVISOR, SUPERVISOR_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         with log.open("ab") as file, self._signals_passed_on():
             self.process = subprocess.Popen(
                 launch_argv(self.plan.shape, self.run.root),
@@ -48,41 +57,82 @@ class Supervisor:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches us alone; we signal the whole group
             )
+            if self._was_asked_to_stop:  # just before there was a process
+                self._signal_group(signal.SIGTERM)
             self._watch(Console(self.plan.steps))
-            self.process.wait()
-            self.run.wait_unlocked()  # accelerate may end before the worker that it started
-        outcome = self.run.read_outcome()
-        if outcome is not None:
-            return outcome
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-        code = self.process.returncode
-        return Outcome("failed", 0, f"the worker ended without a word (launcher: {code}); see {log}:\n{tail}", EXIT_FAILED)
+        if self.run.is_locked():
+            return Outcome("failed", 0, f"{self.run.root}: another attempt is running, started elsewhere", EXIT_USER)
+        return self.run.read_outcome() or self._wordless(log)
 
     def _watch(self, console: Console) -> None:
-        assert self.process is not None
+        """Show new metrics until the worker has ended."""
         seen = len(self.run.read_metrics())
         while True:
-            ended = self.process.poll() is not None and not self.run.is_locked()
+            has_ended = self._has_ended()
             records = self.run.read_metrics()
-            if len(records) < seen:  # the worker has gone back to its checkpoint
-                seen = len(records)
+            seen = min(seen, len(records))  # the worker may have gone back to its checkpoint
             for record in records[seen:]:
                 console.show(record)
             seen = len(records)
-            if ended:
+            if has_ended:
                 return
             time.sleep(POLL_S)
 
+    def _has_ended(self) -> bool:
+        """Whether our worker has; accelerate may end before the worker that it started, which then has the lock."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            return False
+        if self._launcher_ended is None:
+            self._launcher_ended = time.monotonic()
+        took_the_run = self.run.newest_attempt() >= self.number
+        if self.run.is_locked():
+            return took_the_run and not self._is_newest_ours()
+        group_lives = self._signal_group(0) and time.monotonic() - self._launcher_ended < START_S
+        return took_the_run or not group_lives
+
+    def _is_newest_ours(self) -> bool:
+        """Whether the newest attempt was started by this process."""
+        try:
+            newest = json.loads(self.run.attempts_file.read_text().splitlines()[-1])
+        except (OSError, ValueError, IndexError):
+            return False
+        return bool(newest.get("supervisor_pid") == os.getpid())
+
+    def _wordless(self, log: Path) -> Outcome:
+        """The outcome of a worker that wrote none; written for it."""
+        records = self.run.read_metrics()
+        step = int(records[-1]["step"]) if records else 0
+        assert self.process is not None
+        if self._interrupts > 1:
+            outcome = Outcome("cancelled", step, f"stopped at once; {self._kept()}", EXIT_FAILED)
+        elif self._was_asked_to_stop:
+            outcome = Outcome("preempted", step, f"stopped before it could save; {self._kept()}", EXIT_PREEMPTED)
+        else:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            full = "; the disk is full" if shutil.disk_usage(self.run.root).free < FULL_BYTES else ""
+            text = f"the worker ended without a word (launcher: {self.process.returncode}){full}; see {log}:\n{tail}"
+            outcome = Outcome("failed", step, text, EXIT_FAILED)
+        with suppress(OSError, TrainerError), self.run.locked():  # unless another attempt has just begun
+            self.run.write_outcome(outcome)
+        return outcome
+
+    def _kept(self) -> str:
+        found = sorted(self.run.checkpoints.glob("step-??????"))
+        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
-        interrupts = 0
-
         def on_signal(number: int, _frame: FrameType | None) -> None:
-            nonlocal interrupts
+            self._was_asked_to_stop = True
             if number == signal.SIGINT:
-                interrupts += 1
+                self._interrupts += 1
+            if self._interrupts > 1:
+                self._kill_tree()
+                return
+            if number == signal.SIGINT:
                 sys.stderr.write("\nstopping after this step, saved; Ctrl-C again stops at once\n")
-            self._signal_group(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
+            self._signal_group(signal.SIGTERM)
 
         caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, on_signal) for number in caught}
@@ -92,9 +142,36 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _signal_group(self, number: signal.Signals) -> None:
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                return
+    def _signal_group(self, number: int) -> bool:
+        """Signal the launcher's process group; 0 only asks. Returns whether there was anybody."""
+        if self.process is None:
+            return False
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _kill_tree(self) -> None:
+        """Kill at once; torchrun gives each worker a session of its own, so the group is not enough."""
+        if self.process is None:
+            return
+        below = _descendants(self.process.pid)
+        self._signal_group(signal.SIGKILL)
+        for pid in below:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes below one, where there is a /proc."""
+    children = defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
+            children[int(parent)].append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        todo = [child for parent in todo for child in children[parent]]
+        found += todo
+    return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.config.load import load_recipe
 from trainer.config.plan import make_plan
+from trainer.errors import EXIT_FINISHED
 from trainer.launch.status import find_run
 from trainer.launch.supervisor import Supervisor
 from trainer.run import RunDir, open_run
@@ -20,17 +21,17 @@ def train(arguments: argparse.Namespace) -> int:
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
     run = open_run(plan, arguments.name)
-    outcome = run.read_outcome()
-    if outcome is not None and outcome.state == "finished" and outcome.step >= plan.steps:
+    if run.is_finished(plan.steps):
         sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
         _print_weights(run, is_lora=plan.recipe.lora is not None)
-        return outcome.exit_code
+        return EXIT_FINISHED
     sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.root}/logs/\n")
-    outcome = Supervisor(plan, run).attempt()
+    with run.supervised():
+        outcome = Supervisor(plan, run).attempt()
     sys.stderr.write(f"{outcome.state}: {outcome.message}\n")
     if outcome.state == "preempted":
         sys.stderr.write("run the same command again to go on\n")
-    if outcome.exit_code == 0:
+    if outcome.exit_code == EXIT_FINISHED:
         _print_weights(run, is_lora=plan.recipe.lora is not None)
     return outcome.exit_code
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, final
 
+from trainer.config.reward_place import Place, importable, locate
 from trainer.errors import RewardError
-from trainer.rewards.locate import Place, importable, locate
 from trainer.types import Row
 
 __all__ = ["LoadedReward", "Reward", "Score", "UnscoredBatchError", "importable", "load_reward"]

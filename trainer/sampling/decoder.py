@@ -43,22 +43,22 @@ class DecodingLinear(nn.Module):
         if self._weight is None or not self._is_frozen:
             self._weight = _packed(base.weight) if self._is_packed else base.weight.detach()
         if adapter is not None:
-            name, dtype = adapter.active_adapters[0], base.weight.dtype
-            down = adapter.lora_A[name].weight.to(dtype)
-            up = (adapter.lora_B[name].weight * adapter.scaling[name]).to(dtype)
-            self._down, self._up = (down, up) if not self._is_packed else (_packed(down), _packed(up))
+            name = adapter.active_adapters[0]
+            self._down = adapter.lora_A[name].weight.detach().clone()
+            self._up = adapter.lora_B[name].weight * adapter.scaling[name]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """W x + b + s B (A x)."""
+        """W x + b + s B (A x); the adapter's products in its own float32, as PEFT has them."""
         bias = self._sources[0].bias
+        delta = None
+        if self._down is not None:
+            delta = linear(linear(inputs.to(self._down.dtype), self._down), self._up).to(inputs.dtype)
         if not self._is_packed:
             out = linear(inputs, self._weight, bias)
-            return out if self._down is None else out + linear(linear(inputs, self._down), self._up)
+            return out if delta is None else out + delta
         pointwise = torch.ops.mkldnn._linear_pointwise
-        if self._down is None:
+        if delta is None:
             return pointwise(inputs, self._weight, bias, "none", [], "")
-        low = pointwise(inputs, self._down, None, "none", [], "")
-        delta = pointwise(low, self._up, None, "none", [], "")
         return pointwise.binary(inputs, delta, self._weight, bias, "add")
 
 

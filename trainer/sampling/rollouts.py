@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from trainer.algorithms import group_advantages
 from trainer.config.presets import merge_preset
@@ -14,12 +15,14 @@ from trainer.config.recipe import AlgorithmSettings, Recipe, RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed import World
 from trainer.errors import PreemptedError, RewardError
+from trainer.journal import read_chunk, set_aside, write_chunk
 from trainer.preemption import StopFlag
 from trainer.rewards.runner import RewardRunner, Scored, Scoring
 from trainer.run import RunDir
-from trainer.journal import read_chunk, write_chunk
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 from trainer.types import Completion, Group, Rollout, Row
+
+T = TypeVar("T")
 
 
 @final
@@ -34,7 +37,7 @@ class Prompt:
 @final
 @dataclass(frozen=True)
 class StepRollouts:
-    """This rank's groups of a step, and what was spent on them."""
+    """The groups of a step on this rank, and what was spent on them."""
 
     groups: tuple[Group, ...]
     """To train on."""
@@ -46,11 +49,21 @@ class StepRollouts:
 
 @final
 @dataclass(frozen=True)
+class _Draw:
+    """A group to be drawn in a step."""
+
+    prompt: Prompt
+    earlier: int
+    """Groups of the same row before it in the step, whose noise is another."""
+
+
+@final
+@dataclass(frozen=True)
 class _Pending:
     """A chunk whose completions are being scored."""
 
     number: int
-    prompts: tuple[Prompt, ...]
+    draws: Sequence[_Draw]
     completions: list[list[Completion]]
     texts: list[list[str]]
     scoring: Scoring
@@ -72,14 +85,15 @@ class Rollouts:
         params: SamplingParams,
     ) -> None:
         """Bring together what a step's rollouts need; `params` are those of training, their step is replaced."""
-        assert recipe.rollout is not None and recipe.algorithm is not None
+        assert recipe.rollout is not None
+        assert recipe.algorithm is not None
         self.recipe, self.settings, self.algorithm = recipe, recipe.rollout, recipe.algorithm
         self.preset = merge_preset(recipe.algorithm)
         self.prompts, self.sampler, self.rewards = prompts, sampler, rewards
         self.run, self.world, self.stop, self.params = run, world, stop, params
 
     def of_step(self, step: int) -> StepRollouts:
-        """This rank's rollouts of a step.
+        """The rollouts of a step on this rank.
 
         Raises:
             PreemptedError: asked to stop; chunks written so far are kept.
@@ -101,17 +115,19 @@ class Rollouts:
             wanted = self.recipe.rows_per_step - int(self.world.sum_of([float(len(kept))])[0])
             if wanted <= 0 or not chosen:
                 break
-        self._refuse_failures(sampled)
+        self._refuse_failures(step, sampled)
         return StepRollouts(tuple(kept), tuple(sampled), replayed)
 
-    def _candidates(self, step: int) -> Iterator[int]:
+    def _candidates(self, step: int) -> Iterator[_Draw]:
         """The step's own rows, then every other row in an order that is a function of (seed, step)."""
-        first = rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts))
-        yield from first
+        seen: Counter[int] = Counter()
+        for index in rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts)):
+            yield _Draw(self.prompts[index], seen[index])
+            seen[index] += 1
         others = epoch_order(self.recipe.seed, -1 - step, len(self.prompts))
-        yield from (index for index in others if index not in set(first))
+        yield from (_Draw(self.prompts[index], 0) for index in others if index not in seen)
 
-    def _round(self, step: int, first_chunk: int, chunks: Sequence[Sequence[int]]) -> tuple[list[Group], int]:
+    def _round(self, step: int, first_chunk: int, chunks: Sequence[Sequence[_Draw]]) -> tuple[list[Group], int]:
         """Sample this rank's chunks; the rewards of one are computed while the next is sampled."""
         groups: list[Group] = []
         replayed = 0
@@ -120,9 +136,10 @@ class Rollouts:
             place = begin + self.world.rank
             if place < len(chunks):
                 number = first_chunk + place
-                prompts = tuple(self.prompts[index] for index in chunks[place])
-                found = read_chunk(self.run, step, number, self._header(step, prompts), [p.row for p in prompts])
-                fresh = self._begin(step, number, prompts) if found is None else None
+                draws = chunks[place]
+                rows = [draw.prompt.row for draw in draws]
+                found = read_chunk(self.run, step, number, self._header(step, rows), rows)
+                fresh = self._begin(step, number, draws) if found is None else None
                 groups += self._finish(step, pending)
                 pending = fresh
                 if found is not None:
@@ -133,12 +150,16 @@ class Rollouts:
                 raise PreemptedError(f"stopped while sampling step {step + 1}; what was sampled is kept")
         return groups + self._finish(step, pending), replayed
 
-    def _begin(self, step: int, number: int, prompts: tuple[Prompt, ...]) -> _Pending:
-        requests = [SampleRequest(prompt.token_ids, prompt.row.index, self.settings.group_size) for prompt in prompts]
+    def _begin(self, step: int, number: int, draws: Sequence[_Draw]) -> _Pending:
+        size = self.settings.group_size
+        requests = [
+            SampleRequest(draw.prompt.token_ids, draw.prompt.row.index, size, first_sample=draw.earlier * size)
+            for draw in draws
+        ]
         completions = self.sampler.sample(requests, self.params.at_step(step))
         texts = [[self.sampler.text_of(completion) for completion in group] for group in completions]
-        items = [(text, prompt.row) for prompt, group in zip(prompts, texts, strict=True) for text in group]
-        return _Pending(number, prompts, completions, texts, self.rewards.submit(items))
+        items = [(text, draw.prompt.row) for draw, group in zip(draws, texts, strict=True) for text in group]
+        return _Pending(number, draws, completions, texts, self.rewards.submit(items))
 
     def _finish(self, step: int, pending: _Pending | None) -> list[Group]:
         """Wait for the rewards of a chunk and write it down."""
@@ -147,37 +168,42 @@ class Rollouts:
         scores = iter(pending.scoring.result())
         groups = [
             Group(
-                prompt.row,
+                draw.prompt.row,
                 tuple(
-                    make_rollout(prompt, completion, text, next(scores), self.algorithm)
+                    make_rollout(draw.prompt, completion, text, next(scores), self.algorithm)
                     for completion, text in zip(completions, texts, strict=True)
                 ),
             )
-            for prompt, completions, texts in zip(pending.prompts, pending.completions, pending.texts, strict=True)
+            for draw, completions, texts in zip(pending.draws, pending.completions, pending.texts, strict=True)
         ]
         rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
         advantages = group_advantages(rewards, self.preset.advantage)
-        write_chunk(self.run, step, pending.number, self._header(step, pending.prompts), groups, advantages)
+        header = self._header(step, [group.row for group in groups])
+        write_chunk(self.run, step, pending.number, header, groups, advantages)
         return groups
 
-    def _header(self, step: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def _header(self, step: int, rows: Sequence[Row]) -> dict[str, Any]:
         return {
             "step": step,
-            "rows": [prompt.row.index for prompt in prompts],
+            "rows": [row.index for row in rows],
             "group_size": self.settings.group_size,
             "world_size": self.world.size,
+            # a resume may change the length, and with it learning rates and so the weights since the last checkpoint
+            "length": [self.recipe.steps, self.recipe.epochs],
         }
 
-    def _refuse_failures(self, groups: Sequence[Group]) -> None:
+    def _refuse_failures(self, step: int, groups: Sequence[Group]) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         failures = [rollout.failure or "" for rollout in rollouts if rollout.reward is None]
         failed, total = self.world.sum_of([float(len(failures)), float(len(rollouts))])
         limit = self.recipe.reward_limits.max_failed_frac
         if failed > limit * total:
             first = next((text for texts in self.world.gather(failures[:1]) for text in texts), "")
+            # a replay would fail again, also after the reward is mended
+            aside = self.world.from_main(set_aside(self.run, step) if self.world.is_main else None)
             raise RewardError(
                 f"{failed:.0f} of {total:.0f} rollouts have no reward, more than reward_limits.max_failed_frac "
-                f"({limit:g}); the first:\n{first}"
+                f"({limit:g}); they are in {aside}. The first:\n{first}"
             )
 
 
@@ -200,7 +226,7 @@ def make_rollout(
     )
 
 
-def split_chunks(rows: Sequence[int], chunk_prompts: int, world_size: int) -> Iterator[Sequence[int]]:
+def split_chunks(rows: Sequence[T], chunk_prompts: int, world_size: int) -> Iterator[Sequence[T]]:
     """Chunks of at most `chunk_prompts` rows, small enough that every rank gets one.
 
     >>> list(split_chunks([1, 2, 3, 4, 5], 2, 1)), list(split_chunks([1, 2, 3, 4], 8, 2))
@@ -231,7 +257,7 @@ def summarize(drawn: StepRollouts, world: World) -> dict[str, float]:
     groups = drawn.sampled
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    names = sorted({name for rollout in rollouts for name in rollout.rewards if "/" not in name})
+    names = sorted({name for rollout in rollouts for name in rollout.rewards})
     names = sorted({name for part in world.gather(names) for name in part})
     parts = {
         name: [value for rollout in rollouts if (value := rollout.rewards.get(name)) is not None] for name in names

@@ -9,13 +9,25 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 from trainer.errors import RewardError
-from trainer.rewards import BUILT_IN
+
+BUILT_IN: Final[Mapping[str, str]] = {
+    "last_number": "trainer.rewards.last_number:last_number",
+    "exact_match": "trainer.rewards.text:exact_match",
+    "regex_match": "trainer.rewards.text:regex_match",
+    "json_schema": "trainer.rewards.structured:json_schema",
+    "math_verify": "trainer.rewards.mathematics:math_verify",
+    "soft_overlong": "trainer.rewards.length:soft_overlong",
+    "code_tests": "trainer.rewards.code_tests:code_tests",
+    "http_reward": "trainer.rewards.http_reward:http_reward",
+}
+"""`use: last_number` in a recipe is short for the second column."""
 
 
 @final

@@ -1,0 +1,70 @@
+"""Rows of the RFT quickstart: sums of two small numbers, put in many ways.
+
+A row is held out twice over: its wording and its pair of numbers are both absent from training.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from datasets_random import Draws
+
+SYSTEM: Final = "Answer like 23 + 4 = 27."
+NUM_ROWS: Final = {"train": 480, "heldout": 220}
+
+WORDINGS: Final = {
+    "train": """
+What is {a} + {b}?
+How much is {a} + {b}?
+{a} + {b} = ?
+Add {a} and {b}.
+What is the sum of {a} and {b}?
+What is {a} plus {b}?
+Compute {a} + {b}.
+Please add {b} to {a}.
+Tell me {a} + {b}.
+I have {a} apples and get {b} more. How many apples do I have?
+A box has {a} red pens and {b} blue pens. How many pens is that?
+The first number is {a}, the second is {b}. What is the total?
+""",
+    "heldout": """
+{a} plus {b} is what?
+Work out {a} + {b}.
+Find the total of {a} and {b}.
+Can you add {a} and {b} for me?
+How much do {a} and {b} make together?
+What do you get for {a} + {b}?
+Calculate {a} plus {b}.
+There are {a} birds and {b} more come. How many birds are there?
+Mia reads {a} pages today and {b} tomorrow. How many pages in all?
+Sum: {a} + {b}
+""",
+}
+# Unordered pairs of 2 to 9 that training never shows, in either order: every answer from 5 to 17 but few twice.
+HELDOUT_PAIRS: Final = frozenset(
+    {(2, 3), (2, 5), (2, 8), (3, 4), (3, 6), (3, 9), (4, 4), (4, 7), (5, 6), (5, 9), (6, 8), (7, 7), (7, 9), (8, 9)}
+)
+
+
+def make_sums_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
+    """Return the rows of one split, no wording with the same numbers twice."""
+    wordings = WORDINGS[split].strip().splitlines()
+    pairs = [
+        (a, b)
+        for a in range(2, 10)
+        for b in range(2, 10)
+        if ((min(a, b), max(a, b)) in HELDOUT_PAIRS) == (split == "heldout")
+    ]
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": wording.format(a=a, b=b)},
+            ],
+            "answer": a + b,
+            "family": f"sums-{split}-{number:02d}",
+        }
+        for number, wording in enumerate(wordings, 1)
+        for a, b in pairs
+    ]
+    return draws.shuffled(rows)[: NUM_ROWS[split]]

@@ -1,0 +1,139 @@
+"""Held-out values: what a failed reward earns, what pass@k counts, how sure the mean is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from trainer.config.recipe import RewardSpec
+from trainer.distributed import World
+from trainer.evaluate import RewardEvaluation, bootstrap_interval, pass_at_k
+from trainer.rewards.runner import RewardRunner
+from trainer.sampling.rollouts import Prompt
+from trainer.sampling.sampler import SamplingParams
+from trainer.types import Completion, Row
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+REWARDS = """
+def scripted(completion, row):
+    value = row["script"][len(completion)]
+    return 1 / 0 if value == "raise" else value
+"""
+
+
+class CountingSampler:
+    """The n-th sample of a prompt is n tokens long; the last of a prompt is cut."""
+
+    def __init__(self):
+        self.asked = []
+
+    def publish(self, policy, version):
+        raise AssertionError("the loop publishes")
+
+    def sample(self, requests, params):
+        self.asked.append(([request.row for request in requests], params))
+        return [[_completion(n, request.num_samples) for n in range(request.num_samples)] for request in requests]
+
+    def text_of(self, completion):
+        return "x" * (len(completion.token_ids) - 1)
+
+
+def _completion(number: int, of: int) -> Completion:
+    return Completion((7,) * (number + 1), (-1.0,) * (number + 1), "length" if number + 1 == of else "stop", 0)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("rewards")
+    (directory / "rewards.py").write_text(REWARDS)
+    with RewardRunner([RewardSpec(use="rewards.py:scripted")], base_dir=directory) as runner:
+        yield runner
+
+
+def evaluation(runner, scripts, num_samples, **params):
+    prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
+    params = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
+    return RewardEvaluation(prompts, CountingSampler(), runner, params, num_samples, WORLD)
+
+
+def test_values_of_two_prompts(runner):
+    values = evaluation(runner, [[1.0, 0.0, 1.0], [0.0, 0.25, 0.0]], 3)()
+    low, high = values.pop("eval/reward_low"), values.pop("eval/reward_high")
+    assert values == pytest.approx(
+        {
+            "eval/reward": 2.25 / 6,
+            "eval/pass_at_1": 1 / 3,  # of the first 2/3, of the second none is above 0.5
+            "eval/pass_at_3": 0.5,
+            "eval/completion_tokens": 2.0,
+            "eval/truncated_frac": 1 / 3,
+            "eval/failed": 0.0,
+        }
+    )
+    # Two rows drawn from two: means 1/12 (both the worse), 2.25/6 and 2/3, each end with chance 1/4.
+    assert (low, high) == pytest.approx((0.25 / 3, 2 / 3))
+
+
+def test_a_failed_reward_earns_nothing_and_is_counted(runner):
+    # Leaving it out would give 1.0 and flatter a policy that breaks the scorer.
+    values = evaluation(runner, [[1.0, "raise"], ["raise", 1.0]], 2)()
+    assert (values["eval/reward"], values["eval/failed"], values["eval/pass_at_2"]) == (0.5, 2.0, 1.0)
+
+
+def test_prompts_are_drawn_in_chunks_with_noise_of_their_own_at_the_recipe_s_temperature(runner):
+    found = evaluation(runner, [[0.0]] * 20, 1, temperature=0.5, top_k=4)
+    assert found() == found()
+    sampler = found.sampler
+    assert [rows for rows, _ in sampler.asked] == [list(range(16)), list(range(16, 20))] * 2
+    for _, params in sampler.asked:
+        assert (params.seed, params.step) == (3 + 1_000_003, 0)  # training draws with seed 3
+        assert (params.temperature, params.top_k, params.is_greedy) == (0.5, 4, False)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_pass(k):
+    generator = random.Random(k)
+    rows = [[generator.choice([0.0, 0.5, 0.7, 1.0]) for _ in range(n)] for n in (4, 4, 5, 6, 7)]
+    shares = []
+    for row in rows:
+        subsets = list(itertools.combinations(row, k))
+        shares.append(sum(any(reward > 0.5 for reward in subset) for subset in subsets) / len(subsets))
+    assert pass_at_k(rows, k) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_the_threshold_itself_is_no_pass():
+    assert pass_at_k([[0.5, 0.5]], 1) == 0.0
+    assert pass_at_k([[0.5, 0.5]], 1, threshold=0.4) == 1.0
+
+
+def test_bootstrap_is_a_function_of_values_and_seed():
+    values = random.Random(1).choices(range(10), k=50)
+    assert bootstrap_interval(values, 1) == bootstrap_interval(list(values), 1)
+    assert bootstrap_interval(values, 1) != bootstrap_interval(values, 2)
+
+
+def test_bootstrap_of_equal_values_is_a_point():
+    assert bootstrap_interval([0.25] * 9, 0) == (0.25, 0.25)
+
+
+def test_bootstrap_is_as_wide_as_the_normal_interval_of_many_values():
+    generator = random.Random(0)
+    values = [float(generator.random() < 0.3) for _ in range(400)]
+    mean = sum(values) / 400
+    half = 1.96 * math.sqrt(mean * (1 - mean) / 400)
+    low, high = bootstrap_interval(values, 0)
+    assert low == pytest.approx(mean - half, abs=0.15 * half)
+    assert high == pytest.approx(mean + half, abs=0.15 * half)
+
+
+def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
+    hits = 0
+    for trial in range(100):
+        generator = random.Random(trial)
+        values = [float(generator.random() < 0.4) for _ in range(40)]
+        low, high = bootstrap_interval(values, trial)
+        hits += low <= 0.4 <= high
+    assert 88 <= hits <= 100  # 95 meant; three deviations of the count are 6.5

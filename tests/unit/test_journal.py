@@ -1,0 +1,145 @@
+"""The journal: what was written comes back bit for bit, or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from trainer.journal import read_chunk, read_step, set_aside, write_chunk
+from trainer.run import RunDir
+from trainer.types import Group, Rollout, Row
+
+STEP, NUMBER = 3, 1
+ROWS = tuple(Row({"answer": index}, file="rows.jsonl", line=index + 1, index=index) for index in range(10))
+HEADER = {"step": STEP, "rows": [4, 7], "group_size": 2, "world_size": 1}
+AWKWARD = (
+    'a\u2028b\u2029c\u0085d\x0b\x0c\x1c\r\n\te\x00 \x7f \U0001d518 日本 \N{COMBINING ACUTE ACCENT}\ud800 "\\ \ufffd'
+)
+"""Every end of a line that Python knows, and half a surrogate pair."""
+LOGPROBS = (0.0, 0.0, -0.1, -1e-30, -5e-324, -math.pi, -1 / 3, float("-inf"))
+
+
+def rollout(text: str = "it is 4", reward: float | None = 0.1 + 0.2, **changes: object) -> Rollout:
+    """A rollout of two prompt tokens and six drawn ones, one of them not trained, as a tool's answer would be."""
+    fields = {
+        "token_ids": (1, 500, 7, 8, 9, 10, 11, 2),
+        "trained": (False, False, True, True, False, True, True, True),
+        "sampler_logprobs": LOGPROBS,
+        "finish_reason": "stop",
+        "policy_version": STEP,
+        "text": text,
+        "reward": reward,
+        "rewards": {"right": reward, "right/form": 1e-17},
+    }
+    return Rollout(**{**fields, **changes})
+
+
+GROUPS = (
+    Group(ROWS[4], (rollout(), rollout(AWKWARD, reward=-0.0, finish_reason="length"))),
+    Group(ROWS[7], (rollout("", reward=None, rewards={"right": None}, failure=f"Error: {AWKWARD}"), rollout("x", 1.0))),
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDir(tmp_path)
+    write_chunk(run, STEP, NUMBER, HEADER, GROUPS, [[0.5, -0.5], [None, 0.0]])
+    return run
+
+
+def read(run, **changes):
+    header = {**HEADER, **changes}
+    return read_chunk(run, STEP, NUMBER, header, [ROWS[index] for index in header["rows"]])
+
+
+def test_everything_comes_back_exactly(run):
+    found = read(run)
+    assert tuple(found) == GROUPS
+    assert repr(found[0].rollouts[1].reward) == "-0.0"  # which == does not tell from 0.0
+
+
+def test_prompts_of_two_groups_of_one_row_stay_apart(run):
+    # A row comes twice in a step that reaches into the next epoch.
+    twice = (GROUPS[0], Group(ROWS[4], (rollout("other", 2.0), rollout("and other", 3.0))))
+    header = {**HEADER, "rows": [4, 4]}
+    write_chunk(run, STEP, 2, header, twice, [[0.0, 0.0], [0.0, 0.0]])
+    assert tuple(read_chunk(run, STEP, 2, header, [ROWS[4], ROWS[4]])) == twice
+
+
+def test_a_chunk_cut_anywhere_is_no_chunk(run):
+    file = run.journal_chunk(STEP, NUMBER)
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        assert read(run) is None, length
+    file.write_bytes(whole)
+    assert tuple(read(run)) == GROUPS
+
+
+def test_a_chunk_that_lost_a_line_is_no_chunk(run):
+    file = run.journal_chunk(STEP, NUMBER)
+    lines = file.read_text().split("\n")
+    for gone in range(6):  # header, four rollouts, end
+        file.write_text("\n".join(lines[:gone] + lines[gone + 1 :]))
+        assert read(run) is None, gone
+
+
+def test_a_missing_chunk_is_none(tmp_path):
+    assert read(RunDir(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": [4, 8]}, {"rows": [7, 4]}, {"rows": [4]}, {"world_size": 2}, {"group_size": 4}, {"step": 4}, {"new": 1}],
+    ids=str,
+)
+def test_a_chunk_of_other_rows_or_ranks_is_not_replayed(run, changes):
+    assert read(run, **changes) is None
+
+
+def test_nothing_half_written_is_left_by_an_error(tmp_path):
+    run = RunDir(tmp_path)
+    unwritable = Group(ROWS[4], (rollout(reward=object()),))
+    with pytest.raises(TypeError):
+        write_chunk(run, STEP, NUMBER, {**HEADER, "rows": [4]}, [unwritable], [[0.0]])
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_chunk_is_replaced_as_a_whole(run):
+    before = run.journal_chunk(STEP, NUMBER).stat().st_ino
+    write_chunk(run, STEP, NUMBER, {**HEADER, "rows": [7]}, GROUPS[1:], [[None, 0.0]])
+    assert run.journal_chunk(STEP, NUMBER).stat().st_ino != before  # a reader of the old file reads on in it
+    assert tuple(read(run, rows=[7])) == GROUPS[1:]
+
+
+def test_people_read_a_step_group_by_group_in_order_of_chunks(run):
+    write_chunk(run, STEP, 0, {**HEADER, "rows": [2]}, [Group(ROWS[2], (rollout("first", 5.0), rollout()))], [[1.0, 0]])
+    (run.journal(STEP) / "chunk-0002.jsonl").write_text('{"format": 1}\n{"cut')
+    groups = read_step(run, STEP)
+    assert [[record["row"] for record in group] for group in groups] == [[2, 2], [4, 4], [7, 7]]
+    record = groups[0][0]
+    assert (record["where"], record["advantage"], record["reward"]) == ("rows.jsonl:3", 1.0, 5.0)
+    assert record["trained"] == "00110111"
+    assert groups[1][1]["text"] == AWKWARD
+
+
+def test_a_step_without_rollouts_has_no_groups(tmp_path):
+    assert read_step(RunDir(tmp_path), STEP) == []
+
+
+def test_every_line_is_json_of_its_own_and_readable(run):
+    text = run.journal_chunk(STEP, NUMBER).read_text(encoding="utf-8")
+    assert len([json.loads(line) for line in text.rstrip("\n").split("\n")]) == 6
+    assert "日本" in text
+
+
+def test_a_step_set_aside_is_not_replayed_and_the_newest_one_is_kept(run):
+    aside = set_aside(run, STEP)
+    assert read(run) is None
+    assert aside == run.rollouts / "refused-step-000003"
+    assert [file.name for file in aside.iterdir()] == ["chunk-0001.jsonl"]
+    write_chunk(run, STEP, 5, HEADER, GROUPS, [[0.5, -0.5], [None, 0.0]])
+    assert set_aside(run, STEP) == aside
+    assert [file.name for file in aside.iterdir()] == ["chunk-0005.jsonl"]

@@ -1,0 +1,302 @@
+"""The learner: how terms become a gradient and an update, whatever the micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import VOCAB_SIZE, tiny_model, tiny_model_dir
+
+from trainer import attention
+from trainer.algorithms import PolicyTerms
+from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
+from trainer.data.batch import Batch, TokenSequence
+from trainer.distributed import World
+from trainer.errors import NumericalError
+from trainer.learner import Learner
+from trainer.policy import Policy, load_policy
+from trainer.schedule import learning_rate
+from trainer.sft import sft_terms
+
+CPU = torch.device("cpu")
+WORLD = World(rank=0, size=1, device=CPU)
+LENGTHS = (12, 5, 9, 3, 17)
+RATE = 1e-2
+NEVER_CLIPPED = OptimizerSettings(max_grad_norm=None)
+
+
+def make_rows(seed: int = 0) -> list[TokenSequence]:
+    """Rows of unequal length, trained from their third token on, with unequal weights."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number, length in enumerate(LENGTHS):
+        tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
+        trained = (False, False) + (True,) * (length - 2)
+        rows.append(TokenSequence(tokens, trained, {"weights": (1.0 + 0.5 * number,) * (length - 2)}))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny_model_dir(tmp_path_factory.mktemp("model"), "qwen2", scale=4.0)
+
+
+def lora_policy(model_dir, compute_dtype: str = "float32") -> Policy:
+    """A policy whose adapter is not zero, as after some training."""
+    policy = load_policy(ModelSettings(path=str(model_dir), compute_dtype=compute_dtype), LoraSettings(rank=4), 0, CPU)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.trained_parameters().items():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def full_policy() -> Policy:
+    attention.register()
+    model = tiny_model("qwen2", scale=4.0)
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    return Policy(model, None, "tiny")
+
+
+def step(learner: Learner, groups: list[list[TokenSequence]], rate: float = RATE) -> dict[str, float]:
+    denominator = sum(sum(row.inputs["weights"]) for group in groups for row in group)
+    batches = [Batch.pack(group, CPU) for group in groups]
+    return learner.learn(batches, sft_terms, learning_rate=rate, denominator=denominator)
+
+
+def summed_gradient(learner: Learner, groups: list[list[TokenSequence]]) -> dict[str, torch.Tensor]:
+    for group in groups:
+        learner.forward_backward(Batch.pack(group, CPU), sft_terms)
+    return {name: master.grad.clone() for name, master in learner.masters.items()}
+
+
+def assert_same_gradient(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert ours.keys() == other.keys()
+    for name, gradient in ours.items():
+        assert gradient.abs().max() > 0, name
+        assert (gradient - other[name]).abs().max() <= tolerance * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("make", [lora_policy, lambda _: full_policy()], ids=["lora", "full"])
+def test_one_micro_batch_and_five_agree(model_dir, make):
+    rows = make_rows()
+    one, five = (Learner(make(model_dir), NEVER_CLIPPED, WORLD) for _ in range(2))
+    together = summed_gradient(one, [rows])
+    apart = summed_gradient(five, [[row] for row in rows])
+    assert_same_gradient(together, apart, 1e-5)
+
+
+def test_an_update_from_one_micro_batch_and_from_five_agree(model_dir):
+    rows = make_rows()
+    one, five = (Learner(lora_policy(model_dir), OptimizerSettings(), WORLD) for _ in range(2))
+    whole, parts = step(one, [rows]), step(five, [[row] for row in rows])
+    assert whole == pytest.approx(parts, rel=1e-5)
+    assert whole["tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
+    for name, master in one.masters.items():
+        torch.testing.assert_close(master, five.masters[name], rtol=0, atol=RATE * 1e-2)
+
+
+def test_row_order_changes_nothing(model_dir):
+    rows = make_rows()
+    forward, backward = (Learner(lora_policy(model_dir), NEVER_CLIPPED, WORLD) for _ in range(2))
+    assert_same_gradient(summed_gradient(forward, [rows]), summed_gradient(backward, [rows[::-1]]), 1e-5)
+
+
+def test_loss_and_gradient_are_those_of_autograd_written_out(model_dir):
+    policy, rows = lora_policy(model_dir), make_rows()
+    plain = lora_policy(model_dir)
+    plain.causal_lm.set_attn_implementation("eager")
+    total, weight = torch.zeros(()), 0.0
+    for row in rows:
+        ids = torch.tensor(row.token_ids)
+        logprobs = plain.causal_lm(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        picked = logprobs.gather(1, ids[1:, None]).squeeze(1)[1:]  # the first two tokens are not trained
+        total = total - row.inputs["weights"][0] * picked.sum()
+        weight += sum(row.inputs["weights"])
+    loss = total / weight
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in plain.trained_parameters().items()}
+
+    learner = Learner(policy, NEVER_CLIPPED, WORLD)
+    gradient = {name: value / weight for name, value in summed_gradient(learner, [rows]).items()}
+    values = learner.optim_step(RATE, weight, ())
+    assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert values["grad_norm"] == pytest.approx(
+        math.sqrt(sum(float(g.square().sum()) for g in expected.values())), rel=1e-5
+    )
+    assert_same_gradient(expected, gradient, 1e-4)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_gradients_are_summed_in_float32_and_freed(model_dir, compute_dtype):
+    learner = Learner(lora_policy(model_dir, compute_dtype), NEVER_CLIPPED, WORLD)
+    first = summed_gradient(learner, [make_rows()])
+    twice = summed_gradient(learner, [make_rows()])
+    for name, master in learner.masters.items():
+        assert master.dtype == master.grad.dtype == torch.float32
+        assert torch.equal(twice[name], 2 * first[name])  # exact in float32, and nothing was lost between
+    if compute_dtype == "bfloat16":
+        assert all(parameter.dtype == torch.bfloat16 for parameter in learner.parameters.values())
+        assert all(parameter.grad is None for parameter in learner.parameters.values())
+
+
+def test_updates_too_small_for_bfloat16_accumulate_in_the_masters(model_dir):
+    learner = Learner(lora_policy(model_dir, "bfloat16"), OptimizerSettings(), WORLD)
+    name = next(name for name in learner.masters if "lora_A" in name)
+    before = learner.masters[name].clone()
+    assert torch.equal(before, learner.parameters[name].float())
+    rate = 1e-6  # of weights around 0.1, whose step in bf16 is 5e-4
+    for _ in range(3):
+        step(learner, [make_rows()], rate)
+    moved = (learner.masters[name] - before).abs()
+    assert moved.mean() == pytest.approx(3 * rate, rel=0.1)  # Adam moves by the rate where the gradient is steady
+    assert torch.equal(learner.parameters[name], learner.masters[name].bfloat16())
+
+
+def test_float32_parameters_are_their_own_masters(model_dir):
+    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    assert all(learner.masters[name] is parameter for name, parameter in learner.parameters.items())
+
+
+def test_the_gradient_is_clipped_to_the_norm_and_reported_before(model_dir):
+    free = Learner(lora_policy(model_dir), NEVER_CLIPPED, WORLD)
+    clipped = Learner(lora_policy(model_dir), OptimizerSettings(max_grad_norm=1e-3), WORLD)
+    norm = step(free, [make_rows()])["grad_norm"]
+    assert norm > 1e-3
+    assert step(clipped, [make_rows()])["grad_norm"] == norm
+    # After one step Adam's first moment is 0.1 times the gradient.
+    for learner, wanted in ((free, norm), (clipped, 1e-3)):
+        moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
+        assert 10 * math.sqrt(sum(float(moment.square().sum()) for moment in moments)) == pytest.approx(
+            wanted, rel=1e-4
+        )
+
+
+def test_weight_decay_is_on_matrices_only():
+    decayed, plain = (
+        Learner(full_policy(), OptimizerSettings(weight_decay=weight_decay), WORLD) for weight_decay in (0.5, 0.0)
+    )
+    before = {name: master.detach().clone() for name, master in decayed.masters.items()}
+    for learner in (decayed, plain):
+        step(learner, [make_rows()])
+    kinds = set()
+    for name, master in decayed.masters.items():
+        shrinkage = plain.masters[name] - master
+        if master.ndim >= 2:
+            torch.testing.assert_close(shrinkage, RATE * 0.5 * before[name], rtol=1e-3, atol=1e-6)
+        else:
+            assert torch.equal(shrinkage, torch.zeros_like(shrinkage)), name
+        kinds.add((master.ndim, name.rsplit(".", 1)[-1]))
+    assert kinds == {(2, "weight"), (1, "weight"), (1, "bias")}  # matrices, norms, biases
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+def test_a_loss_that_is_not_finite_updates_nothing_and_stops(model_dir, poison):
+    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    step(learner, [make_rows()])
+    before = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
+    batch = Batch.pack(make_rows(), CPU)
+
+    def poisoned(scores, batch):
+        terms = sft_terms(scores, batch)
+        return PolicyTerms(loss=terms.loss * poison, metrics={})
+
+    learner.forward_backward(batch, poisoned)
+    message = (
+        r"with gradient norm (nan|inf) after 1 updates: not finite, nothing was updated.\nLower|nothing was updated"
+    )
+    with pytest.raises(NumericalError, match=message):
+        learner.optim_step(RATE, 1.0, ())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state_tensors().items())
+    assert learner.updates == 1
+    assert math.isfinite(step(learner, [make_rows()])["loss"])  # and no poison is left in the sums
+
+
+def test_metrics_are_means_over_trained_tokens(model_dir):
+    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+
+    def with_metric(scores, batch):
+        return PolicyTerms(loss=sft_terms(scores, batch).loss, metrics={"owner": batch.sequence_ids.double() + 1})
+
+    for row in make_rows():
+        learner.forward_backward(Batch.pack([row, row], CPU), with_metric)
+    # Each pack has its row twice, of owners 1 and 2.
+    assert learner.optim_step(RATE, 1.0, ("owner",))["owner"] == pytest.approx(1.5)
+
+
+def test_an_unknown_metric_of_a_rank_without_work_is_zero(model_dir):
+    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    learner.forward_backward(Batch.pack(make_rows(), CPU), sft_terms)
+    assert learner.optim_step(RATE, 1.0, ("never_measured",))["never_measured"] == 0.0
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_state_goes_round_and_learning_goes_on_bit_for_bit(model_dir, compute_dtype):
+    first = Learner(lora_policy(model_dir, compute_dtype), OptimizerSettings(), WORLD)
+    step(first, [make_rows(0)])
+    saved = {name: tensor.clone() for name, tensor in first.state_tensors().items()}
+    expected = step(first, [make_rows(1)])
+
+    second = Learner(lora_policy(model_dir, compute_dtype), OptimizerSettings(), WORLD)
+    target = second.state_tensors()  # before any update
+    assert {name: tensor.shape for name, tensor in target.items()} == {
+        name: tensor.shape for name, tensor in saved.items()
+    }
+    assert {tensor.dtype for tensor in target.values()} == {torch.float32}
+    for name, tensor in target.items():
+        tensor.copy_(saved[name])  # as a load does
+    second.refresh()
+    assert step(second, [make_rows(1)]) == expected
+    after = second.state_tensors()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in first.state_tensors().items())
+
+
+def test_state_names_masters_and_both_moments(model_dir):
+    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    kinds = {
+        name.split("/")[0] + "/" + name.rsplit("/", 1)[1] for name in learner.state_tensors() if "optimizer" in name
+    }
+    assert kinds == {"optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq"}
+    assert {name.removeprefix("masters/") for name in learner.state_tensors() if "masters" in name} == set(
+        learner.masters
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"schedule": "constant"}, [1.0, 1.0, 1.0, 1.0]),
+        ({"schedule": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+        ({"schedule": "cosine"}, [1.0, 0.8535534, 0.5, 0.1464466]),  # (1 + cos(pi k / 4)) / 2
+        ({"schedule": "linear", "min_learning_rate_frac": 0.2}, [1.0, 0.8, 0.6, 0.4]),
+        ({"schedule": "cosine", "warmup_steps": 2}, [0.5, 1.0, 1.0, 0.5]),
+        ({"schedule": "constant", "warmup_steps": 8}, [0.125, 0.25, 0.375, 0.5]),  # longer than the run
+    ],
+)
+def test_the_learning_rate_of_each_of_four_steps(settings, rates):
+    optimizer = OptimizerSettings(learning_rate=1.0, **settings)
+    assert [learning_rate(optimizer, number, 4) for number in range(4)] == pytest.approx(rates)
+
+
+def test_beyond_the_end_the_learning_rate_stays_at_its_floor():
+    # A resume with more steps than before never asks for this; a caller that does gets no negative rate.
+    settings = OptimizerSettings(learning_rate=1.0, schedule="cosine", min_learning_rate_frac=0.1)
+    assert learning_rate(settings, 9, 4) == pytest.approx(0.1)
+
+
+def test_dropout_is_on_while_learning_and_off_after(model_dir):
+    seen = []
+    policy = load_policy(
+        ModelSettings(path=str(model_dir), compute_dtype="float32"), LoraSettings(rank=2, dropout=0.5), 0, CPU
+    )
+    learner = Learner(policy, OptimizerSettings(), WORLD)
+
+    def watching(scores, batch):
+        seen.append(policy.training)
+        return sft_terms(scores, batch)
+
+    learner.learn([Batch.pack(make_rows(), CPU)], watching, learning_rate=RATE, denominator=1.0)
+    assert seen == [True]
+    assert not policy.training

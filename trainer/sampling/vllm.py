@@ -1,0 +1,259 @@
+"""Sampling on a vLLM server that gets every new adapter.
+
+Each publish loads the adapter under a new name, so that neither the server's adapter table nor its prefix cache can
+answer with older weights; every answer must carry that name. What is trusted is measured: which distribution the
+server's logprobs are of (a probe at the start), and that it computes what the policy computes (a canary per publish).
+docs/vllm.md says how to start a server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar, final
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data.batch import Batch, TokenSequence
+from trainer.distributed import World
+from trainer.errors import NumericalError
+from trainer.policy import Policy
+from trainer.sampling.sampler import SampleRequest, SamplingParams
+from trainer.sampling.vllm_client import UNTOUCHED, RefusedError, SamplerError, Served, VllmClient
+from trainer.types import Completion
+
+MAX_CONCURRENT: Final = 64
+"""Requests under way from one rank; the server queues and batches by itself."""
+SAMPLE_TIMEOUT_S: Final = 3600.0
+LOAD_TIMEOUT_S: Final = 300.0
+CANARY: Final = "The quick brown fox jumps over the lazy dog. One, two, three, four, five, six. 12 + 30 = 42."
+CANARY_BUDGET: Final = 0.2
+"""Mean distance of the canary's logprobs; rounding in bf16 makes 0.01 to 0.03, another model 0.5 and more."""
+T = TypeVar("T")
+
+
+@final
+class VllmSampler:
+    """Draws on a vLLM server, with adapters loaded at run time."""
+
+    def __init__(
+        self, url: str, tokenizer: PreTrainedTokenizerBase, world: World, *, exchange_dir: Path | None = None
+    ) -> None:
+        """Find the server and learn what its logprobs are; every rank calls it.
+
+        Args:
+            url: of the server, without path.
+            tokenizer: of the policy.
+            world: the main rank publishes; every rank samples.
+            exchange_dir: where adapters are written for the server to read, on a file system that both see; None: the
+                machine's temporary directory.
+
+        Raises:
+            SamplerError: no server, or one that cannot be trained with; says what to start.
+        """
+        self.tokenizer, self.world = tokenizer, world
+        self.client = VllmClient(url, model=str(tokenizer.name_or_path))
+        self.canary: tuple[int, ...] = tuple(tokenizer.encode(CANARY, add_special_tokens=False))
+        self.served: Served = self._on_main(lambda: self.client.look(self.canary, len(tokenizer)))
+        self.run_id: str = world.from_main(secrets.token_hex(4))
+        self.version, self.name, self.num_published = -1, "", 0
+        if world.is_main:
+            self.directory = Path(tempfile.mkdtemp(prefix="tunesmith-", dir=exchange_dir))
+            self.loaded: list[str] = []
+            weakref.finalize(self, _retire, self.client, self.loaded, self.directory)
+
+    def publish(self, policy: Policy, version: int) -> None:
+        """Give the server the policy's adapter; completions carry `version` from now on. Every rank calls it.
+
+        Raises:
+            SamplerError: the server cannot take it; says what to change.
+            NumericalError: the server computes something else than the policy.
+        """
+        _refuse_unservable(policy)
+        weights = {name: _whole(parameter) for name, parameter in policy.trained_parameters().items()}
+        expected = self._canary_logprobs(policy)
+        self.num_published += 1
+        name = f"tunesmith-{self.run_id}-v{version:06d}-n{self.num_published}"
+        found = self._on_main(lambda: self._load(policy, weights, name))
+        distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, found, strict=True)) / len(expected)
+        if not distance <= CANARY_BUDGET:
+            raise NumericalError(
+                f"{self.client.url} serves {self.served.root} with the new adapter, and its logprobs of a fixed sentence "
+                f"differ from those of {policy.model_path} by {distance:.3g} in the mean (at most {CANARY_BUDGET:g}). "
+                f"Start it with the recipe's model, in the recipe's compute_dtype:\n{self.client.command()}"
+            )
+        self.version, self.name = version, name
+
+    def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[list[Completion]]:
+        """Draw `num_samples` completions of each request; lists stand in the order of the requests.
+
+        Raises:
+            SamplerError: the server cannot draw so; says what to change.
+            NumericalError: an answer is not of the published adapter, or not finite.
+        """
+        assert self.version >= 0, "publish before sampling"
+        if not requests:
+            return []
+        self._refuse_params(requests, params)
+        with ThreadPoolExecutor(min(len(requests), MAX_CONCURRENT), thread_name_prefix="vllm") as pool:
+            return list(pool.map(lambda request: self._draw(request, params), requests))
+
+    def text_of(self, completion: Completion) -> str:
+        """What was drawn as text, without special tokens."""
+        text = self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _on_main(self, act: Callable[[], T]) -> T:
+        """Act on the main rank; every rank gets the result, or raises the error, so that none waits for ever."""
+        result: T | None = None
+        problem: str | None = None
+        if self.world.is_main:
+            try:
+                result = act()
+            except (SamplerError, RefusedError, OSError) as error:
+                problem = str(error)
+        result, problem = self.world.from_main((result, problem))
+        if problem is not None:
+            raise SamplerError(problem)
+        return result  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _canary_logprobs(self, policy: Policy) -> list[float]:
+        """Under the policy, of each token of the canary but the first."""
+        policy.eval()
+        sequence = TokenSequence(self.canary, (True,) * len(self.canary))
+        device = next(policy.causal_lm.parameters()).device
+        logprobs: list[float] = policy(Batch.pack([sequence], device)).logprobs.tolist()
+        return logprobs
+
+    def _load(self, policy: Policy, weights: dict[str, torch.Tensor], name: str) -> list[float]:
+        """Put the adapter in place of the one before; returns the canary's logprobs under it."""
+        directory = self.directory / name
+        directory.mkdir()
+        policy.save(directory, weights)
+        self.client.load_adapter(name, directory, timeout_s=LOAD_TIMEOUT_S)
+        for old in self.loaded:
+            self.client.unload_adapter(old)
+            shutil.rmtree(self.directory / old, ignore_errors=True)
+        self.loaded[:] = [name]
+        body = {**UNTOUCHED, "model": name, "prompt": self.canary, "max_tokens": 1, "prompt_logprobs": 0}
+        answer = self.client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S)
+        found = answer["choices"][0]["prompt_logprobs"][1:]
+        return [each[str(token)]["logprob"] for each, token in zip(found, self.canary[1:], strict=True)]
+
+    def _refuse_params(self, requests: Sequence[SampleRequest], params: SamplingParams) -> None:
+        """Refuse what would come back with logprobs of another distribution, or cut short."""
+        is_raw = self.served.logprobs_mode == "raw_logprobs"
+        is_truncated = not params.is_greedy and (params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0)
+        if params.temperature != 1.0 and is_truncated:
+            raise SamplerError(
+                "vLLM has no logprobs of the untruncated distribution at a temperature other than 1: turn "
+                "rollout.top_p, top_k and min_p off, or set rollout.temperature to 1, or rollout.sampler to local"
+            )
+        if params.temperature != 1.0 and params.is_greedy:
+            raise SamplerError("vLLM gives logprobs of greedy completions at temperature 1 only: set it to 1")
+        if is_raw and params.temperature != 1.0:
+            raise SamplerError(
+                f"{self.client.url} gives logprobs at temperature 1, and rollout.temperature is {params.temperature:g}. "
+                "Start the server with --logprobs-mode processed_logprobs, or set rollout.temperature to 1."
+            )
+        if not is_raw and is_truncated:
+            raise SamplerError(
+                f"{self.client.url} gives logprobs after top_p, top_k and min_p. Turn them off, "
+                "or start the server with --logprobs-mode raw_logprobs."
+            )
+        longest = max(len(request.prompt_ids) for request in requests) + params.max_completion_tokens
+        if longest > self.served.max_model_tokens:
+            raise SamplerError(
+                f"a prompt and rollout.max_completion_tokens need {longest:,} tokens, and {self.client.url} takes "
+                f"{self.served.max_model_tokens:,}. Start it with --max-model-len {longest} or lower the limit."
+            )
+
+    def _draw(self, request: SampleRequest, params: SamplingParams) -> list[Completion]:
+        copies = request.num_samples if params.is_greedy else 1  # n greedy completions are refused, and equal
+        body = {
+            **UNTOUCHED,
+            "model": self.name,
+            "prompt": request.prompt_ids,
+            "n": request.num_samples // copies,
+            "seed": request_seed(params.seed, params.step, request.row) + request.first_sample,
+            "max_tokens": params.max_completion_tokens,
+            "temperature": 0.0 if params.is_greedy else params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+            "stop": params.stop,
+            "stop_token_ids": sorted(params.stop_ids),
+            "logprobs": 0,
+        }
+        try:
+            answer = self.client.post("/v1/completions", body, timeout_s=SAMPLE_TIMEOUT_S)
+        except RefusedError as error:
+            lost = "" if self.client.has_model(self.name) else f" It no longer has {self.name}: was it restarted?"
+            raise SamplerError(f"{error}{lost}") from None
+        if answer["model"] != self.name:
+            raise NumericalError(f"{self.client.url} answered with {answer['model']} instead of {self.name}")
+        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        if len(choices) * copies != request.num_samples:
+            raise SamplerError(f"{self.client.url} gave {len(choices)} completions, asked for {body['n']}")
+        return [self._completion(choice, request, params) for choice in choices for _ in range(copies)]
+
+    def _completion(self, choice: dict[str, Any], request: SampleRequest, params: SamplingParams) -> Completion:
+        if choice.get("token_ids") is None:
+            raise SamplerError(f"{self.client.url} returns no token ids (return_token_ids): use vLLM 0.11 or newer")
+        token_ids, logprobs = tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"])
+        reason = choice["finish_reason"]
+        if tuple(choice.get("prompt_token_ids") or ()) != request.prompt_ids or len(token_ids) != len(logprobs):
+            raise SamplerError(f"{self.client.url} changed the prompt, or lost logprobs; is there a proxy in between?")
+        if not all(-9999.0 < value <= 0.0 for value in logprobs):  # it writes -inf and NaN as -9999
+            raise NumericalError(f"{self.client.url}: logprobs that are not finite; the policy's weights are broken")
+        is_whole = reason == "length" and len(token_ids) == params.max_completion_tokens
+        is_ended = reason == "stop" and bool(token_ids) and (token_ids[-1] in params.stop_ids or bool(params.stop))
+        if not (is_whole or is_ended):
+            raise SamplerError(
+                f"{self.client.url} ended a completion after {len(token_ids)} tokens ({reason}, "
+                f"{choice.get('stop_reason')!r}), where the recipe does not. Start it with --generation-config vllm, "
+                "so that it adds no stop tokens and limits of its own."
+            )
+        return Completion(token_ids, logprobs, reason, self.version)
+
+
+def request_seed(seed: int, step: int, row: int) -> int:
+    """Noise of a row's first completion; the n-th has this plus n, which is also how vLLM numbers them.
+
+    >>> request_seed(0, 0, 0) != request_seed(0, 1, 0) != request_seed(0, 0, 1)
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{step}:{row}".encode(), digest_size=7).digest())
+
+
+def _refuse_unservable(policy: Policy) -> None:
+    if policy.adapted is None:
+        raise SamplerError(
+            "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
+        )
+    if policy.adapted.peft_config["default"].use_dora:
+        raise SamplerError("vLLM serves no DoRA adapters: set lora.dora to false, or rollout.sampler to local")
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return value.detach()
+
+
+def _retire(client: VllmClient, loaded: list[str], directory: Path) -> None:
+    """Leave nothing behind, where the server still answers."""
+    for name in loaded:
+        with suppress(SamplerError, RefusedError):
+            client.unload_adapter(name, tries=1)
+    shutil.rmtree(directory, ignore_errors=True)
