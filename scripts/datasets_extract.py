@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from datasets_random import Draws
@@ -19,8 +19,8 @@ KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "ticket": ("passenger", "from", "to", "price"),
 }
 NUMBERS: Final = frozenset({"quantity", "people", "price"})
-CASES: Final = (str,) * 20 + (str.lower,) * 3 + (str.upper,)
-"""How a whole sentence is written."""
+CASES: Final[tuple[Callable[[str], str], ...]] = (str,) * 20 + (str.lower,) * 3 + (str.upper,)
+"""How a whole sentence is written: mostly as it is."""
 
 # Each pair: values of both splits, then values that only held-out rows use.
 FIRST: Final = (
@@ -38,12 +38,12 @@ LAST: Final = (
 )
 CITY: Final = (
     "Paris|London|Berlin|Rome|Madrid|Oslo|Vienna|Prague|Lisbon|Dublin|Athens|Warsaw|Boston|Chicago|Denver|Seattle|"
-    "Toronto|Sydney|Tokyo|Delhi|Cairo|Milan|Munich|Geneva|New York|San Diego|Hamburg|Brussels|Austin|Dallas|Krakow|Zurich|"
-    "Valencia|Seville|Bilbao|Porto|Naples|Turin|Venice|Bologna|Marseille|Bordeaux|Lille|Toulouse|Antwerp|Rotterdam|"
-    "Utrecht|Cologne|Stuttgart|Leipzig|Dresden|Bremen|Salzburg|Graz|Basel|Lausanne|Copenhagen|Aarhus|Gothenburg|"
-    "Malmo|Bergen|Helsinki|Tampere|Riga|Tallinn|Vilnius|Gdansk|Budapest|Bucharest|Sofia|Belgrade|Zagreb|Ljubljana|"
-    "Istanbul|Ankara|Beirut|Casablanca|Nairobi|Lagos|Accra|Johannesburg|Cape Town|Karachi|Bangkok|Hanoi|Manila|Seoul|"
-    "Osaka|Kyoto|Perth|Brisbane|Auckland|Lima|Bogota|Santiago|Havana|Vancouver|Ottawa|Calgary|Houston|Phoenix|"
+    "Toronto|Sydney|Tokyo|Delhi|Cairo|Milan|Munich|Geneva|New York|San Diego|Hamburg|Brussels|Austin|Dallas|Krakow|"
+    "Zurich|Valencia|Bilbao|Porto|Naples|Turin|Venice|Bologna|Marseille|Bordeaux|Lille|Toulouse|Antwerp|Rotterdam|"
+    "Utrecht|Seville|Cologne|Stuttgart|Leipzig|Dresden|Bremen|Salzburg|Graz|Basel|Lausanne|Copenhagen|Aarhus|"
+    "Gothenburg|Malmo|Bergen|Helsinki|Tampere|Riga|Tallinn|Vilnius|Gdansk|Budapest|Bucharest|Sofia|Belgrade|Zagreb|"
+    "Ljubljana|Istanbul|Ankara|Beirut|Casablanca|Nairobi|Lagos|Accra|Johannesburg|Cape Town|Karachi|Bangkok|Hanoi|"
+    "Manila|Seoul|Osaka|Kyoto|Perth|Brisbane|Auckland|Lima|Bogota|Santiago|Havana|Vancouver|Ottawa|Calgary|Houston|Phoenix|"
     "Portland|Detroit|Memphis|Baltimore|San Jose|Salt Lake City|Manchester|Liverpool|Edinburgh|Glasgow|Cardiff",
     "Florence|Barcelona|Stockholm|Atlanta|Miami|Montreal|Melbourne|Mumbai|Los Angeles|Nice",
 )
@@ -60,21 +60,19 @@ ADJECTIVE: Final = (
     "yellow|plastic|cotton|metal|round|folding",
 )
 DAYS: Final = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS: Final = tuple(
-    [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ]
+MONTHS: Final = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 )
 
 

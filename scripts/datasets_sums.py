@@ -40,7 +40,7 @@ Mia reads {a} pages today and {b} tomorrow. How many pages in all?
 Sum: {a} + {b}
 """,
 }
-# Unordered pairs of 2 to 9 that training never shows, in either order: every answer from 5 to 17 but few twice.
+# Pairs that training never shows, in either order.
 HELDOUT_PAIRS: Final = frozenset(
     {(2, 3), (2, 5), (2, 8), (3, 4), (3, 6), (3, 9), (4, 4), (4, 7), (5, 6), (5, 9), (6, 8), (7, 7), (7, 9), (8, 9)}
 )

@@ -165,7 +165,10 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state_dict_loader.load(dict(tensors), storage_reader=_SafeReader(directory))
-        except (Exception, CheckpointException) as error:  # its bytes are what was written, and yet DCP cannot read them
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # its bytes are what was written, and yet DCP cannot read them
             remedy = "Move it away to go on from the one before."
             raise CheckpointError(f"{directory}: cannot be read: {_root_cause(error)}. {remedy}") from error
         return TrainState(manifest["step"], manifest["counters"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, final
 
-from trainer.config.recipe import AlgorithmSettings
 from trainer.distributed import World
 from trainer.rewards.runner import RewardRunner
-from trainer.sampling.rollouts import Prompt, make_rollout, split_chunks
+from trainer.run import write_atomically
+from trainer.sampling.rollouts import Prompt, split_chunks
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 
 RESAMPLES: Final = 1000
@@ -18,6 +21,24 @@ CONFIDENCE: Final = 0.95
 CHUNK_PROMPTS: Final = 16
 SEED_OFFSET: Final = 1_000_003
 """Held-out noise is another stream than training noise, and the same at every evaluation."""
+
+
+@final
+@dataclass(frozen=True)
+class HeldOutAnswer:
+    """One answer to a held-out prompt."""
+
+    text: str
+    reward: float | None
+    """None when a reward failed."""
+    rewards: Mapping[str, float | None]
+    finish_reason: str
+    num_tokens: int
+
+    @property
+    def earned(self) -> float:
+        """A failed reward earns nothing here: leaving it out would flatter a policy that breaks the scorer."""
+        return self.reward if self.reward is not None else 0.0
 
 
 @final
@@ -37,47 +58,58 @@ class RewardEvaluation:
         self.prompts, self.sampler, self.rewards = prompts, sampler, rewards
         self.params, self.num_samples, self.world = params.for_evaluation(SEED_OFFSET), num_samples, world
 
-    def __call__(self) -> dict[str, float]:
-        """The eval/ values of the policy as it was last published; every rank calls it."""
-        mine: dict[int, list[float]] = {}
-        tokens = truncated = failed = 0.0
+    def __call__(self, record_to: Path | None = None) -> dict[str, float]:
+        """The eval/ values of the policy as it was last published; every rank calls it.
+
+        Args:
+            record_to: a file for the answers themselves, one JSON object a prompt; written by the main rank.
+        """
+        by_row: dict[int, list[HeldOutAnswer]] = {}
+        for part in self.world.gather(self._mine()):
+            by_row |= part
+        rows = [by_row[index] for index in sorted(by_row)]
+        if record_to is not None and self.world.is_main:
+            record_to.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(record_to, "".join(self._record(index, by_row[index]) for index in sorted(by_row)))
+        answers = [answer for row in rows for answer in row]
+        rewards = [[answer.earned for answer in row] for row in rows]
+        low, high = bootstrap_interval([sum(row) / len(row) for row in rewards], self.params.seed)
+        names = sorted({name for answer in answers for name in answer.rewards if "/" not in name})
+        parts = {f"eval/reward/{name}": [answer.rewards.get(name) or 0.0 for answer in answers] for name in names}
+        return {
+            "eval/reward": math.fsum(sum(row) for row in rewards) / len(answers),
+            "eval/reward_low": low,
+            "eval/reward_high": high,
+            **{f"eval/pass_at_{k}": pass_at_k(rewards, k) for k in sorted({1, self.num_samples})},
+            **{name: math.fsum(values) / len(values) for name, values in parts.items()},
+            "eval/completion_tokens": sum(answer.num_tokens for answer in answers) / len(answers),
+            "eval/truncated_frac": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
+            "eval/failed": float(sum(answer.reward is None for answer in answers)),
+        }
+
+    def _mine(self) -> dict[int, list[HeldOutAnswer]]:
+        """Answers of the prompts that belong to this rank, by the position of the prompt."""
+        found: dict[int, list[HeldOutAnswer]] = {}
         chunks = list(split_chunks(range(len(self.prompts)), CHUNK_PROMPTS, self.world.size))
         for chunk in chunks[self.world.rank :: self.world.size]:
             prompts = [self.prompts[index] for index in chunk]
             requests = [SampleRequest(prompt.token_ids, prompt.row.index, self.num_samples) for prompt in prompts]
-            answers = self.sampler.sample(requests, self.params)
-            items = [
-                (self.sampler.text_of(completion), prompt.row)
-                for prompt, completions in zip(prompts, answers, strict=True)
-                for completion in completions
-            ]
+            drawn = self.sampler.sample(requests, self.params)
+            texts = [[self.sampler.text_of(completion) for completion in group] for group in drawn]
+            items = [(text, prompt.row) for prompt, group in zip(prompts, texts, strict=True) for text in group]
             scores = iter(self.rewards.score(items))
-            for index, prompt, completions in zip(chunk, prompts, answers, strict=True):
-                rollouts = [
-                    make_rollout(prompt, completion, "", next(scores), AlgorithmSettings())
-                    for completion in completions
+            for index, completions, group in zip(chunk, drawn, texts, strict=True):
+                found[index] = [
+                    HeldOutAnswer(
+                        text, scored.reward, dict(scored.rewards), completion.finish_reason, len(completion.token_ids)
+                    )
+                    for text, completion, scored in zip(group, completions, scores, strict=False)
                 ]
-                # A failed reward earns nothing here: leaving it out would flatter a policy that breaks the scorer.
-                mine[index] = [rollout.reward if rollout.reward is not None else 0.0 for rollout in rollouts]
-                failed += sum(rollout.reward is None for rollout in rollouts)
-                tokens += sum(len(completion.token_ids) for completion in completions)
-                truncated += sum(completion.finish_reason == "length" for completion in completions)
-        rewards: dict[int, list[float]] = {}
-        for part in self.world.gather(mine):
-            rewards |= part
-        tokens, truncated, failed = self.world.sum_of([tokens, truncated, failed])
-        by_row = [rewards[index] for index in sorted(rewards)]
-        count = len(by_row) * self.num_samples
-        low, high = bootstrap_interval([sum(row) / len(row) for row in by_row], self.params.seed)
-        return {
-            "eval/reward": math.fsum(sum(row) for row in by_row) / count,
-            "eval/reward_low": low,
-            "eval/reward_high": high,
-            **{f"eval/pass_at_{k}": pass_at_k(by_row, k) for k in sorted({1, self.num_samples})},
-            "eval/completion_tokens": tokens / count,
-            "eval/truncated_frac": truncated / count,
-            "eval/failed": failed,
-        }
+        return found
+
+    def _record(self, index: int, answers: Sequence[HeldOutAnswer]) -> str:
+        about = {"row": self.prompts[index].row.index, "where": str(self.prompts[index].row)}
+        return json.dumps({**about, "answers": [answer.__dict__ for answer in answers]}, ensure_ascii=False) + "\n"
 
 
 def pass_at_k(rewards: Sequence[Sequence[float]], k: int, threshold: float = 0.5) -> float:

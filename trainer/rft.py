@@ -62,7 +62,7 @@ def train(session: Session) -> None:
 
         def evaluate() -> Values:
             sampler.publish(policy, state.step)
-            return answer()
+            return answer(session.run.evaluation(state.step))
 
         if state.step == 0 and session.saved_step is None and held_out:
             session.log.write(0, session.evaluated(learner, evaluate))

@@ -107,6 +107,10 @@ class RunDir:
         """One chunk of it."""
         return self.journal(step) / f"chunk-{number:04d}.jsonl"
 
+    def evaluation(self, step: int) -> Path:
+        """Held-out answers after a step."""
+        return self.root / "evaluations" / f"step-{step:06d}.jsonl"
+
     def log_file(self, attempt: int) -> Path:
         """What one attempt printed."""
         return self.root / "logs" / f"attempt-{attempt}.log"

@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait without spinning: on a busy machine a spinning one takes the core that it waits for (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         plan, run = _plan_and_run(arguments)
         if run.is_finished(plan.steps):
@@ -42,6 +44,7 @@ def _attempt(plan: Plan, run: RunDir) -> int:
 
     _quiet_libraries()
     try:
+        _refuse_sharding(plan)
         world = join_world(plan.shape.device, plan.shape.num_ranks)
     except LaunchError as error:
         if _is_main():
@@ -91,6 +94,15 @@ def _kept(saved_step: int | None) -> str:
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _refuse_sharding(plan: Plan) -> None:
+    """Every rank would hold the whole model, which is not what the shape promises."""
+    if plan.shape.sharding == "full":
+        raise LaunchError(
+            f"shape {plan.shape.name} shards the base model, which does not run in this version. "
+            "Choose a shape without sharding (`trainer shapes RECIPE`)."
+        )
 
 
 def _summary(session: object) -> str:

@@ -33,7 +33,7 @@ TINY: Final[dict[str, Any]] = {
     "dcp_save_interval": 2,
     "shape": "cpu",
 }
-LONG: Final[dict[str, Any]] = {"name": "long", "steps": 120, "eval_interval": 20, "dcp_save_interval": 2}
+LONG: Final[dict[str, Any]] = {"name": "long", "steps": 60, "eval_interval": 20, "dcp_save_interval": 2}
 """Long enough (some seconds) for a signal to arrive in the middle, saving half of the time."""
 
 

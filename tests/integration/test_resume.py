@@ -23,7 +23,7 @@ def whole(shared: Project) -> Run:
 
 
 def assert_same(run: Run, whole: Run) -> None:
-    assert run.steps() == list(range(121))
+    assert run.steps() == list(range(61))
     assert run.values() == whole.values()
     assert run.adapter() == whole.adapter()
     assert run.adapter("adapter-best") == whole.adapter("adapter-best")
@@ -35,7 +35,7 @@ def test_killed_at_random_moments(shared: Project, whole: Run) -> None:
     moments = random.Random(SEED)
     run = shared.run("killed")
     for _ in range(2):
-        step = moments.randint(*((1, 50) if not run.steps() else (60, 110)))
+        step = moments.randint(*((1, 25) if not run.steps() else (30, 55)))
         started = shared.start_trainer("train", "long.yaml", "--name", "killed")
         wait_for(is_at_step(run, step), started, poll_s=moments.uniform(0.001, 0.1))
         shared.kill_all()
@@ -49,7 +49,7 @@ def test_killed_at_random_moments(shared: Project, whole: Run) -> None:
 def test_killed_while_saving_and_newest_checkpoint_damaged(shared: Project, whole: Run) -> None:
     run = shared.run("saving")
     checkpoints = run.root / "checkpoints"
-    wanted = iter(range(10, 120, 10))
+    wanted = iter(range(6, 60, 6))
 
     def is_saving() -> bool:
         return any(checkpoints.glob(".step-*.tmp/__0_0.distcp"))
@@ -85,7 +85,7 @@ class TestSignals:
         run, done = self.stop(shared, signal.SIGTERM, 11)
         assert done.code == 75, done.said
         step = run.steps()[-1]
-        assert 11 <= step < 120
+        assert 11 <= step < 60
         assert run.outcome()["state"] == "preempted"
         assert run.checkpoints()[-1] == step, "saved off the interval"
         assert "run the same command again to go on" in done.stderr

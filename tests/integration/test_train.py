@@ -162,16 +162,15 @@ def test_merged_export_is_verified_and_is_the_adapter(merged: Done, plain_losses
 
 def test_best_is_kept_when_later_steps_are_worse(shared: Project) -> None:
     """At a learning rate that overshoots, the best is an early step; its weights and its checkpoint stay."""
-    file = shared.recipe(
-        "ruin.yaml", name="ruin", optimizer__learning_rate=0.1, eval_interval=1, logging__wandb="offline", keep_last=1
-    )
+    changes = {"optimizer__learning_rate": 0.1, "eval_interval": 1, "dcp_save_interval": 1, "keep_last": 1}
+    file = shared.recipe("ruin.yaml", name="ruin", logging__wandb="offline", **changes)
     done = shared.worker(file, "--set", "steps=4", "--set", "optimizer.schedule=constant")
     assert done.code == 0, done.said
     run = shared.run("ruin")
     losses = {record["step"]: record["eval/loss"] for record in run.metrics()}
     best = min(losses, key=losses.__getitem__)
-    assert best == 2, losses
-    assert run.checkpoints() == [2, 4]
+    assert 0 < best < 4, losses
+    assert run.checkpoints() == [best, 4]
     assert run.adapter("adapter-best") != run.adapter()
     assert f"best {losses[best]:.4f} at step {best}" in run.outcome()["message"]
 

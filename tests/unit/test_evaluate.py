@@ -71,6 +71,7 @@ def test_values_of_two_prompts(runner):
             "eval/completion_tokens": 2.0,
             "eval/truncated_frac": 1 / 3,
             "eval/failed": 0.0,
+            "eval/reward/scripted": 2.25 / 6,
         }
     )
     # Two rows drawn from two: means 1/12 (both the worse), 2.25/6 and 2/3, each end with chance 1/4.

@@ -184,7 +184,9 @@ def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> 
         parts["gathered block"] = 2 * facts.block_params / facts.layers * compute_bytes
         parts["gathered embedding and head"] = facts.embedding_params * compute_bytes
     parts["head tile"] = HEAD_TILE_ROWS * facts.vocab * (compute_bytes + 4 + 4)
-    if recipe.method == "rft" and recipe.rollout is not None:
+    if recipe.method == "rft" and recipe.rollout is not None and recipe.rollout.sampler == "local":
+        if shape.device == "cpu":
+            parts["sampler's merged copy"] = facts.params * compute_bytes
         sampled = min(recipe.rollout.chunk_prompts, recipe.rows_per_step) * recipe.rollout.group_size
         width = 2 * facts.layers * facts.key_width * compute_bytes
         parts["KV cache of a chunk"] = float(sampled * recipe.data.max_seq_tokens * width)

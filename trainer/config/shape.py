@@ -57,6 +57,8 @@ class TrainingShape(Section):
     """Tokens of one forward-backward pass per device; more are accumulated."""
     sharding: Literal["none", "full"] = "none"
     """`full` shards the base model's parameters over all ranks (FSDP2)."""
+    vllm_gpus: NonNegativeInt = 0
+    """Devices that vLLM has for itself, the last ones of the machine; training ranks have the others."""
     limits: ShapeLimits
     """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None
@@ -66,8 +68,8 @@ class TrainingShape(Section):
 
     @property
     def num_ranks(self) -> int:
-        """Processes over all nodes."""
-        return max(1, self.gpus)
+        """Training processes over all nodes."""
+        return max(1, self.gpus - self.vllm_gpus)
 
     @property
     def ranks_per_node(self) -> int:

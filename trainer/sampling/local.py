@@ -16,7 +16,7 @@ from trainer.head import HeadForm
 from trainer.kv_cache import KeyValueCache
 from trainer.policy import Policy
 from trainer.sampling import noise
-from trainer.sampling.decoder import Decoder
+from trainer.sampling.decoder import make_decoder
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.types import Completion, FinishReason
 
@@ -36,7 +36,7 @@ class LocalSampler:
         """
         self.tokenizer = tokenizer
         self.form = policy.form
-        self.decoder = Decoder(policy)
+        self.decoder = make_decoder(policy)
         self.device = next(policy.causal_lm.parameters()).device
         self.policy, self.version = policy, -1
 

@@ -1,0 +1,143 @@
+"""Decoding the common families with a third of the operations that their own modules need.
+
+A token of a small model is a few hundred tiny operations, whose start costs more than their work. Here a layer is
+    h = h + O attend(rope(norm(QKV norm(h)))),   h = h + down(silu(gate) * up),   [gate, up] = GU norm(h)
+with Q, K, V and gate, up as one product each and the additions inside the products. It copies the linear weights, so it
+is used on CPUs only, where memory is cheap and the copy is also in the order that the kernels read fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, silu
+
+from trainer.attention import CachedLayout, packed_attention
+from trainer.policy import Policy
+from trainer.sampling.decoder import DecodingLinear, is_plain_linear
+
+FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose layers are the formula above; Qwen3 alone has the inner norm."""
+
+
+@final
+@dataclass(frozen=True)
+class _Layer:
+    attention: nn.Module
+    """The model's own, asked for its number, scaling and window."""
+    scaling: float
+    window: int | None
+    norms: tuple[nn.Module, nn.Module]
+    """Before attention, before the MLP."""
+    inner_norms: tuple[nn.Module, nn.Module] | None
+    """Of each head's query and key."""
+    qkv: DecodingLinear
+    output: DecodingLinear
+    gate_up: DecodingLinear
+    down: DecodingLinear
+
+
+@final
+class FusedDecoder:
+    """Llama, Mistral, Qwen2 and Qwen3 on CPU."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Prepare the layers; weights are taken by `refresh`."""
+        self._config = policy.causal_lm.config
+        self._backbone: Any = policy.causal_lm.base_model
+        self._head = DecodingLinear([policy.causal_lm.get_output_embeddings()])
+        self._layers = [_fused(layer, self._config) for layer in self._backbone.layers]
+        self._width = int(self._backbone.layers[0].self_attn.head_dim)
+
+    def refresh(self) -> None:
+        """Take the policy's present weights."""
+        for layer in self._layers:
+            for product in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                product.refresh()
+        self._head.refresh()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, V] products with the head, before scale, soft cap and temperature."""
+        return self._head(hidden)  # type: ignore[no-any-return]
+
+    def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
+        """[T, H] last hidden states of a pack."""
+        state: torch.Tensor = self._backbone.embed_tokens(token_ids)
+        cos, sin = self._backbone.rotary_emb(state[None], positions[None])
+        turn = _Turn.of(cos[0], sin[0])
+        for layer in self._layers:
+            state = self._through(layer, state, turn, layout)
+        return _norm(self._backbone.norm, state)
+
+    def _through(self, layer: _Layer, state: torch.Tensor, turn: _Turn, layout: CachedLayout) -> torch.Tensor:
+        heads, kv_heads = self._config.num_attention_heads, self._config.num_key_value_heads
+        joint = layer.qkv(_norm(layer.norms[0], state)).view(len(state), -1, self._width)
+        turned, value = joint[:, : heads + kv_heads], joint[:, heads + kv_heads :]
+        if layer.inner_norms is not None:
+            inner_query, inner_key = layer.inner_norms
+            turned = torch.cat([_norm(inner_query, turned[:, :heads]), _norm(inner_key, turned[:, heads:])], 1)
+        turned = turn.apply(turned)
+        query, key, value = (part.transpose(0, 1)[None] for part in (turned[:, :heads], turned[:, heads:], value))
+        read, _ = packed_attention(
+            layer.attention, query, key, value, None, layer.scaling, packed=layout, sliding_window=layer.window
+        )
+        state = layer.output(read.reshape(len(state), -1), added=state)
+        gate, up = layer.gate_up(_norm(layer.norms[1], state)).chunk(2, -1)
+        return layer.down(silu(gate).mul_(up), added=state)  # type: ignore[no-any-return]
+
+
+@final
+@dataclass(frozen=True)
+class _Turn:
+    """Rotary positions: x cos + (-second half, first half) sin, as x cos + swapped(x) signed_sin."""
+
+    cos: torch.Tensor
+    """[T, 1, D]."""
+    signed_sin: torch.Tensor
+
+    @classmethod
+    def of(cls, cos: torch.Tensor, sin: torch.Tensor) -> _Turn:
+        half = sin.shape[-1] // 2
+        return cls(cos[:, None], torch.cat([-sin[:, :half], sin[:, half:]], -1)[:, None])
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(tensor * self.cos, tensor.roll(tensor.shape[-1] // 2, -1), self.signed_sin)
+
+
+def is_fusible(policy: Policy) -> bool:
+    """Whether the model is of a known family, on a CPU, with adapters that are plain."""
+    model: Any = policy.causal_lm
+    if model.config.model_type not in FAMILIES or model.device.type != "cpu":
+        return False
+    named = (module for name, module in model.named_modules() if name.endswith("_proj"))
+    return all(is_plain_linear(module) for module in named) and model.config.hidden_act == "silu"
+
+
+def _fused(layer: Any, config: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    has_inner = config.model_type == "qwen3"
+    return _Layer(
+        attention=attention,
+        scaling=attention.scaling,
+        window=_window(attention, config),
+        norms=(layer.input_layernorm, layer.post_attention_layernorm),
+        inner_norms=(attention.q_norm, attention.k_norm) if has_inner else None,
+        qkv=DecodingLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
+        output=DecodingLinear([attention.o_proj]),
+        gate_up=DecodingLinear([mlp.gate_proj, mlp.up_proj]),
+        down=DecodingLinear([mlp.down_proj]),
+    )
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    if config.model_type == "llama":
+        return None
+    window = config.sliding_window if config.model_type == "mistral" else attention.sliding_window
+    return None if window is None else int(window)
+
+
+def _norm(module: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return rms_norm(tensor, tensor.shape[-1:], module.weight, module.variance_epsilon)
