@@ -1,8 +1,8 @@
 """Attention over packed sequences: the only module that knows kernels and masks.
 
-A pack is a flat row of T tokens holding S sequences end to end. A token attends to itself and to what came before it in
-its own sequence, nothing else. The model is told to use `PACKED_ATTENTION`, which transformers calls in every layer; the
-layout of the pack travels as the keyword `packed`. Because no mask is registered for this name, transformers builds none.
+A pack is a flat row of T tokens holding S sequences end to end. A token attends to itself and to what came before it
+in its own sequence, nothing else. The model is told to use `PACKED_ATTENTION`, which transformers calls in every layer;
+the layout of the pack travels as the keyword `packed`. No mask is registered for this name, so transformers builds none.
 
 CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
 `EXPLICIT_MAX_TOKENS` the formula written out beats the fused kernel's backward (docs/log.md), above it SDPA runs.
@@ -15,11 +15,13 @@ own beside it; the two parts meet in one softmax, so nothing is approximate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, final
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -56,6 +58,8 @@ class PackedLayout:
     buckets: tuple[Bucket, ...]
     order: torch.Tensor
     """[T] position of each token of the pack in the concatenation of the buckets' real cells."""
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
+    """GPU only: by window, filled when a layer first asks."""
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
@@ -312,32 +316,43 @@ def _flex(
         raise ModelError(
             "attention sinks are not supported on GPU yet; train this model on the CPU shape or not at all"
         )
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    total = query.shape[2]
-    lengths = layout.cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-
-    def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        near = q - k < form.window if form.window is not None else q >= k
-        return (document[q] == document[k]) & (q >= k) & near
-
     softcap = form.softcap or 1.0
 
     def capped(score: torch.Tensor, _b: Any, _h: Any, _q: Any, _k: Any) -> torch.Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    mask = create_block_mask(is_visible, None, None, total, total, device=query.device.type)
-    out = flex_attention(
+    out = _flex_kernel(query.device.type)(
         query,
         key,
         value,
         score_mod=capped if form.softcap is not None else None,
-        block_mask=mask,
+        block_mask=_block_mask(layout, form.window),
         scale=form.scaling,
         enable_gqa=True,
     )
     return out.transpose(1, 2)
+
+
+@cache
+def _flex_kernel(device: str) -> Callable[..., Any]:
+    """Compiled where it matters: uncompiled FlexAttention writes the whole score matrix."""
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
+    """Which blocks of a pack see each other; made once for all layers with this window."""
+    if window not in layout.block_masks:
+        offsets = layout.cu_seqlens.long()
+        document = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+
+        def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            near = q - k < window if window is not None else q >= k
+            return (document[q] == document[k]) & (q >= k) & near
+
+        total = len(document)
+        made = create_block_mask(is_visible, None, None, total, total, device=str(offsets.device))
+        layout.block_masks[window] = made
+    return layout.block_masks[window]
 
 
 def register() -> None:
