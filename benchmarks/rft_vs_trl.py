@@ -200,8 +200,8 @@ def main() -> None:
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
         f"GRPO with LoRA, SmolLM2-135M-Instruct, {arguments.prompts} prompts x {arguments.group} answers x at most",
-        f"{arguments.tokens} tokens, reference scored. {about['processor']}, {about['threads']} threads, AMX {about['amx']},",
-        f"torch {about['torch']}, TRL {about['trl']}; {about['date']}.\n",
+        f"{arguments.tokens} tokens, reference scored. {about['processor']}, {about['threads']} threads,",
+        f"AMX {about['amx']}, torch {about['torch']}, TRL {about['trl']}; {about['date']}.\n",
         "| | s/step | completion tokens/s |\n|---|---:|---:|",
         *(f"| {name} | {seconds[name]:.1f} | {rates[name]:.0f} |" for name in found),
         f"\nRatio: **{result['ratio_seconds']}x** in seconds per step, {result['ratio_tokens_per_s']}x in tokens/s",

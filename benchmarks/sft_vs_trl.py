@@ -166,7 +166,8 @@ def report(out: Path, rates: dict[str, list[float]], failed: dict[str, str], arg
     lines = [
         f"LoRA SFT of SmolLM2-135M-Instruct, {ROWS_PER_STEP} rows a step, medians of {arguments.rounds} alternating",
         f"rounds of {arguments.steps} steps. {about['processor']}, {about['threads']} threads, AMX {about['amx']},",
-        f"torch {about['torch']}, TRL {about['trl']}; bf16 matrix peak {about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",
+        f"torch {about['torch']}, TRL {about['trl']}; bf16 matrix peak",
+        f"{about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",
         "| | tokens/s |\n|---|---:|",
         *(f"| {name} | {value:.0f} |" for name, value in medians.items()),
         f"\nRatio to TRL's best ({best}): **{ratio:.1f}x**",

@@ -22,7 +22,8 @@ def main(seeds: list[str]) -> None:
     OUT.with_suffix(".json").write_text(json.dumps({"commit": commit, "seeds": found}, indent=1) + "\n")
     lines = [
         f"`scripts/learning_proof` at commit {commit[:12]}: recipes/rft_quickstart.yaml, {found[0]['steps']} steps,",
-        f"{found[0]['rows']} held-out rows of wordings and numbers absent from training, {found[0]['samples']} answers each.\n",
+        f"{found[0]['rows']} held-out rows of wordings and numbers absent from training,",
+        f"{found[0]['samples']} answers each.\n",
         "| seed | before | after | rise (95% paired bootstrap) | a number at all, before -> after | minutes |",
         "|---|---:|---:|---:|---:|---:|",
     ]

@@ -2,7 +2,7 @@
 
 A pack is a flat row of T tokens holding S sequences end to end. A token attends to itself and to what came before it
 in its own sequence, nothing else. The model is told to use `PACKED_ATTENTION`, which transformers calls in every layer;
-the layout of the pack travels as the keyword `packed`. No mask is registered for this name, so transformers builds none.
+the layout of the pack travels as the keyword `packed`. No mask is registered for the name, so transformers builds none.
 
 CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
 `EXPLICIT_MAX_TOKENS` the formula written out beats the fused kernel's backward (docs/log.md), above it SDPA runs.

@@ -24,7 +24,7 @@ from trainer.checkpoint import Checkpoints, TrainState
 from trainer.config.plan import Plan
 from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
-from trainer.errors import CheckpointError, PreemptedError
+from trainer.errors import CheckpointError, LaunchError, PreemptedError
 from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
 from trainer.preemption import StopFlag
@@ -66,11 +66,15 @@ class Session:
 
         Raises:
             PreemptedError: a rank was asked to stop meanwhile.
+            LaunchError: the run has gone further than the plan does.
         """
         state = self.checkpoints.load_newest(learner.state_tensors())
         if state is None:
             state = TrainState()
         else:
+            if state.step > self.plan.steps:
+                text = f"{self.run.root} is at step {state.step} already; set `steps` to that or more (got {self.plan.steps})"
+                raise LaunchError(text)
             self.saved_step = state.step
             learner.updates = int(state.counters.get("updates", 0))
             learner.refresh()

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait without spinning: on a busy machine a spinning one takes the core that it waits for (docs/log.md).
+    # Threads that wait without spinning: on a busy machine a spinning one takes the core it waits for (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         plan, run = _plan_and_run(arguments)

@@ -89,7 +89,7 @@ def test_signal_to_one_rank_stops_both_at_one_step(stopped: tuple[Run, Running])
 def test_two_ranks_equal_one_with_unequal_rows_and_tokens(alone: Run, stopped: tuple[Run, Running]) -> None:
     run, _ = stopped
     assert run.attempts()[0]["ranks"] == 2
-    assert_close(run, alone, range(1, run.steps()[-1] + 1))
+    assert_close(run, alone, range(run.steps()[-1] + 1))
 
 
 def test_checkpoint_of_two_ranks_goes_on_with_one(project: Project, alone: Run, stopped: tuple[Run, Running]) -> None:
@@ -98,9 +98,9 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(project: Project, alone: Run, 
     done = project.worker("three.yaml", "--name", "stopped")
     assert done.code == 0, done.said
     assert f"resumed runs/stopped at step {step} of 60" in done.stderr
-    assert run.steps() == list(range(1, 61))
+    assert run.steps() == list(range(61))
     assert [attempt["ranks"] for attempt in run.attempts()] == [2, 1]
-    assert_close(run, alone, range(1, 61))
+    assert_close(run, alone, range(61))
 
 
 def test_checkpoint_of_one_rank_goes_on_with_two(project: Project, alone: Run) -> None:
@@ -113,7 +113,7 @@ def test_checkpoint_of_one_rank_goes_on_with_two(project: Project, alone: Run) -
     assert done.code == 0, done.said
     assert [attempt["ranks"] for attempt in run.attempts()] == [1, 2]
     assert "at step 58 of 60" in run.log()
-    assert run.steps() == list(range(1, 61))
+    assert run.steps() == list(range(61))
     assert_close(run, alone, range(59, 61))
 
 
@@ -126,8 +126,8 @@ def test_rank_without_rows_under_accelerate(project: Project) -> None:
     assert (done.code, alone.code) == (0, 0), done.said + alone.said
     run = project.run("both")
     assert run.attempts()[0]["ranks"] == 2
-    assert run.steps() == [1, 2, 3, 4, 5, 6]
-    assert_close(run, project.run("single"), range(1, 7))
+    assert run.steps() == [0, 1, 2, 3, 4, 5, 6]
+    assert_close(run, project.run("single"), range(7))
 
 
 def test_wrong_number_of_ranks_is_refused_with_both_numbers(project: Project) -> None:

@@ -39,6 +39,8 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         state = "running" if age < FRESH_S else "running, no heartbeat"
     elif outcome is not None:
         state = outcome.state
+    elif run.is_supervised():
+        state = "starting"
     else:
         state = "interrupted" if beat else "pending"
     recent = deque(((record["time"], record["step"]) for record in records[-20:]), maxlen=20)
@@ -79,13 +81,14 @@ def _follow(run: RunDir) -> int:
     console = Console(run.read_plan().steps, sys.stdout)
     seen = 0
     while True:
+        outcome = run.read_outcome()
+        has_ended = not run.is_locked() and (outcome is not None or not run.is_supervised())
         records = run.read_metrics()
         seen = min(seen, len(records))
         for record in records[seen:]:
             console.show(record)
         seen = len(records)
-        if not run.is_locked():
-            outcome = run.read_outcome()
+        if has_ended:
             console.say(f"{outcome.state}: {outcome.message}" if outcome else "not running")
             return outcome.exit_code if outcome else 0
         time.sleep(FOLLOW_S)

@@ -37,7 +37,7 @@ SAMPLE_TIMEOUT_S: Final = 3600.0
 LOAD_TIMEOUT_S: Final = 300.0
 CANARY: Final = "The quick brown fox jumps over the lazy dog. One, two, three, four, five, six. 12 + 30 = 42."
 CANARY_BUDGET: Final = 0.2
-"""Mean distance of the canary's logprobs; rounding in bf16 makes 0.01 to 0.03, another model 0.5 and more."""
+"""Mean distance of the canary's logprobs; rounding in bf16 makes 0.04 to 0.06 with SmolLM2, less in larger models."""
 T = TypeVar("T")
 
 
@@ -87,8 +87,8 @@ class VllmSampler:
         distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, found, strict=True)) / len(expected)
         if not distance <= CANARY_BUDGET:
             raise NumericalError(
-                f"{self.client.url} serves {self.served.root} with the new adapter, and its logprobs of a fixed sentence "
-                f"differ from those of {policy.model_path} by {distance:.3g} in the mean (at most {CANARY_BUDGET:g}). "
+                f"{self.client.url} serves {self.served.root}, and with the adapter its logprobs of a fixed sentence are "
+                f"{distance:.3g} away from those of {policy.model_path} (mean; at most {CANARY_BUDGET:g}). "
                 f"Start it with the recipe's model, in the recipe's compute_dtype:\n{self.client.command()}"
             )
         self.version, self.name = version, name
@@ -125,7 +125,7 @@ class VllmSampler:
         result, problem = self.world.from_main((result, problem))
         if problem is not None:
             raise SamplerError(problem)
-        return result  # type: ignore[return-value]
+        return result
 
     @torch.no_grad()
     def _canary_logprobs(self, policy: Policy) -> list[float]:
@@ -164,7 +164,7 @@ class VllmSampler:
             raise SamplerError("vLLM gives logprobs of greedy completions at temperature 1 only: set it to 1")
         if is_raw and params.temperature != 1.0:
             raise SamplerError(
-                f"{self.client.url} gives logprobs at temperature 1, and rollout.temperature is {params.temperature:g}. "
+                f"{self.client.url} gives logprobs at temperature 1; rollout.temperature is {params.temperature:g}. "
                 "Start the server with --logprobs-mode processed_logprobs, or set rollout.temperature to 1."
             )
         if not is_raw and is_truncated:

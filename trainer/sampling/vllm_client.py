@@ -72,7 +72,7 @@ class Served:
     """Where the server read it."""
     max_model_tokens: int
     logprobs_mode: LogprobsMode
-    """`raw_logprobs` are at temperature 1 whatever the request says; `processed_logprobs` are of what was drawn from."""
+    """`raw_logprobs` are at temperature 1 always; `processed_logprobs` are of what was drawn from, truncation included."""
 
 
 @final
@@ -130,8 +130,8 @@ class VllmClient:
         if mode is None or not is_distribution:
             raise SamplerError(
                 f"{self.url}: what it returns are neither raw nor processed logprobs: from temperature 1 to "
-                f"{PROBE_TEMPERATURE:g} their spread shrinks {factor:.3g}-fold, and the likeliest {PROBE_TOP} have a mass "
-                f"of {masses[0]:.3g}. Start the server with --logprobs-mode processed_logprobs."
+                f"{PROBE_TEMPERATURE:g} their spread shrinks {factor:.3g}-fold, and the likeliest {PROBE_TOP} have a "
+                f"mass of {masses[0]:.3g}. Start the server with --logprobs-mode processed_logprobs."
             )
         return Served(base["id"], str(base.get("root")), int(base["max_model_len"]), mode)
 
@@ -237,7 +237,10 @@ def _parsed(answer: bytes, url: str) -> dict[str, Any]:
 
 
 def _message(answer: bytes) -> str:
-    """The error's text, out of vLLM's JSON where it is that."""
-    text = answer.decode("utf-8", "replace")
-    found = re.search(r'"message"\s*:\s*("(?:[^"\\]|\\.)*")', text)
-    return str(json.loads(found.group(1))) if found else text[:500]
+    """The error's text, out of vLLM's JSON and the words of its workers."""
+    try:
+        text = str(json.loads(answer)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        text = answer[:500].decode("utf-8", "replace")
+    found = re.search(r"Worker failed with error '(.*)', please check the stack trace", text, re.DOTALL)
+    return found.group(1) if found else text

@@ -1,0 +1,70 @@
+"""What the tests of RFT share: the recipe, a project with prompts and rewards, the journal read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from project import Project, Run
+
+from trainer.worker import main
+
+RECIPE: Final[dict[str, Any]] = {
+    "name": "rft",
+    "method": "rft",
+    "data": {"train": "prompts.jsonl", "eval": "held_out.jsonl", "eval_rows": 6, "max_seq_tokens": 128},
+    "rows_per_step": 4,
+    "steps": 5,
+    "algorithm": {"minibatches_per_step": 2},
+    "rollout": {"group_size": 4, "max_completion_tokens": 10, "chunk_prompts": 1, "eval_samples": 2},
+    "rewards": [{"use": "rewards.py:digits"}],
+}
+"""Four chunks a step; evaluated and saved at every second step."""
+NO_EVALUATION: Final[dict[str, Any]] = {"data__eval": None, "eval_interval": 0}
+
+
+def prepare(project: Project) -> Project:
+    """Put prompts and rewards beside the recipe."""
+    shutil.copy(Path(__file__).with_name("rft_rewards.py"), project.root / "rewards.py")
+    for rows, prompts in (("train.jsonl", "prompts.jsonl"), ("eval.jsonl", "held_out.jsonl")):
+        turns = [json.loads(line)["messages"] for line in (project.root / rows).read_text().splitlines()]
+        text = "".join(json.dumps({"messages": messages[:-1]}) + "\n" for messages in turns)
+        (project.root / prompts).write_text(text)
+    project.recipe("rft.yaml", **deepcopy(RECIPE))
+    return project
+
+
+def run_here(project: Project, name: str, *, code: int = 0, **changes: Any) -> Run:
+    """Run a recipe's worker in this process, which spares its start; `code` is what it must return."""
+    project.recipe(f"{name}.yaml", **{**deepcopy(RECIPE), "name": name, **changes})
+    with _handlers_restored(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project.root)  # not for longer: `kill_all` kills whatever works there
+        assert main([f"{name}.yaml"]) == code
+    return project.run(name)
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def journal(run: Run, step: int | None = None) -> dict[str, bytes]:
+    """The text of every chunk, by its place."""
+    place = "*" if step is None else f"step-{step:06d}"
+    return {str(file.relative_to(run.root)): file.read_bytes() for file in run.root.glob(f"rollouts/{place}/chunk-*")}
+
+
+def rollouts(run: Run, step: int) -> list[dict[str, Any]]:
+    """The rollout records of a step, from 0, in order."""
+    chunks = [text.decode().split("\n")[1:-2] for _, text in sorted(journal(run, step).items())]
+    return [json.loads(line) for lines in chunks for line in lines]
