@@ -9,7 +9,12 @@ from typing import Any, Final
 
 from datasets_random import Draws
 
-SYSTEM: Final = "Answer like 23 + 4 = 27."
+EXAMPLE: Final = (
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "What is 12 + 5?"},
+    {"role": "assistant", "content": "12 + 5 = 17"},
+)
+"""What every prompt begins with: without it the model rambles, and a short answer would be most of what it learns."""
 NUM_ROWS: Final = {"train": 480, "heldout": 220}
 
 WORDINGS: Final = {
@@ -23,8 +28,8 @@ What is {a} plus {b}?
 Compute {a} + {b}.
 Please add {b} to {a}.
 Tell me {a} + {b}.
-I have {a} apples and get {b} more. How many apples do I have?
-A box has {a} red pens and {b} blue pens. How many pens is that?
+{a} and {b} make how much?
+Give me the sum {a} + {b}.
 The first number is {a}, the second is {b}. What is the total?
 """,
     "heldout": """
@@ -35,8 +40,8 @@ Can you add {a} and {b} for me?
 How much do {a} and {b} make together?
 What do you get for {a} + {b}?
 Calculate {a} plus {b}.
-There are {a} birds and {b} more come. How many birds are there?
-Mia reads {a} pages today and {b} tomorrow. How many pages in all?
+{a} + {b} equals what?
+What is the result of {a} + {b}?
 Sum: {a} + {b}
 """,
 }
@@ -58,7 +63,7 @@ def make_sums_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
     rows = [
         {
             "messages": [
-                {"role": "system", "content": SYSTEM},
+                *EXAMPLE,
                 {"role": "user", "content": wording.format(a=a, b=b)},
             ],
             "answer": a + b,

@@ -288,9 +288,11 @@ def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: 
 
     def of_prompts(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """[R, H_kv, q, n] times its prompt's [S, H_kv, n, m], for all rows of a prompt at once."""
-        slots = tensor[cache.slots].transpose(1, 2)
-        out = slots.flatten(2, 3) @ matrix
-        return out.view(*slots.shape[:-1], -1).transpose(1, 2).flatten(0, 1)[cache.rows]
+        in_slots = tensor.view(len(matrix), -1, *tensor.shape[1:]) if cache.slots is None else tensor[cache.slots]
+        in_slots = in_slots.transpose(1, 2)
+        out = in_slots.flatten(2, 3) @ matrix
+        out = out.view(*in_slots.shape[:-1], -1).transpose(1, 2).flatten(0, 1)
+        return out if cache.slots is None else out[cache.places]
 
     prompt_scores = of_prompts(folded, layer.prompt_keys.transpose(-1, -2))
     own_scores = folded @ layer.keys[:rows, ..., own]

@@ -131,7 +131,7 @@ class Checkpoints:
                     warnings.simplefilter("ignore")  # DCP warns of single-process use
                     state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(staging, sync_files=True))
             except (Exception, CheckpointException) as error:  # DCP wraps whatever a rank's disk raised
-                problem = f"{type(error).__name__}: {_root_cause(error)}"
+                problem = _root_cause(error)
             problem = self._any_problem(problem)
         if problem is None and self.world.is_main:
             try:

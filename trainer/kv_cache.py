@@ -47,7 +47,10 @@ class KeyValueCache:
         self._hidden: dict[int | None, torch.Tensor | None] = {}
         self.longest_prompt = max(prompt_lengths)
         self.num_own = 0
-        self.slots = self.rows = self._gather.new_empty(0)
+        self.slots: torch.Tensor | None = None
+        """[S, G] the rows of each prompt; None when they stand in order, equally many of each."""
+        self.places = self._gather.new_empty(0)
+        """[R] where each row stands in the slots."""
 
     def branch(self, owners: Sequence[int]) -> None:
         """Begin rows, the n-th of which goes on from prompt `owners[n]`."""
@@ -126,7 +129,8 @@ class KeyValueCache:
         most = max(map(len, by_prompt))
         slots = [rows + rows[:1] * (most - len(rows)) for rows in by_prompt]
         place = {row: owner * most + number for owner, rows in enumerate(by_prompt) for number, row in enumerate(rows)}
-        device = self._lengths.device
-        self.slots = torch.tensor(slots, device=device)
-        self.rows = torch.tensor([place[row] for row in range(len(self._owners))], device=device)
+        places, device = [place[row] for row in range(len(self._owners))], self._lengths.device
+        is_in_order = places == list(range(len(slots) * most))
+        self.slots = None if is_in_order else torch.tensor(slots, device=device)
+        self.places = torch.tensor(places, device=device)
         self._hidden = {}

@@ -73,8 +73,10 @@ class Session:
             state = TrainState()
         else:
             if state.step > self.plan.steps:
-                text = f"{self.run.root} is at step {state.step} already; set `steps` to that or more (got {self.plan.steps})"
-                raise LaunchError(text)
+                raise LaunchError(
+                    f"{self.run.root} is at step {state.step} already; "
+                    f"set `steps` to that or more (got {self.plan.steps})"
+                )
             self.saved_step = state.step
             learner.updates = int(state.counters.get("updates", 0))
             learner.refresh()

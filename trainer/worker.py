@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait without spinning: on a busy machine a spinning one takes the core it waits for (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Packs differ in length, and oneDNN keeps a kernel of about a megabyte for each shape, 1,024 of them by default.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
         plan, run = _plan_and_run(arguments)
         if run.is_finished(plan.steps):

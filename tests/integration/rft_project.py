@@ -20,13 +20,13 @@ RECIPE: Final[dict[str, Any]] = {
     "name": "rft",
     "method": "rft",
     "data": {"train": "prompts.jsonl", "eval": "held_out.jsonl", "eval_rows": 6, "max_seq_tokens": 128},
-    "rows_per_step": 4,
+    "rows_per_step": 6,
     "steps": 5,
     "algorithm": {"minibatches_per_step": 2},
     "rollout": {"group_size": 4, "max_completion_tokens": 10, "chunk_prompts": 1, "eval_samples": 2},
     "rewards": [{"use": "rewards.py:digits"}],
 }
-"""Four chunks a step; evaluated and saved at every second step."""
+"""Six chunks a step; evaluated and saved at every second step."""
 NO_EVALUATION: Final[dict[str, Any]] = {"data__eval": None, "eval_interval": 0}
 
 

@@ -110,6 +110,14 @@ class TestSignals:
         assert "the state is saved" in done.stderr
         assert run.checkpoints()[-1] == run.steps()[-1]
 
+    def test_fewer_steps_than_the_run_has_made_are_refused(self, shared: Project, whole: Run) -> None:
+        run = shared.run("stopped")
+        before = run.metrics()
+        done = shared.worker("long.yaml", "--name", "stopped", "--set", "steps=5")
+        assert done.code == 2, done.said
+        assert f"is at step {before[-1]['step']} already; set `steps` to that or more (got 5)" in done.stderr
+        assert run.metrics() == before
+
     def test_ctrl_c_twice_stops_at_once_and_keeps_the_last_checkpoint(self, shared: Project, whole: Run) -> None:
         run = shared.run("stopped")
         saved, attempts = run.checkpoints()[-1], len(run.attempts())

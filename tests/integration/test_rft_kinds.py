@@ -99,7 +99,8 @@ STOPS: Final = {"stop": list("aeiou12345678 "), "group_size": 8, "max_completion
 def test_cut_completions_are_treated_as_the_recipe_says(project: Project, overlong: str) -> None:
     algorithm = {"name": "dapo", "overlong": overlong, "overlong_reward": -3.0}
     rewards = [{"use": "rewards.py:length"}]
-    run = run_here(project, overlong, steps=2, algorithm=algorithm, rollout=STOPS, rewards=rewards, **NO_EVALUATION)
+    settings = {"algorithm": algorithm, "rollout": STOPS, "rewards": rewards} | NO_EVALUATION
+    run = run_here(project, overlong, steps=2, rows_per_step=4, **settings)
     drawn = rollouts(run, 0)
     is_cut = [each["finish_reason"] == "length" for each in drawn]
     assert 4 < sum(is_cut) < 28
@@ -119,7 +120,7 @@ def test_refill_trains_on_groups_with_a_signal_and_reports_the_others(project: P
         drawn = rollouts(run, step)
         pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
         signal_of = [first["reward"] != second["reward"] for first, second in pairs]
-        assert len(pairs) == record["rollout/groups"] > 4
+        assert len(pairs) == record["rollout/groups"] > 6
         assert len({first["row"] for first, _ in pairs}) == len(pairs)
         assert record["rollout/flat_group_frac"] == pytest.approx(1 - sum(signal_of) / len(pairs))
         kept = [each for pair, has in zip(pairs, signal_of, strict=True) for each in pair if has]

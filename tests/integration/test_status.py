@@ -81,11 +81,13 @@ def test_failed(shared: Project) -> None:
     assert shared.trainer("status", "cut", "--follow").code == 2
 
 
-def test_finished(shared: Project) -> None:
-    done = shared.worker(shared.recipe("short.yaml", name="short", steps=2))
-    assert done.code == 0, done.said
+def test_starting_followed_to_finished(shared: Project) -> None:
+    started = shared.start_trainer("train", shared.recipe("short.yaml", name="short", steps=2))
+    wait_for((shared.run("short").root / "supervisor.lock").exists, started)
+    assert about(shared, "short")["state"] == "starting", "importing torch takes longer than asking"
+    followed = shared.trainer("status", "short", "--follow")
+    assert followed.code == 0, followed.said
+    assert started.wait().code == 0
     found = about(shared, "short")
     assert (found["state"], found["step"], found["steps"]) == ("finished", 2, 2)
-    followed = shared.trainer("status", "short", "--follow")
-    assert followed.code == 0
     assert followed.stdout.splitlines()[-1].startswith("finished: finished 2 steps of runs/short; eval/loss ")

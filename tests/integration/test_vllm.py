@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -39,7 +38,7 @@ START_S = 400
 END = 2
 """<|im_end|>"""
 NOISE = 0.06
-"""Mean distance of logprobs that rounding in bf16 makes: ours and vLLM's are 0.03 from float32, 0.04 from each other."""
+"""Mean distance of logprobs by rounding in bf16: ours and vLLM's are 0.03 from float32 and 0.04 from each other."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.model,
@@ -247,7 +246,7 @@ def test_order_of_answers_is_that_of_the_requests(published, tokenizer):
 
 def test_an_adapter_of_higher_rank_is_refused_and_the_old_one_stays(published):
     name = published.name
-    with pytest.raises(SamplerError, match="Start it with --max-lora-rank 32, or lower lora.rank"):
+    with pytest.raises(SamplerError, match="Start it with --max-lora-rank 32, or lower"):
         published.publish(load(LoraSettings(rank=32)), 2)
     assert (published.version, published.name) == (1, name)
     assert published.client.has_model(name)
@@ -270,13 +269,13 @@ def test_a_server_of_other_weights_is_refused(published):
     with torch.no_grad():
         for layer in other.causal_lm.base_model.layers[10:14]:
             layer.mlp.down_proj.weight.zero_()
-    with pytest.raises(NumericalError, match="its logprobs of a fixed sentence are .* away from those of"):
+    with pytest.raises(NumericalError, match=r"its logprobs of a fixed sentence are .* away from those of"):
         published.publish(other, 2)
 
 
 def test_an_adapter_that_the_server_lost_is_missed(published, prompt):
     published.client.unload_adapter(published.name)
-    with pytest.raises(SamplerError, match="It no longer has tunesmith-.*: was it restarted?"):
+    with pytest.raises(SamplerError, match="It no longer has tunesmith"):
         drawn(published, prompt, 1, params())
 
 

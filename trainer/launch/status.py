@@ -81,8 +81,9 @@ def _follow(run: RunDir) -> int:
     console = Console(run.read_plan().steps, sys.stdout)
     seen = 0
     while True:
+        is_free = not run.is_locked()
         outcome = run.read_outcome()
-        has_ended = not run.is_locked() and (outcome is not None or not run.is_supervised())
+        has_ended = is_free and (outcome is not None or not run.is_supervised())
         records = run.read_metrics()
         seen = min(seen, len(records))
         for record in records[seen:]:

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.attention import CachedLayout, PackedLayout
-from trainer.errors import NumericalError
+from trainer.errors import ModelError, NumericalError
 from trainer.head import HeadForm
 from trainer.kv_cache import KeyValueCache
 from trainer.policy import Policy
 from trainer.sampling import noise
-from trainer.sampling.decoder import make_decoder
+from trainer.sampling.decoder import CopiedDecoder, Decoder
+from trainer.sampling.fused import FusedDecoder, is_fusible
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.types import Completion, FinishReason
 
@@ -36,7 +38,7 @@ class LocalSampler:
         """
         self.tokenizer = tokenizer
         self.form = policy.form
-        self.decoder = make_decoder(policy)
+        self.decoder = _decoder_of(policy)
         self.device = next(policy.causal_lm.parameters()).device
         self.policy, self.version = policy, -1
 
@@ -62,7 +64,8 @@ class LocalSampler:
             for request in requests
             for sample in range(request.num_samples)
         ]
-        self._draw_all(prompts, drafts, params)
+        if drafts:
+            self._draw_all(prompts, drafts, params)
         completions = iter([draft.completion(self.version) for draft in drafts])
         return [[next(completions) for _ in range(request.num_samples)] for request in requests]
 
@@ -99,7 +102,7 @@ class LocalSampler:
                 tokens, starts, keys = tokens[left], starts[left], keys[left]
             hidden = self.decoder.hidden(tokens, starts + position, CachedLayout(cache, None))
             cache.advance()
-        if not all(math.isfinite(draft.logprobs[-1]) for draft in drafts):
+        if not all(math.isfinite(logprob) for draft in drafts for logprob in draft.logprobs):
             raise NumericalError("sampling met logits that are not finite; the weights of the policy are broken")
 
     def _read_prompts(self, prompts: Sequence[tuple[int, ...]], cache: KeyValueCache) -> torch.Tensor:
@@ -148,6 +151,12 @@ class _Ends:
         return is_end
 
 
+def _decoder_of(policy: Policy) -> Decoder:
+    if any(isinstance(parameter, DTensor) for parameter in policy.causal_lm.parameters()):
+        raise ModelError("a sharded model cannot be sampled in process; set rollout.sampler to vllm")
+    return FusedDecoder(policy) if is_fusible(policy) else CopiedDecoder(policy)
+
+
 def _draw(
     logits: torch.Tensor, form: HeadForm, params: SamplingParams, keys: torch.Tensor, position: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,5 +174,5 @@ def _draw(
     else:
         quanta = noise.quantize(probabilities)
         quanta = noise.truncate(quanta, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
-        tokens = noise.draw(quanta, noise.uniforms(keys, position))
+        tokens = noise.draw(quanta, noise.uniforms(keys, position)).clamp(max=logits.shape[1] - 1)
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()

@@ -90,7 +90,7 @@ def truncate(quanta: torch.Tensor, *, top_k: int, top_p: float, min_p: float) ->
     is_short = 0 < top_k < quanta.shape[1]
     if is_short or top_p < 1:
         # stable: of equally likely tokens the one with the smaller id is kept, on every device
-        values, order = quanta.sort(-1, descending=True, stable=True)
+        values, order = quanta.sort(dim=-1, descending=True, stable=True)
         if is_short:
             values, order = values[:, :top_k], order[:, :top_k]
         if top_p < 1:

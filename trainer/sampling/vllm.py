@@ -69,7 +69,7 @@ class VllmSampler:
         if world.is_main:
             self.directory = Path(tempfile.mkdtemp(prefix="tunesmith-", dir=exchange_dir))
             self.loaded: list[str] = []
-            weakref.finalize(self, _retire, self.client, self.loaded, self.directory)
+            self.finalizer = weakref.finalize(self, _retire, self.client, self.loaded, self.directory)
 
     def publish(self, policy: Policy, version: int) -> None:
         """Give the server the policy's adapter; completions carry `version` from now on. Every rank calls it.
@@ -81,13 +81,14 @@ class VllmSampler:
         _refuse_unservable(policy)
         weights = {name: _whole(parameter) for name, parameter in policy.trained_parameters().items()}
         expected = self._canary_logprobs(policy)
+        self.world.barrier()  # no rank samples any more with the adapter that is unloaded now
         self.num_published += 1
         name = f"tunesmith-{self.run_id}-v{version:06d}-n{self.num_published}"
         found = self._on_main(lambda: self._load(policy, weights, name))
         distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, found, strict=True)) / len(expected)
         if not distance <= CANARY_BUDGET:
             raise NumericalError(
-                f"{self.client.url} serves {self.served.root}, and with the adapter its logprobs of a fixed sentence are "
+                f"{self.client.url} serves {self.served.root}; with the adapter its logprobs of a fixed sentence are "
                 f"{distance:.3g} away from those of {policy.model_path} (mean; at most {CANARY_BUDGET:g}). "
                 f"Start it with the recipe's model, in the recipe's compute_dtype:\n{self.client.command()}"
             )
@@ -181,17 +182,20 @@ class VllmSampler:
 
     def _draw(self, request: SampleRequest, params: SamplingParams) -> list[Completion]:
         copies = request.num_samples if params.is_greedy else 1  # n greedy completions are refused, and equal
+        drawing = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+        }
         body = {
             **UNTOUCHED,
+            **({"temperature": 0.0} if params.is_greedy else drawing),
             "model": self.name,
             "prompt": request.prompt_ids,
             "n": request.num_samples // copies,
             "seed": request_seed(params.seed, params.step, request.row) + request.first_sample,
             "max_tokens": params.max_completion_tokens,
-            "temperature": 0.0 if params.is_greedy else params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p,
             "stop": params.stop,
             "stop_token_ids": sorted(params.stop_ids),
             "logprobs": 0,
@@ -210,16 +214,18 @@ class VllmSampler:
 
     def _completion(self, choice: dict[str, Any], request: SampleRequest, params: SamplingParams) -> Completion:
         if choice.get("token_ids") is None:
-            raise SamplerError(f"{self.client.url} returns no token ids (return_token_ids): use vLLM 0.11 or newer")
+            raise SamplerError(
+                f"{self.client.url} returns no token ids (return_token_ids): use a newer vLLM, such as 0.32"
+            )
         token_ids, logprobs = tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"])
         reason = choice["finish_reason"]
         if tuple(choice.get("prompt_token_ids") or ()) != request.prompt_ids or len(token_ids) != len(logprobs):
             raise SamplerError(f"{self.client.url} changed the prompt, or lost logprobs; is there a proxy in between?")
-        if not all(-9999.0 < value <= 0.0 for value in logprobs):  # it writes -inf and NaN as -9999
+        if not all(isinstance(value, float) and -9999.0 < value < 0.01 for value in logprobs):  # -9999 stands for -inf
             raise NumericalError(f"{self.client.url}: logprobs that are not finite; the policy's weights are broken")
         is_whole = reason == "length" and len(token_ids) == params.max_completion_tokens
-        is_ended = reason == "stop" and bool(token_ids) and (token_ids[-1] in params.stop_ids or bool(params.stop))
-        if not (is_whole or is_ended):
+        by_token, by_string = token_ids[-1:] and token_ids[-1] in params.stop_ids, choice["stop_reason"] in params.stop
+        if not (is_whole or (reason == "stop" and (by_token or by_string))):
             raise SamplerError(
                 f"{self.client.url} ended a completion after {len(token_ids)} tokens ({reason}, "
                 f"{choice.get('stop_reason')!r}), where the recipe does not. Start it with --generation-config vllm, "

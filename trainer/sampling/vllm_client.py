@@ -72,7 +72,7 @@ class Served:
     """Where the server read it."""
     max_model_tokens: int
     logprobs_mode: LogprobsMode
-    """`raw_logprobs` are at temperature 1 always; `processed_logprobs` are of what was drawn from, truncation included."""
+    """`raw_logprobs` are at temperature 1 always, `processed_logprobs` after temperature, top_p, top_k and min_p."""
 
 
 @final
