@@ -1,6 +1,6 @@
-"""Rows of the RFT quickstart: sums of two small numbers, put in many ways.
+"""Rows of the RFT quickstart: sums of two small numbers, worded in many ways.
 
-A row is held out twice over: its wording and its pair of numbers are both absent from training.
+A row is held out twice over: neither its wording nor a first number from 20 to 29 is in training.
 """
 
 from __future__ import annotations
@@ -45,21 +45,13 @@ What is the result of {a} + {b}?
 Sum: {a} + {b}
 """,
 }
-# Pairs that training never shows, in either order.
-HELDOUT_PAIRS: Final = frozenset(
-    {(2, 3), (2, 5), (2, 8), (3, 4), (3, 6), (3, 9), (4, 4), (4, 7), (5, 6), (5, 9), (6, 8), (7, 7), (7, 9), (8, 9)}
-)
+FIRST: Final = {"train": (*range(2, 20), *range(30, 40)), "heldout": tuple(range(20, 30))}
+SECOND: Final = range(2, 10)
 
 
 def make_sums_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
     """Return the rows of one split, no wording with the same numbers twice."""
     wordings = WORDINGS[split].strip().splitlines()
-    pairs = [
-        (a, b)
-        for a in range(2, 10)
-        for b in range(2, 10)
-        if ((min(a, b), max(a, b)) in HELDOUT_PAIRS) == (split == "heldout")
-    ]
     rows = [
         {
             "messages": [
@@ -70,6 +62,7 @@ def make_sums_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
             "family": f"sums-{split}-{number:02d}",
         }
         for number, wording in enumerate(wordings, 1)
-        for a, b in pairs
+        for a in FIRST[split]
+        for b in SECOND
     ]
     return draws.shuffled(rows)[: NUM_ROWS[split]]
