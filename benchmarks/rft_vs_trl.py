@@ -111,7 +111,7 @@ class Ours:
             begin = time.perf_counter()
             self.sampler.publish(self.policy, self.step)
             drawn = self.rollouts.of_step(self.step)
-            parts = experience.minibatches(drawn.groups, self.plan, CPU)
+            parts = experience.minibatches(drawn, self.plan, CPU)
             experience.learn(self.learner, parts, self.reference, self.plan, self.step)
             found.append((time.perf_counter() - begin, summarize(drawn, self.world)["rollout/sampled_tokens"]))
             self.step += 1

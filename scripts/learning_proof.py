@@ -50,9 +50,7 @@ def proof(seed: str) -> dict[str, Any]:
     run = Path("runs") / f"learning_proof_{seed}"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     files = sorted((run / "evaluations").iterdir())
-    before, after = (
-        [json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1])
-    )
+    before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
     pairs = [(earned(old), earned(new)) for old, new in zip(before, after, strict=True)]
     low, high = paired_interval([new - old for old, new in pairs], seed)
     steps = [record for record in records if record["step"]]
@@ -88,9 +86,7 @@ def earned(record: dict[str, Any]) -> float:
 def paired_interval(differences: list[float], seed: str) -> tuple[float, float]:
     """95% percentile interval of the mean difference, rows resampled."""
     generator = random.Random(f"paired:{seed}")
-    means = sorted(
-        sum(generator.choices(differences, k=len(differences))) / len(differences) for _ in range(RESAMPLES)
-    )
+    means = sorted(sum(generator.choices(differences, k=len(differences))) / len(differences) for _ in range(RESAMPLES))
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 

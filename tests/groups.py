@@ -18,6 +18,7 @@ from trainer.distributed import World
 from trainer.experience import learn, minibatches, score
 from trainer.learner import Learner
 from trainer.policy import Policy, Reference, load_policy
+from trainer.sampling.rollouts import StepRollouts
 from trainer.types import Group, Rollout, Row
 
 CPU = torch.device("cpu")
@@ -92,6 +93,11 @@ def four_groups() -> list[Group]:
     ]
 
 
+def drawn(groups: Sequence[Group]) -> StepRollouts:
+    """As one rank draws them."""
+    return StepRollouts(tuple(groups), tuple(range(len(groups))), tuple(groups), num_replayed=0)
+
+
 def drawn_by(policy: Policy, groups: list[Group], temperature: float = 1.0) -> list[Group]:
     """The same groups with the logprobs that a sampler with these weights records."""
 
@@ -108,4 +114,4 @@ def run_step(
 ) -> dict[str, float]:
     """Make one step, by default measured against the base."""
     reference = reference or Reference(learner.policy, "base", is_fresh=False)
-    return learn(learner, minibatches(groups, plan, CPU), reference, plan, 0)
+    return learn(learner, minibatches(drawn(groups), plan, CPU), reference, plan, 0)

@@ -15,7 +15,7 @@ own beside it; the two parts meet in one softmax, so nothing is approximate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, final
@@ -204,7 +204,7 @@ def _bucketed(
         else:
             out = explicit_attention(q, k, v, form.scaling, form.window, form.softcap, form.sinks)
         outputs.append(out.transpose(1, 2))
-    return _ToPack.apply(layout, *outputs)[None]  # type: ignore[no-untyped-call,no-any-return]
+    return _ToPack.apply(layout, *outputs)[None]  # type: ignore[no-untyped-call]
 
 
 class _ToRows(torch.autograd.Function):
@@ -336,7 +336,7 @@ def _flex(
 
 
 @cache
-def _flex_kernel(device: str) -> Callable[..., Any]:
+def _flex_kernel(device: str) -> Any:
     """Compiled where it matters: uncompiled FlexAttention writes the whole score matrix."""
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
 

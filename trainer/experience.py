@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Final, final
 
 import torch
@@ -27,6 +26,7 @@ from trainer.data.batch import Batch, TokenSequence, micro_batches
 from trainer.errors import NumericalError
 from trainer.learner import Learner
 from trainer.policy import Policy, Reference, Scores
+from trainer.sampling.rollouts import StepRollouts
 from trainer.schedule import learning_rate
 from trainer.types import Group, Rollout
 
@@ -48,18 +48,18 @@ class Minibatch:
         return sum(pack.num_trained for pack in self.packs)
 
 
-def minibatches(groups: Sequence[Group], plan: Plan, device: torch.device) -> list[Minibatch]:
-    """Pack a step's scored rollouts into minibatches, groups in order.
+def minibatches(drawn: StepRollouts, plan: Plan, device: torch.device) -> list[Minibatch]:
+    """Pack a step's scored rollouts into minibatches.
 
     Args:
-        groups: this rank's.
+        drawn: this rank's.
         plan: algorithm, number of minibatches, token budget.
         device: where the packs go.
     """
     settings, rollout = _settings(plan)
     preset = merge_preset(settings)
     found = []
-    for part in _split(groups, settings.minibatches_per_step):
+    for part in _split(drawn, settings.minibatches_per_step):
         sequences = [sequence for group in part for sequence in _sequences(group, preset)]
         packs = [Batch.pack(chosen, device) for chosen in micro_batches(sequences, plan.shape.micro_batch_tokens)]
         divisor = denominator(
@@ -163,11 +163,16 @@ def _settings(plan: Plan) -> tuple[AlgorithmSettings, RolloutSettings]:
     return algorithm, rollout
 
 
-def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """Runs of groups whose lengths differ by one at most, the longer ones first."""
-    size, longer = divmod(len(groups), parts)
-    ends = [size * number + min(number, longer) for number in range(parts + 1)]
-    return [groups[begin:end] for begin, end in pairwise(ends)]
+def _split(drawn: StepRollouts, parts: int) -> list[list[Group]]:
+    """This rank's groups of each minibatch.
+
+    Of every so many groups in a row each minibatch gets one, in an order that turns by one from row to row: a function
+    of the position alone, so that ranks change no minibatch, and one that gives each rank about the same share of each.
+    """
+    found: list[list[Group]] = [[] for _ in range(parts)]
+    for group, position in zip(drawn.groups, drawn.positions, strict=True):
+        found[(position + position // parts) % parts].append(group)
+    return found
 
 
 def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:

@@ -75,7 +75,7 @@ def train(session: Session) -> None:
                 session.save(state, learner, must=True)
                 raise
             sampled_s = clock.lap()
-            parts = experience.minibatches(drawn.groups, plan, world.device)
+            parts = experience.minibatches(drawn, plan, world.device)
             learned = experience.learn(learner, parts, reference, plan, state.step)
             values = {f"train/{name}": value for name, value in learned.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from groups import CPU, LIMIT, PROMPT, four_groups, group, make_learner, make_plan, rollout, run_step
+from groups import CPU, LIMIT, PROMPT, drawn, four_groups, group, make_learner, make_plan, rollout, run_step
 from tiny import tiny_model_dir
 
 from trainer.config.plan import Plan
 from trainer.data.batch import Batch
 from trainer.experience import minibatches
+from trainer.sampling.rollouts import StepRollouts
 from trainer.types import Group
 
 
@@ -46,7 +47,9 @@ def tokens_of(pack: Batch, name: str) -> dict[int, list[float]]:
 
 def test_advantages_land_on_the_tokens_of_their_rollout_and_failures_are_left_out():
     plan = make_plan(advantage="mean_only")
-    (part,) = minibatches([group(rollout(5, 1.0), rollout(9, 0.0), rollout(3, 0.5), rollout(7, None))], plan, CPU)
+    (part,) = minibatches(
+        drawn([group(rollout(5, 1.0), rollout(9, 0.0), rollout(3, 0.5), rollout(7, None))]), plan, CPU
+    )
     (pack,) = part.packs
     assert tokens_of(pack, "advantages") == {5: [0.5] * 5, 9: [-0.5] * 9, 3: [0.0] * 3}  # the mean of three is 0.5
     assert pack.num_trained == 17
@@ -58,7 +61,7 @@ def test_advantages_land_on_the_tokens_of_their_rollout_and_failures_are_left_ou
 def test_only_drawn_tokens_are_trained_and_each_group_is_judged_by_itself():
     plan = make_plan(advantage="mean_only")
     groups = [group(rollout(2, 1.0), rollout(3, 0.0)), group(rollout(4, 9.0), rollout(5, 7.0), index=1)]
-    (part,) = minibatches(groups, plan, CPU)
+    (part,) = minibatches(drawn(groups), plan, CPU)
     (pack,) = part.packs
     assert {length: values[0] for length, values in tokens_of(pack, "advantages").items()} == {
         2: 0.5, 3: -0.5, 4: 1.0, 5: -1.0
@@ -69,7 +72,7 @@ def test_only_drawn_tokens_are_trained_and_each_group_is_judged_by_itself():
 
 def test_a_masked_completion_counts_in_its_group_and_is_not_trained_on():
     plan = make_plan(advantage="mean_only", overlong="mask", normalizer="sequence")
-    (part,) = minibatches([group(rollout(5, 1.0), rollout(LIMIT, 0.0, "length"))], plan, CPU)
+    (part,) = minibatches(drawn([group(rollout(5, 1.0), rollout(LIMIT, 0.0, "length"))]), plan, CPU)
     assert tokens_of(part.packs[0], "advantages") == {5: [0.5] * 5}
     assert part.denominator == 2
 
@@ -86,17 +89,36 @@ def test_a_masked_completion_counts_in_its_group_and_is_not_trained_on():
 )
 def test_denominators_of_four_minibatches(normalizer, overlong, denominators):
     plan = make_plan(normalizer=normalizer, overlong=overlong, minibatches_per_step=4)
-    assert [part.denominator for part in minibatches(four_groups(), plan, CPU)] == denominators
+    assert [part.denominator for part in minibatches(drawn(four_groups()), plan, CPU)] == denominators
 
 
 @pytest.mark.parametrize(
-    ("num_groups", "parts", "sizes"), [(8, 4, [2, 2, 2, 2]), (6, 4, [2, 2, 1, 1]), (2, 3, [1, 1, 0]), (0, 2, [0, 0])]
+    ("num_groups", "parts", "sizes"), [(8, 4, [2, 2, 2, 2]), (6, 4, [1, 2, 2, 1]), (2, 3, [1, 1, 0]), (0, 2, [0, 0])]
 )
 def test_minibatches_are_of_like_size(num_groups, parts, sizes):
     # Not [2, 2, 2, 0]: refill that ran dry, or many ranks, leave numbers that do not divide.
     plan = make_plan(normalizer="sequence", minibatches_per_step=parts)
     groups = [group(rollout(2, 1.0), rollout(3, 0.0), index=index) for index in range(num_groups)]
-    assert [part.denominator / 2 for part in minibatches(groups, plan, CPU)] == sizes
+    assert [part.denominator / 2 for part in minibatches(drawn(groups), plan, CPU)] == sizes
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_ranks_change_no_minibatch_and_share_each(chunk):
+    plan = make_plan(normalizer="sequence", minibatches_per_step=2)
+    groups = [group(rollout(2, 1.0), rollout(3 + index, 0.0)) for index in range(8)]
+
+    def lengths(part):
+        return sorted(length for pack in part.packs for length in tokens_of(pack, "advantages") if length > 2)
+
+    whole = [lengths(part) for part in minibatches(drawn(groups), plan, CPU)]
+    assert whole == [[3, 6, 7, 10], [4, 5, 8, 9]]
+    ranks = []
+    for rank in (0, 1):
+        mine = [place for place in range(8) if place // chunk % 2 == rank]
+        part = StepRollouts(tuple(groups[place] for place in mine), tuple(mine), (), 0)
+        ranks.append([lengths(part) for part in minibatches(part, plan, CPU)])
+    assert [sorted(first + second) for first, second in zip(*ranks, strict=True)] == whole
+    assert [len(part) for rank in ranks for part in rank] == [2, 2, 2, 2]
 
 
 # --- the sum over the denominator is the paper's average
@@ -124,7 +146,7 @@ def test_micro_batches_and_the_order_of_groups_change_no_gradient(model_dir, nam
     one, values = gradient_of(model_dir, make_plan(name=name, kl_coef=0.1), groups)
     many, values_of_many = gradient_of(model_dir, make_plan(name=name, kl_coef=0.1, micro_batch_tokens=24), groups)
     turned, _ = gradient_of(model_dir, make_plan(name=name, kl_coef=0.1), groups[::-1])
-    assert len(minibatches(groups, make_plan(name=name, micro_batch_tokens=24), CPU)[0].packs) > 5
+    assert len(minibatches(drawn(groups), make_plan(name=name, micro_batch_tokens=24), CPU)[0].packs) > 5
     assert_same(one, many)
     assert_same(one, turned)
     assert values_of_many == pytest.approx(values, rel=1e-4)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from groups import CPU, PROMPT, WORLD, drawn_by, four_groups, group, make_learner, make_plan, rollout, run_step
+from groups import CPU, PROMPT, WORLD, drawn_by, drawn, four_groups, group, make_learner, make_plan, rollout, run_step
 from tiny import tiny_model_dir
 
 from trainer.config.plan import Plan
@@ -29,11 +29,11 @@ def model_dir(tmp_path_factory):
 def test_ppo_kl_is_0_on_the_first_minibatch_and_above_0_on_the_second(model_dir):
     plan = make_plan(minibatches_per_step=2, kl_coef=0.0)
     groups = four_groups()
-    parts = minibatches(groups, plan, CPU)
+    parts = minibatches(drawn(groups), plan, CPU)
     learner = make_learner(model_dir, plan)
     reference = Reference(learner.policy, "base", is_fresh=False)
     first = learn(make_learner(model_dir, plan), parts[:1], reference, plan, 0)
-    both = learn(learner, minibatches(groups, plan, CPU), reference, plan, 0)
+    both = learn(learner, minibatches(drawn(groups), plan, CPU), reference, plan, 0)
     assert (first["ppo_kl"], first["ppo_kl_k1"]) == (0.0, 0.0)
     assert both["ppo_kl"] > 1e-6
     assert learner.updates == 2
@@ -42,7 +42,7 @@ def test_ppo_kl_is_0_on_the_first_minibatch_and_above_0_on_the_second(model_dir)
 def test_old_logprobs_are_those_before_the_step(model_dir):
     plan = make_plan(minibatches_per_step=2, epochs_per_batch=2)
     learner = make_learner(model_dir, plan)
-    parts = minibatches(four_groups(), plan, CPU)
+    parts = minibatches(drawn(four_groups()), plan, CPU)
     before = [[score(learner.policy, pack, 1.0) for pack in part.packs] for part in parts]
     learn(learner, parts, Reference(learner.policy, "base", is_fresh=False), plan, 0)
     for part, of_part in zip(parts, before, strict=True):
@@ -106,7 +106,7 @@ def test_the_reference_of_a_full_parameter_run_is_a_copy_of_its_beginning(model_
     kld, reference = first_kld(learner, plan, "initial", is_fresh=False)
     assert kld == 0.0
     untouched = make_learner(model_dir, plan, perturbed=False).policy
-    (part,) = minibatches(four_groups(), plan, CPU)
+    (part,) = minibatches(drawn(four_groups()), plan, CPU)
     (pack,) = part.packs
     after = score(learner.policy, pack, 1.0)
     assert torch.equal(reference.logprobs(pack, 1.0), score(untouched, pack, 1.0))
@@ -132,7 +132,7 @@ def test_mismatch_cap_weighs_the_loss_by_the_capped_ratio(model_dir, cap):
     plan = make_plan(mismatch_cap=cap, **settings)
     learner = make_learner(model_dir, plan)
     groups = four_groups()
-    (part,) = minibatches(groups, plan, CPU)
+    (part,) = minibatches(drawn(groups), plan, CPU)
     (pack,) = part.packs
     weights = (score(learner.policy, pack, 1.0) - pack.inputs["sampler_logprobs"]).exp().clamp(max=cap)
     assert weights.min() < 0.9 * cap
@@ -172,7 +172,7 @@ def test_logprobs_are_of_the_sampling_temperature(model_dir):
     hot, cold = make_plan(temperature=0.5, max_sampler_kl=1e-6), make_plan(max_sampler_kl=1e-6)
     learner = make_learner(model_dir, hot)
     groups = drawn_by(learner.policy, four_groups(), temperature=0.5)
-    (part,) = minibatches(groups, hot, CPU)
+    (part,) = minibatches(drawn(groups), hot, CPU)
     pack = part.packs[0]
     half, one = (score(learner.policy, pack, temperature) for temperature in (0.5, 1.0))
     assert (half - one).abs().max() > 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_a_stop_keeps_the_chunks_sampled_so_far(make, stop):
     assert [file.name for file in stopped.run.journal(0).iterdir()] == ["chunk-0000.jsonl"]
     stop.reason = None
     resumed = make()
-    assert resumed.of_step(0) == StepRollouts(whole.groups, whole.sampled, num_replayed=1)
+    assert resumed.of_step(0) == replace(whole, num_replayed=1)
     assert resumed.sampler.calls == [rows_of_step(0, 0, 4, 10)[2:]]
 
 
@@ -228,6 +229,7 @@ def test_refill_draws_further_rows_until_the_batch_is_full(make):
     assert rows(drawn.sampled)[:4] == own
     kept = [row for row in rows(drawn.sampled) if row % 2 == 1]
     assert rows(drawn.groups) == kept
+    assert drawn.positions == (0, 1, 2, 3)
     assert len(set(rows(drawn.sampled))) == len(drawn.sampled) > 4
 
 
@@ -316,7 +318,7 @@ def scored_rollout(reward, tokens, reason="stop", **rewards) -> Rollout:
 def test_the_values_of_a_step():
     spread = Group(Row({}), (scored_rollout(1.0, 3, a=2.0), scored_rollout(0.0, 8, "length", a=0.0, b=None)))
     flat = Group(Row({}), (scored_rollout(0.5, 1, b=5.0), scored_rollout(None, 4, a=None)))
-    values = summarize(StepRollouts((spread,), (spread, flat), num_replayed=3), WORLD)
+    values = summarize(StepRollouts((spread,), (0,), (spread, flat), num_replayed=3), WORLD)
     assert values == pytest.approx(
         {
             "rollout/reward": 0.5,  # of 1.0, 0.0 and 0.5
@@ -337,7 +339,7 @@ def test_the_values_of_a_step():
 
 def test_a_step_in_which_nothing_has_a_reward_has_finite_values():
     group = Group(Row({}), (scored_rollout(None, 3), scored_rollout(None, 5)))
-    values = summarize(StepRollouts((group,), (group,), 0), WORLD)
+    values = summarize(StepRollouts((group,), (0,), (group,), 0), WORLD)
     assert (values["rollout/failed"], values["rollout/reward"], values["rollout/flat_group_frac"]) == (2.0, 0.0, 1.0)
 
 

@@ -78,8 +78,8 @@ class DecodingLinear(nn.Module):
             return out if added is None else out + added
         pointwise = torch.ops.mkldnn._linear_pointwise
         if added is None:
-            return pointwise(inputs, self._weight, bias, "none", [], "")  # type: ignore[no-any-return]
-        return pointwise.binary(inputs, added, self._weight, bias, "add")  # type: ignore[no-any-return]
+            return pointwise(inputs, self._weight, bias, "none", [], "")
+        return pointwise.binary(inputs, added, self._weight, bias, "add")
 
     def _take_adapters(self) -> None:
         # small float32 products start four times faster on a CPU than bf16 ones
@@ -119,11 +119,11 @@ class CopiedDecoder:
         output = self._causal_lm.base_model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, packed=layout
         )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return output.last_hidden_state[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] products with the head, before scale, soft cap and temperature."""
-        return self._causal_lm.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
+        return self._causal_lm.get_output_embeddings()(hidden)
 
     def _replace(self, module: nn.Module) -> None:
         for name, child in module.named_children():

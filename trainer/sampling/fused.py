@@ -61,7 +61,7 @@ class FusedDecoder:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] products with the head, before scale, soft cap and temperature."""
-        return self._head(hidden)  # type: ignore[no-any-return]
+        return self._head(hidden)
 
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         """[T, H] last hidden states of a pack."""
@@ -86,7 +86,7 @@ class FusedDecoder:
         )
         state = layer.output(read.reshape(len(state), -1), added=state)
         gate, up = layer.gate_up(_norm(layer.norms[1], state)).chunk(2, -1)
-        return layer.down(silu(gate).mul_(up), added=state)  # type: ignore[no-any-return]
+        return layer.down(silu(gate).mul_(up), added=state)
 
 
 @final

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar, final
 
 from trainer.algorithms import group_advantages
@@ -41,6 +41,8 @@ class StepRollouts:
 
     groups: tuple[Group, ...]
     """To train on."""
+    positions: tuple[int, ...]
+    """Of each of `groups` among those of all ranks, in the order in which their rows were chosen."""
     sampled: tuple[Group, ...]
     """All that were sampled, those that refill replaced included."""
     num_replayed: int
@@ -55,6 +57,8 @@ class _Draw:
     prompt: Prompt
     earlier: int
     """Groups of the same row before it in the step, whose noise is another."""
+    number: int
+    """Among the groups of the step."""
 
 
 @final
@@ -101,7 +105,7 @@ class Rollouts:
         """
         candidates = self._candidates(step)
         wanted, next_chunk, replayed = self.recipe.rows_per_step, 0, 0
-        kept: list[Group] = []
+        kept: dict[int, Group] = {}
         sampled: list[Group] = []
         rounds = 1 + (self.settings.max_refill_rounds if self.settings.refill else 0)
         for _ in range(rounds):
@@ -111,21 +115,29 @@ class Rollouts:
             next_chunk += len(chunks)
             replayed += from_journal
             sampled += groups
-            kept += [group for group in groups if not (self.settings.refill and group.is_flat)]
+            mine = [draw.number for chunk in chunks[self.world.rank :: self.world.size] for draw in chunk]
+            kept |= {
+                number: group
+                for number, group in zip(mine, groups, strict=True)
+                if not (self.settings.refill and group.is_flat)
+            }
             wanted = self.recipe.rows_per_step - int(self.world.sum_of([float(len(kept))])[0])
             if wanted <= 0 or not chosen:
                 break
         self._refuse_failures(step, sampled)
-        return StepRollouts(tuple(kept), tuple(sampled), replayed)
+        everywhere = sorted(number for numbers in self.world.gather(list(kept)) for number in numbers)
+        positions = tuple(everywhere.index(number) for number in kept)
+        return StepRollouts(tuple(kept.values()), positions, tuple(sampled), replayed)
 
     def _candidates(self, step: int) -> Iterator[_Draw]:
         """The step's own rows, then every other row in an order that is a function of (seed, step)."""
-        seen: Counter[int] = Counter()
-        for index in rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts)):
-            yield _Draw(self.prompts[index], seen[index])
-            seen[index] += 1
+        own = rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts))
+        is_own = set(own)
         others = epoch_order(self.recipe.seed, -1 - step, len(self.prompts))
-        yield from (_Draw(self.prompts[index], 0) for index in others if index not in seen)
+        seen: Counter[int] = Counter()
+        for number, index in enumerate(chain(own, (index for index in others if index not in is_own))):
+            yield _Draw(self.prompts[index], seen[index], number)
+            seen[index] += 1
 
     def _round(self, step: int, first_chunk: int, chunks: Sequence[Sequence[_Draw]]) -> tuple[list[Group], int]:
         """Sample this rank's chunks; the rewards of one are computed while the next is sampled."""
