@@ -149,8 +149,8 @@ def report(
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     about = result["conditions"]
     lines = [
-        f"Sampling from SmolLM2-135M-Instruct, prompts of {result['prompt_tokens']} tokens, {arguments.tokens} drawn, groups",
-        f"of {GROUP_SIZE}; medians of {arguments.rounds} alternating rounds, {arguments.clock} clock.",
+        f"Sampling from SmolLM2-135M-Instruct, prompts of {result['prompt_tokens']} tokens, {arguments.tokens} drawn,",
+        f"groups of {GROUP_SIZE}; medians of {arguments.rounds} alternating rounds, {arguments.clock} clock.",
         f"{about['processor']}, {about['threads']} threads, AMX {about['amx']}, load {about['load_average'][0]},",
         f"torch {about['torch']}, transformers {about['transformers']}; bf16 matrix peak",
         f"{about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",

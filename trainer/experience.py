@@ -164,7 +164,7 @@ def _settings(plan: Plan) -> tuple[AlgorithmSettings, RolloutSettings]:
 
 
 def _split(drawn: StepRollouts, parts: int) -> list[list[Group]]:
-    """This rank's groups of each minibatch.
+    """The groups of each minibatch on this rank.
 
     Of every so many groups in a row each minibatch gets one, in an order that turns by one from row to row: a function
     of the position alone, so that ranks change no minibatch, and one that gives each rank about the same share of each.

@@ -126,8 +126,8 @@ def test_bootstrap_is_as_wide_as_the_normal_interval_of_many_values():
     mean = sum(values) / 400
     half = 1.96 * math.sqrt(mean * (1 - mean) / 400)
     low, high = bootstrap_interval(values, 0)
-    assert low == pytest.approx(mean - half, abs=0.15 * half)
-    assert high == pytest.approx(mean + half, abs=0.15 * half)
+    assert low == pytest.approx(mean - half, abs=0.1 * half)
+    assert high == pytest.approx(mean + half, abs=0.1 * half)
 
 
 def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():

@@ -66,8 +66,8 @@ def test_only_drawn_tokens_are_trained_and_each_group_is_judged_by_itself():
     assert {length: values[0] for length, values in tokens_of(pack, "advantages").items()} == {
         2: 0.5, 3: -0.5, 4: 1.0, 5: -1.0
     }  # fmt: skip
-    drawn = [token for item in (5, 4, 3, 2) for token in rollout(item, None).token_ids[len(PROMPT) :]]
-    assert pack.targets.tolist() == drawn  # the longest first
+    targets = [token for item in (5, 4, 3, 2) for token in rollout(item, None).token_ids[len(PROMPT) :]]
+    assert pack.targets.tolist() == targets  # the longest first
 
 
 def test_a_masked_completion_counts_in_its_group_and_is_not_trained_on():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from groups import CPU, PROMPT, WORLD, drawn_by, drawn, four_groups, group, make_learner, make_plan, rollout, run_step
+from groups import CPU, PROMPT, WORLD, drawn, drawn_by, four_groups, group, make_learner, make_plan, rollout, run_step
 from tiny import tiny_model_dir
 
 from trainer.config.plan import Plan

@@ -243,7 +243,8 @@ def make_identity(recipe: Recipe) -> dict[str, Any]:
     if recipe.lora is not None and recipe.lora.warm_start is not None:
         fields["lora"]["warm_start"] = model_digest(recipe.lora.warm_start)
     if fields["rollout"] is not None:
-        fields["rollout"].pop("vllm_url")
+        for name in ("vllm_url", "eval_samples", "max_sampler_kl"):
+            fields["rollout"].pop(name)
     return fields
 
 

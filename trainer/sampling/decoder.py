@@ -58,42 +58,48 @@ class DecodingLinear(nn.Module):
     def refresh(self) -> None:
         """Take the policy's present weights."""
         if self._weight.numel() == 0 or not self._is_frozen:
-            self._weight = _joined([base.weight.detach() for base in self._bases])
+            self._weight = self._packed(_joined([base.weight.detach() for base in self._bases]))
             if self._has_bias:
                 self._bias = _joined([base.bias.detach() for base in self._bases])
-            if self._is_packed:
-                # the order that oneDNN reads fastest: 1.3 times the products of 32 rows, 1.6 times those of 8
-                self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
         if any(adapter is not None for adapter in self._adapters):
             self._take_adapters()
 
     def forward(self, inputs: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """W x + b + s B (A x) + added."""
-        bias = self._bias if self._has_bias else None
         if self._up.numel():
-            delta = linear(linear(inputs.to(self._down.dtype), self._down), self._up)
-            added = (delta if added is None else delta.add_(added)).to(inputs.dtype)
+            added = self._product(self._product(inputs, self._down), self._up, added=added)
+        return self._product(inputs, self._weight, self._bias if self._has_bias else None, added)
+
+    def _product(
+        self,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not self._is_packed:
-            out = linear(inputs, self._weight, bias)
+            out = linear(inputs, weight, bias)
             return out if added is None else out + added
         pointwise = torch.ops.mkldnn._linear_pointwise
         if added is None:
-            return pointwise(inputs, self._weight, bias, "none", [], "")
-        return pointwise.binary(inputs, added, self._weight, bias, "add")
+            return pointwise(inputs, weight, bias, "none", [], "")
+        return pointwise.binary(inputs, added, weight, bias, "add")
+
+    def _packed(self, weight: torch.Tensor) -> torch.Tensor:
+        """In the order that oneDNN reads fastest: 1.3 times the products of 32 rows, 1.6 times those of 8."""
+        return torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
     def _take_adapters(self) -> None:
-        # small float32 products start four times faster on a CPU than bf16 ones
-        dtype = torch.float32 if self._is_packed else self._bases[0].weight.dtype
         downs, ups = [], []
         for base, adapter in zip(self._bases, self._adapters, strict=True):
             if adapter is None:
-                downs.append(base.weight.new_empty(0, base.in_features, dtype=dtype))
-                ups.append(base.weight.new_empty(base.out_features, 0, dtype=dtype))
+                downs.append(base.weight.new_empty(0, base.in_features))
+                ups.append(base.weight.new_empty(base.out_features, 0))
             else:
-                name = adapter.active_adapters[0]
+                name, dtype = adapter.active_adapters[0], base.weight.dtype
                 downs.append(adapter.lora_A[name].weight.detach().to(dtype))
-                ups.append(adapter.lora_B[name].weight.detach().to(dtype) * adapter.scaling[name])
-        self._down, self._up = torch.cat(downs), torch.block_diag(*ups)
+                ups.append((adapter.lora_B[name].weight.detach() * adapter.scaling[name]).to(dtype))
+        self._down, self._up = self._packed(torch.cat(downs)), self._packed(torch.block_diag(*ups))
 
 
 @final
