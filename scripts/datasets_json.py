@@ -8,7 +8,12 @@ from typing import Any, Final
 
 from datasets_random import Draws
 
-SYSTEM: Final = "Answer with one JSON object."
+EXAMPLE: Final = (
+    {"role": "system", "content": "Answer with one JSON object."},
+    {"role": "user", "content": "Tom owns 3 cats.\nKeys: owner (string), cats (integer)."},
+    {"role": "assistant", "content": '{"owner": "Tom", "cats": 3}'},
+)
+"""What every prompt begins with: without it one completion in a hundred keeps the schema, too few to learn from."""
 ROWS_PER_FAMILY: Final = {"train": 20, "heldout": 15}
 
 Draw = str | tuple[int, int] | list[str]
@@ -77,7 +82,7 @@ def make_json_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "messages": [
-                        {"role": "system", "content": SYSTEM},
+                        *EXAMPLE,
                         {"role": "user", "content": f"{text}\nKeys: {keys}."},
                     ],
                     "schema": write_schema(fields),

@@ -314,7 +314,7 @@ def test_memory_parts_are_those_of_the_method():
     assert sft.parts.keys() == {
         "base weights", "adapter, gradients, optimizer", "activations", "head tile", "fragmentation", "process",
     }  # fmt: skip
-    assert rft.parts.keys() - sft.parts.keys() == {"KV cache of a chunk"}
+    assert rft.parts.keys() - sft.parts.keys() == {"KV cache of a chunk", "sampler's merged copy"}
     assert full.parts.keys() - sft.parts.keys() == {"masters, gradients, optimizer"}
     assert sft.parts["base weights"] == 28_832 * 2 / 2**30
     assert sft.total_gib == pytest.approx(sum(sft.parts.values()))
