@@ -41,6 +41,7 @@ SUBSTITUTES_RFT = [
     "rollout.eval_samples=1",
     "rollout.max_completion_tokens=8",
     "rollout.refill=false",
+    "algorithm.overlong=keep",  # random weights never stop by themselves, and dapo masks what was cut
     "algorithm.minibatches_per_step=1",
     "reward_limits.max_failed_frac=1.0",
 ]
