@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def measure(adapter: Path) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # advice for PEFT's authors
     rows = [json.loads(line) for line in Path(HELD_OUT).read_text().splitlines()][:NUM_ROWS]
     tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
