@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, or go on with a run; the same command again resumes")
     _recipe_arguments(train)
     train.add_argument("--name", help="run name; the recipe's own when left out")
+    train.add_argument("--resubmitted", action="store_true", help=argparse.SUPPRESS)
     train.set_defaults(run=_train)
 
     status = commands.add_parser("status", help="state, step, rate, time left, last metrics of a run")
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe; `train` takes a run directory too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field")
     parser.add_argument("--shape", metavar="NAME", help="training shape")
 

@@ -37,6 +37,8 @@ class Outcome:
     step: int
     message: str
     exit_code: int
+    is_transient: bool = False
+    """Whether another attempt could end otherwise: a crash, not a mistake."""
 
 
 @final
@@ -82,6 +84,11 @@ class RunDir:
         return self.root / "outcome.json"
 
     @property
+    def cancel_file(self) -> Path:
+        """Exists where the user cancelled the run: nobody restarts it but the user."""
+        return self.root / "cancelled"
+
+    @property
     def heartbeat_file(self) -> Path:
         """Sign of life."""
         return self.root / "heartbeat.json"
@@ -98,6 +105,11 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         """Directory of one checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def newest_checkpoint_step(self) -> int:
+        """Step of the newest checkpoint directory, valid or not; -1 where there is none."""
+        names = (entry.name.removeprefix("step-") for entry in self.checkpoints.glob("step-*"))
+        return max((int(name) for name in names if name.isdigit()), default=-1)
 
     def journal(self, step: int) -> Path:
         """Directory of one step's rollouts."""
@@ -250,6 +262,15 @@ class RunDir:
         """Whether a `trainer train` watches the run."""
         return self._is_held("supervisor.lock")
 
+    def refuse_taken(self) -> None:
+        """Stop where another attempt runs.
+
+        Raises:
+            LaunchError: one does.
+        """
+        if self.is_locked() or self.is_supervised():
+            raise LaunchError(f"{self.root}: another attempt is running. See: trainer status {self.root}")
+
     def _is_held(self, name: str) -> bool:
         try:
             with (self.root / name).open("rb") as file:
@@ -287,8 +308,7 @@ def open_run(plan: Plan, name: str | None = None, runs_dir: Path = Path("runs"))
             f"{run.root} holds another run; what differs:\n{lines}\n"
             "Give another --name, undo the change, or move the directory away."
         )
-    if run.is_locked() or run.is_supervised():
-        raise LaunchError(f"{run.root}: another attempt is running. See: trainer status {run.root}")
+    run.refuse_taken()
     if old.dump() != plan.dump():
         write_atomically(run.plan_file, plan.dump())
     return run

@@ -67,15 +67,18 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             {"sft": sft.train, "rft": rft.train}[plan.recipe.method](session)
             outcome = Outcome("finished", plan.steps, _summary(session), EXIT_FINISHED)
         except TrainerError as error:
-            state: State = "preempted" if isinstance(error, PreemptedError) else "failed"
+            state: State = _state_of(error, run)
             kept = _kept(session.saved_step) if isinstance(error, CheckpointError) else ""
-            outcome = Outcome(state, session.step, f"{error}{kept}", error.exit_code)
+            is_transient = isinstance(error, CheckpointError)
+            outcome = Outcome(state, session.step, f"{error}{kept}", error.exit_code, is_transient)
         except OSError as error:
             message = f"{error.filename or run.root}: {error.strerror or error}{_kept(session.saved_step)}"
-            outcome = Outcome("failed", session.step, message, EXIT_FAILED)
+            outcome = Outcome("failed", session.step, message, EXIT_FAILED, is_transient=True)
         except Exception as error:
             traceback.print_exc()
-            outcome = Outcome("failed", session.step, f"{type(error).__name__}: {error}", EXIT_FAILED)
+            outcome = Outcome(
+                "failed", session.step, f"{type(error).__name__}: {error}", EXIT_FAILED, is_transient=True
+            )
         session.log.close(outcome.exit_code)
         if world.is_main:
             session.say(outcome.message)
@@ -87,6 +90,12 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             sys.stderr.flush()
             os._exit(outcome.exit_code)  # other ranks wait in a collective that this one will never join
         return outcome.exit_code
+
+
+def _state_of(error: TrainerError, run: RunDir) -> State:
+    if isinstance(error, PreemptedError):
+        return "cancelled" if run.cancel_file.exists() else "preempted"
+    return "failed"
 
 
 def _kept(saved_step: int | None) -> str:

@@ -224,6 +224,28 @@ class LoggingSettings(Section):
     """Project there."""
 
 
+class CheckpointSettings(Section):
+    """Where checkpoints go besides the run directory."""
+
+    mirror: str | None = None
+    """An fsspec address such as `s3://bucket/prefix`; checkpoints are copied there, and fetched where none is local."""
+
+
+class RecoverySettings(Section):
+    """What happens when a machine is taken away, a process dies or hangs, or numbers break."""
+
+    grace_period_s: PositiveFloat = 30.0
+    """How long the machine waits between its signal and the kill; when it runs out the worker exits at once."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts in a row without a new checkpoint before `trainer train` gives up."""
+    restart_backoff_s: NonNegativeFloat = 1.0
+    """Wait before the first restart; doubled for each further one without progress, up to a minute."""
+    hang_timeout_s: PositiveFloat = 1800.0
+    """A rank that has not moved for so long is a hang: the stacks of all ranks are logged, then a restart."""
+    max_bad_steps: PositiveInt = 3
+    """Updates skipped for a loss or gradient that is not finite, before their rows are left out; then the run stops."""
+
+
 class Recipe(Section):
     """One training, from rows to adapter. See docs/recipe.md for every field."""
 
@@ -263,6 +285,10 @@ class Recipe(Section):
     """Checkpoints kept."""
     keep_every: PositiveInt | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    """Copies of checkpoints on other storage."""
+    recovery: RecoverySettings = Field(default_factory=RecoverySettings)
+    """Preemption, restarts, hangs and numbers that break."""
     shape: str = "auto"
     """A training shape of configs/shapes/, a path to one, or `auto`: the smallest that fits."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)

@@ -40,7 +40,7 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] | None = None
         self.number = run.newest_attempt() + 1
         self._interrupts = 0
-        self._was_asked_to_stop = False
+        self.was_asked_to_stop = False
         self._launcher_ended: float | None = None
 
     def attempt(self) -> Outcome:
@@ -57,12 +57,20 @@ class Supervisor:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches us alone; we signal the whole group
             )
-            if self._was_asked_to_stop:  # just before there was a process
+            if self.was_asked_to_stop:  # just before there was a process
                 self._signal_group(signal.SIGTERM)
             self._watch(Console(self.plan.steps))
         if self.run.is_locked():
             return Outcome("failed", 0, f"{self.run.root}: another attempt is running, started elsewhere", EXIT_USER)
         return self.run.read_outcome() or self._wordless(log)
+
+    def waits_stopped(self, seconds: float) -> bool:
+        """Wait; returns at once, and True, when asked to stop meanwhile."""
+        end = time.monotonic() + seconds
+        with self._signals_passed_on():
+            while time.monotonic() < end and not self.was_asked_to_stop:
+                time.sleep(min(POLL_S, seconds))
+        return self.was_asked_to_stop
 
     def _watch(self, console: Console) -> None:
         """Show new metrics until the worker has ended."""
@@ -106,25 +114,25 @@ class Supervisor:
         assert self.process is not None
         if self._interrupts > 1:
             outcome = Outcome("cancelled", step, f"stopped at once; {self._kept()}", EXIT_FAILED)
-        elif self._was_asked_to_stop:
+        elif self.was_asked_to_stop:
             outcome = Outcome("preempted", step, f"stopped before it could save; {self._kept()}", EXIT_PREEMPTED)
         else:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
             full = "; the disk is full" if shutil.disk_usage(self.run.root).free < FULL_BYTES else ""
             text = f"the worker ended without a word (launcher: {self.process.returncode}){full}; see {log}:\n{tail}"
-            outcome = Outcome("failed", step, text, EXIT_FAILED)
+            outcome = Outcome("failed", step, text, EXIT_FAILED, is_transient=True)
         with suppress(OSError, TrainerError), self.run.locked():  # unless another attempt has just begun
             self.run.write_outcome(outcome)
         return outcome
 
     def _kept(self) -> str:
-        found = sorted(self.run.checkpoints.glob("step-??????"))
-        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        step = self.run.newest_checkpoint_step()
+        return f"the last checkpoint is {self.run.checkpoint(step)}" if step >= 0 else "there is no checkpoint yet"
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
         def on_signal(number: int, _frame: FrameType | None) -> None:
-            self._was_asked_to_stop = True
+            self.was_asked_to_stop = True
             if number == signal.SIGINT:
                 self._interrupts += 1
             if self._interrupts > 1:

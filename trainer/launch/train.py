@@ -8,32 +8,49 @@ import sys
 from pathlib import Path
 
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan
-from trainer.errors import EXIT_FINISHED
+from trainer.config.plan import Plan, make_plan
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
+from trainer.launch.restarts import supervise
 from trainer.launch.status import find_run
-from trainer.launch.supervisor import Supervisor
 from trainer.run import RunDir, open_run
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Freeze the plan, launch one attempt and wait for its outcome."""
-    plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
-    for warning in plan.warnings:
-        sys.stderr.write(f"warning: {warning}\n")
-    run = open_run(plan, arguments.name)
+    """Freeze the plan, then launch, watch and restart until the run ends."""
+    run, plan = _run_and_plan(arguments)
     if run.is_finished(plan.steps):
         sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
         _print_weights(run, is_lora=plan.recipe.lora is not None)
         return EXIT_FINISHED
+    if arguments.resubmitted and run.cancel_file.exists():
+        sys.stderr.write(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` goes on with it\n")
+        return EXIT_FAILED
     sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.root}/logs/\n")
     with run.supervised():
-        outcome = Supervisor(plan, run).attempt()
+        if not arguments.resubmitted:
+            run.cancel_file.unlink(missing_ok=True)
+        outcome = supervise(plan, run)
     sys.stderr.write(f"{outcome.state}: {outcome.message}\n")
     if outcome.state == "preempted":
         sys.stderr.write("run the same command again to go on\n")
     if outcome.exit_code == EXIT_FINISHED:
         _print_weights(run, is_lora=plan.recipe.lora is not None)
     return outcome.exit_code
+
+
+def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
+    """A recipe's run, opened; or a run directory with the plan that it has."""
+    target = Path(arguments.recipe)
+    if (target / "plan.json").is_file():
+        if arguments.set or arguments.shape or arguments.name:
+            raise LaunchError(f"{target} is a run with a plan; --set, --shape and --name go with a recipe")
+        run = RunDir(target)
+        run.refuse_taken()
+        return run, run.read_plan()
+    plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
+    for warning in plan.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    return open_run(plan, arguments.name), plan
 
 
 def export(arguments: argparse.Namespace) -> int:

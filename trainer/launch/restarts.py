@@ -1,0 +1,50 @@
+"""Attempt after attempt until the run ends; the only module that decides to start one again."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from trainer.config.plan import Plan
+from trainer.errors import EXIT_USER
+from trainer.launch.supervisor import Supervisor
+from trainer.run import Outcome, RunDir
+
+MAX_BACKOFF_S: Final = 60.0
+
+
+def supervise(plan: Plan, run: RunDir) -> Outcome:
+    """Start attempts until the run has ended, was stopped from outside, or goes no further.
+
+    A preemption or a crash is followed by another attempt; after `recovery.max_restarts` in a row without a new
+    checkpoint the last outcome stands. What the user must mend is never tried again.
+
+    Args:
+        plan: of the run.
+        run: whose supervisor the caller is.
+    """
+    settings = plan.recipe.recovery
+    in_a_row, reached = 0, run.newest_checkpoint_step()
+    while True:
+        supervisor = Supervisor(plan, run)
+        outcome = supervisor.attempt()
+        now_at = run.newest_checkpoint_step()
+        in_a_row = 0 if now_at > reached else in_a_row
+        reached = max(now_at, reached)
+        if not _may_restart(outcome, supervisor) or in_a_row >= settings.max_restarts:
+            return outcome
+        wait_s = min(MAX_BACKOFF_S, settings.restart_backoff_s * 2**in_a_row)
+        in_a_row += 1
+        sys.stderr.write(
+            f"{outcome.state}: {outcome.message}\n"
+            f"restart {in_a_row} of at most {settings.max_restarts} without a new checkpoint, in {wait_s:g} s\n"
+        )
+        if supervisor.waits_stopped(wait_s):
+            return outcome
+
+
+def _may_restart(outcome: Outcome, supervisor: Supervisor) -> bool:
+    """Whether another attempt could end otherwise, and nobody asked us to stop."""
+    if supervisor.was_asked_to_stop or outcome.state in {"finished", "cancelled"} or outcome.exit_code == EXIT_USER:
+        return False
+    return outcome.state == "preempted" or outcome.is_transient
