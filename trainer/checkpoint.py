@@ -1,21 +1,20 @@
-"""Checkpoints: torch DCP, written aside, hashed, renamed; the newest valid one wins.
+"""Checkpoints: torch DCP, written aside while training goes on, hashed, renamed; the newest valid one wins.
 
 A checkpoint holds tensors only. Scalars stand in manifest.json, which is written last: a directory without a manifest
-that verifies is no checkpoint. DCP's own `.metadata` is a pickle and is read by an unpickler that knows nothing but
-DCP's records, so a planted one runs no code.
+that verifies is no checkpoint. A save copies the tensors, which is all that the step waits for; a thread writes the
+copies with collectives of its own. One save at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
@@ -23,13 +22,14 @@ from typing import Any, Final, final
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.config.recipe import Recipe
 from trainer.distributed import World
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, TrainerError
 from trainer.run import RunDir, fsync_dir, write_atomically
+from trainer.safe_reader import SafeReader
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -44,50 +44,16 @@ class TrainState:
     counters: dict[str, float] = field(default_factory=dict)
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows DCP's records of tensors and torch's plain value types, and refuses every other name."""
+@final
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended; equal on all ranks but for the seconds."""
 
-    ALLOWED: Final = frozenset(
-        {
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-                    "StorageMeta", "_MEM_FORMAT_ENCODING",
-                )
-            ),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-        }
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        if module in {"pathlib", "pathlib._local"} and name in {"PosixPath", "PurePosixPath", "Path"}:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-class _SafeReader(FileSystemReader):
-    """DCP's reader with the restricted unpickler, tensors only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        data = (Path(self.path) / ".metadata").read_bytes()
-        try:
-            metadata = _RestrictedUnpickler(io.BytesIO(data)).load()
-        except Exception as error:  # hostile bytes may raise whatever they like
-            raise CheckpointError(f"{self.path}/.metadata: refused: {error}") from None
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{self.path}/.metadata: holds {type(metadata).__name__}")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    step: int
+    seconds: float
+    """From the copy to the rename."""
+    problem: str | None = None
+    """Why there is no checkpoint; older ones are intact."""
 
 
 @final
@@ -95,94 +61,89 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, run: RunDir, recipe: Recipe, identity_hash: str, world: World, attempt: int) -> None:
-        """Open the run's checkpoint directory."""
+        """Open the run's checkpoint directory; every rank calls it."""
         self.run, self.recipe, self.identity_hash = run, recipe, identity_hash
         self.world, self.attempt = world, attempt
+        self._apart = world.apart()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Saved] | None = None
+        self._copies: dict[str, torch.Tensor] = {}
 
-    def save(self, state: TrainState, tensors: Mapping[str, torch.Tensor], keep: int | None = None) -> float:
-        """Write a checkpoint of this step; every rank calls it.
+    def begin(self, state: TrainState, tensors: Mapping[str, torch.Tensor], keep: int | None = None) -> None:
+        """Copy a step's tensors and begin to write them; every rank calls it, none before `collect(wait=True)`.
 
         Args:
             state: step and counters.
             tensors: everything else.
             keep: an older step whose checkpoint `keep_last` must not remove.
-
-        Returns:
-            Seconds that the step stood still.
-
-        Raises:
-            CheckpointError: it could not be written; nothing of it is left and older ones are intact.
         """
-        begin = time.perf_counter()
+        assert self._pending is None, "one save at a time"
+        for name, tensor in tensors.items():
+            if name in self._copies:
+                self._copies[name].copy_(tensor)
+            else:
+                self._copies[name] = tensor.detach().to("cpu", copy=True)
+        frozen = TrainState(state.step, dict(state.counters))
+        self._pending = self._writer.submit(self._save, frozen, keep, time.perf_counter())
+
+    def collect(self, *, wait: bool) -> Saved | None:
+        """How the save that was begun has ended; None where none was, or where it goes on and is not waited for."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        saved, self._pending = self._pending.result(), None
+        return saved
+
+    def close(self, timeout_s: float) -> None:
+        """Let the save that was begun end, for so long."""
+        end = time.monotonic() + timeout_s
+        while self._pending is not None and not self._pending.done() and time.monotonic() < end:
+            time.sleep(0.01)
+        self._writer.shutdown(wait=False)
+
+    def _save(self, state: TrainState, keep: int | None, begun: float) -> Saved:
+        """Write, hash, fsync and rename; never raises, since nobody waits for it."""
         target = self.run.checkpoint(state.step)
         staging = target.with_name(f".{target.name}.tmp")
-        problem: str | None = None
-        if self.world.is_main:
-            try:
-                self.run.refuse_stale(self.attempt)
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-            except OSError as error:
-                problem = str(error)
-        problem = self._any_problem(problem)
+        problem = self._on_main(lambda: self._prepare(staging))
         if problem is None:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # DCP warns of single-process use
-                    state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(staging, sync_files=True))
+                    state_dict_saver.save(
+                        dict(self._copies),
+                        storage_writer=FileSystemWriter(staging, sync_files=True),
+                        process_group=self._apart.group,
+                    )
             except (Exception, CheckpointException) as error:  # DCP wraps whatever a rank's disk raised
                 problem = _root_cause(error)
             problem = self._any_problem(problem)
-        if problem is None and self.world.is_main:
-            try:
-                self._commit(staging, target, state)
-            except OSError as error:
-                problem = str(error)
-        problem = self._any_problem(problem)
-        if problem is not None:
-            if self.world.is_main:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(f"{target}: not written: {problem}")
+        if problem is None:
+            problem = self._on_main(lambda: self._commit(staging, target, state))
         if self.world.is_main:
-            self._prune(state.step, keep)
-        return time.perf_counter() - begin
+            if problem is None:
+                self._prune(state.step, keep)
+            else:
+                shutil.rmtree(staging, ignore_errors=True)
+        return Saved(state.step, time.perf_counter() - begun, problem and f"{target}: not written: {problem}")
 
-    def load_newest(self, tensors: Mapping[str, torch.Tensor]) -> TrainState | None:
-        """Read the newest valid checkpoint into the given tensors; every rank calls it.
-
-        Broken ones are moved aside with a warning. The tensors' placement and number of ranks may differ from those
-        that saved.
-
-        Returns:
-            Its step and counters, or None where there is no valid checkpoint.
-        """
-        chosen = self._newest_valid(tensors) if self.world.is_main else None
-        chosen = self.world.from_main(chosen)
-        if chosen is None:
-            return None
-        directory, manifest = chosen
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                state_dict_loader.load(dict(tensors), storage_reader=_SafeReader(directory))
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # its bytes are what was written, and yet DCP cannot read them
-            remedy = "Move it away to go on from the one before."
-            raise CheckpointError(f"{directory}: cannot be read: {_root_cause(error)}. {remedy}") from error
-        return TrainState(manifest["step"], manifest["counters"])
-
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint directory, ascending."""
-        if not self.run.checkpoints.is_dir():
-            return []
-        names = [entry.name for entry in self.run.checkpoints.iterdir() if entry.is_dir()]
-        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+    def _on_main(self, act: Any) -> str | None:
+        """Do something on the main rank; every rank learns what went wrong."""
+        problem = None
+        if self.world.is_main:
+            try:
+                act()
+            except (OSError, TrainerError) as error:
+                problem = str(error)
+        return self._any_problem(problem)
 
     def _any_problem(self, problem: str | None) -> str | None:
-        found = [text for text in self.world.gather(problem) if text]
+        found = [text for text in self._apart.gather(problem) if text]
         return found[0] if found else None
+
+    def _prepare(self, staging: Path) -> None:
+        self.run.refuse_stale(self.attempt)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
 
     def _commit(self, staging: Path, target: Path, state: TrainState) -> None:
         files = {
@@ -206,6 +167,42 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
         fsync_dir(target.parent)
+
+    def load_newest(self, tensors: Mapping[str, torch.Tensor]) -> TrainState | None:
+        """Read the newest valid checkpoint into the given tensors; every rank calls it.
+
+        Broken ones are moved aside with a warning. The tensors' placement and number of ranks may differ from those
+        that saved.
+
+        Returns:
+            Its step and counters, or None where there is no valid checkpoint.
+
+        Raises:
+            CheckpointError: DCP cannot read what verified.
+        """
+        chosen = self._newest_valid(tensors) if self.world.is_main else None
+        chosen = self.world.from_main(chosen)
+        if chosen is None:
+            return None
+        directory, manifest = chosen
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state_dict_loader.load(dict(tensors), storage_reader=SafeReader(directory))
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # its bytes are what was written, and yet DCP cannot read them
+            remedy = "Move it away to go on from the one before."
+            raise CheckpointError(f"{directory}: cannot be read: {_root_cause(error)}. {remedy}") from error
+        return TrainState(manifest["step"], manifest["counters"])
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint directory, ascending."""
+        if not self.run.checkpoints.is_dir():
+            return []
+        names = [entry.name for entry in self.run.checkpoints.iterdir() if entry.is_dir()]
+        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
 
     def _newest_valid(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Path, dict[str, Any]] | None:
         for half_written in self.run.checkpoints.glob(".step-*.tmp"):
@@ -237,7 +234,7 @@ class Checkpoints:
                 raise CheckpointError(f"{file}: missing")
             if file.stat().st_size != size or file_sha256(file) != sha256:
                 raise CheckpointError(f"{file}: damaged")
-        entries = _SafeReader(directory).read_metadata().state_dict_metadata
+        entries = SafeReader(directory).read_metadata().state_dict_metadata
         sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
         if sizes != {name: tensor.size() for name, tensor in tensors.items()}:
             raise CheckpointError(f"{directory}: holds other tensors than this run has")

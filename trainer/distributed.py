@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, final
 
@@ -22,6 +22,12 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: distributed.ProcessGroup | None = None
+    """None: the group of the training's own collectives."""
+
+    def apart(self) -> World:
+        """The same ranks on a gloo group of their own, for a thread beside the training; every rank calls it."""
+        return self if self.size == 1 else replace(self, group=distributed.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -31,14 +37,14 @@ class World:
     def sum_in_place(self, tensor: torch.Tensor) -> None:
         """Sum over ranks; every rank gets the same bits."""
         if self.size > 1:
-            distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM)
+            distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM, group=self.group)
 
     def max_of(self, values: Sequence[float]) -> list[float]:
         """Elementwise maximum over ranks of small host-side numbers."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
     def sum_of(self, values: Sequence[float]) -> list[float]:
@@ -46,7 +52,7 @@ class World:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM, group=self.group)
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -54,7 +60,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group=self.group)
         return values
 
     def from_main(self, value: Any) -> Any:
@@ -62,13 +68,13 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0)
+        distributed.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            distributed.barrier()
+            distributed.barrier(group=self.group)
 
 
 def join_world(device: str, expected_size: int) -> World:

@@ -78,6 +78,11 @@ class NumericalError(TrainerError):
 
 
 @final
+class RolledBackError(TrainerError):
+    """Rows that broke the numbers are left out now; the same process goes on from the newest checkpoint."""
+
+
+@final
 class PreemptedError(TrainerError):
     """The machine asked for itself back; the state is saved where the message says."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -53,8 +53,10 @@ class RewardEvaluation:
         params: SamplingParams,
         num_samples: int,
         world: World,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
-        """Fix prompts and noise; `params` are those of training."""
+        """Fix prompts and noise; `params` are those of training, `moved` is called after each chunk."""
+        self.moved = moved
         self.prompts, self.sampler, self.rewards = prompts, sampler, rewards
         self.params, self.num_samples, self.world = params.for_evaluation(SEED_OFFSET), num_samples, world
 
@@ -98,6 +100,7 @@ class RewardEvaluation:
             texts = [[self.sampler.text_of(completion) for completion in group] for group in drawn]
             items = [(text, prompt.row) for prompt, group in zip(prompts, texts, strict=True) for text in group]
             scores = iter(self.rewards.score(items))
+            self.moved()
             for index, completions, group in zip(chunk, drawn, texts, strict=True):
                 found[index] = [
                     HeldOutAnswer(

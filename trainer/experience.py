@@ -201,9 +201,15 @@ def _refuse_stale_sampler(learner: Learner, budget: float) -> None:
 
 
 def _means(updates: Sequence[dict[str, float]], num_epochs: int) -> dict[str, float]:
-    """Means over updates, weighted by their tokens; `tokens` are those of one pass."""
+    """Means over updates, weighted by their tokens; `tokens` are those of one pass. Skipped updates have no means."""
     if len(updates) == 1:
         return updates[0]
     tokens = sum(update["tokens"] for update in updates)
-    means = {name: sum(update[name] * update["tokens"] for update in updates) / tokens for name in updates[0]}
-    return means | {"tokens": tokens / num_epochs}
+    made = [update for update in updates if "skipped" not in update]
+    weight = sum(update["tokens"] for update in made)
+    names = made[0] if made else ("learning_rate",)
+    means = {
+        name: sum(update[name] * update["tokens"] for update in made or updates) / (weight or tokens) for name in names
+    }
+    skipped = {"skipped": float(len(updates) - len(made))} if len(made) < len(updates) else {}
+    return means | {"tokens": tokens / num_epochs} | skipped

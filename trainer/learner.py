@@ -3,10 +3,14 @@
 Terms are per token and unreduced; their sums are divided by the denominator of the whole step over all ranks. So
 micro-batching, packing and ranks change no gradient beyond rounding. Trained parameters, gradient sums and optimizer
 state are float32; where the model computes in bfloat16, its parameters are a rounded copy of the float32 masters.
+
+All ranks see the sums, so they decide alike: an update whose loss or gradient is not finite is skipped by all, and a
+step that one of them must abandon is abandoned by all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import final
 
@@ -16,7 +20,7 @@ from trainer.algorithms.terms import PolicyTerms
 from trainer.config.recipe import OptimizerSettings
 from trainer.data.batch import Batch
 from trainer.distributed import World
-from trainer.errors import NumericalError
+from trainer.errors import PreemptedError
 from trainer.policy import Policy, Scores
 
 Loss = Callable[[Scores, Batch], PolicyTerms]
@@ -27,9 +31,23 @@ Loss = Callable[[Scores, Batch], PolicyTerms]
 class Learner:
     """Owns the float32 masters, their gradients and the optimizer."""
 
-    def __init__(self, policy: Policy, settings: OptimizerSettings, world: World) -> None:
-        """Take the policy's trained parameters over."""
+    def __init__(
+        self,
+        policy: Policy,
+        settings: OptimizerSettings,
+        world: World,
+        is_urgent: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Take the policy's trained parameters over.
+
+        Args:
+            policy: what learns.
+            settings: of AdamW.
+            world: the ranks.
+            is_urgent: asked before each micro-batch; once it is true, the update is abandoned.
+        """
         self.policy = policy
+        self.is_urgent = is_urgent
         self.settings = settings
         self.world = world
         self.parameters = policy.trained_parameters()
@@ -57,7 +75,12 @@ class Learner:
             fused=True,
         )
         self.updates = 0
+        self.skipped_rows: list[str] = []
+        """File and line of the rows behind updates that were skipped; whoever reports them empties the list."""
         self._sums: dict[str, float] = {}
+        self._rows: set[str] = set()
+        self._bad_rows: set[str] = set()
+        self._is_abandoned = False
 
     def forward_backward(
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
@@ -70,6 +93,9 @@ class Learner:
             temperature: of the scored distribution.
             with_entropy: whether to measure the policy's entropy.
         """
+        self._is_abandoned = self._is_abandoned or self.is_urgent()
+        if self._is_abandoned:  # the other ranks learn of it in `optim_step`
+            return
         scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
         terms = loss(scores, batch)
         total = terms.loss.sum()
@@ -81,6 +107,10 @@ class Learner:
         for name, value in zip(measured, stacked, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + batch.num_trained
+        self._rows |= set(batch.where)
+        if not math.isfinite(stacked[0]):
+            owners = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
+            self._bad_rows |= {batch.where[owner] for owner in owners}
 
     def optim_step(self, learning_rate: float, denominator: float, names: tuple[str, ...]) -> dict[str, float]:
         """Make one update from the sums of all ranks, and forget them.
@@ -92,31 +122,33 @@ class Learner:
 
         Returns:
             `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, and the means of `names` over tokens.
+            Where loss or gradient is not finite on any rank, nothing is updated, and it is `learning_rate`, `tokens`
+            and `skipped` 1; `skipped_rows` names the rows.
 
         Raises:
-            NumericalError: loss or gradient is not finite, on any rank; nothing was updated.
+            PreemptedError: a rank abandoned the update; nothing was updated.
         """
         keys = ("loss", "tokens", *names)
-        *sums, whole = self.world.sum_of([*(self._sums.get(key, 0.0) for key in keys), denominator])
+        sums = [self._sums.get(key, 0.0) for key in keys]
+        *sums, whole, abandoned = self.world.sum_of([*sums, denominator, float(self._is_abandoned)])
         totals = dict(zip(keys, sums, strict=True))
-        self._sums = {}
+        if abandoned:
+            self._forget()
+            raise PreemptedError("the grace period is nearly over: the step begun is abandoned")
         self.world.sum_in_place(self._gradient)
         self._gradient.div_(whole)
         norm = float(torch.linalg.vector_norm(self._gradient))
         loss = totals["loss"] / whole
-        if not (norm < float("inf") and abs(loss) < float("inf")):
-            self._gradient.zero_()
-            raise NumericalError(
-                f"loss {loss} with gradient norm {norm} after {self.updates} updates: not finite, nothing was updated. "
-                "Lower optimizer.learning_rate, or look at the rows of this step."
-            )
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            self._skip()
+            return {"learning_rate": learning_rate, "tokens": totals["tokens"], "skipped": 1.0}
         limit = self.settings.max_grad_norm
         if limit is not None and norm > limit:
             self._gradient.mul_(limit / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self._gradient.zero_()
+        self._forget()
         self.refresh()
         self.updates += 1
         means = {name: totals[name] / totals["tokens"] for name in names}
@@ -127,6 +159,18 @@ class Learner:
             "tokens": totals["tokens"],
             **means,
         }
+
+    def _skip(self) -> None:
+        """Make no update, and remember whose fault it is: the rows with a loss that is not finite, else all."""
+        of_ranks = self.world.gather((sorted(self._bad_rows), sorted(self._rows)))
+        bad = {row for of_rank, _ in of_ranks for row in of_rank} or {row for _, of_rank in of_ranks for row in of_rank}
+        self.skipped_rows += sorted(bad)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._gradient.zero_()
+        self._sums = {}
+        self._rows, self._bad_rows, self._is_abandoned = set(), set(), False
 
     def learn(
         self, batches: Iterable[Batch], loss: Loss, *, learning_rate: float, denominator: float

@@ -10,7 +10,6 @@ from trainer import experience
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
-from trainer.errors import PreemptedError
 from trainer.evaluate import RewardEvaluation
 from trainer.learner import Learner
 from trainer.packing_check import verify_packing
@@ -38,7 +37,7 @@ def train(session: Session) -> None:
     held_out = _prompts(session, encoder, recipe.data.eval, recipe.data.eval_rows) if recipe.data.eval else []
     policy = load_policy(recipe.model, recipe.lora, recipe.seed, world.device)
     verify_packing(policy, world.device)
-    learner = Learner(policy, recipe.optimizer, world)
+    learner = Learner(policy, recipe.optimizer, world, session.stop.is_urgent)
     warm_start(recipe.lora, policy, learner.masters)
     learner.refresh()
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
@@ -58,7 +57,7 @@ def train(session: Session) -> None:
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         rollouts = Rollouts(recipe, prompts, sampler, rewards, session.run, world, session.stop, params)
-        answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world)
+        answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, session.stop.moved)
 
         def evaluate() -> Values:
             sampler.publish(policy, state.step)
@@ -68,22 +67,18 @@ def train(session: Session) -> None:
             session.log.write(0, session.evaluated(learner, evaluate))
         while state.step < plan.steps:
             clock = Clock()
-            sampler.publish(policy, state.step)
-            try:
+            with session.stoppable(state, learner):
+                sampler.publish(policy, state.step)
                 drawn = rollouts.of_step(state.step)
-            except PreemptedError:
-                session.save(state, learner, must=True)
-                raise
-            sampled_s = clock.lap()
-            parts = experience.minibatches(drawn, plan, world.device)
-            learned = experience.learn(learner, parts, reference, plan, state.step)
+                sampled_s = clock.lap()
+                parts = experience.minibatches(drawn, plan, world.device)
+                learned = experience.learn(learner, parts, reference, plan, state.step)
             values = {f"train/{name}": value for name, value in learned.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
             values |= session.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             state.step += 1
             session.after_step(state, learner, values, evaluate)
-    if world.is_main:
-        session.say(f"weights: {session.save_weights(learner, tokenizer=tokenizer)}")
+    session.finish(learner, tokenizer)
 
 
 class Clock:

@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ SUPERVISOR = "trainer train"
 """Its value where the run is supervised."""
 SUPERVISOR_PID = "TRAINER_SUPERVISOR_PID"
 """Environment variable with the supervisor's process id."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""A worker that gets it writes the stacks of its threads to its log, even one that holds the interpreter."""
 PROBE_S = 1.0
 """Whoever looks whether a lock is taken holds it for a moment; taking it tries for so long."""
 
@@ -87,6 +90,11 @@ class RunDir:
     def cancel_file(self) -> Path:
         """Exists where the user cancelled the run: nobody restarts it but the user."""
         return self.root / "cancelled"
+
+    @property
+    def excluded_file(self) -> Path:
+        """Rows that the run leaves out since their loss was not finite."""
+        return self.root / "excluded.json"
 
     @property
     def heartbeat_file(self) -> Path:
@@ -179,6 +187,22 @@ class RunDir:
             if line.strip():
                 found.append(json.loads(line))
         return found
+
+    def read_excluded(self) -> frozenset[str]:
+        """File and line of each row that the run leaves out."""
+        try:
+            return frozenset(json.loads(self.excluded_file.read_text())["rows"])
+        except FileNotFoundError:
+            return frozenset()
+
+    def write_excluded(self, rows: Iterable[str], step: int) -> None:
+        """Leave rows out from the newest checkpoint on.
+
+        Args:
+            rows: file and line of each.
+            step: at which that was decided.
+        """
+        write_atomically(self.excluded_file, json.dumps({"rows": sorted(rows), "decided_at_step": step}, indent=1))
 
     def take_attempt(self, about: Mapping[str, Any]) -> int:
         """Take the next attempt number; whoever creates its file has it.

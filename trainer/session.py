@@ -8,10 +8,9 @@ import platform
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
@@ -24,16 +23,17 @@ from trainer.checkpoint import Checkpoints, TrainState
 from trainer.config.plan import Plan
 from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
-from trainer.errors import CheckpointError, LaunchError, PreemptedError
+from trainer.errors import CheckpointError, LaunchError, NumericalError, PreemptedError, RolledBackError
 from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
 from trainer.preemption import StopFlag
 from trainer.progress import Console
-from trainer.run import HEARTBEAT_S, LAUNCHER, SUPERVISOR, SUPERVISOR_PID, RunDir, replaced_directory
+from trainer.run import LAUNCHER, SUPERVISOR_PID, RunDir, replaced_directory
+from trainer.watch import Watch
 
 Values = dict[str, float]
-WATCH_S: Final = 1.0
-"""How often the worker looks for its supervisor."""
+CLOSE_S: Final = 60.0
+"""A failed attempt waits so long for the checkpoint being written."""
 
 
 @final
@@ -46,11 +46,31 @@ class Session:
         self.console = Console(plan.steps) if world.is_main else None
         self.log = MetricsLog(run, attempt, plan, is_main=world.is_main, show=self._show)
         self.checkpoints = Checkpoints(run, plan.recipe, plan.identity_hash, world, attempt)
-        self.phase = "starting"
         self.step = 0
         self.saved_step: int | None = None
-        self._save_s: float | None = None
-        self._beating = threading.Lock()
+        self.excluded: frozenset[str] = frozenset()
+        """File and line of the rows that are left out."""
+        self._phase = "starting"
+        self._to_log: Values = {}
+        self.watch = Watch(
+            run,
+            attempt,
+            world,
+            stop,
+            hang_timeout_s=plan.recipe.recovery.hang_timeout_s,
+            position=lambda: (self.step, self.phase),
+            say=self.say,
+        )
+
+    @property
+    def phase(self) -> str:
+        """What the run is doing, for people."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self.stop.moved()
 
     def say(self, text: str) -> None:
         """Tell a person, on the main rank."""
@@ -81,6 +101,7 @@ class Session:
             learner.updates = int(state.counters.get("updates", 0))
             learner.refresh()
             self.say(f"resumed {self.run.root} at step {state.step} of {self.plan.steps}")
+        self.excluded = self.world.from_main(self.run.read_excluded())
         self.log.rewind(state.step if self.saved_step is not None else -1)
         self.step = state.step
         self.phase = "training"
@@ -100,16 +121,57 @@ class Session:
         last = state.step == self.plan.steps
         if recipe.data.eval is not None and (last or (recipe.eval_interval and state.step % recipe.eval_interval == 0)):
             values |= self.evaluated(learner, evaluate)
-        if self._save_s is not None:
-            values |= {"perf/save_s": self._save_s}
-            self._save_s = None
-        self.log.write(state.step, values | {"train/updates": learner.updates})
+        self._collect_save(wait=False)
+        rows, learner.skipped_rows = learner.skipped_rows, []
+        record: dict[str, Any] = values | self._to_log | {"train/updates": learner.updates}
+        self._to_log = {}
+        self.log.write(state.step, record | ({"train/skipped_rows": rows} if rows else {}))
         must_stop = self.stop.agreed(self.world)
         if must_stop or (recipe.dcp_save_interval and (last or state.step % recipe.dcp_save_interval == 0)):
             self.save(state, learner, must=must_stop)
-        self._beat()
+        self.watch.beat()
+        if rows:
+            self._answer_bad_steps(state.step)
         if must_stop and not last:
             raise PreemptedError(f"stopped after step {state.step} of {self.plan.steps}; the state is saved")
+
+    @contextmanager
+    def stoppable(self, state: TrainState, learner: Learner) -> Iterator[None]:
+        """The part of a step that a stop may abandon: as long as nothing was updated, the step before it is saved."""
+        try:
+            yield
+        except PreemptedError as error:
+            if learner.updates != state.counters.get("updates", 0):
+                raise PreemptedError(f"{error}; the last checkpoint and the journal are the state") from None
+            self.save(state, learner, must=True)
+            raise PreemptedError(f"{error}; the state of step {state.step} of {self.plan.steps} is saved") from None
+
+    def _answer_bad_steps(self, step: int) -> None:
+        """After too many skipped updates leave their rows out, once; then stop.
+
+        Decided from metrics.jsonl, so that a resumed run decides alike.
+
+        Raises:
+            RolledBackError: the rows are left out from the newest checkpoint on.
+            NumericalError: that was tried before, or there is no checkpoint to return to.
+        """
+        steps = [
+            set(record["train/skipped_rows"]) for record in self.run.read_metrics() if "train/skipped_rows" in record
+        ]
+        steps = self.world.from_main([rows for rows in steps if not rows <= self.excluded])
+        if len(steps) < self.plan.recipe.recovery.max_bad_steps:
+            return
+        self._collect_save(wait=True)
+        rows = sorted(set().union(*steps))
+        shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+        what = f"loss or gradient was not finite at {len(steps)} steps, their updates were skipped. Rows: {shown}"
+        if self.excluded or self.saved_step is None:
+            why = "Rows were left out once already" if self.excluded else "There is no checkpoint to return to"
+            raise NumericalError(f"{what}. {why}. Lower optimizer.learning_rate, or mend the rows.")
+        if self.world.is_main:
+            self.run.write_excluded(rows, step)
+        self.say(f"{what}. Going back to the checkpoint of step {self.saved_step} without these rows.")
+        raise RolledBackError(what)
 
     def evaluated(self, learner: Learner, evaluate: Callable[[], Values]) -> Values:
         """Held-out values, and the best weights so far kept."""
@@ -121,20 +183,51 @@ class Session:
         return values
 
     def save(self, state: TrainState, learner: Learner, *, must: bool) -> None:
-        """Checkpoint; a failure is a warning while older checkpoints and later attempts remain."""
-        if self.saved_step == state.step:
-            return
-        self.phase = "saving"
-        best = self.best() if self.world.is_main else None
-        try:
-            self._save_s = self.checkpoints.save(state, learner.state_tensors(), keep=best[0] if best else None)
-        except CheckpointError as error:
+        """Begin a checkpoint; the step goes on while it is written.
+
+        Args:
+            state: step and counters.
+            learner: has the tensors.
+            must: wait for it, and fail with it.
+
+        Raises:
+            CheckpointError: `must`, and it could not be written.
+        """
+        begin = time.perf_counter()
+        phase, self.phase = self.phase, "saving"
+        self._collect_save(wait=True)
+        if self.saved_step != state.step:
+            best = self.best() if self.world.is_main else None
+            self.checkpoints.begin(state, learner.state_tensors(), keep=best[0] if best else None)
+            self._to_log["perf/save_s"] = time.perf_counter() - begin
             if must:
-                raise
-            self.say(f"warning: {error}; going on, the next save tries again")
-        else:
-            self.saved_step = state.step
-        self.phase = "training"
+                problem = self._collect_save(wait=True)
+                if problem is not None:
+                    raise CheckpointError(problem)
+        self.phase = phase
+
+    def _collect_save(self, *, wait: bool) -> str | None:
+        """Take note of how the save that was begun has ended; returns what went wrong."""
+        saved = self.checkpoints.collect(wait=wait)
+        if saved is None:
+            return None
+        self.stop.save_s = saved.seconds
+        if saved.problem is None:
+            self.saved_step = saved.step
+            return None
+        self._to_log["perf/failed_saves"] = self._to_log.get("perf/failed_saves", 0.0) + 1.0
+        self.say(f"warning: {saved.problem}; going on, the next save tries again")
+        return saved.problem
+
+    def finish(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the trained weights, and wait for the last checkpoint."""
+        if self.world.is_main:
+            self.say(f"weights: {self.save_weights(learner, tokenizer=tokenizer)}")
+        self._collect_save(wait=True)
+
+    def close(self) -> None:
+        """Let a save that was begun end, so that a failure elsewhere does not lose it."""
+        self.checkpoints.close(timeout_s=min(CLOSE_S, self.stop.grace_s))
 
     def save_weights(
         self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
@@ -183,40 +276,6 @@ class Session:
         """The perf/ values of a step that every method has."""
         peak = max(self.world.max_of([peak_gib(self.world.device)]))
         return {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
-
-    @contextmanager
-    def alive(self) -> Iterator[None]:
-        """Write the heartbeat within the block."""
-        if not self.world.is_main:
-            yield
-            return
-        ended = threading.Event()
-
-        has_supervisor = os.environ.get(LAUNCHER) == SUPERVISOR
-
-        def beat() -> None:
-            last = time.monotonic()
-            while not ended.wait(WATCH_S):
-                if has_supervisor and self.stop.reason is None and not self.run.is_supervised():
-                    self.say("the supervisor is gone: saving after this step")
-                    self.stop.request("supervisor gone")
-                if time.monotonic() - last >= HEARTBEAT_S:
-                    self._beat()
-                    last = time.monotonic()
-
-        self._beat()
-        thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def _beat(self) -> None:
-        if self.world.is_main:
-            with self._beating, suppress(OSError):  # no sign of life is no reason to die
-                self.run.write_heartbeat(self.attempt, self.step, self.phase)
 
 
 def about_attempt(plan: Plan, world: World) -> dict[str, Any]:

@@ -35,10 +35,11 @@ def train(session: Session) -> None:
     held_out = _encoded(session, encoder, recipe.data.eval, "held-out") if recipe.data.eval else None
     policy = load_policy(recipe.model, recipe.lora, recipe.seed, world.device)
     verify_packing(policy, world.device)
-    learner = Learner(policy, recipe.optimizer, world)
+    learner = Learner(policy, recipe.optimizer, world, session.stop.is_urgent)
     warm_start(recipe.lora, policy, learner.masters)
     learner.refresh()
     state = session.resume(learner)
+    excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
 
     def evaluate() -> Values:
         assert held_out is not None
@@ -48,24 +49,24 @@ def train(session: Session) -> None:
         session.log.write(0, session.evaluated(learner, evaluate))
     while state.step < plan.steps:
         begin = time.perf_counter()
-        chosen = rows_of_step(recipe.seed, state.step, recipe.rows_per_step, len(rows.sequences))
+        chosen = rows_of_step(recipe.seed, state.step, recipe.rows_per_step, len(rows.sequences), excluded)
         step_rows = [rows.sequences[index] for index in chosen]
         mine = of_rank(session, step_rows)
         if recipe.lora is not None and recipe.lora.dropout > 0:
             torch.manual_seed(hash((recipe.seed, state.step, world.rank)))
-        learned = learner.learn(
-            packs(session, mine),
-            sft_terms,
-            learning_rate=learning_rate(recipe.optimizer, state.step, plan.steps),
-            denominator=sum(sum(row.inputs["weights"]) for row in mine),
-        )
+        with session.stoppable(state, learner):
+            learned = learner.learn(
+                packs(session, mine),
+                sft_terms,
+                learning_rate=learning_rate(recipe.optimizer, state.step, plan.steps),
+                denominator=sum(sum(row.inputs["weights"]) for row in mine),
+            )
         state.step += 1
         tokens = sum(len(row.token_ids) for row in step_rows)
         values = {f"train/{name}": value for name, value in learned.items()}
         values |= session.performance(tokens=tokens, step_s=time.perf_counter() - begin)
         session.after_step(state, learner, values, evaluate)
-    if world.is_main:
-        session.say(f"weights: {session.save_weights(learner, tokenizer=tokenizer)}")
+    session.finish(learner, tokenizer)
 
 
 def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
@@ -89,6 +90,7 @@ def held_out_loss(session: Session, policy: Policy, sequences: Sequence[TokenSeq
 def packs(session: Session, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
     """Micro-batches within the shape's token budget."""
     for group in micro_batches(sequences, session.plan.shape.micro_batch_tokens):
+        session.stop.moved()
         yield Batch.pack(group, session.world.device)
 
 

@@ -7,12 +7,25 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config.load import load_recipe
 from trainer.config.plan import Plan, make_plan
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, CheckpointError, LaunchError, PreemptedError, TrainerError
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    CheckpointError,
+    LaunchError,
+    PreemptedError,
+    RolledBackError,
+    TrainerError,
+)
 from trainer.run import Outcome, RunDir, State, open_run
+
+if TYPE_CHECKING:
+    from trainer.session import Session
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
 def _attempt(plan: Plan, run: RunDir) -> int:
     from contextlib import ExitStack
 
-    from trainer import rft, sft
     from trainer.distributed import join_world, leave_world
     from trainer.preemption import StopFlag
     from trainer.session import Session, about_attempt
@@ -53,7 +65,7 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             with run.locked():
                 run.write_outcome(Outcome("failed", 0, str(error), error.exit_code))
         raise
-    stop = StopFlag()  # not before: a signal must be able to end a rank that waits for the others
+    stop = StopFlag(plan.recipe.recovery.grace_period_s)  # not before: a signal must end a rank that waits for others
     with ExitStack() as stack:
         stack.callback(leave_world, world)
         if world.is_main:
@@ -61,24 +73,9 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             run.outcome_file.unlink(missing_ok=True)
         number = world.from_main(run.take_attempt(about_attempt(plan, world)) if world.is_main else None)
         session = Session(plan, run, world, number, stop)
-        stack.enter_context(session.alive())
-        outcome = Outcome("failed", 0, "", EXIT_FAILED)
-        try:
-            {"sft": sft.train, "rft": rft.train}[plan.recipe.method](session)
-            outcome = Outcome("finished", plan.steps, _summary(session), EXIT_FINISHED)
-        except TrainerError as error:
-            state: State = _state_of(error, run)
-            kept = _kept(session.saved_step) if isinstance(error, CheckpointError) else ""
-            is_transient = isinstance(error, CheckpointError)
-            outcome = Outcome(state, session.step, f"{error}{kept}", error.exit_code, is_transient)
-        except OSError as error:
-            message = f"{error.filename or run.root}: {error.strerror or error}{_kept(session.saved_step)}"
-            outcome = Outcome("failed", session.step, message, EXIT_FAILED, is_transient=True)
-        except Exception as error:
-            traceback.print_exc()
-            outcome = Outcome(
-                "failed", session.step, f"{type(error).__name__}: {error}", EXIT_FAILED, is_transient=True
-            )
+        stack.enter_context(session.watch.watching())
+        outcome = _train(session)
+        session.close()
         session.log.close(outcome.exit_code)
         if world.is_main:
             session.say(outcome.message)
@@ -90,6 +87,38 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             sys.stderr.flush()
             os._exit(outcome.exit_code)  # other ranks wait in a collective that this one will never join
         return outcome.exit_code
+
+
+def _train(session: Session) -> Outcome:
+    """Run the method's loop; a second time where the first one went back to its checkpoint."""
+    from trainer import rft, sft
+
+    plan, run = session.plan, session.run
+    train = {"sft": sft.train, "rft": rft.train}[plan.recipe.method]
+    try:
+        if not _trained(train, session):
+            train(session)
+    except TrainerError as error:
+        kept = _kept(session.saved_step) if isinstance(error, CheckpointError) else ""
+        is_transient = isinstance(error, CheckpointError)
+        return Outcome(_state_of(error, run), session.step, f"{error}{kept}", error.exit_code, is_transient)
+    except OSError as error:
+        message = f"{error.filename or run.root}: {error.strerror or error}{_kept(session.saved_step)}"
+        return Outcome("failed", session.step, message, EXIT_FAILED, is_transient=True)
+    except Exception as error:
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        return Outcome("failed", session.step, text, EXIT_FAILED, is_transient=True)
+    return Outcome("finished", plan.steps, _summary(session), EXIT_FINISHED)
+
+
+def _trained(train: Callable[[Session], None], session: Session) -> bool:
+    """Whether it came to its end; False where it goes on from its checkpoint. Frees what the first try held."""
+    try:
+        train(session)
+    except RolledBackError:
+        return False
+    return True
 
 
 def _state_of(error: TrainerError, run: RunDir) -> State:
@@ -116,10 +145,7 @@ def _refuse_sharding(plan: Plan) -> None:
         )
 
 
-def _summary(session: object) -> str:
-    from trainer.session import Session
-
-    assert isinstance(session, Session)
+def _summary(session: Session) -> str:
     text = f"finished {session.plan.steps} steps of {session.run.root}"
     best = session.best() if session.world.is_main else None
     if best is not None:

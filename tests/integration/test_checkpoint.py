@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from trainer.checkpoint import Checkpoints, TrainState, file_sha256
+from trainer.checkpoint import Checkpoints, Saved, TrainState, file_sha256
 from trainer.config.recipe import Recipe
 from trainer.distributed import World
-from trainer.errors import CheckpointError, TrainerError
+from trainer.errors import CheckpointError
 from trainer.run import RunDir
 
 ONE_RANK = World(0, 1, torch.device("cpu"))
@@ -31,11 +33,21 @@ def open_checkpoints(root: Path, *, identity: str = "ours", attempt: int = 0, **
     return Checkpoints(RunDir(root), recipe, identity, ONE_RANK, attempt)
 
 
+def save(
+    checkpoints: Checkpoints, state: TrainState, values: dict[str, torch.Tensor], keep: int | None = None
+) -> Saved:
+    """Begin a save and wait for it."""
+    checkpoints.begin(state, values, keep)
+    done = checkpoints.collect(wait=True)
+    assert done is not None
+    return done
+
+
 def saved(root: Path, *steps: int, **settings: object) -> Checkpoints:
     """Checkpoints of some steps; tensors hold the step's number."""
     checkpoints = open_checkpoints(root, **settings)
     for step in steps:
-        checkpoints.save(TrainState(step, {"updates": step}), tensors(step))
+        assert save(checkpoints, TrainState(step, {"updates": step}), tensors(step)).problem is None
     return checkpoints
 
 
@@ -94,7 +106,7 @@ def belong_to_another_plan(directory: Path) -> None:
 
 def hold_other_tensors(directory: Path) -> None:
     other = open_checkpoints(directory.parent.parent / "other")
-    other.save(TrainState(4), {"masters/b": torch.zeros(3)})
+    save(other, TrainState(4), {"masters/b": torch.zeros(3)})
     shutil.rmtree(directory)
     other.run.checkpoint(4).rename(directory)
 
@@ -198,8 +210,11 @@ def checkpoints_metadata(directory: Path) -> dict[object, object]:
 
 def test_bytes_are_refused(tmp_path: Path) -> None:
     """DCP stores what is no tensor as a pickle of its own."""
-    checkpoints = saved(tmp_path, 2)
-    checkpoints.save(TrainState(4), tensors(4) | {"extra": "text"})  # type: ignore[dict-item]
+    checkpoints = saved(tmp_path, 2, 4)
+    newest = tmp_path / "checkpoints" / "step-000004"
+    with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
+        state_dict_saver.save(tensors(4) | {"extra": "text"}, storage_writer=FileSystemWriter(newest))
+    sign_again(newest)
     with pytest.warns(UserWarning, match="BytesStorageMetadata has no place"):
         assert checkpoints.load_newest(tensors(0)) == TrainState(2, {"updates": 2})
 
@@ -215,7 +230,7 @@ def test_keep_every_keeps_milestones_beside_the_last(tmp_path: Path) -> None:
 def test_step_behind_the_best_weights_is_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 2, 4, keep_last=2)
     for step in (6, 8):
-        checkpoints.save(TrainState(step), tensors(step), keep=2)
+        save(checkpoints, TrainState(step), tensors(step), keep=2)
     assert checkpoints.steps() == [2, 6, 8]
 
 
@@ -223,8 +238,7 @@ def test_only_checkpoint_stays_when_the_next_save_fails(tmp_path: Path) -> None:
     """The staging place is taken by a file, so nothing can be written; root ignores permissions."""
     checkpoints = saved(tmp_path, 2, keep_last=1)
     (tmp_path / "checkpoints" / ".step-000004.tmp").write_text("in the way")
-    with pytest.raises(CheckpointError, match="not written"):
-        checkpoints.save(TrainState(4), tensors(4))
+    assert "step-000004: not written: " in str(save(checkpoints, TrainState(4), tensors(4)).problem)
     assert checkpoints.steps() == [2]
     assert checkpoints.load_newest(tensors(0)) == TrainState(2, {"updates": 2})
 
@@ -233,8 +247,21 @@ def test_stale_attempt_commits_nothing(tmp_path: Path) -> None:
     """An attempt that believed itself dead comes back after another has taken the run."""
     run = RunDir(tmp_path)
     old = open_checkpoints(tmp_path, attempt=run.take_attempt({}))
-    old.save(TrainState(2), tensors(2))
+    save(old, TrainState(2), tensors(2))
     run.take_attempt({})
-    with pytest.raises(TrainerError, match="attempt 2 has taken over; attempt 1 stops"):
-        old.save(TrainState(4), tensors(4))
+    assert "attempt 2 has taken over; attempt 1 stops" in str(save(old, TrainState(4), tensors(4)).problem)
     assert old.steps() == [2]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """What is saved is the state at `begin`; tensors may change at once."""
+    checkpoints = open_checkpoints(tmp_path)
+    values = tensors(2)
+    checkpoints.begin(TrainState(2), values)
+    for tensor in values.values():
+        tensor.fill_(9)
+    assert checkpoints.collect(wait=True) is not None
+    assert checkpoints.collect(wait=True) is None, "collected once"
+    target = tensors(0)
+    assert checkpoints.load_newest(target) == TrainState(2)
+    assert torch.equal(target["masters/a"], torch.full((64, 8), 2.0))

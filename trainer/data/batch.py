@@ -54,7 +54,13 @@ class Batch:
     """[N] long: the sequence of each trained token, from 0."""
     inputs: Mapping[str, torch.Tensor]
     """[N] float32 each."""
-    num_sequences: int
+    where: tuple[str, ...]
+    """File and line of each sequence."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.where)
 
     @classmethod
     def pack(cls, sequences: Sequence[TokenSequence], device: torch.device) -> Batch:
@@ -82,7 +88,7 @@ class Batch:
             targets=token_ids[where + 1].to(device),
             sequence_ids=torch.tensor(owners, dtype=torch.long, device=device),
             inputs=inputs,
-            num_sequences=len(sequences),
+            where=tuple(sequence.where for sequence in sequences),
         )
 
     @property

@@ -20,9 +20,11 @@ from trainer.config.plan import Plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
 from trainer.launch.local import launch_argv
 from trainer.progress import Console
-from trainer.run import LAUNCHER, SUPERVISOR, SUPERVISOR_PID, Outcome, RunDir
+from trainer.run import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID, Outcome, RunDir
 
 POLL_S: Final = 0.2
+STACKS_S: Final = 2.0
+"""A frozen worker gets so long to write its stacks."""
 START_S: Final = 120.0
 """A launcher that ended may leave a worker behind that has not taken the lock yet; it gets so long, if it lives."""
 TAIL_LINES: Final = 30
@@ -42,6 +44,7 @@ class Supervisor:
         self._interrupts = 0
         self.was_asked_to_stop = False
         self._launcher_ended: float | None = None
+        self._was_frozen = False
 
     def attempt(self) -> Outcome:
         """Launch, watch and wait; returns how it ended."""
@@ -84,7 +87,23 @@ class Supervisor:
             seen = len(records)
             if has_ended:
                 return
+            self._end_frozen()
             time.sleep(POLL_S)
+
+    def _end_frozen(self) -> None:
+        """Kill a worker that is stopped or holds its interpreter; one that only waits ends itself (watch.py)."""
+        beat = self.run.read_heartbeat()
+        if beat is None or beat["attempt"] < self.number or self.process is None:
+            return
+        silent_s = time.time() - beat["time"]
+        if silent_s > self.plan.recipe.recovery.hang_timeout_s + 3 * HEARTBEAT_S and not self._was_frozen:
+            self._was_frozen = True
+            sys.stderr.write(f"\nno sign of life for {silent_s:.0f} s while {beat['phase']}: ending it\n")
+            for pid in filter(_shows_stacks, _descendants(self.process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, STACKS_SIGNAL)
+            time.sleep(STACKS_S)
+            self._kill_tree()
 
     def _has_ended(self) -> bool:
         """Whether our worker has; accelerate may end before the worker that it started, which then has the lock."""
@@ -169,6 +188,15 @@ class Supervisor:
         for pid in below:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _shows_stacks(pid: int) -> bool:
+    """Whether a process has a handler for STACKS_SIGNAL; one without would die of it."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1)
+    return False
 
 
 def _descendants(pid: int) -> list[int]:

@@ -95,6 +95,8 @@ class Rollouts:
         self.preset = merge_preset(recipe.algorithm)
         self.prompts, self.sampler, self.rewards = prompts, sampler, rewards
         self.run, self.world, self.stop, self.params = run, world, stop, params
+        bad = world.from_main(run.read_excluded())
+        self.excluded = {index for index, prompt in enumerate(prompts) if str(prompt.row) in bad}
 
     def of_step(self, step: int) -> StepRollouts:
         """The rollouts of a step on this rank.
@@ -131,8 +133,8 @@ class Rollouts:
 
     def _candidates(self, step: int) -> Iterator[_Draw]:
         """The step's own rows, then every other row in an order that is a function of (seed, step)."""
-        own = rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts))
-        is_own = set(own)
+        own = rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts), self.excluded)
+        is_own = set(own) | self.excluded
         others = epoch_order(self.recipe.seed, -1 - step, len(self.prompts))
         seen: Counter[int] = Counter()
         for number, index in enumerate(chain(own, (index for index in others if index not in is_own))):
