@@ -99,6 +99,8 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
     is_on_policy = settings.epochs_per_batch * len(parts) == 1
     for number, part in enumerate(parts):
         for index, pack in enumerate(part.packs):
+            if learner.must_abandon():
+                break
             extra = {"ref_logprobs": reference.logprobs(pack, temperature)}
             if number > 0:  # the first minibatch is its own old policy
                 extra["old_logprobs"] = score(learner.policy, pack, temperature)

@@ -93,8 +93,7 @@ class Learner:
             temperature: of the scored distribution.
             with_entropy: whether to measure the policy's entropy.
         """
-        self._is_abandoned = self._is_abandoned or self.is_urgent()
-        if self._is_abandoned:  # the other ranks learn of it in `optim_step`
+        if self.must_abandon():
             return
         scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
         terms = loss(scores, batch)
@@ -111,6 +110,11 @@ class Learner:
         if not math.isfinite(stacked[0]):
             owners = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
             self._bad_rows |= {batch.where[owner] for owner in owners}
+
+    def must_abandon(self) -> bool:
+        """Whether this rank goes no further with the update; the others learn of it in `optim_step`."""
+        self._is_abandoned = self._is_abandoned or self.is_urgent()
+        return self._is_abandoned
 
     def optim_step(self, learning_rate: float, denominator: float, names: tuple[str, ...]) -> dict[str, float]:
         """Make one update from the sums of all ranks, and forget them.
@@ -179,6 +183,8 @@ class Learner:
         self.policy.train()
         for batch in batches:
             self.forward_backward(batch, loss)
+            if self._is_abandoned:
+                break
         self.policy.eval()
         return self.optim_step(learning_rate, denominator, ())
 

@@ -212,8 +212,11 @@ def test_bytes_are_refused(tmp_path: Path) -> None:
     """DCP stores what is no tensor as a pickle of its own."""
     checkpoints = saved(tmp_path, 2, 4)
     newest = tmp_path / "checkpoints" / "step-000004"
+    shutil.copy(newest / "manifest.json", tmp_path)
+    shutil.rmtree(newest)
     with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
         state_dict_saver.save(tensors(4) | {"extra": "text"}, storage_writer=FileSystemWriter(newest))
+    shutil.copy(tmp_path / "manifest.json", newest)
     sign_again(newest)
     with pytest.warns(UserWarning, match="BytesStorageMetadata has no place"):
         assert checkpoints.load_newest(tensors(0)) == TrainState(2, {"updates": 2})

@@ -126,7 +126,7 @@ class TestFullDisk:
         adapter = run.adapter()
         assert len(adapter) > MIB // 4
         self.fill(project, leave=MIB // 4)
-        done = project.trainer("train", "recipe.yaml", "--set", "steps=6")
+        done = project.trainer("train", "recipe.yaml", "--set", "steps=6", "--set", "recovery.max_restarts=0")
         assert done.code == 1, done.said
         assert "runs/disk/adapter: not written: " in done.stderr
         assert "No space left on device" in done.stderr
@@ -204,7 +204,7 @@ class TestVanishingProcesses:
 
     def test_worker_that_dies_is_reported_with_its_last_words(self, shared: Project, run: Run) -> None:
         before = run.steps()[-1]
-        started = shared.start_trainer("train", "long.yaml")
+        started = shared.start_trainer("train", "long.yaml", "--set", "recovery.max_restarts=0")
         wait_for(is_at_step(run, before + 2), started)
         os.kill(run.worker_pid(), signal.SIGKILL)
         done = started.wait()

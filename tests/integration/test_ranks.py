@@ -80,6 +80,7 @@ def test_signal_to_one_rank_stops_both_at_one_step(stopped: tuple[Run, Running])
         "step": step,
         "message": f"stopped after step {step} of 60; the state is saved",
         "exit_code": 75,
+        "is_transient": False,
     }, said
     assert 8 <= step < 60
     assert run.checkpoints()[-1] == step

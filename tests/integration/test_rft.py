@@ -95,8 +95,9 @@ def test_a_stop_while_sampling_keeps_the_journal_and_says_run_again(interrupted:
     assert interrupted.outcome == {
         "state": "preempted",
         "step": 0,
-        "message": "stopped while sampling step 1; what was sampled is kept",
+        "message": "stopped while sampling step 1; what was sampled is kept; the state of step 0 of 5 is saved",
         "exit_code": 75,
+        "is_transient": False,
     }
     assert 2 <= len(interrupted.written[0]) < 6
 

@@ -211,9 +211,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(model_dir, poison):
     assert math.isfinite(step(learner, [make_rows()])["loss"])  # and no poison is left in the sums
 
 
-@pytest.mark.parametrize(
-    ("bad", "named"), [(1, ["rows.jsonl:2"]), (None, ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"])]
-)
+@pytest.mark.parametrize(("bad", "named"), [(1, [2]), (None, [1, 2, 3])])
 def test_a_skipped_update_names_its_rows(model_dir, bad, named):
     """The rows whose loss is not finite; where each loss is and the gradient is not, all rows of the update."""
     learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
