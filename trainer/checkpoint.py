@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from trainer.config.recipe import Recipe
 from trainer.distributed import World
 from trainer.errors import CheckpointError, TrainerError
-from trainer.run import RunDir, fsync_dir, write_atomically
+from trainer.files import fsync_dir, write_atomically
+from trainer.run import RunDir
 from trainer.safe_reader import SafeReader
 
 FORMAT: Final = 1

@@ -1,4 +1,4 @@
-"""The command line: check, train, status, shapes, rollouts, export. Imports no torch."""
+"""The command line: check, train, status, shapes, rollouts, verify-resume, export. Imports no torch."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
 
+    verify = commands.add_parser("verify-resume", help="run a recipe whole and again with kills: are they equal?")
+    _recipe_arguments(verify)
+    verify.add_argument("--kills", type=int, default=3, metavar="N", help="how often it is killed")
+    verify.add_argument("--steps", type=int, metavar="N", help="length of both runs; the recipe's own when left out")
+    verify.add_argument("--signal", choices=("KILL", "TERM"), default="KILL", help="how it is killed")
+    verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments")
+    verify.add_argument("--json", action="store_true", help="print the certificate as one JSON document")
+    verify.set_defaults(run=_verify_resume)
+
     export = commands.add_parser("export", help="write a merged model of a finished run, and verify it")
     export.add_argument("target", metavar="RUN", help="run directory or name")
     export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
@@ -104,6 +113,12 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     from trainer.launch.rollouts import rollouts
 
     return rollouts(arguments)
+
+
+def _verify_resume(arguments: argparse.Namespace) -> int:
+    from trainer.launch.verify import verify_resume
+
+    return verify_resume(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

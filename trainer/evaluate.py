@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final, final
 
 from trainer.distributed import World
+from trainer.files import write_atomically
 from trainer.rewards.runner import RewardRunner
-from trainer.run import write_atomically
 from trainer.sampling.rollouts import Prompt, split_chunks
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 

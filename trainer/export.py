@@ -20,7 +20,8 @@ from trainer.data.batch import TokenSequence
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.errors import ModelError, TrainerError
-from trainer.run import RunDir, replaced_directory
+from trainer.files import replaced_directory
+from trainer.run import RunDir
 from trainer.types import Row
 
 NUM_ROWS: Final = 4

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.run import RunDir, write_atomically
+from trainer.files import write_atomically
+from trainer.run import RunDir
 from trainer.types import Group, Rollout, Row
 
 FORMAT: Final = 1
@@ -42,6 +45,33 @@ def write_chunk(
     file = run.journal_chunk(step, number)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, "\n".join(lines) + "\n")
+
+
+def note_begun(run: RunDir, step: int, number: int) -> None:
+    """Note that a chunk is about to be sampled; one that is noted twice was paid for twice (`count_sampled`)."""
+    run.rollouts.mkdir(parents=True, exist_ok=True)
+    with run.begun_file.open("a") as file:
+        file.write(json.dumps({"step": step, "chunk": number}) + "\n")
+
+
+def count_sampled(run: RunDir) -> tuple[int, int]:
+    """Tokens in the journal, and tokens of chunks that were sampled more than once, each further time counted.
+
+    A chunk that was interrupted counts whole, so the second number is an upper bound.
+    """
+    begun: Counter[tuple[int, int]] = Counter()
+    with suppress(FileNotFoundError):
+        for line in run.begun_file.read_text().splitlines():
+            with suppress(ValueError, KeyError):  # cut off by a kill
+                record = json.loads(line)
+                begun[record["step"], record["chunk"]] += 1
+    total = twice = 0
+    for (step, number), times in begun.items():
+        records = _whole(run.journal_chunk(step, number))
+        tokens = sum(record["trained"].count("1") for record in records[1:-1]) if records else 0
+        total += tokens
+        twice += tokens * (times - 1)
+    return total, twice
 
 
 def read_chunk(

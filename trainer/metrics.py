@@ -14,7 +14,8 @@ from typing import Any, final
 import torch
 
 from trainer.config.plan import Plan
-from trainer.run import RunDir, write_atomically
+from trainer.files import write_atomically
+from trainer.run import RunDir
 
 
 @final

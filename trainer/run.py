@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal, final
 
 from trainer.config.plan import Plan
 from trainer.errors import LaunchError, RunConflictError, TrainerError
+from trainer.files import write_atomically
 
 State = Literal["finished", "preempted", "cancelled", "failed"]
 HEARTBEAT_S = 10.0
@@ -27,6 +27,8 @@ SUPERVISOR_PID = "TRAINER_SUPERVISOR_PID"
 """Environment variable with the supervisor's process id."""
 STACKS_SIGNAL = signal.SIGUSR2
 """A worker that gets it writes the stacks of its threads to its log, even one that holds the interpreter."""
+RECORD_BYTES = 2**16
+"""No record of metrics.jsonl is longer."""
 PROBE_S = 1.0
 """Whoever looks whether a lock is taken holds it for a moment; taking it tries for so long."""
 
@@ -80,6 +82,11 @@ class RunDir:
     def rollouts(self) -> Path:
         """Directory of the journal."""
         return self.root / "rollouts"
+
+    @property
+    def begun_file(self) -> Path:
+        """A line for each chunk that was begun."""
+        return self.rollouts / "begun.jsonl"
 
     @property
     def outcome_file(self) -> Path:
@@ -203,6 +210,21 @@ class RunDir:
             step: at which that was decided.
         """
         write_atomically(self.excluded_file, json.dumps({"rows": sorted(rows), "decided_at_step": step}, indent=1))
+
+    def newest_record(self) -> dict[str, Any] | None:
+        """The last whole record of metrics.jsonl, read from its end; None before the first."""
+        try:
+            with self.metrics_file.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - RECORD_BYTES))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
+        return dict(json.loads(lines[-1])) if lines else None
+
+    def newest_logged_step(self) -> int:
+        """Step of the last whole record of metrics.jsonl; 0 before the first."""
+        record = self.newest_record()
+        return int(record["step"]) if record is not None else 0
 
     def take_attempt(self, about: Mapping[str, Any]) -> int:
         """Take the next attempt number; whoever creates its file has it.
@@ -354,54 +376,3 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a file as a whole: readers see the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        fsync_dir(path.parent)
-
-
-def fsync_dir(path: Path) -> None:
-    """Make renames in a directory survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def replaced_directory(target: Path) -> Iterator[Path]:
-    """Fill a temporary sibling, then put it in the target's place; on an error the target stays as it was."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        fsync_dir(temporary)
-        retired = target.with_name(f".{target.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        if target.exists():
-            target.rename(retired)
-        temporary.rename(target)
-        fsync_dir(target.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

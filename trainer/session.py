@@ -24,11 +24,12 @@ from trainer.config.plan import Plan
 from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
 from trainer.errors import CheckpointError, LaunchError, NumericalError, PreemptedError, RolledBackError
+from trainer.files import replaced_directory
 from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
 from trainer.preemption import StopFlag
 from trainer.progress import Console
-from trainer.run import LAUNCHER, SUPERVISOR_PID, RunDir, replaced_directory
+from trainer.run import LAUNCHER, SUPERVISOR_PID, RunDir
 from trainer.watch import Watch
 
 Values = dict[str, float]
@@ -296,12 +297,27 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
         "supervisor_pid": int(os.environ.get(SUPERVISOR_PID, "0")) or None,
         "host": socket.gethostname(),
         "machine": platform.machine(),
+        "processor": _processor(world.device),
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": _git_commit(),
         "steps": plan.steps,
         "argv": sys.argv[1:],
     }
+
+
+def _processor(device: torch.device) -> str:
+    """What computes, as its maker calls it."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def _git_commit() -> str | None:

@@ -75,9 +75,7 @@ class TestNumbersThatBreak:
         assert copy.adapter() == run.adapter()
 
     def test_a_run_that_breaks_on_every_row_stops_and_says_what_to_do(self, project: Project) -> None:
-        recipe = project.recipe(
-            "hot.yaml", name="hot", **SFT | {"optimizer__learning_rate": 1e30, "model__path": "model"}
-        )
+        recipe = project.recipe("hot.yaml", name="hot", **SFT | HOT)
         done = project.trainer("train", recipe)
         assert done.code == 1, done.said
         assert "Rows were left out once already. Lower optimizer.learning_rate, or mend the rows." in done.stderr

@@ -215,10 +215,18 @@ class RewardLimits(Section):
     """Share of a step's rollouts that may fail before the run stops with the first traceback."""
 
 
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class LoggingSettings(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[
+        Literal["off", "offline", "online"],
+        BeforeValidator(_off, json_schema_input_type=Literal["off", "offline", "online"]),
+    ] = "off"
     """Mirror of metrics.jsonl in Weights & Biases; losing it never stops a run."""
     wandb_project: str = "tunesmith"
     """Project there."""

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Final, final
 from trainer.config.plan import Plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
 from trainer.launch.local import launch_argv
+from trainer.launch.processes import descendants, shows_stacks
 from trainer.progress import Console
 from trainer.run import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID, Outcome, RunDir
 
@@ -99,7 +99,7 @@ class Supervisor:
         if silent_s > self.plan.recipe.recovery.hang_timeout_s + 3 * HEARTBEAT_S and not self._was_frozen:
             self._was_frozen = True
             sys.stderr.write(f"\nno sign of life for {silent_s:.0f} s while {beat['phase']}: ending it\n")
-            for pid in filter(_shows_stacks, _descendants(self.process.pid)):
+            for pid in filter(shows_stacks, descendants(self.process.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, STACKS_SIGNAL)
             time.sleep(STACKS_S)
@@ -183,31 +183,8 @@ class Supervisor:
         """Kill at once; torchrun gives each worker a session of its own, so the group is not enough."""
         if self.process is None:
             return
-        below = _descendants(self.process.pid)
+        below = descendants(self.process.pid)
         self._signal_group(signal.SIGKILL)
         for pid in below:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def _shows_stacks(pid: int) -> bool:
-    """Whether a process has a handler for STACKS_SIGNAL; one without would die of it."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1)
-    return False
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes below one, where there is a /proc."""
-    children = defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
-            children[int(parent)].append(int(stat.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        todo = [child for parent in todo for child in children[parent]]
-        found += todo
-    return found

@@ -15,7 +15,7 @@ from trainer.config.recipe import AlgorithmSettings, Recipe, RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed import World
 from trainer.errors import PreemptedError, RewardError
-from trainer.journal import read_chunk, set_aside, write_chunk
+from trainer.journal import note_begun, read_chunk, set_aside, write_chunk
 from trainer.preemption import StopFlag
 from trainer.rewards.runner import RewardRunner, Scored, Scoring
 from trainer.run import RunDir
@@ -165,6 +165,7 @@ class Rollouts:
         return groups + self._finish(step, pending), replayed
 
     def _begin(self, step: int, number: int, draws: Sequence[_Draw]) -> _Pending:
+        note_begun(self.run, step, number)
         size = self.settings.group_size
         requests = [
             SampleRequest(draw.prompt.token_ids, draw.prompt.row.index, size, first_sample=draw.earlier * size)
