@@ -98,6 +98,11 @@ class RunDir:
         """What the W&B mirror has received."""
         return self.root / "wandb.json"
 
+    @property
+    def excluded_file(self) -> Path:
+        """Rows that are left out."""
+        return self.root / "excluded.json"
+
     def weights(self, *, is_lora: bool, best: bool = False) -> Path:
         """Directory of the last or the best trained weights."""
         return self.root / (("adapter" if is_lora else "model") + ("-best" if best else ""))
