@@ -17,7 +17,7 @@ from mirrored import IDENTITY, files_under, save_step, saved_run, write_metrics
 
 from trainer.errors import MirrorAccessError, MirrorError, UserError
 from trainer.mirror import Mirror
-from trainer.run import RunDir
+from trainer.run import RunDir, replaced_directory
 
 
 class Flaky(LocalFileSystem):
@@ -297,8 +297,6 @@ def test_a_checkpoint_that_is_gone_is_said(here: RunDir, address: str) -> None:
 
 def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here: RunDir, tmp_path: Path) -> None:
     """A thread replaces adapter-best as the training loop does, while another pushes."""
-    from trainer.run import replaced_directory
-
     target, ended = here.weights(is_lora=True, best=True), threading.Event()
 
     def replace() -> None:
@@ -313,6 +311,8 @@ def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here:
     thread = threading.Thread(target=replace)
     thread.start()
     try:
+        while not (target / "a").exists():
+            ended.wait(0.01)
         found = []
         for number in range(20):
             pushed(here, f"file://{tmp_path}/backup-{number}", 2)
@@ -321,9 +321,9 @@ def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here:
     finally:
         ended.set()
         thread.join()
-    assert {len(set(copy.values())) for copy in found[1:]} == {1}, "each copy is of one moment"
-    assert {len(copy) for copy in found[1:]} == {4}
-    assert len({copy["a"] for copy in found[1:]}) > 1, "it did change meanwhile"
+    assert {len(set(copy.values())) for copy in found} == {1}, "each copy is of one moment"
+    assert {len(copy) for copy in found} == {4}
+    assert len({copy["a"] for copy in found}) > 1, "it did change meanwhile"
 
 
 def test_a_missing_package_is_named_with_its_remedy(there: RunDir) -> None:
