@@ -16,7 +16,7 @@ from fsspec.registry import register_implementation
 from mirrored import IDENTITY, files_under, save_step, saved_run, write_metrics
 
 from trainer.errors import MirrorAccessError, MirrorError, UserError
-from trainer.mirror import Mirror
+from trainer.mirror import Mirror, _hold
 from trainer.run import RunDir, replaced_directory
 
 
@@ -241,6 +241,17 @@ def test_a_cut_off_upload_is_cleared_away_and_does_not_count_as_kept(here: RunDi
     assert steps_at(mirror) == ["step-000002", "step-000006"]
 
 
+def test_a_damaged_copy_does_not_count_as_kept(here: RunDir, there: RunDir, tmp_path: Path) -> None:
+    pushed(here, f"file://{tmp_path}/backup", 2, 4)
+    (tmp_path / "backup" / "small" / "step-000004" / ".metadata").write_bytes(b"?")
+    mirror = mirror_of(there, f"file://{tmp_path}/backup")
+    with pytest.warns(UserWarning, match="step-000004/.metadata: damaged"):
+        assert mirror.fetch() == 2
+    save_step(there, 6)
+    mirror.push(6)
+    assert steps_at(mirror) == ["step-000002", "step-000006"]
+
+
 def test_newer_copies_survive_a_push_of_an_older_step(here: RunDir, tmp_path: Path) -> None:
     """As on a machine that has an old checkpoint of its own, while another has gone further."""
     mirror = pushed(here, f"file://{tmp_path}/backup", 4, 6)
@@ -296,7 +307,7 @@ def test_a_checkpoint_that_is_gone_is_said(here: RunDir, address: str) -> None:
 
 
 def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here: RunDir, tmp_path: Path) -> None:
-    """A thread replaces adapter-best as the training loop does, while another pushes."""
+    """A thread replaces adapter-best as the training loop does, while another holds it for a push."""
     target, ended = here.weights(is_lora=True, best=True), threading.Event()
 
     def replace() -> None:
@@ -304,26 +315,27 @@ def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here:
         while not ended.is_set():
             number += 1
             with replaced_directory(target) as directory:
-                for name in ("a", "b", "c", "d"):
-                    (directory / name).write_text(str(number))
-            ended.wait(0.02)
+                for name in range(100):  # many, so that linking takes as long as the swap
+                    (directory / str(name)).write_text(str(number))
+            ended.wait(0.01)
 
     thread = threading.Thread(target=replace)
     thread.start()
     try:
-        while not (target / "a").exists():
+        while not (target / "0").exists():
             ended.wait(0.01)
         found = []
-        for number in range(20):
-            pushed(here, f"file://{tmp_path}/backup-{number}", 2)
-            copy = tmp_path / f"backup-{number}" / "small" / "step-000002" / "run" / target.name
-            found.append(files_under(copy))
+        for _ in range(300):
+            held = tmp_path / "held"
+            _hold(target, held)
+            found.append(files_under(held))
+            shutil.rmtree(held)
     finally:
         ended.set()
         thread.join()
     assert {len(set(copy.values())) for copy in found} == {1}, "each copy is of one moment"
-    assert {len(copy) for copy in found} == {4}
-    assert len({copy["a"] for copy in found}) > 1, "it did change meanwhile"
+    assert {len(copy) for copy in found} == {100}
+    assert len({copy["0"] for copy in found}) > 1, "it did change meanwhile"
 
 
 def test_a_missing_package_is_named_with_its_remedy(there: RunDir) -> None:
