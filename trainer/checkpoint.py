@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.config.recipe import Recipe
+from trainer.copier import Copier
 from trainer.distributed import World
 from trainer.errors import CheckpointError, TrainerError
 from trainer.files import fsync_dir, write_atomically
@@ -61,8 +62,17 @@ class Saved:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, identity_hash: str, world: World, attempt: int) -> None:
-        """Open the run's checkpoint directory; every rank calls it."""
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        identity_hash: str,
+        world: World,
+        attempt: int,
+        copier: Copier | None = None,
+    ) -> None:
+        """Open the run's checkpoint directory; every rank calls it. What is committed goes to the copier."""
+        self.copier = copier or Copier(None, say=lambda _: None)
         self.run, self.recipe, self.identity_hash = run, recipe, identity_hash
         self.world, self.attempt = world, attempt
         self._apart = world.apart()
@@ -122,6 +132,7 @@ class Checkpoints:
             problem = self._on_main(lambda: self._commit(staging, target, state))
         if self.world.is_main:
             if problem is None:
+                self.copier.offer(state.step)
                 self._prune(state.step, keep)
             else:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -181,7 +192,7 @@ class Checkpoints:
         Raises:
             CheckpointError: DCP cannot read what verified.
         """
-        chosen = self._newest_valid(tensors) if self.world.is_main else None
+        chosen = self._newest_here_or_mirrored(tensors) if self.world.is_main else None
         chosen = self.world.from_main(chosen)
         if chosen is None:
             return None
@@ -204,6 +215,15 @@ class Checkpoints:
             return []
         names = [entry.name for entry in self.run.checkpoints.iterdir() if entry.is_dir()]
         return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+
+    def _newest_here_or_mirrored(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Path, dict[str, Any]] | None:
+        """The mirror serves where nothing is here, from the start or since all were broken."""
+        self.copier.fetch()
+        found = self._newest_valid(tensors)
+        if found is None and not self.steps():
+            self.copier.fetch()
+            found = self._newest_valid(tensors)
+        return found
 
     def _newest_valid(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Path, dict[str, Any]] | None:
         for half_written in self.run.checkpoints.glob(".step-*.tmp"):
@@ -245,7 +265,7 @@ class Checkpoints:
         every = self.recipe.keep_every
         ours = [step for step in self.steps() if step <= newest]
         for step in ours[: -self.recipe.keep_last]:
-            if step != keep and not (every and step % every == 0):
+            if step != keep and step not in self.copier.held() and not (every and step % every == 0):
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
 
 

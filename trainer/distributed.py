@@ -84,7 +84,7 @@ class World:
     def fillers(self, counts: Sequence[int]) -> list[int]:
         """How many forward passes this rank lacks beside the one with the most, for each count.
 
-        Sharded parameters are gathered by all ranks together, so all must run equally many passes; elsewhere none lacks.
+        Sharded parameters are gathered by all ranks together, so all run equally many passes; elsewhere none lacks.
         """
         if self.mesh is None:
             return [0] * len(counts)

@@ -72,6 +72,17 @@ class CheckpointError(TrainerError):
     """A checkpoint that cannot be written, or none that can be read."""
 
 
+class MirrorError(TrainerError):
+    """Storage that cannot be read or written now; the run itself is intact."""
+
+
+@final
+class MirrorAccessError(MirrorError):
+    """Storage that refuses: credentials, or their rights."""
+
+    exit_code: ClassVar[int] = EXIT_USER
+
+
 @final
 class NumericalError(TrainerError):
     """Numbers that must not be trained on: not finite, or packing that leaks."""

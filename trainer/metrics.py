@@ -35,12 +35,15 @@ class MetricsLog:
             show: called with every record, for the console.
         """
         self.run, self.attempt, self.is_main, self.show = run, attempt, is_main, show
-        self._mirror = _Mirror(run, plan) if is_main and plan.recipe.logging.wandb != "off" else None
+        self._plan = plan
+        self._mirror: _Mirror | None = None
 
     def rewind(self, step: int) -> None:
-        """Drop records after `step`: the run goes on from there."""
+        """Drop records after `step`: the run goes on from there. Opens W&B, whose id a fetch may have brought."""
         if not self.is_main:
             return
+        if self._mirror is None and self._plan.recipe.logging.wandb != "off":
+            self._mirror = _Mirror(self.run, self._plan)
         kept = [record for record in self.run.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.run.metrics_file, text)

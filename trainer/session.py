@@ -21,12 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint import Checkpoints, TrainState
 from trainer.config.plan import Plan
+from trainer.copier import Copier
 from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
 from trainer.errors import CheckpointError, LaunchError, NumericalError, PreemptedError, RolledBackError
 from trainer.files import replaced_directory
 from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
+from trainer.mirror import Mirror
 from trainer.preemption import StopFlag
 from trainer.progress import Console
 from trainer.run import LAUNCHER, SUPERVISOR_PID, RunDir
@@ -46,7 +48,8 @@ class Session:
         self.plan, self.run, self.world, self.attempt, self.stop = plan, run, world, attempt, stop
         self.console = Console(plan.steps) if world.is_main else None
         self.log = MetricsLog(run, attempt, plan, is_main=world.is_main, show=self._show)
-        self.checkpoints = Checkpoints(run, plan.recipe, plan.identity_hash, world, attempt)
+        self.copier = Copier(self._open_mirror if world.is_main and plan.recipe.checkpoint.mirror else None, self.say)
+        self.checkpoints = Checkpoints(run, plan.recipe, plan.identity_hash, world, attempt, self.copier)
         self.step = 0
         self.saved_step: int | None = None
         self.excluded: frozenset[str] = frozenset()
@@ -62,6 +65,11 @@ class Session:
             position=lambda: (self.step, self.phase),
             say=self.say,
         )
+
+    def _open_mirror(self) -> Mirror:
+        address, keep_last = self.plan.recipe.checkpoint.mirror, self.plan.recipe.keep_last
+        assert address is not None
+        return Mirror(address, self.run, self.plan.identity_hash, keep_last=keep_last)
 
     @property
     def phase(self) -> str:
@@ -221,14 +229,17 @@ class Session:
         return saved.problem
 
     def finish(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the trained weights, and wait for the last checkpoint."""
+        """Write the trained weights, and wait for the last checkpoint and its copy."""
         if self.world.is_main:
             self.say(f"weights: {self.save_weights(learner, tokenizer=tokenizer)}")
         self._collect_save(wait=True)
+        self.copier.close(float("inf"))
 
     def close(self) -> None:
-        """Let a save that was begun end, so that a failure elsewhere does not lose it."""
-        self.checkpoints.close(timeout_s=min(CLOSE_S, self.stop.grace_s))
+        """Let a save and a copy that were begun end, so that a failure elsewhere does not lose them."""
+        timeout_s = min(CLOSE_S, self.stop.grace_s)
+        self.checkpoints.close(timeout_s)
+        self.copier.close(timeout_s)
 
     def save_weights(
         self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None

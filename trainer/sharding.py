@@ -58,7 +58,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, of the same storage; a whole tensor is its own part."""
+    """The part of this rank, of the same storage; a whole tensor is its own part."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

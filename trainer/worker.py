@@ -18,6 +18,7 @@ from trainer.errors import (
     EXIT_FINISHED,
     CheckpointError,
     LaunchError,
+    MirrorError,
     PreemptedError,
     RolledBackError,
     TrainerError,
@@ -100,7 +101,7 @@ def _train(session: Session) -> Outcome:
             train(session)
     except TrainerError as error:
         kept = _kept(session.saved_step) if isinstance(error, CheckpointError) else ""
-        is_transient = isinstance(error, CheckpointError)
+        is_transient = isinstance(error, CheckpointError | MirrorError) and error.exit_code == EXIT_FAILED
         return Outcome(_state_of(error, run), session.step, f"{error}{kept}", error.exit_code, is_transient)
     except OSError as error:
         message = f"{error.filename or run.root}: {error.strerror or error}{_kept(session.saved_step)}"

@@ -108,6 +108,35 @@ def test_a_mistake_says_where_what_and_how_to_mend_it(old, new, mistake):
 
 
 @pytest.mark.parametrize(
+    ("address", "mistake"),
+    [
+        ("backup/runs", "must be an address such as `s3://bucket/prefix` or `file:///backup` (got 'backup/runs')"),
+        ("s3:/bucket", "must be an address such as `s3://bucket/prefix` or `file:///backup` (got 's3:/bucket')"),
+        ("s3://", "must be an address such as `s3://bucket/prefix` or `file:///backup` (got 's3://')"),
+        (
+            "s3n://bucket",
+            "unknown protocol `s3n`; known are s3, s3a, gs, gcs, az, abfs, abfss, oss, tos, oci, hf, sftp, ssh, smb, "
+            "webdav, webhdfs, hdfs, ftp, file; did you mean `s3`?",
+        ),
+        ("s3:///prefix", "s3:///prefix names no bucket; write `s3://bucket/prefix`"),
+        (
+            "sftp://me:secret@host/backup",
+            "holds a password, which every run directory would show; give it in the environment (docs/mirror.md)",
+        ),
+    ],
+)
+def test_a_malformed_mirror_is_refused_at_its_line(address, mistake):
+    recipe = SFT.replace("shape: cpu", f"checkpoint:\n  mirror: '{address}'\nshape: cpu")
+    assert mistakes_of(recipe) == [f"recipe.yaml:19: checkpoint.mirror: {mistake}"]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a/prefix", "file:///backup", "sftp://me@host/backup", "gs://bucket"])
+def test_a_mirror_is_any_address_that_can_be_written_to(address):
+    recipe = SFT.replace("shape: cpu", f"checkpoint:\n  mirror: '{address}'\nshape: cpu")
+    assert load_recipe(write_small(Path(), recipe)).recipe.checkpoint.mirror == address
+
+
+@pytest.mark.parametrize(
     ("text", "mistake"),
     [
         ("", "recipe.yaml:1: expected a mapping of fields, found nothing"),

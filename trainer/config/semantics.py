@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final, final
 
@@ -12,6 +14,11 @@ from trainer.config.length import count_rows, num_steps
 from trainer.config.recipe import AlgorithmSettings, DataSource, Recipe, RolloutSettings
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>.+)")
+BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos", "oci")
+"""Protocols of object storage, whose addresses begin with a bucket."""
+STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hdfs", "ftp", "file")
+"""Protocols of fsspec that can be written to and outlive the process; a package may register others."""
 
 
 @final
@@ -32,7 +39,7 @@ def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
         recipe_dir: directory of the recipe file, for `file.py:function` rewards.
     """
     num_rows = count_rows(recipe.data.train)
-    found = _length(recipe, num_rows) + _intervals(recipe, num_rows) + _data(recipe) + _model(recipe)
+    found = _length(recipe, num_rows) + _intervals(recipe, num_rows) + _data(recipe) + _model(recipe) + _mirror(recipe)
     return found + (_rft(recipe, recipe_dir) if recipe.method == "rft" else _sft(recipe))
 
 
@@ -62,6 +69,29 @@ def _intervals(recipe: Recipe, num_rows: int | None) -> list[Finding]:
         text = f"more than the {num_rows} rows: each step sees some of them several times"
         found.append(Finding(("rows_per_step",), text, is_error=False))
     return found
+
+
+def _mirror(recipe: Recipe) -> list[Finding]:
+    """Looks at the words only: fsspec and the protocol's package are imported where the run starts."""
+    address = recipe.checkpoint.mirror
+    problem = _address_problem(address) if address is not None else None
+    return [Finding(("checkpoint", "mirror"), problem)] if problem is not None else []
+
+
+def _address_problem(address: str) -> str | None:
+    parts = ADDRESS.fullmatch(address)
+    if parts is None:
+        return f"must be an address such as `s3://bucket/prefix` or `file:///backup` (got {address!r})"
+    protocol, place = parts["protocol"], parts["place"]
+    if protocol not in STORAGE and not entry_points(group="fsspec.specs", name=protocol):
+        near = difflib.get_close_matches(protocol, STORAGE, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"unknown protocol `{protocol}`; known are {', '.join(STORAGE)}{hint}"
+    if protocol in BUCKETS and place.startswith("/"):
+        return f"{address} names no bucket; write `{protocol}://bucket/prefix`"
+    if re.match(r"[^/@]*:[^/@]*@", place):
+        return "holds a password, which every run directory would show; give it in the environment (docs/mirror.md)"
+    return None
 
 
 def _data(recipe: Recipe) -> list[Finding]:
