@@ -32,6 +32,7 @@ from trainer.errors import CheckpointError, TrainerError
 from trainer.files import fsync_dir, write_atomically
 from trainer.run import RunDir
 from trainer.safe_reader import SafeReader
+from trainer.sharding import copied_to_cpu, local_of
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -91,9 +92,9 @@ class Checkpoints:
         assert self._pending is None, "one save at a time"
         for name, tensor in tensors.items():
             if name in self._copies:
-                self._copies[name].copy_(tensor)
+                local_of(self._copies[name]).copy_(local_of(tensor.detach()))
             else:
-                self._copies[name] = tensor.detach().to("cpu", copy=True)
+                self._copies[name] = copied_to_cpu(tensor)
         frozen = TrainState(state.step, dict(state.counters))
         self._pending = self._writer.submit(self._save, frozen, keep, time.perf_counter())
 

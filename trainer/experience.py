@@ -96,6 +96,8 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
     parts = [part for part, tokens in zip(parts, num_trained, strict=True) if tokens]
     if not parts:
         return {"tokens": 0.0, "learning_rate": rate}
+    for part, lacking in zip(parts, learner.world.fillers([len(part.packs) for part in parts]), strict=True):
+        part.packs += [Batch.filler(learner.world.device) for _ in range(lacking)]
     is_on_policy = settings.epochs_per_batch * len(parts) == 1
     for number, part in enumerate(parts):
         for index, pack in enumerate(part.packs):

@@ -22,6 +22,7 @@ from trainer.data.batch import Batch
 from trainer.distributed import World
 from trainer.errors import PreemptedError
 from trainer.policy import Policy, Scores
+from trainer.sharding import is_sharded, local_of, placed_like, whole_of
 
 Loss = Callable[[Scores, Batch], PolicyTerms]
 """From scores of a pack to unreduced terms."""
@@ -51,19 +52,23 @@ class Learner:
         self.settings = settings
         self.world = world
         self.parameters = policy.trained_parameters()
+        self.is_sharded = any(is_sharded(parameter) for parameter in self.parameters.values())
+        parts = {name: local_of(parameter.detach()) for name, parameter in self.parameters.items()}
         self.masters = {
-            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
-            for name, parameter in self.parameters.items()
+            name: (part if self.is_sharded else self.parameters[name]) if part.dtype == torch.float32 else part.float()
+            for name, part in parts.items()
         }
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        """This rank's part of each where the base is sharded, and else the whole."""
+        sizes = [part.numel() for part in parts.values()]
         self._gradient = torch.zeros(sum(sizes), device=world.device)
-        views = self._gradient.split(sizes)
-        for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
-            shaped = view.view_as(parameter)
-            parameter.register_post_accumulate_grad_hook(
-                _accumulate_into(shaped, is_master=parameter is self.masters[name])
-            )
+        for (name, parameter), view in zip(self.parameters.items(), self._gradient.split(sizes), strict=True):
+            shaped = view.view_as(parts[name])
             self.masters[name].grad = shaped
+            if self.is_sharded:  # FSDP adds its sums over ranks into it
+                parameter.grad = placed_like(shaped, parameter)
+            else:
+                is_master = parameter is self.masters[name]
+                parameter.register_post_accumulate_grad_hook(_accumulate_into(shaped, is_master=is_master))
         decayed = [master for master in self.masters.values() if master.ndim >= 2]
         plain = [master for master in self.masters.values() if master.ndim < 2]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -96,6 +101,9 @@ class Learner:
         if self.must_abandon():
             return
         scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
+        if batch.is_filler:
+            (scores.logprobs.sum() * 0.0).backward()
+            return
         terms = loss(scores, batch)
         total = terms.loss.sum()
         total.backward()
@@ -139,9 +147,12 @@ class Learner:
         if abandoned:
             self._forget()
             raise PreemptedError("the grace period is nearly over: the step begun is abandoned")
-        self.world.sum_in_place(self._gradient)
+        if not self.is_sharded:
+            self.world.sum_in_place(self._gradient)
         self._gradient.div_(whole)
         norm = float(torch.linalg.vector_norm(self._gradient))
+        if self.is_sharded:
+            norm = math.sqrt(self.world.sum_of([norm * norm])[0])
         loss = totals["loss"] / whole
         if not (math.isfinite(norm) and math.isfinite(loss)):
             self._skip()
@@ -197,19 +208,31 @@ class Learner:
         """Round the masters into the model, after an update or a load."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                if parameter is not self.masters[name]:
+                if parameter.dtype != self.masters[name].dtype:
                     parameter.copy_(self.masters[name])
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a resumed run needs, as tensors that a load may write into."""
-        tensors = {f"masters/{name}": master.detach() for name, master in self.masters.items()}
+        tensors = {}
         for name, master in self.masters.items():
             state = self.optimizer.state[master]
             if not state:  # before the first update AdamW has none
                 state["step"] = torch.zeros((), device=master.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-            tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+            tensors[f"masters/{name}"] = placed_like(master.detach(), self.parameters[name])
+            for key, value in state.items():
+                is_part = value.shape == master.shape and key != "step"
+                tensors[f"optimizer/{name}/{key}"] = placed_like(value, self.parameters[name]) if is_part else value
         return tensors
+
+    def whole_masters(self) -> dict[str, torch.Tensor]:
+        """The masters on the CPU, whole, on the main rank; empty on others. Every rank calls it."""
+        found = {}
+        for name, master in self.masters.items():
+            whole = whole_of(placed_like(master.detach(), self.parameters[name]))
+            if self.world.is_main:
+                found[name] = whole.cpu()
+        return found
 
 
 def _accumulate_into(view: torch.Tensor, *, is_master: bool) -> Callable[[torch.Tensor], None]:

@@ -7,13 +7,14 @@ import torch
 from trainer.data.batch import Batch, TokenSequence
 from trainer.errors import ModelError, NumericalError
 from trainer.policy import Policy, has_experts
+from trainer.sharding import root_gathered
 
 LENGTH = 12
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Of the mean distance of logprobs between our packed pass and the model's own; rounding stays far below."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def verify_packing(policy: Policy, device: torch.device) -> None:
     """Score short sequences packed, with other neighbours, and by the model's own forward pass.
 
@@ -37,7 +38,8 @@ def verify_packing(policy: Policy, device: torch.device) -> None:
             f"packed neighbours leak: logprobs move by {leak:.3g} on average when the sequence before changes. "
             "This model keeps state that packing does not separate; it cannot be trained here."
         )
-    own = torch.cat([_own_logprobs(policy, sequence, device) for sequence in (first, second)])
+    with root_gathered(policy):
+        own = torch.cat([_own_logprobs(policy, sequence, device) for sequence in (first, second)])
     distance = (packed - own).abs().mean().item()
     if not distance < tolerance:
         raise NumericalError(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer import attention
@@ -21,6 +22,7 @@ from trainer.data.batch import Batch
 from trainer.errors import ModelError
 from trainer.head import HeadForm, tiled_logprobs
 from trainer.lora import use_fused_linear
+from trainer.sharding import exchange, local_of, register_output, shard_module
 
 
 @final
@@ -67,6 +69,16 @@ class Policy(nn.Module):
             hidden, head.weight, head.bias, batch.targets, form, with_entropy=with_entropy
         )
         return Scores(logprobs, entropy)
+
+    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Split the base over the ranks, or with full parameters everything that is trained; adapters stay whole."""
+        register_output(Scores, ["logprobs", "entropy"])
+        dtype = self.causal_lm.dtype
+        adapters = set(self.trained_parameters().values()) if self.adapted is not None else set()
+        names = set(self.causal_lm._no_split_modules or ())
+        shard_module(self, names, mesh, ignored=adapters, compute_dtype=dtype)
+        for parameter in adapters:
+            parameter.data = parameter.data.to(device)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by their name in the model, sorted."""
@@ -117,7 +129,8 @@ class Reference:
         self.policy = policy
         self.values: dict[str, torch.Tensor] | None = None
         if policy.adapted is None or (kind == "initial" and not is_fresh):
-            self.values = {name: value.detach().clone() for name, value in policy.trained_parameters().items()}
+            trained = policy.trained_parameters()
+            self.values = {name: local_of(value.detach()).clone() for name, value in trained.items()}
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
@@ -133,14 +146,11 @@ class Reference:
                 yield
             return
         parameters = self.policy.trained_parameters()
-        current = {name: parameter.data for name, parameter in parameters.items()}
+        exchange(parameters, self.values)
         try:
-            for name, parameter in parameters.items():
-                parameter.data = self.values[name]
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = current[name]
+            exchange(parameters, self.values)
 
 
 def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, device: torch.device) -> Policy:

@@ -11,9 +11,7 @@ from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.evaluate import RewardEvaluation
-from trainer.learner import Learner
-from trainer.packing_check import verify_packing
-from trainer.policy import Reference, load_policy, warm_start
+from trainer.policy import Reference
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.sampling.rollouts import Prompt, Rollouts, sampling_params, summarize
@@ -35,11 +33,8 @@ def train(session: Session) -> None:
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
     prompts = _prompts(session, encoder, recipe.data.train, None)
     held_out = _prompts(session, encoder, recipe.data.eval, recipe.data.eval_rows) if recipe.data.eval else []
-    policy = load_policy(recipe.model, recipe.lora, recipe.seed, world.device)
-    verify_packing(policy, world.device)
-    learner = Learner(policy, recipe.optimizer, world, session.stop.is_urgent)
-    warm_start(recipe.lora, policy, learner.masters)
-    learner.refresh()
+    learner = session.open_learner()
+    policy = learner.policy
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
     reference = Reference(policy, algorithm.reference, is_fresh=is_fresh)
     state = session.resume(learner)
@@ -78,7 +73,7 @@ def train(session: Session) -> None:
             values |= session.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             state.step += 1
             session.after_step(state, learner, values, evaluate)
-    session.finish(learner, tokenizer)
+    session.finish(learner)
 
 
 class Clock:

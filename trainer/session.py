@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
@@ -29,6 +29,8 @@ from trainer.files import replaced_directory
 from trainer.learner import Learner
 from trainer.metrics import MetricsLog, peak_gib
 from trainer.mirror import Mirror
+from trainer.packing_check import verify_packing
+from trainer.policy import load_policy, warm_start
 from trainer.preemption import StopFlag
 from trainer.progress import Console
 from trainer.run import LAUNCHER, SUPERVISOR_PID, RunDir
@@ -89,6 +91,26 @@ class Session:
     def _show(self, record: dict[str, Any]) -> None:
         if self.console is not None:
             self.console.show(record)
+
+    def open_learner(self) -> Learner:
+        """The policy as the run begins, whole or sharded, checked, and what teaches it.
+
+        Raises:
+            ModelError: the model cannot be loaded or trained.
+            NumericalError: its packed neighbours leak.
+        """
+        recipe, world = self.plan.recipe, self.world
+        with nullcontext() if world.mesh is None else world.in_turn():
+            place = world.device if world.mesh is None else torch.device("cpu")
+            policy = load_policy(recipe.model, recipe.lora, recipe.seed, place)
+            if world.mesh is not None:
+                policy.shard(world.mesh, world.device)
+        verify_packing(policy, world.device)
+        is_urgent = self.stop.is_urgent if world.mesh is None else _never  # sharded passes are run by all ranks or none
+        learner = Learner(policy, recipe.optimizer, world, is_urgent)
+        warm_start(recipe.lora, policy, learner.masters)
+        learner.refresh()
+        return learner
 
     def resume(self, learner: Learner) -> TrainState:
         """The state to go on from: the newest valid checkpoint, or the beginning.
@@ -186,7 +208,7 @@ class Session:
         """Held-out values, and the best weights so far kept."""
         self.phase = "evaluating"
         values = evaluate()
-        if self.world.is_main and self._is_best(values):
+        if self.world.from_main(self._is_best(values)):
             self.save_weights(learner, best=True)
         self.phase = "training"
         return values
@@ -228,10 +250,9 @@ class Session:
         self.say(f"warning: {saved.problem}; going on, the next save tries again")
         return saved.problem
 
-    def finish(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
+    def finish(self, learner: Learner) -> None:
         """Write the trained weights, and wait for the last checkpoint and its copy."""
-        if self.world.is_main:
-            self.say(f"weights: {self.save_weights(learner, tokenizer=tokenizer)}")
+        self.say(f"weights: {self.save_weights(learner)}")
         self._collect_save(wait=True)
         self.copier.close(float("inf"))
 
@@ -241,24 +262,24 @@ class Session:
         self.checkpoints.close(timeout_s)
         self.copier.close(timeout_s)
 
-    def save_weights(
-        self, learner: Learner, *, best: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> Path:
-        """Write adapter/ or model/ (or the -best one) whole or not at all.
+    def save_weights(self, learner: Learner, *, best: bool = False) -> Path:
+        """Write adapter/ or model/ (or the -best one) whole or not at all; every rank calls it.
 
         Args:
             learner: has the weights.
             best: whether they are the best so far, not the last.
-            tokenizer: put beside them; the model's own when left out.
 
         Raises:
             CheckpointError: it could not be written; what stood there before is intact.
         """
         target = self.run.weights(is_lora=self.plan.recipe.lora is not None, best=best)
+        masters = learner.whole_masters()
+        if not self.world.is_main:
+            return target
         try:
             with replaced_directory(target) as directory:
-                learner.policy.save(directory, learner.masters)
-                (tokenizer or self._tokenizer).save_pretrained(str(directory))
+                learner.policy.save(directory, masters)
+                self._tokenizer.save_pretrained(str(directory))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{target}: not written: {error}") from None
         return target
@@ -288,6 +309,10 @@ class Session:
         """The perf/ values of a step that every method has."""
         peak = max(self.world.max_of([peak_gib(self.world.device)]))
         return {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
+
+
+def _never() -> bool:
+    return False
 
 
 def about_attempt(plan: Plan, world: World) -> dict[str, Any]:

@@ -14,9 +14,7 @@ from trainer.data.batch import Batch, TokenSequence, micro_batches, split_evenly
 from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.data.order import rows_of_step
-from trainer.learner import Learner
-from trainer.packing_check import verify_packing
-from trainer.policy import Policy, Scores, load_policy, warm_start
+from trainer.policy import Policy, Scores
 from trainer.schedule import learning_rate
 from trainer.session import Session, Values
 
@@ -33,17 +31,13 @@ def train(session: Session) -> None:
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
     rows = _encoded(session, encoder, recipe.data.train, "train")
     held_out = _encoded(session, encoder, recipe.data.eval, "held-out") if recipe.data.eval else None
-    policy = load_policy(recipe.model, recipe.lora, recipe.seed, world.device)
-    verify_packing(policy, world.device)
-    learner = Learner(policy, recipe.optimizer, world, session.stop.is_urgent)
-    warm_start(recipe.lora, policy, learner.masters)
-    learner.refresh()
+    learner = session.open_learner()
     state = session.resume(learner)
     excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
 
     def evaluate() -> Values:
         assert held_out is not None
-        return held_out_loss(session, policy, held_out.sequences)
+        return held_out_loss(session, learner.policy, held_out.sequences)
 
     if state.step == 0 and session.saved_step is None and held_out is not None:
         session.log.write(0, session.evaluated(learner, evaluate))
@@ -66,7 +60,7 @@ def train(session: Session) -> None:
         values = {f"train/{name}": value for name, value in learned.items()}
         values |= session.performance(tokens=tokens, step_s=time.perf_counter() - begin)
         session.after_step(state, learner, values, evaluate)
-    session.finish(learner, tokenizer)
+    session.finish(learner)
 
 
 def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
@@ -74,7 +68,7 @@ def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
     return sft(scores.logprobs, batch.inputs["weights"])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_loss(session: Session, policy: Policy, sequences: Sequence[TokenSequence]) -> Values:
     """Mean loss of held-out rows over all ranks, weighted as in training."""
     policy.eval()
@@ -88,10 +82,13 @@ def held_out_loss(session: Session, policy: Policy, sequences: Sequence[TokenSeq
 
 
 def packs(session: Session, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
-    """Micro-batches within the shape's token budget."""
-    for group in micro_batches(sequences, session.plan.shape.micro_batch_tokens):
+    """Micro-batches within the shape's token budget, equally many on all ranks where they must be."""
+    groups = micro_batches(sequences, session.plan.shape.micro_batch_tokens)
+    for group in groups:
         session.stop.moved()
         yield Batch.pack(group, session.world.device)
+    for _ in range(*session.world.fillers([len(groups)])):
+        yield Batch.filler(session.world.device, ("weights",))
 
 
 def of_rank(session: Session, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

@@ -7,7 +7,7 @@ averaged: the learner divides by the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -81,17 +81,34 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def exchange(parameters: Mapping[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    """Swap the parameters' values with others; of sharded ones, this rank's parts.
+
+    Args:
+        parameters: by name.
+        values: by the same names; holds the parameters' values afterwards.
+    """
+    for name, parameter in parameters.items():
+        if is_sharded(parameter):  # FSDP gathers from this storage, so the contents move
+            part = local_of(parameter.detach())
+            before = part.clone()
+            part.copy_(values[name])
+            values[name].copy_(before)
+        else:
+            parameter.data, values[name] = values[name], parameter.data
+
+
 @contextmanager
-def gathered(root: nn.Module) -> Iterator[None]:
-    """Within the block every rank holds every parameter whole; for small models and tests."""
-    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.unshard()
+def root_gathered(root: nn.Module) -> Iterator[None]:
+    """Within the block the root's own parameters are whole, so that a submodule can be called; every rank enters it."""
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.unshard()
     try:
         yield
     finally:
-        for module in modules:
-            module.reshard()
+        root.reshard()
 
 
 def register_output(kind: type, field_names: list[str]) -> None:

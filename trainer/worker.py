@@ -59,8 +59,7 @@ def _attempt(plan: Plan, run: RunDir) -> int:
 
     _quiet_libraries()
     try:
-        _refuse_sharding(plan)
-        world = join_world(plan.shape.device, plan.shape.num_ranks)
+        world = join_world(plan.shape.device, plan.shape.num_ranks, is_sharded=plan.shape.sharding == "full")
     except LaunchError as error:
         if _is_main():
             with run.locked():
@@ -135,15 +134,6 @@ def _kept(saved_step: int | None) -> str:
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _refuse_sharding(plan: Plan) -> None:
-    """Every rank would hold the whole model, which is not what the shape promises."""
-    if plan.shape.sharding == "full":
-        raise LaunchError(
-            f"shape {plan.shape.name} shards the base model, which does not run in this version. "
-            "Choose a shape without sharding (`trainer shapes RECIPE`)."
-        )
 
 
 def _summary(session: Session) -> str:

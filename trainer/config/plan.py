@@ -92,7 +92,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         identity=identity,
         identity_hash=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         origins=origins,
-        warnings=[*warnings, *_shape_warnings(shape)],
+        warnings=warnings,
     )
 
 
@@ -174,6 +174,8 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
     limit = shape.limits.lora if recipe.lora is not None else shape.limits.full
     if limit is None:
         return f"does not hold {kind}"
+    if shape.sharding == "full" and shape.num_ranks > 1 and recipe.rollout and recipe.rollout.sampler == "local":
+        return "shards the base model, and sampling in process would gather it for every token: `rollout.sampler: vllm`"
     if recipe.data.max_seq_tokens > limit.max_seq_tokens:
         return f"holds sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
     if facts is None:
@@ -280,9 +282,3 @@ def model_digest(path: str) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _shape_warnings(shape: TrainingShape) -> list[str]:
-    if shape.sharding == "full":
-        return [f"shape {shape.name}: a sharded base model is planned and estimated, but does not run in this version"]
-    return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -56,6 +56,8 @@ class Batch:
     """[N] float32 each."""
     where: tuple[str, ...]
     """File and line of each sequence."""
+    is_filler: bool = False
+    """Learned from with weight zero, so that this rank runs as many passes as the others."""
 
     @property
     def num_sequences(self) -> int:
@@ -90,6 +92,12 @@ class Batch:
             inputs=inputs,
             where=tuple(sequence.where for sequence in sequences),
         )
+
+    @classmethod
+    def filler(cls, device: torch.device, inputs: Sequence[str] = ()) -> Batch:
+        """The smallest pack there is, with zeros for each of the inputs."""
+        sequence = TokenSequence((0, 0), (False, True), dict.fromkeys(inputs, (0.0,)))
+        return replace(cls.pack([sequence], device), is_filler=True)
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,75 @@
+"""Run by every rank under torchrun: a sharded learner beside a whole one on the same groups; prints what they made.
+
+torchrun --nproc_per_node 2 sharded_ranks.py MODEL_DIR lora|full [checkpointing]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from groups import four_groups, make_learner, make_plan, perturb, run_step
+
+from trainer.config.plan import Plan
+from trainer.distributed import World, join_world, leave_world
+from trainer.experience import learn, minibatches
+from trainer.learner import Learner
+from trainer.packing_check import verify_packing
+from trainer.policy import Reference, load_policy
+from trainer.sampling.rollouts import StepRollouts
+from trainer.sharding import is_sharded
+
+STEPS = 3
+SHARES = ((0, 1, 2), (3,)), ((0, 1, 2, 3), ()), ((0, 2), (1, 3))
+"""Groups of each rank in each step: unequal, none at all, and again other."""
+
+
+def sharded_learner(model_dir: Path, plan: Plan, world: World, *, is_checkpointed: bool) -> Learner:
+    changes = {"path": str(model_dir), "gradient_checkpointing": is_checkpointed}
+    settings = plan.recipe.model.model_copy(update=changes)
+    policy = load_policy(settings, plan.recipe.lora, 0, world.device)
+    perturb(policy)
+    assert world.mesh is not None
+    policy.shard(world.mesh, world.device)
+    verify_packing(policy, world.device)
+    return Learner(policy, plan.recipe.optimizer, world)
+
+
+def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> None:
+    plan = make_plan(is_full=kind == "full", minibatches_per_step=2, kl_coef=0.1, micro_batch_tokens=24)
+    world = join_world("cpu", 2, is_sharded=True)
+    whole = make_learner(model_dir, plan)
+    sharded = sharded_learner(model_dir, plan, world, is_checkpointed=is_checkpointed)
+    references = [Reference(learner.policy, "initial", is_fresh=False) for learner in (whole, sharded)]
+    groups, metrics = four_groups(), []
+    for step in range(STEPS):
+        mine = SHARES[step][world.rank]
+        drawn = StepRollouts(tuple(groups[place] for place in mine), mine, tuple(groups), num_replayed=0)
+        ours = learn(sharded, minibatches(drawn, plan, world.device), references[1], plan, step)
+        theirs = run_step(whole, plan, groups, reference=references[0])
+        metrics.append({name: (ours[name], theirs[name]) for name in theirs})
+    masters, wanted = sharded.whole_masters(), whole.masters
+    base = sharded.policy.causal_lm.get_output_embeddings().weight
+    named = dict(sharded.policy.named_parameters())
+    layer = next(value for name, value in named.items() if "layers.0" in name and "lora" not in name)
+    adapters = [value for name, value in named.items() if "lora_" in name]
+    if world.is_main:
+        distances = {name: float((masters[name] - wanted[name]).abs().max()) for name in wanted}
+        about = {
+            "metrics": metrics,
+            "distance": max(distances.values()),
+            "num_masters": len(distances),
+            "is_base_sharded": is_sharded(base) and is_sharded(layer),
+            "num_sharded_adapters": sum(is_sharded(adapter) for adapter in adapters),
+            "held": sum(part.numel() for part in sharded.masters.values()),
+            "whole": sum(part.numel() for part in wanted.values()),
+        }
+        sys.stdout.write(json.dumps(about) + "\n")
+    leave_world(world)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(Path(sys.argv[1]), sys.argv[2], is_checkpointed="checkpointing" in sys.argv)
