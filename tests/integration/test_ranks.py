@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import sys
 from typing import Final
 
@@ -155,3 +156,25 @@ def test_second_ctrl_c_leaves_no_rank_behind(project: Project) -> None:
     assert done.code in (1, 75), done.said  # 75 where the ranks had stopped before the second came
     wait_for(lambda: not project.processes())
     assert run.checkpoints()
+
+
+def test_two_torchrun_nodes_are_one_run(project: Project, alone: Run) -> None:
+    """As `trainer check` prints it for a shape of two machines, both of them this one."""
+    shape = json.loads((project.root / "cpu2.yaml").read_text()) | {"name": "two_nodes", "nodes": 2}
+    (project.root / "two_nodes.yaml").write_text(json.dumps(shape))
+    shown = json.loads(project.trainer("check", "three.yaml", "--shape", "two_nodes.yaml", "--json").stdout)
+    command = shown["commands"]["torchrun"].replace("torchrun", f"{sys.executable} -m torch.distributed.run", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = command.replace("$MAIN_IP", "127.0.0.1").replace("29500", port)
+    command += " --name two_nodes --set steps=10"
+    nodes = [project.start(command.replace("$NODE_RANK", str(number)).split()) for number in range(2)]
+    done = [node.wait() for node in nodes]
+    assert [each.code for each in done] == [0, 0], done[0].said + done[1].said
+    run = project.run("two_nodes")
+    assert run.attempts()[0]["ranks"] == 2
+    assert_close(run, alone, range(10))
+    refused = project.trainer("train", "three.yaml", "--shape", "two_nodes.yaml", "--name", "refused")
+    assert refused.code == 2
+    assert "has 2 machines, and `trainer train` starts processes on one" in refused.stderr

@@ -25,6 +25,7 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.resubmitted and run.cancel_file.exists():
         sys.stderr.write(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` goes on with it\n")
         return EXIT_FAILED
+    refuse_many_machines(plan)
     sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.root}/logs/\n")
     with run.supervised():
         if not arguments.resubmitted:
@@ -36,6 +37,19 @@ def train(arguments: argparse.Namespace) -> int:
     if outcome.exit_code == EXIT_FINISHED:
         _print_weights(run, is_lora=plan.recipe.lora is not None)
     return outcome.exit_code
+
+
+def refuse_many_machines(plan: Plan) -> None:
+    """A supervisor starts processes on its own machine only.
+
+    Raises:
+        LaunchError: the shape has several.
+    """
+    if plan.shape.nodes > 1:
+        raise LaunchError(
+            f"shape {plan.shape.name} has {plan.shape.nodes} machines, and `trainer train` starts processes on one. "
+            "Run the torchrun line of `trainer check` on each, or `trainer submit --launcher slurm`."
+        )
 
 
 def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
