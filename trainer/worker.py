@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from trainer.config.load import load_recipe
 from trainer.config.plan import Plan, make_plan
@@ -27,6 +27,11 @@ from trainer.run import Outcome, RunDir, State, open_run
 
 if TYPE_CHECKING:
     from trainer.session import Session
+
+TORCHRUN_GRACE_S: Final = 30.0
+"""From its SIGTERM to its SIGKILL."""
+SHUTDOWN_TIMEOUT: Final = "TRAINER_SHUTDOWN_TIMEOUT_S"
+"""Environment variable of who gives torchrun another --shutdown-timeout."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +70,7 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             with run.locked():
                 run.write_outcome(Outcome("failed", 0, str(error), error.exit_code))
         raise
-    stop = StopFlag(plan.recipe.recovery.grace_period_s)  # not before: a signal must end a rank that waits for others
+    stop = StopFlag(_grace_s(plan))  # not before: a signal must be able to end a rank that waits for the others
     with ExitStack() as stack:
         stack.callback(leave_world, world)
         if world.is_main:
@@ -87,6 +92,14 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             sys.stderr.flush()
             os._exit(outcome.exit_code)  # other ranks wait in a collective that this one will never join
         return outcome.exit_code
+
+
+def _grace_s(plan: Plan) -> float:
+    """What the machine grants, or the launcher where that is less: torchrun kills its workers half a minute after."""
+    grace_s = plan.recipe.recovery.grace_period_s
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return grace_s
+    return min(grace_s, float(os.environ.get(SHUTDOWN_TIMEOUT, TORCHRUN_GRACE_S)))
 
 
 def _train(session: Session) -> Outcome:
