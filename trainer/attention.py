@@ -1,8 +1,9 @@
 """Attention over packed sequences: the only module that knows kernels and masks.
 
-A pack is a flat row of T tokens holding S sequences end to end. A token attends to itself and to what came before it
-in its own sequence, nothing else. The model is told to use `PACKED_ATTENTION`, which transformers calls in every layer;
-the layout of the pack travels as the keyword `packed`. No mask is registered for the name, so transformers builds none.
+A pack is a flat row of T tokens holding S sequences end to end, or behind one copy of what they begin with (layout.py).
+A token attends to itself and to what came before it in its own sequence, nothing else. The model is told to use
+`PACKED_ATTENTION`, which transformers calls in every layer; the layout of the pack travels as the keyword `packed`. No
+mask is registered for the name, so transformers builds none.
 
 CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
 `EXPLICIT_MAX_TOKENS` the formula written out beats the fused kernel's backward (docs/log.md), above it SDPA runs.
@@ -16,7 +17,7 @@ own beside it; the two parts meet in one softmax, so nothing is approximate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, final
 
@@ -27,85 +28,10 @@ from transformers import AttentionInterface
 
 from trainer.errors import ModelError
 from trainer.kv_cache import KeyValueCache, LayerCache
+from trainer.layout import CachedLayout, PackedLayout
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
 EXPLICIT_MAX_TOKENS: Final = 384
-BUCKET_RATIO: Final = 1.6
-"""A bucket's longest sequence is at most so many times its shortest (tiny sequences ride along)."""
-
-
-@final
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of like length, as rows of one padded matrix."""
-
-    gather: torch.Tensor
-    """[R, L] index of each padded cell into the pack; padding cells repeat index of the row's first token."""
-    cells: torch.Tensor
-    """[n] flat index of the real cells."""
-    padding: torch.Tensor
-    """[R, L] bool: cells that hold no token."""
-
-
-@final
-@dataclass(frozen=True)
-class PackedLayout:
-    """Where the sequences of a pack lie."""
-
-    cu_seqlens: torch.Tensor
-    """[S + 1] int32 offsets of the sequences."""
-    max_len: int
-    buckets: tuple[Bucket, ...]
-    order: torch.Tensor
-    """[T] position of each token of the pack in the concatenation of the buckets' real cells."""
-    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
-    """GPU only: by window, filled when a layer first asks."""
-
-    @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
-        """Lay out sequences of these lengths, which stand in the pack in this order."""
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        groups: list[list[int]] = []
-        for index in by_length:
-            if groups and lengths[groups[-1][0]] <= BUCKET_RATIO * lengths[index] + 16:
-                groups[-1].append(index)
-            else:
-                groups.append([index])
-        buckets, flat = [], []
-        for group in groups:
-            longest = lengths[group[0]]
-            begin = torch.tensor([starts[index] for index in group])[:, None]
-            offset = torch.arange(longest)[None, :]
-            real = offset < torch.tensor([lengths[index] for index in group])[:, None]
-            gather = begin + offset * real
-            cells = real.flatten().nonzero().squeeze(1)
-            buckets.append(Bucket(gather.to(device), cells.to(device), (~real).to(device)))
-            flat.append(gather.flatten()[cells])
-        order = torch.argsort(torch.cat(flat))
-        return cls(
-            cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-            max_len=max(lengths),
-            buckets=tuple(buckets),
-            order=order.to(device),
-        )
-
-
-@final
-@dataclass(frozen=True)
-class CachedLayout:
-    """What sampling hands to attention: the pack of the prompts first, then one token of each row."""
-
-    cache: KeyValueCache
-    prompts: PackedLayout | None
-    """The prompts' layout when they are read; None ever after."""
-
-    @property
-    def max_len(self) -> int:
-        """Tokens of the longest sequence, for models that hide their window."""
-        return self.cache.longest_prompt + self.cache.num_own + 1
 
 
 def packed_attention(
@@ -191,8 +117,12 @@ def _bucketed(
 ) -> torch.Tensor:
     rows = [_ToRows.apply(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]  # type: ignore[no-untyped-call]
     outputs = []
-    for padded in zip(*rows, strict=True):
+    for bucket, padded in zip(layout.buckets, zip(*rows, strict=True), strict=True):
         q, k, v = (tensor.transpose(1, 2) for tensor in padded)
+        if bucket.prefix is not None:
+            before = tuple(tensors[bucket.prefix].transpose(1, 2) for tensors in rows[1:])
+            outputs.append(branch_attention(q, k, v, before, form).transpose(1, 2))
+            continue
         longest = q.shape[2]
         is_plain = form.softcap is None and form.sinks is None
         if longest > EXPLICIT_MAX_TOKENS and is_plain:
@@ -271,6 +201,41 @@ def explicit_attention(
     return out.view(rows, heads, length, value.shape[-1])
 
 
+def branch_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: tuple[torch.Tensor, ...], form: _Form
+) -> torch.Tensor:
+    """Attention of branches to their common prefix and, causally, to themselves; one softmax over both.
+
+    Args:
+        query: [R, H, L, D] of R branches.
+        key: [R, H_kv, L, D].
+        value: [R, H_kv, L, D].
+        before: keys and values of the prefix, [1, H_kv, P, D] each.
+        form: what the layer's attention has besides softmax(QK)V.
+
+    Returns:
+        [R, H, L, D].
+    """
+    rows, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    prefix_key, prefix_value = before
+    num_prefix = prefix_key.shape[2]
+    folded = query.reshape(rows, kv_heads, heads // kv_heads * length, width)
+    own = (folded @ key.transpose(-1, -2)).view(rows, heads, length, length)
+    far = (folded @ prefix_key.transpose(-1, -2)).view(rows, heads, length, num_prefix)
+    scores = torch.cat([far, own], -1) * form.scaling
+    if form.softcap is not None:
+        scores = torch.tanh(scores / form.softcap) * form.softcap
+    scores = scores.masked_fill(~_causal(num_prefix + length, form.window, query.device)[num_prefix:], float("-inf"))
+    if form.sinks is not None:
+        column = form.sinks.to(scores.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = weights.view(rows, kv_heads, heads // kv_heads * length, -1)
+    out = weights[..., :num_prefix] @ prefix_value + weights[..., num_prefix : num_prefix + length] @ value
+    return out.view(rows, heads, length, value.shape[-1])
+
+
 def _causal(length: int, window: int | None, device: torch.device) -> torch.Tensor:
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
@@ -344,15 +309,15 @@ def _flex_kernel(device: str) -> Any:
 def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
     """Which blocks of a pack see each other; made once for all layers with this window."""
     if window not in layout.block_masks:
-        offsets = layout.cu_seqlens.long()
-        document = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+        tree, branch, position = layout.coordinates()
 
         def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            near = q - k < window if window is not None else q >= k
-            return (document[q] == document[k]) & (q >= k) & near
+            is_near = position[q] - position[k] < window if window is not None else q >= k
+            is_behind = (branch[k] == 0) | (branch[q] == branch[k])
+            return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
 
-        total = len(document)
-        made = create_block_mask(is_visible, None, None, total, total, device=str(offsets.device))
+        total = len(tree)
+        made = create_block_mask(is_visible, None, None, total, total, device=str(tree.device))
         layout.block_masks[window] = made
     return layout.block_masks[window]
 

@@ -22,7 +22,8 @@ from trainer.algorithms import (
 from trainer.config.plan import Plan
 from trainer.config.presets import merge_preset
 from trainer.config.recipe import AlgorithmSettings, RolloutSettings
-from trainer.data.batch import Batch, TokenSequence, micro_batches
+from trainer.data.batch import Batch, TokenSequence, Tree, grow_trees, tree_batches
+from trainer.distributed import World
 from trainer.errors import NumericalError
 from trainer.learner import Learner
 from trainer.policy import Policy, Reference, Scores
@@ -60,8 +61,7 @@ def minibatches(drawn: StepRollouts, plan: Plan, device: torch.device) -> list[M
     preset = merge_preset(settings)
     found = []
     for part in _split(drawn, settings.minibatches_per_step):
-        sequences = [sequence for group in part for sequence in _sequences(group, preset)]
-        packs = [Batch.pack(chosen, device) for chosen in micro_batches(sequences, plan.shape.micro_batch_tokens)]
+        packs = _packs([_sequences(group, preset) for group in part], plan, device)
         divisor = denominator(
             preset.normalizer,
             num_tokens=sum(pack.num_trained for pack in packs),
@@ -96,17 +96,9 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
     parts = [part for part, tokens in zip(parts, num_trained, strict=True) if tokens]
     if not parts:
         return {"tokens": 0.0, "learning_rate": rate}
-    for part, lacking in zip(parts, learner.world.fillers([len(part.packs) for part in parts]), strict=True):
-        part.packs += [Batch.filler(learner.world.device) for _ in range(lacking)]
+    _even_out(parts, learner.world)
     is_on_policy = settings.epochs_per_batch * len(parts) == 1
-    for number, part in enumerate(parts):
-        for index, pack in enumerate(part.packs):
-            if learner.must_abandon():
-                break
-            extra = {"ref_logprobs": reference.logprobs(pack, temperature)}
-            if number > 0:  # the first minibatch is its own old policy
-                extra["old_logprobs"] = score(learner.policy, pack, temperature)
-            part.packs[index] = replace(pack, inputs={**pack.inputs, **extra})
+    _score_before(parts, learner, reference, temperature)
     updates = []
     for epoch in range(settings.epochs_per_batch):
         for number, part in enumerate(parts):
@@ -120,6 +112,26 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
                 _refuse_stale_sampler(learner, rollout.max_sampler_kl)
             updates.append(learner.optim_step(rate, part.denominator, METRICS))
     return _means(updates, settings.epochs_per_batch)
+
+
+def _even_out(parts: list[Minibatch], world: World) -> None:
+    """Where ranks gather a sharded base together, all run the same passes, forward and backward."""
+    for part, lacking in zip(parts, world.fillers([len(part.packs) for part in parts]), strict=True):
+        part.packs += [Batch.filler(world.device) for _ in range(lacking)]
+        if world.mesh is not None:
+            part.packs = [replace(pack, is_still=False) for pack in part.packs]
+
+
+def _score_before(parts: list[Minibatch], learner: Learner, reference: Reference, temperature: float) -> None:
+    """Add what is measured before an update: the reference, and the old policy of all but the first minibatch."""
+    for number, part in enumerate(parts):
+        for index, pack in enumerate(part.packs):
+            if learner.must_abandon():
+                break
+            extra = {"ref_logprobs": reference.logprobs(pack, temperature)}
+            if number > 0:  # the first minibatch is its own old policy
+                extra["old_logprobs"] = score(learner.policy, pack, temperature)
+            part.packs[index] = replace(pack, inputs={**pack.inputs, **extra})
 
 
 @final
@@ -177,6 +189,19 @@ def _split(drawn: StepRollouts, parts: int) -> list[list[Group]]:
     for group, position in zip(drawn.groups, drawn.positions, strict=True):
         found[(position + position // parts) % parts].append(group)
     return found
+
+
+def _packs(groups: Sequence[Sequence[TokenSequence]], plan: Plan, device: torch.device) -> list[Batch]:
+    """Completions of a prompt behind one copy of it; those that teach nothing are measured in packs of their own."""
+    settings, budget = merge_preset(_settings(plan)[0]), plan.shape.micro_batch_tokens
+    teaching: list[Tree] = []
+    still: list[Tree] = []
+    for sequences in groups:
+        if sequences:
+            is_still = settings.kl_coef == 0 and not any(any(each.inputs["advantages"]) for each in sequences)
+            (still if is_still else teaching).extend(grow_trees(sequences, budget))
+    packs = [Batch.pack_trees(chosen, device) for chosen in tree_batches(teaching, budget)]
+    return packs + [replace(Batch.pack_trees(chosen, device), is_still=True) for chosen in tree_batches(still, budget)]
 
 
 def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:

@@ -100,13 +100,15 @@ class Learner:
         """
         if self.must_abandon():
             return
-        scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
-        if batch.is_filler:
-            (scores.logprobs.sum() * 0.0).backward()
-            return
-        terms = loss(scores, batch)
-        total = terms.loss.sum()
-        total.backward()
+        with torch.set_grad_enabled(not batch.is_still):
+            scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
+            if batch.is_filler:
+                (scores.logprobs.sum() * 0.0).backward()
+                return
+            terms = loss(scores, batch)
+            total = terms.loss.sum()
+            if not batch.is_still:
+                total.backward()
         measured = {"loss": total.detach(), **{name: values.sum() for name, values in terms.metrics.items()}}
         if with_entropy:
             measured["entropy"] = scores.entropy.sum()

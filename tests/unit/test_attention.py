@@ -8,8 +8,9 @@ from tiny import HIDDEN, VOCAB_SIZE, tiny_model
 from torch import Tensor
 
 from trainer import attention
-from trainer.attention import BUCKET_RATIO, EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, PackedLayout, packed_attention
+from trainer.attention import EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, packed_attention
 from trainer.errors import ModelError
+from trainer.layout import BUCKET_RATIO, PackedLayout
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -128,7 +129,7 @@ def test_buckets_hold_every_token_once_and_sequences_of_like_length():
     cells = torch.cat([bucket.gather.flatten()[bucket.cells] for bucket in layout.buckets])
     assert sorted(cells.tolist()) == list(range(sum(lengths)))
     assert torch.equal(cells[layout.order], torch.arange(sum(lengths)))
-    assert layout.cu_seqlens.tolist() == [0, 300, 302, 402, 682, 683, 723]
+    assert layout.trees == tuple((length, ()) for length in lengths)
     assert layout.max_len == 300
 
 

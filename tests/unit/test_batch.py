@@ -24,7 +24,7 @@ def test_a_pack_lies_end_to_end_and_scores_what_is_trained():
     batch = Batch.pack([first, second], CPU)
     assert batch.token_ids.tolist() == [10, 11, 12, 13, 20, 21, 22]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert batch.layout.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.layout.trees == ((4, ()), (3, ()))
     # 12 and 13 are predicted at 1 and 2; of the second row 21 at 4: nothing predicts its first token.
     assert batch.scored.tolist() == [1, 2, 4]
     assert batch.targets.tolist() == [12, 13, 21]

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from trainer.attention import CachedLayout
+from trainer.layout import CachedLayout
 from trainer.policy import Policy
 
 

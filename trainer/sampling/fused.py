@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
-from trainer.attention import CachedLayout, packed_attention
+from trainer.attention import packed_attention
+from trainer.layout import CachedLayout
 from trainer.policy import Policy
 from trainer.sampling.decoder import DecodingLinear, is_plain_linear
 

@@ -11,10 +11,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from trainer.attention import CachedLayout, PackedLayout
 from trainer.errors import ModelError, NumericalError
 from trainer.head import HeadForm
 from trainer.kv_cache import KeyValueCache
+from trainer.layout import CachedLayout, PackedLayout
 from trainer.policy import Policy
 from trainer.sampling import noise
 from trainer.sampling.decoder import CopiedDecoder, Decoder
