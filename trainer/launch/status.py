@@ -10,11 +10,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, QueueError
+from trainer.launch.job_state import FRESH_S, read_state, waiting_reason
 from trainer.progress import Console, describe, duration, seconds_left
-from trainer.run import HEARTBEAT_S, RunDir
+from trainer.run import RunDir
 
-FRESH_S: Final = 3 * HEARTBEAT_S
 FOLLOW_S: Final = 1.0
 
 
@@ -34,13 +34,19 @@ def find_run(target: str) -> RunDir:
 def describe_run(run: RunDir) -> dict[str, Any]:
     """State, step, rate, time left and last metrics."""
     plan, outcome, beat, records = run.read_plan(), run.read_outcome(), run.read_heartbeat(), run.read_metrics()
-    if run.is_locked():
+    is_locked = run.is_locked()
+    waits = None if is_locked or run.is_supervised() or run.is_finished(plan.steps) else waiting_reason(run)
+    if is_locked:
         age = time.time() - beat["time"] if beat else float("inf")
         state = "running" if age < FRESH_S else "running, no heartbeat"
+    elif waits is not None:
+        state = "pending"
     elif outcome is not None:
         state = outcome.state
-    elif run.is_supervised():
+    elif run.is_supervised() or run.is_launched():
         state = "starting"
+    elif run.cancel_file.exists():
+        state = "cancelled"
     else:
         state = "interrupted" if beat else "pending"
     recent = deque(((record["time"], record["step"]) for record in records[-20:]), maxlen=20)
@@ -53,7 +59,7 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         "phase": beat["phase"] if beat and state == "running" else None,
         "attempts": run.newest_attempt(),
         "seconds_left": left,
-        "message": outcome.message if outcome else None,
+        "message": waits or (outcome.message if outcome else None),
         "metrics": records[-1] if records else {},
     }
 
@@ -77,13 +83,20 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _is_coming(run: RunDir) -> bool:
+    """Whether a submitted run is about to begin, or to go on."""
+    try:
+        return read_state(run) == "PENDING"
+    except QueueError:
+        return True  # ask again
+
+
 def _follow(run: RunDir) -> int:
     console = Console(run.read_plan().steps, sys.stdout)
     seen = 0
     while True:
-        is_free = not run.is_locked()
+        has_ended = not run.is_locked() and not run.is_supervised() and not _is_coming(run)
         outcome = run.read_outcome()
-        has_ended = is_free and (outcome is not None or not run.is_supervised())
         records = run.read_metrics()
         seen = min(seen, len(records))
         for record in records[seen:]:
