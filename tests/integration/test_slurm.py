@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,12 @@ def wait_for_attempt(run: Run, number: int, steps: int) -> None:
     wait_for(is_at_step(run, run.steps()[-1] + steps))
 
 
+def urge(lab: Lab) -> str:
+    """A job that takes both nodes from everybody else."""
+    wants = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    return lab.command("sbatch", "--parsable", *wants)
+
+
 def test_three_preemptions_leave_no_trace(project: Project, lab: Lab) -> None:
     done = project.worker("long.yaml", "--name", "whole")
     assert done.code == 0, done.said
@@ -92,8 +99,7 @@ def test_three_preemptions_leave_no_trace(project: Project, lab: Lab) -> None:
     lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=10")
 
     wait_for_attempt(run, 3, 8)
-    urgent = lab.command("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
-                         "--wrap=sleep 1")  # fmt: skip
+    urgent = urge(lab)
     wait_for(lambda: run.log().count("preempted: asking for a requeue") == 2)
     wait_for(lambda: lab.field(urgent, "JobState") == "COMPLETED")
 
@@ -104,3 +110,109 @@ def test_three_preemptions_leave_no_trace(project: Project, lab: Lab) -> None:
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3, 4]
     assert run.values() == whole.values()
     assert run.adapter() == whole.adapter()
+
+
+STEP: Final = """\
+run=runs/$1
+say() { echo "{\\"state\\": \\"$1\\", \\"step\\": 3}" >"$run/outcome.json"; }
+save() { mkdir -p "$run/checkpoints/step-000003"; }
+stop_by() { trap "$1" TERM; touch "$run/up"; while :; do sleep 0.1; done; }
+if [ -n "$SLURM_RESTART_COUNT" ]; then say finished; exit 0; fi
+case $1 in
+  dead) exit 1;;  # without a word, though nobody asked it to stop
+  failed) say failed; exit 1;;
+  preempted) say preempted; exit 75;;
+  cancelled) touch "$run/cancelled"; say preempted; exit 75;;
+  saved) stop_by "save; exit 75";;
+  unsaved) stop_by "exit 75";;  # another such start would end alike
+  scancelled) stop_by "say preempted; exit 75";;
+  taken) stop_by "exit 143";;
+esac
+"""
+"""How a step may end: a shell in the supervisor's place, so that each way takes a second."""
+
+
+def test_only_what_a_machine_stopped_is_requeued(project: Project, lab: Lab) -> None:
+    (project.root / "step.sh").write_text(STEP)
+    text = trainer(project, lab, "submit", "long.yaml", "--name", "NAME", "--launcher", "slurm", "--print").stdout
+
+    def submit(name: str) -> str:
+        (project.root / "runs" / name / "logs").mkdir(parents=True)
+        (project.root / "runs" / name / "outcome.json").write_text('{"state": "preempted"}')  # by an earlier start
+        script = re.sub(r"(--kill-on-bad-exit=1) \S+ .*", rf"\1 sh step.sh {name} &", text.replace("NAME", name))
+        (project.root / f"{name}.sh").write_text(script)
+        return lab.command("sbatch", "--parsable", f"--chdir={project.root}", str(project.root / f"{name}.sh"))
+
+    def wait_until_up(*names: str) -> None:
+        wait_for(lambda: all((project.root / "runs" / name / "up").exists() for name in names))
+
+    def ended(job: str) -> tuple[str, str]:
+        return lab.field(job, "JobState"), lab.field(job, "Restarts")
+
+    jobs = {name: submit(name) for name in ("saved", "unsaved", "scancelled")}
+    jobs |= {name: submit(name) for name in ("dead", "failed", "preempted", "cancelled")}
+    wait_until_up("saved", "unsaved", "scancelled")
+    for name in ("saved", "unsaved"):
+        lab.command("scancel", "--signal=USR1", "--batch", jobs[name])  # as the time limit does
+    lab.command("scancel", jobs["scancelled"])
+    expected = {
+        "saved": ("COMPLETED", "1"), "unsaved": ("FAILED", "0"), "scancelled": ("CANCELLED", "0"),
+        "dead": ("FAILED", "0"), "failed": ("FAILED", "0"), "preempted": ("COMPLETED", "1"),
+        "cancelled": ("FAILED", "0"),
+    }  # fmt: skip
+    wait_for(lambda: all(ended(jobs[name])[0] == expected[name][0] for name in jobs), poll_s=0.5)
+    assert {name: ended(job) for name, job in jobs.items()} == expected
+    assert "nothing was saved within the time limit: not requeued" in project.run("unsaved").log()
+
+    taken = submit("taken")
+    wait_until_up("taken")
+    urge(lab)
+    wait_for(lambda: ended(taken) == ("COMPLETED", "1"), poll_s=0.5)
+
+
+def test_two_nodes_cancelled_reconnected_and_requeued(project: Project, lab: Lab) -> None:
+    """Two ranks that torchruns of two nodes bring together, against two ranks of one machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    alone = project.start([*torchrun, "-m", "trainer.worker", "pair.yaml", "--name", "alone"])
+    trainer(project, lab, "submit", "pair.yaml", "--launcher", "slurm", "--time=10")
+    run, whole = project.run("pair"), project.run("alone")
+
+    wait_for_attempt(run, 1, 5)
+    trainer(project, lab, "cancel", "pair")
+    wait_for(lambda: state(project, lab, "pair") == "CANCELLED")
+    assert run.outcome()["state"] == "cancelled"
+    step = run.steps()[-1]
+    assert run.checkpoints()[-1] == step < 60
+    first = slurm_id(run)
+    assert lab.field(first, "Restarts") == "0", "nobody starts it again"
+
+    trainer(project, lab, "reconnect", "pair")
+    second = slurm_id(run)
+    assert second != first
+    assert run.steps()[-1] > step
+    lab.command("scontrol", "requeue", second)
+    wait_for(lambda: state(project, lab, "pair") == "COMPLETED", poll_s=1)
+    assert [attempt["ranks"] for attempt in run.attempts()] == [2, 2, 2]
+    assert lab.field(second, "Restarts") == "1"
+    done = alone.wait()
+    assert done.code == 0, done.said
+    assert run.values() == whole.values()
+    assert run.adapter() == whole.adapter()
+
+
+def test_waiting_job_is_joined_cancelled_and_submitted_again(project: Project, lab: Lab) -> None:
+    run = project.run("held")
+    trainer(project, lab, "submit", "long.yaml", "--name", "held", "--launcher", "slurm", "--slurm", "hold")
+    assert state(project, lab, "held") == "PENDING"
+    second = project.start([str(BIN / "trainer"), "submit", "long.yaml", "--name", "held"], lab.environment).wait()
+    assert second.code == 2, second.said
+    assert "runs/held is pending already; `trainer reconnect runs/held` joins it" in second.stderr
+    for jobs in (1, 2):  # joined where it waits, and submitted again where it was cancelled
+        argv = [str(BIN / "trainer"), "reconnect", "held", "--timeout", "1"]
+        reconnected = project.start(argv, lab.environment).wait()
+        assert reconnected.code == 1, reconnected.said
+        assert "runs/held: still pending (in Slurm's queue: JobHeldUser, start " in reconnected.stderr
+        assert len(list((run.root / "logs").iterdir())) == 0, "nothing was started"
+        trainer(project, lab, "cancel", "held")
+        wait_for(lambda: state(project, lab, "held") == "CANCELLED")
+        assert int(slurm_id(run)) >= jobs

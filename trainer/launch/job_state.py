@@ -107,11 +107,11 @@ def slurm_job(run: RunDir) -> Queued | None:
 
 
 def waiting_reason(run: RunDir) -> str | None:
-    """Why Slurm lets the run wait, for people; None where it does not."""
+    """Why Slurm lets the run wait, for people; None where it does not, or cannot be asked."""
     try:
         job = slurm_job(run)
-    except TrainerError as error:
-        return str(error)
+    except TrainerError:
+        return None
     if job is None or job.state not in WAITING:
         return None
     return f"in Slurm's queue: {job.reason}, start {job.start}"
