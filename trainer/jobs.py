@@ -19,7 +19,7 @@ from trainer.config.load import load_recipe
 from trainer.config.plan import Plan, make_plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
 from trainer.launch.job_start import restart_job, start_job, stop_job
-from trainer.launch.job_state import JobState, is_alive, read_record, read_state, waiting_reason
+from trainer.launch.job_state import LIVE, JobState, is_alive, read_record, read_state, waiting_reason
 from trainer.launch.slurm import SlurmOptions
 from trainer.launch.status import find_run
 from trainer.run import Outcome, RunDir, open_run
@@ -27,7 +27,6 @@ from trainer.run import Outcome, RunDir, open_run
 __all__ = ["Job", "JobState", "Outcome", "SlurmOptions", "find_job", "jobs", "reconnect_and_wait", "submit"]
 
 T = TypeVar("T")
-LIVE: Final = {"PENDING", "RUNNING"}
 UNREADABLE_S: Final = 120.0
 """How long an unreadable state is asked for again."""
 TAIL_LINES: Final = 20
@@ -174,7 +173,7 @@ def reconnect_and_wait(
             if is_alive(run) and (started is None or started.has_made_a_step(run)):
                 return job
         elif state != "PENDING":
-            if started is not None:
+            if started is not None and state != "PREEMPTED":
                 raise LaunchError(f"{job.id}: resumed, and ended before a step: {_outcome(run, state).message}")
             started = _resume(run, state, max_wait_for_resumable_s, poll_interval_s)
         now = time.monotonic()

@@ -19,6 +19,7 @@ import psutil
 
 PROGRAMS: Final = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 DAEMONS: Final = {"munged", "slurmctld", "slurmscriptd", "slurmd"}
+PATH: Final = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 BOOT_S: Final = 60
 CONFIGURATION: Final = """\
 ClusterName=lab
@@ -56,7 +57,7 @@ PartitionName=high Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
 
 def missing() -> str | None:
     """Why there can be no cluster here; None where there can."""
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     return f"no {', '.join(absent)}: scripts/setup_slurm installs them" if absent else None
 
 
@@ -147,11 +148,10 @@ def booted() -> Iterator[Lab]:
 
 
 def _start(lab: Lab, argv: list[str]) -> subprocess.Popen[bytes]:
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     with (lab.root / "daemons.log").open("ab") as log:
         return subprocess.Popen(
             argv,
-            env=os.environ | lab.environment | {"PATH": path},
+            env=os.environ | lab.environment | {"PATH": PATH},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

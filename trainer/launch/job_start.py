@@ -13,7 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.errors import LaunchError
-from trainer.launch.job_state import JobRecord, Launcher, directory_of, read_record, read_state, slurm_job, write_record
+from trainer.launch.job_state import (
+    LIVE,
+    JobRecord,
+    Launcher,
+    directory_of,
+    read_record,
+    read_state,
+    slurm_job,
+    write_record,
+)
 from trainer.launch.slurm import SlurmOptions, batch_script
 from trainer.launch.slurm_queue import ACTIVE, WAITING, ask_to_stop, submit_script
 from trainer.run import RunDir, write_atomically
@@ -34,7 +43,7 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
     directory = directory_of(run)
     with run.launching() as lock:
         state = read_state(run, is_launching=True)
-        if state in {"PENDING", "RUNNING"}:
+        if state in LIVE:
             raise LaunchError(f"{run.root} is {state.lower()} already; `trainer reconnect {run.root}` joins it")
         run.cancel_file.unlink(missing_ok=True)
         run.outcome_file.unlink(missing_ok=True)  # of an earlier attempt: what is there later is of this one
@@ -92,7 +101,7 @@ def stop_job(run: RunDir) -> None:
         LaunchError: it has ended already, or goes on where we cannot reach it.
         QueueError: Slurm is unreachable.
     """
-    if read_state(run) not in {"PENDING", "RUNNING"}:
+    if read_state(run) not in LIVE:
         raise LaunchError(f"{run.root} is not running: {read_state(run).lower()}")
     run.cancel_file.touch()
     record, job = read_record(run), slurm_job(run)

@@ -15,6 +15,8 @@ from trainer.run import HEARTBEAT_S, Outcome, RunDir, write_atomically
 
 Launcher = Literal["local", "slurm"]
 JobState = Literal["PENDING", "RUNNING", "PREEMPTED", "FAILED", "CANCELLED", "COMPLETED"]
+LIVE: Final = {"PENDING", "RUNNING"}
+"""States that go on by themselves."""
 FRESH_S: Final = 3 * HEARTBEAT_S
 
 
@@ -112,9 +114,7 @@ def waiting_reason(run: RunDir) -> str | None:
         job = slurm_job(run)
     except TrainerError:
         return None
-    if job is None or job.state not in WAITING:
-        return None
-    return f"in Slurm's queue: {job.reason}, start {job.start}"
+    return f"in Slurm's queue: {job.reason}, start {job.start}" if job is not None and job.state in WAITING else None
 
 
 def directory_of(run: RunDir) -> Path:

@@ -117,8 +117,7 @@ trap 'pass_on USR1' USR1   # the time limit is near, or a preemption where Slurm
 trap 'pass_on TERM' TERM   # requeue or scancel
 
 before=$(progress)
-export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-1}}"
-[ -n "${{SLURM_CPUS_PER_TASK:-}}" ] || unset SRUN_CPUS_PER_TASK"""
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it over"""
 
 _RENDEZVOUS: Final = f"""\
 export {LAUNCHER}=slurm TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 PYTHONUNBUFFERED=1

@@ -10,10 +10,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.errors import LaunchError, QueueError
-from trainer.launch.job_state import FRESH_S, read_state, waiting_reason
+from trainer.errors import LaunchError, QueueError, TrainerError
+from trainer.launch.job_state import FRESH_S, LIVE, JobState, read_state, waiting_reason
 from trainer.progress import Console, describe, duration, seconds_left
-from trainer.run import RunDir
+from trainer.run import Outcome, RunDir
 
 FOLLOW_S: Final = 1.0
 
@@ -34,21 +34,8 @@ def find_run(target: str) -> RunDir:
 def describe_run(run: RunDir) -> dict[str, Any]:
     """State, step, rate, time left and last metrics."""
     plan, outcome, beat, records = run.read_plan(), run.read_outcome(), run.read_heartbeat(), run.read_metrics()
-    is_locked = run.is_locked()
-    waits = None if is_locked or run.is_supervised() or run.is_finished(plan.steps) else waiting_reason(run)
-    if is_locked:
-        age = time.time() - beat["time"] if beat else float("inf")
-        state = "running" if age < FRESH_S else "running, no heartbeat"
-    elif waits is not None:
-        state = "pending"
-    elif outcome is not None:
-        state = outcome.state
-    elif run.is_supervised() or run.is_launched():
-        state = "starting"
-    elif run.cancel_file.exists():
-        state = "cancelled"
-    else:
-        state = "interrupted" if beat else "pending"
+    state = _state(run, outcome, beat)
+    waits = waiting_reason(run) if state == "pending" else None
     recent = deque(((record["time"], record["step"]) for record in records[-20:]), maxlen=20)
     left = seconds_left(recent, records[-1]["step"], plan.steps) if records and state == "running" else None
     return {
@@ -62,6 +49,26 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         "message": waits or (outcome.message if outcome else None),
         "metrics": records[-1] if records else {},
     }
+
+
+def _state(run: RunDir, outcome: Outcome | None, beat: dict[str, Any] | None) -> str:
+    """The state for people, finer than a job's."""
+    if run.is_locked():
+        age = time.time() - beat["time"] if beat else float("inf")
+        return "running" if age < FRESH_S else "running, no heartbeat"
+    try:
+        state: JobState = read_state(run)
+    except TrainerError:
+        state = "FAILED"  # nobody to ask: what the directory says must do
+    if state == "PENDING" and not run.is_launched():
+        return "pending"
+    if outcome is not None:
+        return outcome.state
+    if state in LIVE:
+        return "starting"
+    if state == "CANCELLED":
+        return "cancelled"
+    return "interrupted" if beat else "pending"
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -83,10 +90,10 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _is_coming(run: RunDir) -> bool:
-    """Whether a submitted run is about to begin, or to go on."""
+def _goes_on(run: RunDir) -> bool:
+    """Whether somebody runs it, or is about to."""
     try:
-        return read_state(run) == "PENDING"
+        return read_state(run) in LIVE
     except QueueError:
         return True  # ask again
 
@@ -95,7 +102,7 @@ def _follow(run: RunDir) -> int:
     console = Console(run.read_plan().steps, sys.stdout)
     seen = 0
     while True:
-        has_ended = not run.is_locked() and not run.is_supervised() and not _is_coming(run)
+        has_ended = not _goes_on(run)
         outcome = run.read_outcome()
         records = run.read_metrics()
         seen = min(seen, len(records))
