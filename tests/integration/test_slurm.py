@@ -70,33 +70,30 @@ def urge(lab: Lab) -> str:
 
 
 def test_three_preemptions_leave_no_trace(project: Project, lab: Lab) -> None:
-    done = project.worker("long.yaml", "--name", "whole")
-    assert done.code == 0, done.said
+    undisturbed = project.start_worker("long.yaml", "--name", "whole")
     whole, run = project.run("whole"), project.run("preempted")
-    submitted = trainer(project, lab, "submit", "long.yaml", "--name", "preempted", "--launcher", "slurm", "--time=10")
+    submitted = trainer(project, lab, "submit", "long.yaml", "--name", "preempted", "--launcher", "slurm", "--time=30")
     assert submitted.stdout == "runs/preempted\n"
     job = slurm_id(run)
 
     wait_for_attempt(run, 1, 8)
-    assert state(project, lab, "preempted") == "RUNNING"
     lab.command("scontrol", "requeue", job)
     wait_for((run.root / "outcome.json").exists)
     assert run.outcome()["state"] == "preempted"
     assert run.checkpoints()[-1] == run.steps()[-1], "saved before it went"
-    wait_for(lambda: state(project, lab, "preempted") == "PENDING")
-    status = trainer(project, lab, "status", "preempted").stdout
-    assert "runs/preempted: pending, step " in status
-    assert "in Slurm's queue: " in status
+    wait_for(lambda: lab.field(job, "JobState") == "PENDING")
 
     wait_for_attempt(run, 2, 8)
     worker = run.worker_pid()
     os.kill(worker, signal.SIGSTOP)  # so that the run lasts until Slurm looks at its clock
-    lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    assert state(project, lab, "preempted") == "RUNNING"
+    minutes, seconds = map(int, lab.field(job, "RunTime").split(":")[-2:])
+    lab.command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + (seconds + 20) // 60 + 1}")
     wait_for(lambda: "asked to stop by SIGUSR1" in run.log())
     os.kill(worker, signal.SIGCONT)
     wait_for(lambda: "preempted: asking for a requeue" in run.log())
     wait_for(lambda: lab.field(job, "JobState") == "PENDING")
-    lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
     wait_for_attempt(run, 3, 8)
     urgent = urge(lab)
@@ -108,6 +105,8 @@ def test_three_preemptions_leave_no_trace(project: Project, lab: Lab) -> None:
     assert waited.stdout == "finished\n", waited.said
     assert state(project, lab, "preempted") == "COMPLETED"
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3, 4]
+    done = undisturbed.wait()
+    assert done.code == 0, done.said
     assert run.values() == whole.values()
     assert run.adapter() == whole.adapter()
 
@@ -121,12 +120,13 @@ if [ -n "$SLURM_RESTART_COUNT" ]; then say finished; exit 0; fi
 case $1 in
   dead) exit 1;;  # without a word, though nobody asked it to stop
   failed) say failed; exit 1;;
-  preempted) say preempted; exit 75;;
-  cancelled) touch "$run/cancelled"; say preempted; exit 75;;
+  preempted_step) say preempted; exit 75;;
+  cancelled_step) touch "$run/cancelled"; say preempted; exit 75;;
   saved) stop_by "save; exit 75";;
   unsaved) stop_by "exit 75";;  # another such start would end alike
   scancelled) stop_by "say preempted; exit 75";;
   taken) stop_by "exit 143";;
+  bare) stop_by "say preempted; exit 75";;
 esac
 """
 """How a step may end: a shell in the supervisor's place, so that each way takes a second."""
@@ -136,12 +136,13 @@ def test_only_what_a_machine_stopped_is_requeued(project: Project, lab: Lab) -> 
     (project.root / "step.sh").write_text(STEP)
     text = trainer(project, lab, "submit", "long.yaml", "--name", "NAME", "--launcher", "slurm", "--print").stdout
 
-    def submit(name: str) -> str:
+    def submit(name: str, *options: str) -> str:
         (project.root / "runs" / name / "logs").mkdir(parents=True)
         (project.root / "runs" / name / "outcome.json").write_text('{"state": "preempted"}')  # by an earlier start
         script = re.sub(r"(--kill-on-bad-exit=1) \S+ .*", rf"\1 sh step.sh {name} &", text.replace("NAME", name))
         (project.root / f"{name}.sh").write_text(script)
-        return lab.command("sbatch", "--parsable", f"--chdir={project.root}", str(project.root / f"{name}.sh"))
+        script = str(project.root / f"{name}.sh")
+        return lab.command("sbatch", "--parsable", f"--chdir={project.root}", *options, script)
 
     def wait_until_up(*names: str) -> None:
         wait_for(lambda: all((project.root / "runs" / name / "up").exists() for name in names))
@@ -150,24 +151,26 @@ def test_only_what_a_machine_stopped_is_requeued(project: Project, lab: Lab) -> 
         return lab.field(job, "JobState"), lab.field(job, "Restarts")
 
     jobs = {name: submit(name) for name in ("saved", "unsaved", "scancelled")}
-    jobs |= {name: submit(name) for name in ("dead", "failed", "preempted", "cancelled")}
+    jobs |= {name: submit(name) for name in ("dead", "failed", "preempted_step", "cancelled_step")}
     wait_until_up("saved", "unsaved", "scancelled")
     for name in ("saved", "unsaved"):
         lab.command("scancel", "--signal=USR1", "--batch", jobs[name])  # as the time limit does
     lab.command("scancel", jobs["scancelled"])
     expected = {
         "saved": ("COMPLETED", "1"), "unsaved": ("FAILED", "0"), "scancelled": ("CANCELLED", "0"),
-        "dead": ("FAILED", "0"), "failed": ("FAILED", "0"), "preempted": ("COMPLETED", "1"),
-        "cancelled": ("FAILED", "0"),
+        "dead": ("FAILED", "0"), "failed": ("FAILED", "0"), "preempted_step": ("COMPLETED", "1"),
+        "cancelled_step": ("FAILED", "0"),
     }  # fmt: skip
     wait_for(lambda: all(ended(jobs[name])[0] == expected[name][0] for name in jobs), poll_s=0.5)
     assert {name: ended(job) for name, job in jobs.items()} == expected
     assert "nothing was saved within the time limit: not requeued" in project.run("unsaved").log()
 
     taken = submit("taken")
-    wait_until_up("taken")
+    bare = submit("bare", "--partition=bare")  # no grace: Slurm itself queues it again
+    wait_until_up("taken", "bare")
     urge(lab)
     wait_for(lambda: ended(taken) == ("COMPLETED", "1"), poll_s=0.5)
+    wait_for(lambda: ended(bare) == ("COMPLETED", "1"), poll_s=0.5)
 
 
 def test_two_nodes_cancelled_reconnected_and_requeued(project: Project, lab: Lab) -> None:
@@ -204,6 +207,9 @@ def test_waiting_job_is_joined_cancelled_and_submitted_again(project: Project, l
     run = project.run("held")
     trainer(project, lab, "submit", "long.yaml", "--name", "held", "--launcher", "slurm", "--slurm", "hold")
     assert state(project, lab, "held") == "PENDING"
+    status = trainer(project, lab, "status", "held").stdout.splitlines()
+    assert status[0] == "runs/held: pending, step 0 of 60"
+    assert status[1].startswith("  in Slurm's queue: JobHeldUser, start ")
     second = project.start([str(BIN / "trainer"), "submit", "long.yaml", "--name", "held"], lab.environment).wait()
     assert second.code == 2, second.said
     assert "runs/held is pending already; `trainer reconnect runs/held` joins it" in second.stderr

@@ -100,15 +100,7 @@ def _torchrun(shape: TrainingShape, python: str, grace_s: int) -> list[str]:
 _PROLOGUE: Final = """\
 cancelled={cancelled} outcome={outcome} asked= step=
 
-if [ -e "$cancelled" ]; then
-  echo "cancelled; \\`trainer reconnect\\` goes on with it" >&2
-  exit 1
-fi
-grep -qs '"state": "finished"' "$outcome" || rm -f "$outcome"   # so that what is there later is of this start
-
-progress() {{ ls -R {progress} 2>/dev/null | cksum; }}
-about_job() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n "s/.* $1=\\([^ ]*\\).*/\\1/p"; }}
-pass_on() {{   # to the step, once it is there
+pass_on() {{   # to the step, as soon as it is there
   asked=$1
   echo "asked to stop by SIG$1" >&2
   while kill -0 "$step" 2>/dev/null && ! scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null; do sleep 1; done
@@ -116,8 +108,17 @@ pass_on() {{   # to the step, once it is there
 trap 'pass_on USR1' USR1   # the time limit is near, or a preemption where Slurm is set to say so
 trap 'pass_on TERM' TERM   # requeue or scancel
 
+progress() {{ ls -R {progress} 2>/dev/null | cksum; }}
+about_job() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n "s/.* $1=\\([^ ]*\\).*/\\1/p"; }}
+
+if [ -e "$cancelled" ]; then
+  echo "cancelled; \\`trainer reconnect\\` goes on with it" >&2
+  exit 1
+fi
+grep -qs '"state": "finished"' "$outcome" || rm -f "$outcome"   # so that what is there later is of this start
 before=$(progress)
-[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it over"""
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it over
+"""
 
 _RENDEZVOUS: Final = f"""\
 export {LAUNCHER}=slurm TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 PYTHONUNBUFFERED=1
@@ -127,6 +128,7 @@ address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]
 
 _EPILOGUE: Final = """\
 step=$!
+[ -z "$asked" ] || pass_on "$asked"   # before there was a step
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done   # a signal ends a wait too soon
 
 ended=$(sed -n 's/.*"state": "\\([a-z]*\\)".*/\\1/p' "$outcome" 2>/dev/null)
