@@ -124,6 +124,17 @@ def test_mistake_of_the_user_is_not_resumed(run):
     assert read_record(run) is None, "nothing was started"
 
 
+def test_submission_that_fails_leaves_the_run_as_it_was(run, monkeypatch):
+    run.write_outcome(outcome("preempted", step=3))
+    run.cancel_file.touch()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LaunchError, match="sbatch: not here; submit where Slurm's commands are installed"):
+        start_job(run, "slurm")
+    assert run.read_outcome() == outcome("preempted", step=3)
+    assert read_state(run) == "CANCELLED"
+    assert read_record(run) is None
+
+
 def test_directory_without_a_plan_is_no_job(run):
     run.plan_file.unlink()
     with pytest.raises(LaunchError, match="small: no such run"):

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.errors import LaunchError
@@ -45,12 +46,11 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
         state = read_state(run, is_launching=True)
         if state in LIVE:
             raise LaunchError(f"{run.root} is {state.lower()} already; `trainer reconnect {run.root}` joins it")
-        run.cancel_file.unlink(missing_ok=True)
-        run.outcome_file.unlink(missing_ok=True)  # of an earlier attempt: what is there later is of this one
-        if launcher == "local":
-            record = JobRecord(launcher, str(directory), time.time(), pid=_start_local(run, directory, lock))
-        else:
-            record = _start_slurm(run, directory, options or SlurmOptions())
+        with _end_forgotten(run):
+            if launcher == "local":
+                record = JobRecord(launcher, str(directory), time.time(), pid=_start_local(run, directory, lock))
+            else:
+                record = _start_slurm(run, directory, options or SlurmOptions())
         write_record(run, record)
 
 
@@ -58,6 +58,22 @@ def restart_job(run: RunDir) -> None:
     """Start the run again as it was submitted, here if it never was."""
     record = read_record(run)
     start_job(run, record.launcher if record else "local", record.slurm if record else None)
+
+
+@contextmanager
+def _end_forgotten(run: RunDir) -> Iterator[None]:
+    """Take away how the run ended: what is there later is of the next attempt. Put it back if that cannot start."""
+    outcome, was_cancelled = run.read_outcome(), run.cancel_file.exists()
+    run.cancel_file.unlink(missing_ok=True)
+    run.outcome_file.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        if outcome is not None:
+            run.write_outcome(outcome)
+        if was_cancelled:
+            run.cancel_file.touch()
+        raise
 
 
 def _start_local(run: RunDir, directory: Path, lock: int) -> int:
