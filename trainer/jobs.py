@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeVar, final
 from trainer.config.load import load_recipe
 from trainer.config.plan import Plan, make_plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
-from trainer.launch.job_start import restart_job, start_job, stop_job
+from trainer.launch.job_start import refuse_live, restart_job, start_job, stop_job
 from trainer.launch.job_state import LIVE, JobState, is_alive, read_record, read_state, waiting_reason
 from trainer.launch.slurm import SlurmOptions
 from trainer.launch.status import find_run
@@ -114,6 +114,9 @@ def submit_plan(
     plan: Plan, launcher: Literal["local", "slurm"], *, name: str | None, slurm: SlurmOptions | None
 ) -> Job:
     """The same with a plan that is made already."""
+    there = RunDir(Path("runs") / (name or plan.recipe.name))
+    if there.plan_file.exists():
+        refuse_live(there)  # before its plan is replaced
     run = open_run(plan, name)
     if not run.is_finished(plan.steps):
         start_job(run, launcher, slurm)

@@ -51,6 +51,8 @@ def run_quietly(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         ["check", "recipe.yaml", "--json"],
         ["shapes"],
         ["shapes", "recipe.yaml"],
+        ["submit", "recipe.yaml", "--launcher", "slurm", "--print"],
+        ["jobs"],
     ],
 )
 @pytest.mark.parametrize("recipe", [SFT, RFT], ids=["sft", "rft"])

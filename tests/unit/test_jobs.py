@@ -11,10 +11,11 @@ import pytest
 from small_recipe import write_small
 
 from trainer import jobs
+from trainer.cli import main
 from trainer.config.load import load_recipe
 from trainer.config.plan import make_plan
 from trainer.errors import JobTimeoutError, LaunchError
-from trainer.jobs import find_job, reconnect_and_wait
+from trainer.jobs import find_job, reconnect_and_wait, submit
 from trainer.launch.job_start import start_job, stop_job
 from trainer.launch.job_state import JobRecord, is_alive, read_record, read_state, write_record
 from trainer.launch.slurm import SlurmOptions
@@ -82,6 +83,23 @@ def test_record_keeps_the_options_for_the_next_submission(run):
     record = JobRecord("slurm", "/home/me", 1.5, slurm_id="7", slurm=SlurmOptions("gpu", "60", {"account": "a"}))
     write_record(run, record)
     assert read_record(run) == record
+
+
+def test_plan_of_a_job_that_waits_is_not_replaced(run):
+    before = run.plan_file.read_bytes()
+    with (
+        run.launching(),
+        pytest.raises(LaunchError, match="runs/small is pending already; `trainer reconnect runs/small`"),
+    ):
+        submit("recipe.yaml", set=["steps=20"])
+    assert run.plan_file.read_bytes() == before
+
+
+def test_list_for_people(run, capsys):
+    write_record(run, JobRecord("local", str(Path.cwd()), 1.0))
+    run.write_outcome(outcome("preempted", step=3))
+    assert main(["jobs"]) == 0
+    assert capsys.readouterr().out == "runs/small  PREEMPTED  step 0 of 10  local\n"
 
 
 def test_jobs_are_the_submitted_runs_by_age(run):

@@ -43,15 +43,25 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
     """
     directory = directory_of(run)
     with run.launching() as lock:
-        state = read_state(run, is_launching=True)
-        if state in LIVE:
-            raise LaunchError(f"{run.root} is {state.lower()} already; `trainer reconnect {run.root}` joins it")
+        refuse_live(run, is_launching=True)
         with _end_forgotten(run):
             if launcher == "local":
                 record = JobRecord(launcher, str(directory), time.time(), pid=_start_local(run, directory, lock))
             else:
                 record = _start_slurm(run, directory, options or SlurmOptions())
         write_record(run, record)
+
+
+def refuse_live(run: RunDir, *, is_launching: bool = False) -> None:
+    """Stop where the run waits or goes on already.
+
+    Raises:
+        LaunchError: it does.
+        QueueError: Slurm could not be asked.
+    """
+    state = read_state(run, is_launching=is_launching)
+    if state in LIVE:
+        raise LaunchError(f"{run.root} is {state.lower()} already; `trainer reconnect {run.root}` joins it")
 
 
 def restart_job(run: RunDir) -> None:
