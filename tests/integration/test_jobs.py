@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from project import LONG, Project, Run, is_at_step, wait_for
+from project import LONG, Project, Run, is_at_step, paused, wait_for
 
+RECIPE: Final = LONG | {"steps": 120, "eval_interval": 40}
 DRIVER: Final = Path(__file__).parents[2] / "docs" / "examples" / "driver.py"
 RECONNECT: Final = "import sys; from trainer.jobs import *; print(reconnect_and_wait(sys.argv[1], 0.2).state())"
 WAIT: Final = "import sys; from trainer.jobs import *; print(find_job(sys.argv[1]).wait(100).state)"
@@ -20,7 +21,7 @@ WAIT: Final = "import sys; from trainer.jobs import *; print(find_job(sys.argv[1
 @pytest.fixture(scope="module")
 def whole(shared: Project) -> Run:
     """The run that nobody interrupts."""
-    done = shared.worker(shared.recipe("long.yaml", **LONG), "--name", "whole")
+    done = shared.worker(shared.recipe("long.yaml", **RECIPE), "--name", "whole")
     assert done.code == 0, done.said
     return shared.run("whole")
 
@@ -52,7 +53,7 @@ def test_driver_is_killed_and_its_run_goes_on(shared: Project, whole: Run) -> No
     assert states(shared) == {"runs/driven": "FAILED"}
     done = shared.start(argv).wait()
     assert done.code == 0, done.said
-    assert done.stdout.splitlines()[-1].startswith("finished: finished 60 steps of runs/driven; eval/loss ")
+    assert done.stdout.splitlines()[-1].startswith("finished: finished 120 steps of runs/driven; eval/loss ")
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2]
     assert run.values() == whole.values()
     assert run.adapter() == whole.adapter()
@@ -69,13 +70,14 @@ def test_cancelled_until_it_is_asked_for(shared: Project, whole: Run) -> None:
     second = shared.trainer("submit", "long.yaml", "--name", "cancelled")
     assert second.code == 2, second.said
     wait_for(is_at_step(run, 7))
-    assert states(shared)["runs/cancelled"] == "RUNNING"
-    cancelled = shared.trainer("cancel", "cancelled")
+    with paused(run):
+        assert states(shared)["runs/cancelled"] == "RUNNING"
+        cancelled = shared.trainer("cancel", "cancelled")
     assert cancelled.code == 0, cancelled.said
     waited = shared.start([sys.executable, "-c", WAIT, "runs/cancelled"]).wait()
     assert waited.stdout == "cancelled\n", waited.said
     step = run.steps()[-1]
-    assert step < 60
+    assert step < 120
     assert run.checkpoints()[-1] == step
     assert states(shared)["runs/cancelled"] == "CANCELLED"
 
