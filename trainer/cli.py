@@ -1,4 +1,4 @@
-"""The command line: check, train, status, shapes, rollouts, verify-resume, export. Imports no torch."""
+"""The command line: check, train, status, shapes, rollouts, verify-resume, export, and jobs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,33 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--best", action="store_true", help="the best held-out weights, not the last")
     export.add_argument("--out", metavar="DIR", help="where to; RUN/merged when left out")
     export.set_defaults(run=_export)
+    _job_commands(commands)
     return parser
+
+
+def _job_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = commands.add_parser("submit", help="start a run and leave; prints its job id")
+    _recipe_arguments(submit)
+    submit.add_argument("--name", help="run name; the recipe's own when left out")
+    submit.add_argument("--launcher", choices=["local", "slurm"], default="local", help="this machine, or Slurm")
+    submit.add_argument("--partition", help="of Slurm")
+    submit.add_argument("--time", help="Slurm's time limit; the run goes on after it")
+    submit.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch")
+    submit.add_argument("--print", action="store_true", help="print the batch script and submit nothing")
+    submit.set_defaults(run=_submit)
+
+    jobs = commands.add_parser("jobs", help="submitted runs and their states")
+    jobs.add_argument("--json", action="store_true", help="print one JSON document")
+    jobs.set_defaults(run=_jobs)
+
+    cancel = commands.add_parser("cancel", help="let a run save and end; nobody starts it again but you")
+    cancel.add_argument("job", metavar="JOB", help="job id, run directory or name")
+    cancel.set_defaults(run=_cancel)
+
+    reconnect = commands.add_parser("reconnect", help="join a run, or resume it and wait for its first step")
+    reconnect.add_argument("job", metavar="JOB", help="job id, run directory or name")
+    reconnect.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="how long to wait")
+    reconnect.set_defaults(run=_reconnect)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +151,30 @@ def _export(arguments: argparse.Namespace) -> int:
     from trainer.launch.train import export
 
     return export(arguments)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from trainer.job_commands import submit
+
+    return submit(arguments)
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    from trainer.job_commands import list_jobs
+
+    return list_jobs(arguments)
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from trainer.job_commands import cancel
+
+    return cancel(arguments)
+
+
+def _reconnect(arguments: argparse.Namespace) -> int:
+    from trainer.job_commands import reconnect
+
+    return reconnect(arguments)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,16 @@ class RolledBackError(TrainerError):
 
 
 @final
+class QueueError(TrainerError):
+    """The batch system could not be asked, or refused; asking again may help."""
+
+
+@final
+class JobTimeoutError(TrainerError):
+    """A job did not get in time to where it was awaited; it goes on as it was."""
+
+
+@final
 class PreemptedError(TrainerError):
     """The machine asked for itself back; the state is saved where the message says."""
 

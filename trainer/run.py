@@ -18,6 +18,7 @@ from trainer.errors import LaunchError, RunConflictError, TrainerError
 from trainer.files import write_atomically
 
 State = Literal["finished", "preempted", "cancelled", "failed"]
+JobFile = Literal["job.json", "job.sh", "launch.lock", "logs/supervisor.log", "logs/slurm-%j.log"]
 HEARTBEAT_S = 10.0
 LAUNCHER = "TRAINER_LAUNCHER"
 """Environment variable that names who started a worker."""
@@ -25,6 +26,8 @@ SUPERVISOR = "trainer train"
 """Its value where the run is supervised."""
 SUPERVISOR_PID = "TRAINER_SUPERVISOR_PID"
 """Environment variable with the supervisor's process id."""
+SHUTDOWN_TIMEOUT = "TRAINER_SHUTDOWN_TIMEOUT_S"
+"""Environment variable of who gives torchrun another --shutdown-timeout."""
 STACKS_SIGNAL = signal.SIGUSR2
 """A worker that gets it writes the stacks of its threads to its log, even one that holds the interpreter."""
 RECORD_BYTES = 2**16
@@ -112,6 +115,10 @@ class RunDir:
     def tracker_file(self) -> Path:
         """What the W&B mirror has received."""
         return self.root / "wandb.json"
+
+    def of_job(self, name: JobFile) -> Path:
+        """What `submit` leaves: how it was submitted, batch script, lock of the process that it started, its output."""
+        return self.root / name
 
     def weights(self, *, is_lora: bool, best: bool = False) -> Path:
         """Directory of the last or the best trained weights."""
@@ -279,7 +286,13 @@ class RunDir:
             yield
 
     @contextmanager
-    def _holding(self, name: str) -> Iterator[None]:
+    def launching(self) -> Iterator[int]:
+        """Be the only one who starts the run, or raise; a process that inherits the file handle goes on being it."""
+        with self._holding("launch.lock") as handle:
+            yield handle
+
+    @contextmanager
+    def _holding(self, name: str) -> Iterator[int]:
         with (self.root / name).open("a") as file:
             end = time.monotonic() + PROBE_S
             while not _try_lock(file.fileno(), fcntl.LOCK_EX):
@@ -289,7 +302,7 @@ class RunDir:
                         f"Wait for it, or stop it first (trainer status {self.root})"
                     )
                 time.sleep(0.02)
-            yield
+            yield file.fileno()
 
     def wait_unlocked(self, poll_s: float = 0.05, timeout_s: float = float("inf")) -> bool:
         """Wait until no process owns the run."""
@@ -307,6 +320,10 @@ class RunDir:
     def is_supervised(self) -> bool:
         """Whether a `trainer train` watches the run."""
         return self._is_held("supervisor.lock")
+
+    def is_launched(self) -> bool:
+        """Whether a process that `submit` started lives."""
+        return self._is_held("launch.lock")
 
     def refuse_taken(self) -> None:
         """Stop where another attempt runs.

@@ -23,15 +23,13 @@ from trainer.errors import (
     RolledBackError,
     TrainerError,
 )
-from trainer.run import Outcome, RunDir, State, open_run
+from trainer.run import SHUTDOWN_TIMEOUT, Outcome, RunDir, State, open_run
 
 if TYPE_CHECKING:
     from trainer.session import Session
 
 TORCHRUN_GRACE_S: Final = 30.0
 """From its SIGTERM to its SIGKILL."""
-SHUTDOWN_TIMEOUT: Final = "TRAINER_SHUTDOWN_TIMEOUT_S"
-"""Environment variable of who gives torchrun another --shutdown-timeout."""
 
 
 def main(argv: list[str] | None = None) -> int:

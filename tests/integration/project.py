@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -117,6 +118,18 @@ class Run:
             if "FLOCK" in line and line.split()[5].endswith(f":{inode}"):
                 return int(line.split()[4])
         raise LookupError(f"nobody holds {self.root}/lock")
+
+
+@contextmanager
+def paused(run: Run) -> Iterator[None]:
+    """Let the run stand still within the block, so that it is not finished before what is done there."""
+    worker = run.worker_pid()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGCONT)
 
 
 @dataclass

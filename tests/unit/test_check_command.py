@@ -51,6 +51,8 @@ def run_quietly(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         ["check", "recipe.yaml", "--json"],
         ["shapes"],
         ["shapes", "recipe.yaml"],
+        ["submit", "recipe.yaml", "--launcher", "slurm", "--print"],
+        ["jobs"],
     ],
 )
 @pytest.mark.parametrize("recipe", [SFT, RFT], ids=["sft", "rft"])
@@ -173,11 +175,12 @@ def test_launch_commands_can_be_typed(capsys):
     argv = ["check", "recipe.yaml", "--set", "name=a", "--set", "data.columns={a: b}", "--set", "data.columns={}"]
     assert main(argv) == 0
     given = "--set name=a --set 'data.columns={a: b}' --set 'data.columns={}'"
-    trainer, accelerate, torchrun = section(capsys.readouterr().out, "launch")
+    trainer, accelerate, torchrun, slurm = section(capsys.readouterr().out, "launch")
     assert trainer == f"trainer trainer train recipe.yaml {given}"
     assert accelerate.startswith("accelerate accelerate launch --config_file ")
     assert accelerate.endswith(f"-m trainer.worker recipe.yaml {given}")
     assert torchrun == f"torchrun torchrun --nproc_per_node 1 -m trainer.worker recipe.yaml {given}"
+    assert slurm == f"slurm trainer submit recipe.yaml {given} --launcher slurm"
 
 
 def test_on_two_machines_each_launcher_is_told_its_rank(capsys):

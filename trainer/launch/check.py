@@ -212,6 +212,7 @@ def _commands(shape: TrainingShape, recipe_file: str, overrides: Sequence[str]) 
         "trainer": f"trainer train {shlex.quote(recipe_file)}{given}",
         "accelerate": accelerate,
         "torchrun": f"{torchrun} -m trainer.worker {shlex.quote(recipe_file)}{given}",
+        "slurm": f"trainer submit {shlex.quote(recipe_file)}{given} --launcher slurm",
     }
 
 

@@ -10,11 +10,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, QueueError, TrainerError
+from trainer.launch.job_state import FRESH_S, LIVE, JobState, read_state, waiting_reason
 from trainer.progress import Console, describe, duration, seconds_left
-from trainer.run import HEARTBEAT_S, RunDir
+from trainer.run import Outcome, RunDir
 
-FRESH_S: Final = 3 * HEARTBEAT_S
 FOLLOW_S: Final = 1.0
 
 
@@ -34,15 +34,8 @@ def find_run(target: str) -> RunDir:
 def describe_run(run: RunDir) -> dict[str, Any]:
     """State, step, rate, time left and last metrics."""
     plan, outcome, beat, records = run.read_plan(), run.read_outcome(), run.read_heartbeat(), run.read_metrics()
-    if run.is_locked():
-        age = time.time() - beat["time"] if beat else float("inf")
-        state = "running" if age < FRESH_S else "running, no heartbeat"
-    elif outcome is not None:
-        state = outcome.state
-    elif run.is_supervised():
-        state = "starting"
-    else:
-        state = "interrupted" if beat else "pending"
+    state = _state(run, outcome, beat)
+    waits = waiting_reason(run) if state == "pending" else None
     recent = deque(((record["time"], record["step"]) for record in records[-20:]), maxlen=20)
     left = seconds_left(recent, records[-1]["step"], plan.steps) if records and state == "running" else None
     return {
@@ -53,9 +46,29 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         "phase": beat["phase"] if beat and state == "running" else None,
         "attempts": run.newest_attempt(),
         "seconds_left": left,
-        "message": outcome.message if outcome else None,
+        "message": waits or (outcome.message if outcome else None),
         "metrics": records[-1] if records else {},
     }
+
+
+def _state(run: RunDir, outcome: Outcome | None, beat: dict[str, Any] | None) -> str:
+    """The state for people, finer than a job's."""
+    if run.is_locked():
+        age = time.time() - beat["time"] if beat else float("inf")
+        return "running" if age < FRESH_S else "running, no heartbeat"
+    try:
+        state: JobState = read_state(run)
+    except TrainerError:
+        state = "FAILED"  # nobody to ask: what the directory says must do
+    if state == "PENDING" and not run.is_launched():
+        return "pending"
+    if outcome is not None:
+        return outcome.state
+    if state in LIVE:
+        return "starting"
+    if state == "CANCELLED":
+        return "cancelled"
+    return "interrupted" if beat else "pending"
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -77,13 +90,20 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _goes_on(run: RunDir) -> bool:
+    """Whether somebody runs it, or is about to."""
+    try:
+        return read_state(run) in LIVE
+    except QueueError:
+        return True  # ask again
+
+
 def _follow(run: RunDir) -> int:
     console = Console(run.read_plan().steps, sys.stdout)
     seen = 0
     while True:
-        is_free = not run.is_locked()
+        has_ended = not _goes_on(run)
         outcome = run.read_outcome()
-        has_ended = is_free and (outcome is not None or not run.is_supervised())
         records = run.read_metrics()
         seen = min(seen, len(records))
         for record in records[seen:]:
