@@ -122,7 +122,7 @@ def test_the_batch_arithmetic_is_written_out(capsys):
 
 def test_the_batch_of_rft_counts_completions(capsys):
     write_small(Path(), RFT)
-    assert main(["check", "recipe.yaml", "--shape", "h100x8"]) == 0
+    assert main(["check", "recipe.yaml", "--shape", "h100x8_dp"]) == 0
     # prompt 14 / 3.5 + 5 = 9 tokens and at most 16 new ones, 2 x 4 times
     assert section(capsys.readouterr().out, "batch")[:2] == [
         "global batch 2 prompts of about 9 tokens x 4 completions = at most 200 tokens",
@@ -256,7 +256,7 @@ def test_shapes_are_listed_with_limits_and_basis(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert " ".join(lines[1].split()) == ("cpu CPU 16 2 B, 4,096 tokens (estimated) 0.5 B, 4,096 tokens (estimated)")
     assert [line.split()[0] for line in lines[1:]] == [
-        "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_vllm2", "h200x8", "h100x16", "h200x16",
+        "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_dp", "h100x8_vllm2", "h200x8", "h200x8_dp", "h100x16", "h200x16",
     ]  # fmt: skip
 
 
