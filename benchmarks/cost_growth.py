@@ -3,7 +3,8 @@
     python benchmarks/cost_growth.py [--threads 1] [--repeats 2] [--quick]
 
 SmolLM2-135M-Instruct, LoRA, random tokens (speed does not depend on them). Best of the repeats, since other processes
-only ever add time; on one thread the processor's time counts. Writes benchmarks/results/cost_growth.json, .md and cost_growth_*.svg.
+only ever add time; on one thread the processor's time counts. Writes
+benchmarks/results/cost_growth.json, .md and cost_growth_*.svg.
 """
 
 from __future__ import annotations

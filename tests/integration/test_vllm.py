@@ -313,3 +313,33 @@ def test_a_run_trains_through_the_server(server, tmp_path):
     assert first["train/ref_kld"] == 0.0
     assert second["train/ref_kld"] > 0.1  # the adapter of step 2 is far from that of step 1,
     assert second["train/sampler_kl"] < 0.02  # and it is the one that the server drew with
+
+
+def test_two_ranks_with_a_sharded_base_learn_from_its_rollouts(server, tmp_path):
+    """The whole way: FSDP2 over two gloo ranks, rollouts from the server, the adapter published each step."""
+    limit = {"max_params_b": 1, "max_seq_tokens": 4096, "basis": "estimated"}
+    shape = {
+        "name": "sharded", "device": "cpu", "device_name": "CPU", "gpus": 2, "gpu_memory_gib": 16, "sharding": "full",
+        "micro_batch_tokens": 512, "accelerate": "cpu", "limits": {"lora": limit},
+    }  # fmt: skip
+    (tmp_path / "sharded.yaml").write_text(json.dumps(shape))
+    recipe = {
+        "name": "sharded", "method": "rft", "model": {"path": str(MODEL)}, "lora": {"rank": 16},
+        "data": {"train": str(ROOT / "datasets" / "sums_train.jsonl"), "max_seq_tokens": 512},
+        "rows_per_step": 2, "steps": 2, "dcp_save_interval": 1, "algorithm": {"kl_coef": 0.02},
+        "rollout": {"sampler": "vllm", "vllm_url": server, "group_size": 4, "max_completion_tokens": 12},
+        "rewards": [{"use": "last_number"}], "shape": "sharded.yaml",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*argv, "-m", "trainer.worker", "recipe.yaml"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "runs/sharded/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(record["train/sampler_kl"] < 0.05 for record in records), "the server has the adapter of each step"
+    assert records[0]["train/ref_kld"] == 0.0
+    assert (tmp_path / "runs/sharded/adapter/adapter_model.safetensors").is_file()

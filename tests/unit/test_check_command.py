@@ -256,7 +256,8 @@ def test_shapes_are_listed_with_limits_and_basis(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert " ".join(lines[1].split()) == ("cpu CPU 16 2 B, 4,096 tokens (estimated) 0.5 B, 4,096 tokens (estimated)")
     assert [line.split()[0] for line in lines[1:]] == [
-        "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_dp", "h100x8_vllm2", "h200x8", "h200x8_dp", "h100x16", "h200x16",
+        "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_dp", "h100x8_vllm2",
+        "h200x8", "h200x8_dp", "h100x16", "h200x16",
     ]  # fmt: skip
 
 
