@@ -80,7 +80,11 @@ def _start(rounds: int) -> dict[str, Any]:
     name = f"first_step_{int(time.time())}"
     begin = time.time()
     argv = [trainer, "train", RECIPE, "--name", name, "--set", "steps=1", "--set", "data.eval=null"]
-    subprocess.run([*argv, "--set", "dcp_save_interval=0"], check=True, capture_output=True)
+    subprocess.run(
+        [*argv, "--set", "dcp_save_interval=0", "--set", "eval_interval=0", "--set", "optimizer.warmup_steps=0"],
+        check=True,
+        capture_output=True,
+    )
     first = json.loads((Path("runs") / name / "metrics.jsonl").read_text().splitlines()[0])
     step_s = first["perf/step_s"]
     return found | {"launch_to_first_step_s": first["time"] - begin - step_s, "first_step_s": step_s}
