@@ -27,7 +27,7 @@ POINTS = {
     "sft": [*SAVING, "excluded half", "excluded renamed", "best retired", "best renamed", "outcome half"],
     "rft": [*SAVING, "chunk half", "chunk renamed", "chunk synced", "outcome half"],
 }
-MAX_FAULTS = 6
+MAX_FAULTS = 10
 REAL_SHARE = 0.15
 """So many runs are under `trainer train`, with its supervisor and launcher; the others are workers alone, quicker."""
 
@@ -83,10 +83,11 @@ def strike(it: Chaos, seed: int, number: int) -> Report:
         action = draw.choice(ACTIONS)
         can_damage = action == "kill" and point in ("committed", "metrics synced") and not is_real
         faults.append(Fault(point, action, nth, "damage" if can_damage and draw.random() < 0.3 else ""))
-    report = it.survive(f"{kind}-{number}", kind, faults, seed=seed + number, is_real=is_real)
+    name = f"{kind}-{number}" + ("-supervised" if is_real else "")
+    report = it.survive(name, kind, faults, seed=seed + number, is_real=is_real)
     if not report.problems:
-        shutil.rmtree(it.project.run(f"{kind}-{number}").root)
-        shutil.rmtree(it.project.root / "states" / f"{kind}-{number}")
+        shutil.rmtree(it.project.run(name).root)
+        shutil.rmtree(it.project.root / "states" / name)
     return report
 
 

@@ -236,8 +236,9 @@ class Chaos:
         wait_for(is_stopped(second.pid))
         os.kill(first.pid, signal.SIGCONT)
         code = first.wait()
+        problems = ["the older attempt wrote an outcome"] if (run / "outcome.json").exists() else []
         os.kill(second.pid, signal.SIGCONT)
-        problems = [f"the newer attempt ended with {ended}" for ended in [second.wait()] if ended != 0]
+        problems += [f"the newer attempt ended with {ended}" for ended in [second.wait()] if ended != 0]
         if code != 1 or "attempt 2 has taken over; attempt 1 stops" not in first.err.read_text():
             problems.append(f"the older attempt went on: {code}")
         report = self.report(name, "sft", faults, problems)
