@@ -38,11 +38,16 @@ class MetricsLog:
         self._mirror = _Mirror(run, plan) if is_main and plan.recipe.logging.wandb != "off" else None
 
     def rewind(self, step: int) -> None:
-        """Drop records after `step`: the run goes on from there."""
+        """Drop records after `step`: the run goes on from there.
+
+        Raises:
+            TrainerError: another attempt has taken over.
+        """
         if not self.is_main:
             return
         kept = [record for record in self.run.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
+        self.run.refuse_stale(self.attempt)
         write_atomically(self.run.metrics_file, text)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:

@@ -224,9 +224,9 @@ class Chaos:
         started = self.zygote.start(state, *argv)
         return started.wait(), started.err.read_text()
 
-    def two_at_once(self, name: str, mutant: str = "") -> Report:
+    def two_at_once(self, name: str, asleep: Fault, mutant: str = "") -> Report:
         """With locks that do nothing: an attempt sleeps, another goes on with the run, and the first one wakes up."""
-        faults = [Fault("metrics synced", "stop", 15)]
+        faults = [asleep]
         run = self.project.run(name).root
         state = self.prepare(name, faults, mutant, is_flock_off=True)
         second_state = self.prepare(f"{name}.second", [Fault("metrics synced", "stop", 3)], is_flock_off=True, run=run)

@@ -48,6 +48,7 @@ MUTANTS: Final = {
     "directory not fsynced after the rename": ([Fault("committed", "cut", 4)], "steps lost"),
     "manifest trusted": ([Fault("metrics synced", "kill", 16, "damage")], "differ"),
 }
+ASLEEP: Final = Fault("metrics synced", "stop", 15)
 MIB: Final = 2**20
 
 
@@ -161,9 +162,10 @@ def test_processes_that_vanish(it: Chaos, rows: list[Row]) -> None:
     assert_survived(report, rows)
 
 
-def test_two_attempts_and_a_lock_that_does_nothing(it: Chaos, rows: list[Row]) -> None:
+@pytest.mark.parametrize("asleep", [ASLEEP, Fault("excluded renamed", "stop", 1)], ids=["a step", "going back"])
+def test_two_attempts_and_a_lock_that_does_nothing(it: Chaos, rows: list[Row], asleep: Fault) -> None:
     """As on some network file systems: the fence alone stops the older one, which says nothing of the outcome."""
-    assert_survived(it.two_at_once("two"), rows)
+    assert_survived(it.two_at_once(f"two-{asleep.point.split()[0]}", asleep), rows)
 
 
 def test_reward_server_goes_away_and_comes_back(it: Chaos, rows: list[Row]) -> None:
@@ -249,7 +251,7 @@ class TestMutants:
         assert any(what in problem for problem in report.problems), report.problems
 
     def test_no_fence_is_seen(self, it: Chaos) -> None:
-        report = it.two_at_once("no-fence", "no fence")
+        report = it.two_at_once("no-fence", ASLEEP, "no fence")
         assert any("steps twice" in problem for problem in report.problems), report.problems
 
 
