@@ -29,7 +29,7 @@ from trainer.config.recipe import Recipe
 from trainer.copier import Copier
 from trainer.distributed import World
 from trainer.errors import CheckpointError, TrainerError
-from trainer.files import fsync_dir, write_atomically
+from trainer.files import fsync_dir, make_directory, write_atomically
 from trainer.run import RunDir
 from trainer.safe_reader import SafeReader
 from trainer.sharding import copied_to_cpu, local_of
@@ -156,7 +156,8 @@ class Checkpoints:
     def _prepare(self, staging: Path) -> None:
         self.run.refuse_stale(self.attempt)
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        make_directory(staging.parent)
+        staging.mkdir()
 
     def _commit(self, staging: Path, target: Path, state: TrainState) -> None:
         files = {

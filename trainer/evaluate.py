@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, final
 
 from trainer.distributed import World
-from trainer.files import write_atomically
+from trainer.files import make_directory, write_atomically
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling.rollouts import Prompt, split_chunks
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
@@ -71,7 +71,7 @@ class RewardEvaluation:
             by_row |= part
         rows = [by_row[index] for index in sorted(by_row)]
         if record_to is not None and self.world.is_main:
-            record_to.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(record_to.parent)
             write_atomically(record_to, "".join(self._record(index, by_row[index]) for index in sorted(by_row)))
         answers = [answer for row in rows for answer in row]
         rewards = [[answer.earned for answer in row] for row in rows]

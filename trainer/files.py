@@ -35,6 +35,14 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it; where it is new it survives a power cut."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_dir(path.parent)
+
+
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Fill a temporary sibling, then put it in the target's place; on an error the target stays as it was."""

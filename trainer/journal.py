@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.files import write_atomically
+from trainer.files import make_directory, write_atomically
 from trainer.run import RunDir
 from trainer.types import Group, Rollout, Row
 
@@ -43,13 +43,13 @@ def write_chunk(
             lines.append(_line(record))
     lines.append(json.dumps({"end": len(lines) - 1}))
     file = run.journal_chunk(step, number)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(file.parent)
     write_atomically(file, "\n".join(lines) + "\n")
 
 
 def note_begun(run: RunDir, step: int, number: int) -> None:
     """Note that a chunk is about to be sampled; one that is noted twice was paid for twice (`count_sampled`)."""
-    run.rollouts.mkdir(parents=True, exist_ok=True)
+    make_directory(run.rollouts)
     with run.begun_file.open("a") as file:
         file.write(json.dumps({"step": step, "chunk": number}) + "\n")
 

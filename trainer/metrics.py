@@ -39,13 +39,18 @@ class MetricsLog:
         self._mirror: _Mirror | None = None
 
     def rewind(self, step: int) -> None:
-        """Drop records after `step`: the run goes on from there. Opens W&B, whose id a fetch may have brought."""
+        """Drop records after `step`: the run goes on from there. Opens W&B, whose id a fetch may have brought.
+
+        Raises:
+            TrainerError: another attempt has taken over.
+        """
         if not self.is_main:
             return
         if self._mirror is None and self._plan.recipe.logging.wandb != "off":
             self._mirror = _Mirror(self.run, self._plan)
         kept = [record for record in self.run.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
+        self.run.refuse_stale(self.attempt)
         write_atomically(self.run.metrics_file, text)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:

@@ -92,4 +92,6 @@ def seconds_left(recent: deque[tuple[float, int]], step: int, steps: int) -> flo
     if len(recent) < 2 or recent[-1][1] <= recent[0][1]:
         return None
     (begin, first), (end, last) = recent[0], recent[-1]
+    if end < begin:  # the clock was set back meanwhile
+        return None
     return (end - begin) / (last - first) * (steps - step)

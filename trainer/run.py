@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 
 from trainer.config.plan import Plan
 from trainer.errors import LaunchError, RunConflictError, TrainerError
-from trainer.files import write_atomically
+from trainer.files import fsync_dir, make_directory, write_atomically
 
 State = Literal["finished", "preempted", "cancelled", "failed"]
 JobFile = Literal["job.json", "job.sh", "launch.lock", "logs/supervisor.log", "logs/slurm-%j.log"]
@@ -239,15 +239,18 @@ class RunDir:
         A commit or a metrics append by an attempt that is not the newest aborts, so that two attempts never mix.
         """
         fence = self.root / "fence"
-        fence.mkdir(exist_ok=True)
+        make_directory(fence)
         while True:
             number = self.newest_attempt() + 1
             try:
                 (fence / f"{number:06d}").touch(exist_ok=False)
             except FileExistsError:
                 continue
+            fsync_dir(fence)
             with self.attempts_file.open("a") as file:
                 file.write(json.dumps({"attempt": number, **about}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             return number
 
     def newest_attempt(self) -> int:
@@ -361,7 +364,7 @@ def open_run(plan: Plan, name: str | None = None, runs_dir: Path = Path("runs"))
     """
     run = RunDir(runs_dir / (name or plan.recipe.name))
     if not run.plan_file.exists():
-        run.root.mkdir(parents=True, exist_ok=True)
+        make_directory(run.root)
         write_atomically(run.plan_file, plan.dump())
         return run
     old = run.read_plan()

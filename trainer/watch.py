@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Final, final
 
 from trainer.distributed import World
-from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED
+from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, TrainerError
 from trainer.preemption import StopFlag
 from trainer.run import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, Outcome, RunDir, State
 
@@ -100,6 +100,7 @@ class Watch:
             self.say(message)
             if state == "preempted" and self.run.cancel_file.exists():
                 state = "cancelled"
-            with suppress(OSError):
+            with suppress(OSError, TrainerError):
+                self.run.refuse_stale(self.attempt)
                 self.run.write_outcome(Outcome(state, self.position()[0], message, exit_code, state == "failed"))
         os._exit(exit_code)

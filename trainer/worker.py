@@ -83,7 +83,8 @@ def _attempt(plan: Plan, run: RunDir) -> int:
         if world.is_main:
             session.say(outcome.message)
             try:
-                run.write_outcome(outcome)
+                if run.newest_attempt() == number:  # or else it is the other attempt's to say
+                    run.write_outcome(outcome)
             except OSError as error:
                 session.say(f"{run.outcome_file}: not written: {error}")
         if outcome.state == "failed" and world.size > 1:

@@ -11,11 +11,18 @@ import pytest
 from project import Project
 from tiny import tiny_model_dir
 
+collect_ignore = ["chaos"]
+"""Python's own hook lies there, and what starts workers by fork: nothing to import here."""
+
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and rows, made once."""
-    root = tmp_path_factory.mktemp("files")
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def write_files(root: Path) -> Path:
+    """Put a tiny model and rows there."""
     tiny_model_dir(root / "model")
     for name, first in (("train", 0), ("eval", 100)):
         rows = [_row(number) for number in range(first, first + 24)]

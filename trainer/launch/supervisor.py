@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Final, final
+from typing import Any, Final, final
 
 from trainer.config.plan import Plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
@@ -45,6 +45,8 @@ class Supervisor:
         self.was_asked_to_stop = False
         self._launcher_ended: float | None = None
         self._was_frozen = False
+        self._last_beat: dict[str, Any] | None = None
+        self._last_beat_at = 0.0
 
     def attempt(self) -> Outcome:
         """Launch, watch and wait; returns how it ended."""
@@ -95,7 +97,9 @@ class Supervisor:
         beat = self.run.read_heartbeat()
         if beat is None or beat["attempt"] < self.number or self.process is None:
             return
-        silent_s = time.time() - beat["time"]
+        if beat != self._last_beat:  # by our own clock: the machine's may be set meanwhile
+            self._last_beat, self._last_beat_at = beat, time.monotonic()
+        silent_s = time.monotonic() - self._last_beat_at
         if silent_s > self.plan.recipe.recovery.hang_timeout_s + 3 * HEARTBEAT_S and not self._was_frozen:
             self._was_frozen = True
             sys.stderr.write(f"\nno sign of life for {silent_s:.0f} s while {beat['phase']}: ending it\n")

@@ -1,0 +1,95 @@
+"""Random faults for some minutes, on tiny SFT and RFT runs: every run must equal an undisturbed one to the bit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.remove(str(Path(__file__).resolve().parent))  # `chaos` is the package of faults, not this script
+
+from chaos_runs import Chaos, Fault, Report, Row, chaos, table  # noqa: E402
+from conftest import write_files  # noqa: E402
+from project import Project  # noqa: E402
+
+ACTIONS = ["kill", "kill", "cut", "cut", "torn"]
+SAVING = [
+    "shard written", "manifest half", "manifest renamed", "target removed", "before rename", "renamed", "committed",
+    "metrics half", "metrics synced", "rewind half", "rewind renamed",
+]  # fmt: skip
+POINTS = {
+    "sft": [*SAVING, "excluded half", "excluded renamed", "best retired", "best renamed", "outcome half"],
+    "rft": [*SAVING, "chunk half", "chunk renamed", "chunk synced", "outcome half"],
+}
+MAX_FAULTS = 10
+REAL_SHARE = 0.15
+"""So many runs are under `trainer train`, with its supervisor and launcher; the others are workers alone, quicker."""
+
+
+def main() -> int:
+    """Strike until the time is over; 1 at the first run that did not survive."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--seed", type=int, default=None, help="repeats the same faults; drawn when left out")
+    parser.add_argument("--out", type=Path, default=Path("build/chaos.json"), help="where the table goes as JSON")
+    arguments = parser.parse_args()
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
+    end = time.monotonic() + 60 * arguments.minutes
+    root = Path(tempfile.mkdtemp(prefix="chaos-")).resolve()
+    project = Project(write_files(root))
+    project.recipe()
+    rows: list[Row] = []
+    missed = number = 0
+    failed: Report | None = None
+    print(f"seed {seed}, in {root}", flush=True)
+    with chaos(project) as it:
+        while failed is None and (time.monotonic() < end or not number):
+            report = strike(it, seed, number)
+            rows += report.rows
+            missed += len(report.missed)
+            number += 1
+            print(f"run {number}: {len(report.rows)} faults, {'NOT ' if report.problems else ''}survived", flush=True)
+            failed = report if report.problems else None
+    print(table(rows))
+    print(f"{number} runs, {len(rows)} faults struck, {missed} never had their moment; seed {seed}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"seed": seed, "minutes": arguments.minutes, "runs": number, "faults": [asdict(row) for row in rows]}
+    problems = failed.problems if failed is not None else []
+    arguments.out.write_text(json.dumps(document | {"missed": missed, "problems": problems}, indent=1) + "\n")
+    print(f"written to {arguments.out}")
+    if failed is None:
+        shutil.rmtree(root)
+        return 0
+    print(f"FAILED with seed {seed}: {root}/runs/{failed.rows[0].run if failed.rows else ''}", *problems, sep="\n  ")
+    return 1
+
+
+def strike(it: Chaos, seed: int, number: int) -> Report:
+    """One run with faults of its own."""
+    draw = random.Random(f"{seed}:{number}")
+    kind = draw.choice(["sft", "rft"])
+    is_real = draw.random() < REAL_SHARE
+    faults = []
+    for _ in range(draw.randint(1, MAX_FAULTS)):
+        point, nth = draw.choice(POINTS[kind]), draw.randint(1, 4)
+        if draw.random() < 0.5:
+            point, nth = "anywhere", draw.randint(1, 120)
+        action = draw.choice(ACTIONS)
+        can_damage = action == "kill" and point in ("committed", "metrics synced") and not is_real
+        faults.append(Fault(point, action, nth, "damage" if can_damage and draw.random() < 0.3 else ""))
+    name = f"{kind}-{number}" + ("-supervised" if is_real else "")
+    report = it.survive(name, kind, faults, seed=seed + number, is_real=is_real)
+    if not report.problems:
+        shutil.rmtree(it.project.run(name).root)
+        shutil.rmtree(it.project.root / "states" / name)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())
