@@ -29,14 +29,14 @@ def http_reward(
     *,
     url: str,
     post_timeout_s: float = 5.0,
-    num_retries: int = 3,
+    num_retries: int = 6,
     headers: dict[str, str] | None = None,
     **columns: Any,
 ) -> list[Any]:
     """Post a batch to `url` and return the rewards of the answer.
 
-    Tried again, with pauses of 0.1 s, 0.2 s, 0.4 s: no connection, no answer in time, and statuses 408, 429 and 5xx.
-    All tries together must fit into `reward_limits.timeout_s`. Proxies of the environment are not used: a reward server
+    Tried again, with pauses of 0.1 s, 0.2 s and so on to 3.2 s, so that a server may restart: no connection, no answer
+    in time, and statuses 408, 429 and 5xx. All tries together must fit into `reward_limits.timeout_s`. Proxies of the environment are not used: a reward server
     stands in your own network.
 
     Args:
