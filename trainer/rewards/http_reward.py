@@ -36,8 +36,8 @@ def http_reward(
     """Post a batch to `url` and return the rewards of the answer.
 
     Tried again, with pauses of 0.1 s, 0.2 s and so on to 3.2 s, so that a server may restart: no connection, no answer
-    in time, and statuses 408, 429 and 5xx. All tries together must fit into `reward_limits.timeout_s`. Proxies of the environment are not used: a reward server
-    stands in your own network.
+    in time, and statuses 408, 429 and 5xx. All tries together must fit into `reward_limits.timeout_s`. Proxies of the
+    environment are not used: a reward server stands in your own network.
 
     Args:
         prompts: text or messages of each prompt.
