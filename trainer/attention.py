@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any, Final, final
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -32,6 +32,8 @@ PACKED_ATTENTION: Final = "tunesmith_packed"
 EXPLICIT_MAX_TOKENS: Final = 384
 BUCKET_RATIO: Final = 1.6
 """A bucket's longest sequence is at most so many times its shortest (tiny sequences ride along)."""
+MASK_BLOCK: Final = 128
+"""Queries and keys of a block of FlexAttention's mask."""
 
 
 @final
@@ -342,7 +344,10 @@ def _flex_kernel(device: str) -> Any:
 
 
 def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
-    """Which blocks of a pack see each other; made once for all layers with this window."""
+    """Which blocks of a pack see each other; made once for all layers with this window.
+
+    Computed block by block from the ends of each: `create_block_mask` writes all T x T cells to look at them.
+    """
     if window not in layout.block_masks:
         offsets = layout.cu_seqlens.long()
         document = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
@@ -351,10 +356,38 @@ def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
             near = q - k < window if window is not None else q >= k
             return (document[q] == document[k]) & (q >= k) & near
 
-        total = len(document)
-        made = create_block_mask(is_visible, None, None, total, total, device=str(offsets.device))
+        some, every = _visible_blocks(document, window)
+        made: BlockMask = BlockMask.from_kv_blocks(
+            *_by_row(some & ~every), *_by_row(every), MASK_BLOCK, is_visible, (len(document), len(document))
+        )
         layout.block_masks[window] = made
     return layout.block_masks[window]
+
+
+def _visible_blocks(document: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, B] of query and key blocks: whether some query sees some key, and whether every one sees every one.
+
+    Documents stand in order. So of two blocks the key block's last token and the query block's first are the nearest
+    pair; if those two are of one document some key is seen, and if first and last are, all are.
+    """
+    total = len(document)
+    first = torch.arange(0, total, MASK_BLOCK, device=document.device)
+    last = (first + MASK_BLOCK - 1).clamp(max=total - 1)
+    is_past = first[:, None] > last[None, :]
+    some = is_past & (document[first][:, None] == document[last][None, :])
+    every = is_past & (document[last][:, None] == document[first][None, :])
+    every &= (last - first + 1 == MASK_BLOCK)[:, None]  # a query block that is cut off is never full
+    if window is not None:
+        some &= first[:, None] - last[None, :] < window
+        every &= last[:, None] - first[None, :] < window
+    some |= torch.eye(len(first), dtype=torch.bool, device=document.device)
+    return some, every
+
+
+def _by_row(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, 1, B] number of blocks in each row, and [1, 1, B, B] their indices first."""
+    indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
 
 
 def register() -> None:

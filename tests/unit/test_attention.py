@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import HIDDEN, VOCAB_SIZE, tiny_model
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from trainer import attention
 from trainer.attention import BUCKET_RATIO, EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, PackedLayout, packed_attention
@@ -149,6 +150,25 @@ def test_the_gpu_path_computes_what_the_cpu_path_does(form):
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this torch has no FlexAttention on CPU: {error}")
     torch.testing.assert_close(flex, attend(query, key, value, SHORT, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 256, 300])
+@pytest.mark.parametrize(
+    "lengths", [(128,), (700,), (256, 256), (640, 3), (90, 300, 1, 250, 127, 2), (5,) * 90, (129, 383)], ids=str
+)
+def test_blocks_of_the_mask_are_those_of_the_whole_mask(lengths, window):
+    """What torch finds by looking at every cell, found from the ends of each block."""
+    layout = PackedLayout.of_lengths(lengths, CPU)
+    ours = attention._block_mask(layout, window)
+    total = sum(lengths)
+    whole = create_block_mask(ours.mask_mod, None, None, total, total, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        mine, theirs = getattr(ours, name), getattr(whole, name)
+        assert mine.dtype == theirs.dtype, name
+        assert torch.equal(mine, theirs), name
+    assert torch.equal(ours.full_q_num_blocks, whole.full_q_num_blocks)
+    assert torch.equal(ours.full_q_indices, whole.full_q_indices)
+    assert ours.seq_lengths == whole.seq_lengths
 
 
 def test_sinks_on_gpu_are_refused():
