@@ -338,9 +338,13 @@ def _flex(
 
 
 @cache
-def _flex_kernel(device: str) -> Any:
+def _flex_kernel(device: str, backend: Any = "inductor") -> Any:
     """Compiled where it matters: uncompiled FlexAttention writes the whole score matrix."""
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    torch._dynamo.config.specialize_float = True  # or scale and soft cap become inputs, which the kernel cannot read
+    torch._dynamo.config.recompile_limit = 64  # windows, short packs, with and without gradient; then it gives up
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
 
 
 def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:

@@ -32,11 +32,11 @@ HEADS = [(4, 4), (4, 2), (12, 2)]
 
 
 def make_pack(lengths: tuple[int, ...], heads: tuple[int, int]) -> list[Tensor]:
-    """Queries [1, H, T, D], keys and values [1, H_kv, T, D], and a factor for the gradient."""
+    """Queries [1, H, T, D], keys and values [1, H_kv, T, D], and a factor for the gradient; all exact in bf16."""
     generator = torch.Generator().manual_seed(0)
     total, (queries, keys) = sum(lengths), heads
     shapes = [(1, queries, total, WIDTH), (1, keys, total, WIDTH), (1, keys, total, WIDTH), (1, total, queries, WIDTH)]
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator).bfloat16().float() for shape in shapes]
 
 
 def attend(
@@ -63,7 +63,7 @@ def assert_close(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...], tolerance:
         assert distance < tolerance, f"{name}: {distance:.2e}"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_gpu_equals_cpu(cuda, form, lengths, dtype, tolerance):
