@@ -154,7 +154,7 @@ def test_the_gpu_path_computes_what_the_cpu_path_does(form):
     torch.testing.assert_close(flex, attend(query, key, value, SHORT, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 256, 300])
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 255, 256, 300])
 @pytest.mark.parametrize(
     "lengths", [(128,), (700,), (256, 256), (640, 3), (90, 300, 1, 250, 127, 2), (5,) * 90, (129, 383)], ids=str
 )
