@@ -117,10 +117,10 @@ def _alternate(case: Case, theirs: list[TrlSft], scale: Scale, device: torch.dev
                 seconds = runner.run()
             else:
                 begin = now(device)
-                for _ in range(scale.steps):
+                for _ in range(case.steps):
                     runner.step()
                 seconds = now(device) - begin
-            rates.setdefault(runner.name, []).append(scale.steps * case.tokens / seconds)
+            rates.setdefault(runner.name, []).append(case.steps * case.tokens / seconds)
             print(f"{case.name}: {runner.name}: {rates[runner.name][-1]:,.0f} tokens/s", flush=True)
     return rates
 

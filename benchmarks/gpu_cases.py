@@ -57,7 +57,7 @@ class Scale:
     drawn: int
     """Tokens of each sampled completion."""
     steps: int
-    """Of a round."""
+    """Of a round; sampling makes one."""
     rounds: int
     micro_batch_tokens: int
 
@@ -77,6 +77,8 @@ class Case(Protocol):
     """Model FLOPs of a step."""
     predicted_gib: float | None
     """What torch's allocator should count at most, by the trainer's estimate."""
+    steps: int
+    """Of a round."""
 
     def step(self) -> None:
         """Make one step."""
@@ -110,7 +112,7 @@ class Sft:
         self.name = f"SFT {'LoRA' if is_lora else 'full'} {scale.model}"
         self.device, lora = device, LoraSettings() if is_lora else None
         self.rows = sft_rows(scale, 0)
-        self.tokens = scale.pack_tokens
+        self.tokens, self.steps = scale.pack_tokens, scale.steps
         self.num_trained = sum(row.num_trained for row in self.rows)
         lengths = [len(row.token_ids) for row in self.rows]
         self.flops = training_flops(model_facts(scale.model), lengths, self.num_trained, is_lora=is_lora)
@@ -136,7 +138,7 @@ class Rft:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         scored = sum(sum(rollout.trained) for rollout in rollouts)
-        self.tokens = sum(lengths)
+        self.tokens, self.steps = sum(lengths), scale.steps
         self.flops = forward_flops(facts, lengths, scored) + training_flops(facts, lengths, scored, is_lora=True)
         memory = plan_memory(self.plan)
         assert memory is not None
@@ -165,6 +167,7 @@ class Sampling:
         self.tokens = scale.prompts * scale.group * scale.drawn
         self.flops = sampling_flops(facts, [len(prompt) for prompt in prompts], scale.group, scale.drawn)
         self.predicted_gib = None
+        self.steps = 1  # hundreds of forward passes
         self.policy = random_policy(scale.model, device, LoraSettings())
         self.sampler = LocalSampler(self.policy, word_tokenizer(facts.vocab))
 

@@ -34,8 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def cuda() -> Iterator[torch.device]:
-    """The device, its memory counters at zero, nothing compiled: a kernel is compiled so many times only."""
-    torch._dynamo.reset()
+    """The device, its memory counters at zero. What was compiled stays, as in a long run."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     yield torch.device("cuda", 0)
