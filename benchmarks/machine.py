@@ -2,51 +2,79 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+CPU: Final = torch.device("cpu")
+PEAK_ROWS: Final = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the square product that the peak is measured with."""
 
-def conditions() -> dict[str, Any]:
+
+def conditions(device: torch.device = CPU, *, peak_seconds: float = 1.0) -> dict[str, Any]:
     """Machine, threads, versions and the load at the time."""
-    import peft
-    import transformers
-    import trl
-
-    processor = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    flags = Path("/proc/cpuinfo").read_text()
-    return {
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    named = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
+    found = {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": processor,
-        "amx": "amx_bf16" in flags,
-        "avx512_bf16": "avx512_bf16" in flags,
+        "commit": _said(["git", "rev-parse", "--short", "HEAD"]),
+        "processor": named[0] if named else platform.processor(),
+        "amx": "amx_bf16" in cpuinfo,
+        "avx512_bf16": "avx512_bf16" in cpuinfo,
         "threads": torch.get_num_threads(),
-        "load_average": [round(value, 2) for value in __import__("os").getloadavg()],
+        "load_average": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-        "peft": peft.__version__,
-        "bf16_peak_gflops": round(matrix_peak() / 1e9),
+        **{name: _version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": about.name,
+            "gpu_memory_gib": round(about.total_memory / 2**30, 1),
+            "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+            "cuda": torch.version.cuda,
+        }
+    return found | {"bf16_peak_gflops": round(matrix_peak(device, peak_seconds) / 1e9)}
 
 
-def matrix_peak(seconds: float = 1.0) -> float:
+def matrix_peak(device: torch.device = CPU, seconds: float = 1.0) -> float:
     """FLOP/s of a large bfloat16 matrix product, the best of several."""
-    left, right = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    rows = PEAK_ROWS[device.type]
+    left, right = (torch.randn(rows, rows, dtype=torch.bfloat16, device=device) for _ in range(2))
+    repeats = 1 if device.type == "cpu" else 10  # a kernel's start is no part of the peak
     best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        left @ right
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - begin))
+    while best == 0.0 or time.perf_counter() < end:
+        begin = now(device)
+        for _ in range(repeats):
+            left @ right
+        best = max(best, repeats * 2 * rows**3 / (now(device) - begin))
     return best
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _said(argv: list[str]) -> str | None:
+    """The first line that a command prints; None where it is not there."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None

@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
+import common
 import torch
-import transformers
 from machine import conditions
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from step_times import StepTimes
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from datasets import Dataset
@@ -118,19 +114,6 @@ class Ours:
         return found
 
 
-class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, generation included, and tokens from the log."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
-
-
 class Trl:
     """TRL's trainer with its own sampling."""
 
@@ -173,8 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", default="benchmarks/results/rft_vs_trl")
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    common.quiet()
     with tempfile.TemporaryDirectory() as name:
         ours, theirs = Ours(arguments, Path(name)), Trl(arguments, Path(name))
         found: dict[str, list[tuple[float, float]]] = {Ours.name: [], Trl.name: []}
@@ -196,8 +178,6 @@ def main() -> None:
         "ratio_seconds": round(seconds[Trl.name] / seconds[Ours.name], 2),
         "ratio_tokens_per_s": round(rates[Ours.name] / rates[Trl.name], 2),
     }  # fmt: skip
-    out = Path(arguments.out)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
         f"GRPO with LoRA, SmolLM2-135M-Instruct, {arguments.prompts} prompts x {arguments.group} answers x at most",
         f"{arguments.tokens} tokens, reference scored. {about['processor']}, {about['threads']} threads,",
@@ -206,8 +186,7 @@ def main() -> None:
         *(f"| {name} | {seconds[name]:.1f} | {rates[name]:.0f} |" for name in found),
         f"\nRatio: **{result['ratio_seconds']}x** in seconds per step, {result['ratio_tokens_per_s']}x in tokens/s",
     ]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    common.write_result(Path(arguments.out), result, lines)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,15 @@ with OMP_NUM_THREADS=1.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-
+import common
 import peft
 import torch
-import transformers
 from machine import conditions
 from transformers import AutoModelForCausalLM
 
@@ -110,8 +105,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--out", default="benchmarks/results/sampling")
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    common.quiet()
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     prompts = Prompts()
     runs = {
@@ -145,8 +139,6 @@ def report(
             case: {name: round(by[OURS] / by[name], 2) for name in by if name != OURS} for case, by in medians.items()
         },
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     about = result["conditions"]
     lines = [
         f"Sampling from SmolLM2-135M-Instruct, prompts of {result['prompt_tokens']} tokens, {arguments.tokens} drawn,",
@@ -161,8 +153,7 @@ def report(
             for case, by in medians.items()
         ),
     ]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    common.write_result(out, result, lines)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
+import common
 import torch
-import transformers
 from machine import conditions
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from step_times import StepTimes
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
@@ -72,19 +68,6 @@ class Ours:
         return seconds
 
 
-class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
-
-
 class Trl:
     """TRL's trainer on the same rows in the same order."""
 
@@ -128,8 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", default="benchmarks/results/sft_vs_trl")
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    common.quiet()
     ours = Ours(arguments.steps)
     rates: dict[str, list[float]] = {ours.name: []}
     failed: dict[str, str] = {}
@@ -161,7 +143,6 @@ def report(out: Path, rates: dict[str, list[float]], failed: dict[str, str], arg
         "steps": arguments.steps, "rounds": arguments.rounds, "tokens_per_s": medians, "all": rates,
         "did_not_run": failed, "best_of_trl": best, "ratio": round(ratio, 2),
     }  # fmt: skip
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     about = result["conditions"]
     lines = [
         f"LoRA SFT of SmolLM2-135M-Instruct, {ROWS_PER_STEP} rows a step, medians of {arguments.rounds} alternating",
@@ -173,8 +154,7 @@ def report(out: Path, rates: dict[str, list[float]], failed: dict[str, str], arg
         f"\nRatio to TRL's best ({best}): **{ratio:.1f}x**",
         *(f"\n{name} did not run: {why}" for name, why in failed.items()),
     ]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    common.write_result(out, result, lines)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any, Final, final
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -32,6 +32,8 @@ from trainer.layout import CachedLayout, PackedLayout
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
 EXPLICIT_MAX_TOKENS: Final = 384
+MASK_BLOCK: Final = 128
+"""Queries and keys of a block of FlexAttention's mask."""
 
 
 def packed_attention(
@@ -301,25 +303,68 @@ def _flex(
 
 
 @cache
-def _flex_kernel(device: str) -> Any:
+def _flex_kernel(device: str, backend: Any = "inductor") -> Any:
     """Compiled where it matters: uncompiled FlexAttention writes the whole score matrix."""
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    torch._dynamo.config.specialize_float = True  # or scale and soft cap become inputs, which the kernel cannot read
+    torch._dynamo.config.recompile_limit = 64  # windows, short packs, with and without gradient; then it gives up
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
 
 
 def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
-    """Which blocks of a pack see each other; made once for all layers with this window."""
+    """Which blocks of a pack see each other; made once for all layers with this window.
+
+    Computed block by block from the ends of each: `create_block_mask` writes all T x T cells to look at them.
+    """
     if window not in layout.block_masks:
-        tree, branch, position = layout.coordinates()
+        tree, branch, position = (row.clone() for row in layout.coordinates())  # a view's offset would be compiled in
 
         def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             is_near = position[q] - position[k] < window if window is not None else q >= k
             is_behind = (branch[k] == 0) | (branch[q] == branch[k])
             return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
 
-        total = len(tree)
-        made = create_block_mask(is_visible, None, None, total, total, device=str(tree.device))
+        some, every = _visible_blocks(tree, branch, window)
+        made: BlockMask = BlockMask.from_kv_blocks(
+            *_by_row(some & ~every), *_by_row(every), MASK_BLOCK, is_visible, (len(tree), len(tree))
+        )
         layout.block_masks[window] = made
     return layout.block_masks[window]
+
+
+def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, B] of query and key blocks: whether some query sees some key, and whether every one sees every one.
+
+    Prefixes and branches stand in order, so their numbers only grow. A key before the query block is seen where it is
+    of the part that the first query is in, or of that query's prefix. Branches under a window count as seen in part.
+    """
+    total = len(tree)
+    part = torch.stack([tree, branch]).diff(dim=1, prepend=tree.new_full((2, 1), -1)).ne(0).any(0).cumsum(0)
+    prefix = part[torch.searchsorted(tree, tree)]
+    first = torch.arange(0, total, MASK_BLOCK, device=tree.device)
+    last = (first + MASK_BLOCK - 1).clamp(max=total - 1)
+    is_past = first[:, None] > last[None, :]
+    begin, end, trunk = part[first][:, None], part[last][:, None], prefix[first][:, None]
+    key_begin, key_end = part[first][None, :], part[last][None, :]
+    is_near = is_past if window is None else first[:, None] - last[None, :] < window
+    some = is_past & (begin == key_end) & is_near
+    some |= is_past & (key_begin <= trunk) & (trunk <= key_end) & ((trunk != begin) | is_near)
+    is_whole = end == key_begin
+    if window is None:
+        is_whole |= (key_begin == trunk) & (key_end == trunk) & (tree[first] == tree[last])[:, None]
+    else:
+        is_whole &= last[:, None] - first[None, :] < window
+    every = is_past & is_whole
+    every &= (last - first + 1 == MASK_BLOCK)[:, None]  # a query block that is cut off is never full
+    some |= torch.eye(len(first), dtype=torch.bool, device=tree.device)
+    return some, every
+
+
+def _by_row(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, 1, B] number of blocks in each row, and [1, 1, B, B] their indices first."""
+    indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
 
 
 def register() -> None:

@@ -159,7 +159,21 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
     Raises:
         ModelError: the directory holds no model that we can train, with the reason.
     """
-    causal_lm = load_base(model, device)
+    return make_policy(load_base(model, device), model, lora, seed)
+
+
+def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSettings | None, seed: int) -> Policy:
+    """Put an adapter on a base model in memory, or let all of its parameters learn.
+
+    Args:
+        causal_lm: frozen, with packed attention, as `load_base` gives it.
+        model: its path, and whether activations are recomputed.
+        lora: the adapter; None trains every parameter.
+        seed: of the adapter's initial values.
+
+    Raises:
+        ModelError: the model or the adapter cannot be trained, with the reason.
+    """
     if model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is None:
@@ -168,7 +182,7 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
         for parameter in causal_lm.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return Policy(causal_lm, None, model.path)
-    devices = [device] if device.type == "cuda" else []
+    devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         adapted = _adapt(causal_lm, lora)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import HIDDEN, VOCAB_SIZE, tiny_model
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from trainer import attention
 from trainer.attention import EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, packed_attention
@@ -26,11 +27,13 @@ FORMS = {
 }
 
 
-def make_pack(lengths, *, heads: int = HEADS, kv_heads: int = KV_HEADS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def make_pack(
+    lengths, *, heads: int = HEADS, kv_heads: int = KV_HEADS, width: int = WIDTH, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [1, H, T, D], keys and values [1, H_kv, T, D]."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
-    shapes = [(1, heads, total, WIDTH), (1, kv_heads, total, WIDTH), (1, kv_heads, total, WIDTH)]
+    shapes = [(1, heads, total, width), (1, kv_heads, total, width), (1, kv_heads, total, width)]
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     return query, key, value
 
@@ -150,6 +153,52 @@ def test_the_gpu_path_computes_what_the_cpu_path_does(form):
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this torch has no FlexAttention on CPU: {error}")
     torch.testing.assert_close(flex, attend(query, key, value, SHORT, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 255, 256, 300])
+@pytest.mark.parametrize(
+    "lengths", [(128,), (700,), (256, 256), (640, 3), (90, 300, 1, 250, 127, 2), (5,) * 90, (129, 383)], ids=str
+)
+def test_blocks_of_the_mask_are_those_of_the_whole_mask(lengths, window):
+    """What torch finds by looking at every cell, found from the ends of each block."""
+    layout = PackedLayout.of_lengths(lengths, CPU)
+    ours = attention._block_mask(layout, window)
+    total = sum(lengths)
+    whole = create_block_mask(ours.mask_mod, None, None, total, total, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        mine, theirs = getattr(ours, name), getattr(whole, name)
+        assert mine.dtype == theirs.dtype, name
+        assert torch.equal(mine, theirs), name
+    assert torch.equal(ours.full_q_num_blocks, whole.full_q_num_blocks)
+    assert torch.equal(ours.full_q_indices, whole.full_q_indices)
+    assert ours.seq_lengths == whole.seq_lengths
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
+    """What the compiler hands to its back end: scale and soft cap are constants, lengths and window are not."""
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    kernel = attention._flex_kernel("cuda", keep)
+    monkeypatch.setattr(attention, "_flex_kernel", lambda _device: kernel)
+    lengths = [(200, 70), (300, 5, 129), (150, 151, 99), (131,)]
+    for number, form in enumerate(({}, {"sliding_window": 50}, {"sliding_window": 50, "softcap": 1.5})):
+        settings = attention._Form(0.3, form.get("sliding_window"), form.get("softcap"), None)
+        for own in lengths:
+            pack = make_pack(own)
+            with torch.no_grad():
+                ours = attention._flex(*pack, PackedLayout.of_lengths(own, CPU), settings)
+            torch.testing.assert_close(ours, attend(*pack, own, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
+        assert len(graphs) == number + 1, f"{form} was compiled again for another length"
+        (call,) = (node for node in graphs[-1].graph.nodes if str(node.target) == "flex_attention")
+        assert 0.3 in call.args, "the scale is an input that the kernel would have to read"
+        code = "".join(module.code for module in graphs[-1].modules() if isinstance(module, torch.fx.GraphModule))
+        assert ".item()" not in code
 
 
 def test_sinks_on_gpu_are_refused():

@@ -78,6 +78,30 @@ def test_the_gpu_path_sees_the_same_trees(window):
     torch.testing.assert_close(flex, attention._bucketed(query, key, value, layout, form), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 1, 128, 200])
+@pytest.mark.parametrize(
+    "trees",
+    [((200, (150, 90, 60)), (300, ()), (130, (128, 128))), ((128, (128,) * 3),), ((3, (5,) * 60), (256, (1, 1)))],
+)
+def test_blocks_of_the_gpu_mask_leave_no_cell_out(trees, window):
+    """Blocks that are passed over hold nothing that is seen, and blocks taken whole hold nothing that is not."""
+    mask = attention._block_mask(PackedLayout.of_trees(trees, CPU), window)
+    total = sum(prefix + sum(branches) for prefix, branches in trees)
+    place = torch.arange(total)
+    seen = mask.mask_mod(None, None, place[:, None], place[None, :])
+    size = attention.MASK_BLOCK
+    num = -(-total // size)
+    padded = torch.zeros(num * size, num * size, dtype=torch.bool)
+    padded[:total, :total] = seen
+    blocks = padded.view(num, size, num, size).transpose(1, 2).flatten(2)
+    for row in range(num):
+        some = set(mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].tolist())
+        whole = set(mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist())
+        assert {column for column in range(num) if blocks[row, column].any()} <= some | whole
+        assert all(blocks[row, column].all() for column in whole)
+        assert not some & whole
+
+
 def test_trees_keep_the_budget_and_lose_nothing():
     generator = torch.Generator().manual_seed(1)
     sequences = sequences_of(40, (30, 10, 25, 5, 60), generator)
