@@ -149,7 +149,17 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
     Raises:
         ModelError: the directory holds no model that we can train, with the reason.
     """
-    causal_lm = load_base(model, device)
+    return policy_of(load_base(model, device), model, lora, seed, device)
+
+
+def policy_of(
+    causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSettings | None, seed: int, device: torch.device
+) -> Policy:
+    """Make a policy of a loaded base model: with an adapter, or with every parameter trained.
+
+    Raises:
+        ModelError: it cannot be trained in this way, with the reason.
+    """
     if model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is None:

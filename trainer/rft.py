@@ -14,6 +14,7 @@ from trainer.evaluate import RewardEvaluation
 from trainer.learner import Learner
 from trainer.packing_check import verify_packing
 from trainer.policy import Reference, load_policy, warm_start
+from trainer.probe import probe_memory, probe_sampling
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.sampling.rollouts import Prompt, Rollouts, sampling_params, summarize
@@ -43,6 +44,7 @@ def train(session: Session) -> None:
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
     reference = Reference(policy, algorithm.reference, is_fresh=is_fresh)
     state = session.resume(learner)
+    probe_memory(policy, learner, plan, world, reference)
     with ExitStack() as stack:
         limits = recipe.reward_limits
         rewards = stack.enter_context(
@@ -56,6 +58,7 @@ def train(session: Session) -> None:
         )
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
+        probe_sampling(sampler, params, plan, policy, world)
         rollouts = Rollouts(recipe, prompts, sampler, rewards, session.run, world, session.stop, params)
         answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, session.stop.moved)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint import Checkpoints, TrainState
-from trainer.config.plan import Plan
+from trainer.config.plan import Plan, plan_memory
 from trainer.copier import Copier
 from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
@@ -55,6 +55,7 @@ class Session:
         self.excluded: frozenset[str] = frozenset()
         """File and line of the rows that are left out."""
         self._phase = "starting"
+        self._predicted = plan_memory(plan)
         self._to_log: Values = {}
         self.watch = Watch(
             run,
@@ -287,7 +288,8 @@ class Session:
     def performance(self, *, tokens: float, step_s: float) -> Values:
         """The perf/ values of a step that every method has."""
         peak = max(self.world.max_of([peak_gib(self.world.device)]))
-        return {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
+        values = {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
+        return values | ({"perf/predicted_gib": self._predicted.total_gib} if self._predicted is not None else {})
 
 
 def about_attempt(plan: Plan, world: World) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from trainer.data.order import rows_of_step
 from trainer.learner import Learner
 from trainer.packing_check import verify_packing
 from trainer.policy import Policy, Scores, load_policy, warm_start
+from trainer.probe import probe_memory
 from trainer.schedule import learning_rate
 from trainer.session import Session, Values
 
@@ -39,6 +40,7 @@ def train(session: Session) -> None:
     warm_start(recipe.lora, policy, learner.masters)
     learner.refresh()
     state = session.resume(learner)
+    probe_memory(policy, learner, plan, world)
     excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
 
     def evaluate() -> Values:

@@ -220,6 +220,11 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _off_or_on(value: object) -> object:
+    """And a bare `on` as true."""
+    return "on" if value is True else _off(value)
+
+
 class LoggingSettings(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -252,6 +257,8 @@ class RecoverySettings(Section):
     """A rank that has not moved for so long is a hang: the stacks of all ranks are logged, then a restart."""
     max_bad_steps: PositiveInt = 3
     """Updates skipped for a loss or gradient that is not finite, before their rows are left out; then the run stops."""
+    probe_memory: Annotated[Literal["auto", "on", "off"], BeforeValidator(_off_or_on)] = "auto"
+    """Run the longest micro-batch and chunk once before step 1; `auto` does so on GPUs, where it takes seconds."""
 
 
 class Recipe(Section):
