@@ -209,10 +209,10 @@ def config_of(plan: Plan) -> PretrainedConfig:
     found = find_model_config(model.path, config_dirs("models"))
     if found is None:
         raise ModelError(f"{model.path}: no config.json is known here, so its memory cannot be measured")
-    if Path(model.path).is_dir():
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     fields = {str(name): value for name, value in found.items() if name != "model_type"}
     try:
+        if Path(model.path).is_dir():
+            return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         return AutoConfig.for_model(str(found.get("model_type")), **fields)
     except ValueError as error:
         raise ModelError(f"{model.path}: {str(error).splitlines()[0]}") from None
@@ -221,18 +221,18 @@ def config_of(plan: Plan) -> PretrainedConfig:
 def describe(plan: Plan, measured: Measured, estimate: MemoryEstimate) -> dict[str, Any]:
     """Measured beside estimated, in GiB; what only the machine itself could show is estimated in both."""
     sampling = estimate.phases.get("sampling", 0.0)
-    rest = estimate.total_gib - estimate.weights_gib - estimate.state_gib - max(estimate.phases.values())
     parts: dict[str, tuple[float, float | None]] = {
         "weights, adapter": (estimate.weights_gib, measured.weights_gib),
         "masters, gradients, optimizer, reference": (estimate.state_gib, measured.state_gib),
         "a step on top of them": (estimate.phases["learning"], measured.step_gib),
         **({"sampling, at another time": (sampling, None)} if sampling else {}),
-        "copies, fragmentation, process": (rest, None),
+        "copies, fragmentation, process": (estimate.other_gib, None),
     }
+    running = measured.weights_gib + measured.state_gib + max(measured.step_gib, sampling) + estimate.other_gib
     return {
         "parts_gib": {name: {"estimated": first, "measured": second} for name, (first, second) in parts.items()},
         "estimated_gib": estimate.total_gib,
-        "measured_gib": measured.weights_gib + measured.state_gib + max(measured.step_gib, sampling) + rest,
+        "measured_gib": max(running, estimate.total_gib if "weights as stored" in estimate.parts else 0.0),
         "available_gib": estimate.available_gib,
         "pack_tokens": sum(longest_pack(plan.recipe, plan.shape)),
         "seconds": measured.seconds,

@@ -1,6 +1,6 @@
 """Peak memory of a training on one device, from the model's config alone. No torch.
 
-What lives all the time, and on top of it the larger of two phases: learning and sampling. Constants are counted from
+What lives all the time, and on top of it the larger of learning and sampling; or loading. Constants are counted from
 what the code keeps, not fitted; docs/memory.md has the formulas, what is not counted, and measurements.
 """
 
@@ -34,14 +34,16 @@ class MemoryEstimate:
     """GiB of one device by what holds them."""
 
     parts: Mapping[str, float]
-    """At the peak: what lives always, and the largest phase."""
+    """At the peak: what lives always and the larger of learning and sampling, or loading where that is more."""
     available_gib: float
     phases: Mapping[str, float]
-    """What each phase needs on top of what lives always."""
+    """What learning and sampling need on top of what lives always, and what loading needs before."""
     weights_gib: float
     """Of the model and adapter."""
     state_gib: float
     """Of masters, gradients, optimizer and reference."""
+    other_gib: float
+    """Of copies, kernels, fragmentation and the process."""
     host_gib: float
     """Copies in the host's memory beside the device's."""
 
@@ -68,21 +70,30 @@ def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> 
     phases = {"learning": _learning(recipe, shape, facts)}
     if recipe.rollout is not None and recipe.rollout.sampler == "local":
         phases["sampling"] = _sampling(recipe, recipe.rollout, shape, facts)
-    sizes = {name: sum(parts.values()) for name, parts in phases.items()}
+    sizes = {name: sum(parts.values()) / GIB for name, parts in phases.items()}
     largest = max(sizes, key=lambda name: sizes[name])
+    process = {"process": PROCESS_GIB[shape.device]}
     parts = {name: size / GIB for name, size in (always | phases[largest]).items()}
     parts["fragmentation"] = FRAGMENTATION_FRAC * sum(parts.values())
-    if is_cpu and compute_bytes_of(recipe) == 2:
-        parts["kernels"] = KERNELS_GIB
-    parts["process"] = PROCESS_GIB[shape.device]
+    parts |= {"kernels": KERNELS_GIB} if is_cpu and compute_bytes_of(recipe) == 2 else {}
+    parts |= process
+    loading = _loading(recipe, facts) | process if is_cpu else process
     return MemoryEstimate(
-        parts=parts,
+        parts=max(parts, loading, key=lambda each: sum(each.values())),
         available_gib=shape.gpu_memory_gib,
-        phases={name: size / GIB for name, size in sizes.items()},
+        phases=sizes | {"loading": sum(loading.values()) - PROCESS_GIB[shape.device]},
         weights_gib=sum(weights.values()) / GIB,
         state_gib=sum(state.values()) / GIB,
+        other_gib=sum(parts.values()) - sum((weights | state).values()) / GIB - sizes[largest],
         host_gib=0.0 if is_cpu else copies / GIB,
     )
+
+
+def _loading(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
+    """Before all else: the files' pages and the cast weights; without a cast the pages are the weights."""
+    c = compute_bytes_of(recipe)
+    stored = facts.params * facts.stored_bytes if facts.stored_bytes != c else 0
+    return {"base weights": facts.params * c / GIB, "weights as stored": stored / GIB}
 
 
 def compute_bytes_of(recipe: Recipe) -> int:
