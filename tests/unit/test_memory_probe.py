@@ -37,6 +37,7 @@ def plan_of(recipe: str, *overrides: str, model_type: str = "llama", **sizes: An
     return make_plan(load_recipe(Path("recipe.yaml"), [*overrides, "rows_per_step=64", "data.max_seq_tokens=512"]))
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")  # PEFT's own, of experts that it does adapt
 @pytest.mark.parametrize(
     ("recipe", "overrides", "sizes"),
     [
