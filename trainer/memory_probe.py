@@ -121,9 +121,12 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
 
     Raises:
         ShapeError: the shape splits the model over ranks, which is not measured here.
+        ModelError: the model is quantized, which is not measured either.
     """
     if plan.shape.sharding == "full":
         raise ShapeError(f"{plan.shape.name}: a sharded model is only estimated, not measured; leave --memory out")
+    if plan.recipe.model.quantization is not None:
+        raise ModelError("model.quantization: a model in 4 bits is only estimated, not measured; leave --memory out")
     begin, recipe = time.perf_counter(), plan.recipe
     lengths = longest_pack(recipe, plan.shape)
     if plan.shape.device == "cuda":  # its kernel keeps no scores at any length; the CPU's does so only above this one

@@ -34,6 +34,8 @@ class Pass:
     rank: int | None
     """Of the adapters; None where every parameter is trained."""
     is_cpu: bool
+    is_quantized: bool = False
+    """The base's weights are in 4 bits, and each is made whole for its products."""
 
     @property
     def tokens(self) -> int:
@@ -134,7 +136,8 @@ class Pass:
         """Of the MLP's product, gate and up, less the product itself; the residual stream's; one weight's."""
         facts, c = self.facts, self.compute_bytes
         width = facts.intermediate * facts.active_experts + facts.shared_intermediate
-        weight = facts.intermediate * facts.hidden * c if self.rank is None else 2 * self._adapted_experts() / 3
+        is_one_weight = self.rank is None or self.is_quantized
+        weight = facts.intermediate * facts.hidden * c if is_one_weight else 2 * self._adapted_experts() / 3
         return self.tokens * (facts.hidden + 2 * width) * c + weight + self._waiting_gradient()
 
     def _waiting_gradient(self) -> float:

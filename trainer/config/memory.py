@@ -22,6 +22,8 @@ PROCESS_GIB: Final = {"cpu": 0.5, "cuda": 1.2}
 FRAGMENTATION_FRAC: Final = 0.1
 KERNELS_GIB: Final = 0.094
 """Of a CPU in bfloat16: oneDNN keeps a kernel of 0.75 MiB (measured) for each shape, 128 at most in a worker."""
+NF4_BYTES: Final = 0.5 + 4 / 64
+"""Of a weight in 4 bits, with a float32 scale for each 64."""
 FUSED_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Models that the sampler decodes by joined products on a CPU; the same as in `trainer.sampling.fused`."""
 FIRST_ROOM: Final = 64
@@ -92,8 +94,9 @@ def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> 
 def _loading(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
     """Before all else: the files' pages and the cast weights; without a cast the pages are the weights."""
     c = compute_bytes_of(recipe)
-    stored = facts.params * facts.stored_bytes if facts.stored_bytes != c else 0
-    return {"base weights": facts.params * c / GIB, "weights as stored": stored / GIB}
+    is_cast = facts.stored_bytes != c or recipe.model.quantization is not None
+    stored = facts.params * facts.stored_bytes if is_cast else 0
+    return {"base weights": base_bytes(recipe, facts) / GIB, "weights as stored": stored / GIB}
 
 
 def compute_bytes_of(recipe: Recipe) -> int:
@@ -112,13 +115,21 @@ def _num_trained(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> flo
 
 def _weights(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
     c, shards = compute_bytes_of(recipe), _shards(shape)
-    parts = {"base weights": facts.params * c / shards}
+    parts = {"base weights": base_bytes(recipe, facts) / shards}
     if recipe.lora is not None:
         parts["adapter"] = facts.lora_params(recipe.lora) * c
     if shards > 1:
         parts["gathered block"] = 2 * facts.block_params / facts.layers * c
         parts["gathered embedding and head"] = facts.embedding_params * c
     return parts
+
+
+def base_bytes(recipe: Recipe, facts: ModelFacts) -> float:
+    """Of the base model as it is kept."""
+    c = compute_bytes_of(recipe)
+    if recipe.model.quantization is None:
+        return float(facts.params * c)
+    return facts.quantizable_params * NF4_BYTES + (facts.params - facts.quantizable_params) * c
 
 
 def _trained_state(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
@@ -145,7 +156,7 @@ def _sampler_copies(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
     """The local sampler's own linear layers on a CPU: in bfloat16 all of them, repacked; in float32 the joined ones."""
     if recipe.rollout is None or recipe.rollout.sampler != "local":
         return {}
-    linears = facts.adapted_linears()
+    linears = facts.adapted_linears() if recipe.model.quantization is None else []
     if compute_bytes_of(recipe) == 4:
         joined = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if facts.model_type in FUSED_FAMILIES else set()
         return {"sampler's weights": 4.0 * facts.layers * sum(i * o for name, i, o in linears if name in joined)}
@@ -163,6 +174,7 @@ def learning_pass(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> Pa
         compute_bytes=compute_bytes_of(recipe),
         rank=recipe.lora.rank if recipe.lora is not None else None,
         is_cpu=shape.device == "cpu",
+        is_quantized=recipe.model.quantization is not None,
     )
 
 

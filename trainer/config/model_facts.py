@@ -121,6 +121,11 @@ class ModelFacts:
         return self.vocab * self.hidden * (1 if self.is_tied else 2)
 
     @property
+    def quantizable_params(self) -> int:
+        """Parameters of linear layers, which 4-bit loading replaces; experts are tensors of their own, and stay."""
+        return self.layers * sum(i * o for _, i, o in self.adapted_linears())
+
+    @property
     def active_block_params(self) -> int:
         """Parameters that one token passes through, without embedding and head."""
         return self.layers * sum(i * o for _, i, o in self.linears(self.active_experts))

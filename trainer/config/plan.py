@@ -243,6 +243,8 @@ def make_identity(recipe: Recipe) -> dict[str, Any]:
     fields["data"]["digest"] = source_digest(recipe.data.train)
     fields["model"] = recipe.model.model_dump(include={"revision", "trust_remote_code", "compute_dtype"})
     fields["model"]["digest"] = model_digest(recipe.model.path)
+    if recipe.model.quantization is not None:
+        fields["model"]["quantization"] = recipe.model.quantization
     if recipe.model.chat_template is not None:
         fields["model"]["chat_template"] = _file_digest(Path(recipe.model.chat_template))
     if recipe.lora is not None and recipe.lora.warm_start is not None:

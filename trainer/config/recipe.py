@@ -32,6 +32,8 @@ class ModelSettings(Section):
     """Of weights and activations in forward and backward; trained parameters and optimizer are float32 always."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` keeps the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314; extra `qlora`); needs `lora`."""
 
 
 class LoraSettings(Section):
