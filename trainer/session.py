@@ -300,6 +300,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
 
     import trainer
 
+    predicted = plan_memory(plan)
     versions = {module.__name__: module.__version__ for module in (trainer, torch, transformers, peft, accelerate)}
     return {
         "time": math.floor(time.time()),
@@ -315,6 +316,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "steps": plan.steps,
+        "predicted_gib": predicted.total_gib if predicted is not None else None,
         "argv": sys.argv[1:],
     }
 

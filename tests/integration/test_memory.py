@@ -116,3 +116,5 @@ def test_peak_is_within_15_percent_of_the_prediction(tmp_path, size, method, cha
     assert found["peak"] - found["base"] > 0.1, "the model must be what is measured"
     record = json.loads((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()[-1])
     assert record["perf/predicted_gib"] == pytest.approx(estimate.total_gib)
+    attempt = json.loads((tmp_path / "runs/run/attempts.jsonl").read_text())
+    assert attempt["predicted_gib"] == pytest.approx(estimate.total_gib)
