@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the plan as one JSON document")
     check.add_argument("--data", action="store_true", help="show the first rows as tokens, coloured by what is trained")
     check.add_argument("--rewards", action="store_true", help="try the rewards on gold answers and on garbage")
+    check.add_argument("--memory", action="store_true", help="measure a step of the model without its weights")
     check.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
     check.set_defaults(run=_check)
 

@@ -22,6 +22,7 @@ from trainer.data.batch import Batch
 from trainer.errors import ModelError
 from trainer.head import HeadForm, tiled_logprobs
 from trainer.lora import use_fused_linear
+from trainer.quantization import keep_differentiable, quantized_loading
 from trainer.sharding import exchange, local_of, register_output, shard_module
 
 
@@ -205,6 +206,7 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
             dtype=getattr(torch, model.compute_dtype),
             attn_implementation=attention.PACKED_ATTENTION,
             output_loading_info=True,
+            **(quantized_loading(model, device) if model.quantization is not None else {}),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -219,7 +221,10 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
     causal_lm.requires_grad_(False)
-    causal_lm.to(device)
+    if model.quantization is None:
+        causal_lm.to(device)
+    else:  # it was quantized on the device
+        keep_differentiable(causal_lm)
     return causal_lm.eval()
 
 
@@ -233,11 +238,17 @@ def _adapt(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    use_fused_linear(config)
+    is_quantized = getattr(causal_lm, "is_quantized", False)
+    if not is_quantized:  # PEFT has a layer of its own for weights in 4 bits
+        use_fused_linear(config)
     try:
         adapted = peft.get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(f"lora.target_modules: {error}") from None
+    if is_quantized:  # PEFT follows the dtype of the base's weights, which are bytes
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(causal_lm.dtype)
     head = causal_lm.get_output_embeddings()
     if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
         raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")

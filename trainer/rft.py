@@ -12,6 +12,7 @@ from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.evaluate import RewardEvaluation
 from trainer.policy import Reference
+from trainer.probe import probe_memory, probe_sampling
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.sampling.rollouts import Prompt, Rollouts, sampling_params, summarize
@@ -38,6 +39,7 @@ def train(session: Session) -> None:
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
     reference = Reference(policy, algorithm.reference, is_fresh=is_fresh)
     state = session.resume(learner)
+    probe_memory(policy, learner, plan, world, reference)
     with ExitStack() as stack:
         limits = recipe.reward_limits
         rewards = stack.enter_context(
@@ -51,6 +53,7 @@ def train(session: Session) -> None:
         )
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
+        probe_sampling(sampler, params, plan, policy, world)
         rollouts = Rollouts(recipe, prompts, sampler, rewards, session.run, world, session.stop, params)
         answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, session.stop.moved)
 

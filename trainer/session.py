@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint import Checkpoints, TrainState
-from trainer.config.plan import Plan
+from trainer.config.plan import Plan, plan_memory
 from trainer.copier import Copier
 from trainer.data.chat import load_tokenizer
 from trainer.distributed import World
@@ -57,6 +57,7 @@ class Session:
         self.excluded: frozenset[str] = frozenset()
         """File and line of the rows that are left out."""
         self._phase = "starting"
+        self._predicted = plan_memory(plan)
         self._to_log: Values = {}
         self.watch = Watch(
             run,
@@ -308,7 +309,8 @@ class Session:
     def performance(self, *, tokens: float, step_s: float) -> Values:
         """The perf/ values of a step that every method has."""
         peak = max(self.world.max_of([peak_gib(self.world.device)]))
-        return {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
+        values = {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
+        return values | ({"perf/predicted_gib": self._predicted.total_gib} if self._predicted is not None else {})
 
 
 def _never() -> bool:
@@ -323,6 +325,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
 
     import trainer
 
+    predicted = plan_memory(plan)
     versions = {module.__name__: module.__version__ for module in (trainer, torch, transformers, peft, accelerate)}
     return {
         "time": math.floor(time.time()),
@@ -338,6 +341,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "steps": plan.steps,
+        "predicted_gib": predicted.total_gib if predicted is not None else None,
         "argv": sys.argv[1:],
     }
 

@@ -15,6 +15,7 @@ from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.data.order import rows_of_step
 from trainer.policy import Policy, Scores
+from trainer.probe import probe_memory
 from trainer.schedule import learning_rate
 from trainer.session import Session, Values
 
@@ -33,6 +34,7 @@ def train(session: Session) -> None:
     held_out = _encoded(session, encoder, recipe.data.eval, "held-out") if recipe.data.eval else None
     learner = session.open_learner()
     state = session.resume(learner)
+    probe_memory(learner.policy, learner, plan, world)
     excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
 
     def evaluate() -> Values:

@@ -10,7 +10,7 @@ from small_recipe import RFT, SFT, write_small
 
 from trainer.config.document import dotted, leaves
 from trainer.config.load import all_shapes, find_shape, load_recipe
-from trainer.config.memory import ModelFacts
+from trainer.config.model_facts import ModelFacts
 from trainer.config.plan import Plan, accumulation, make_plan, misfit, model_facts, plan_memory, step_tokens
 from trainer.config.recipe import LoraSettings
 from trainer.errors import RecipeError, ShapeError, UserError
@@ -248,13 +248,15 @@ def test_a_shape_that_cannot_hold_the_model_is_refused_with_its_line():
         make_plan(load_recipe(recipe))
     assert str(caught.value) == (
         "recipe.yaml:18: shape: cpu does not fit: holds models up to 2 B parameters for LoRA (estimated)\n"
-        "Try `shape: auto`, or `trainer shapes`."
+        "What would fit, as predicted:\n"
+        "  `--shape h100x1`: 20.0 of 79 GiB\n"
+        "See also `trainer shapes RECIPE`."
     )
     # without gradient checkpointing the micro-batch of 16,384 tokens is too much: the estimate, not the limit
-    with pytest.raises(
-        ShapeError, match=r"--shape: h100x1 does not fit: needs about \d+\.\d GiB per device and has 79"
-    ):
-        make_plan(load_recipe(recipe), "h100x1")
+    with pytest.raises(ShapeError, match=r"does not fit: needs about \d+\.\d GiB per device and has 79") as caught:
+        make_plan(load_recipe(recipe, ["rows_per_step=128"]), "h100x1")
+    assert "\n  `model.gradient_checkpointing: true`: " in str(caught.value)
+    assert "\n  `micro_batch_tokens: 8192` in a copy of the shape h100x1 (configs/shapes/): " in str(caught.value)
 
 
 def test_where_nothing_fits_each_shape_says_why():
@@ -312,10 +314,14 @@ def test_memory_parts_are_those_of_the_method():
     assert rft is not None
     assert full is not None
     assert sft.parts.keys() == {
-        "base weights", "adapter, gradients, optimizer", "activations", "head tile", "fragmentation", "process",
+        "base weights", "adapter", "masters", "gradients", "optimizer", "copies for checkpoints", "activations",
+        "head", "fragmentation", "kernels", "process",
     }  # fmt: skip
-    assert rft.parts.keys() - sft.parts.keys() == {"KV cache of a chunk", "sampler's merged copy"}
-    assert full.parts.keys() - sft.parts.keys() == {"masters, gradients, optimizer"}
+    assert rft.parts.keys() - sft.parts.keys() == {"sampler's weights", "backward of the last norm"}
+    assert rft.phases.keys() == {"learning", "sampling", "loading"}
+    assert "adapter" not in full.parts
+    # float32 masters, gradients and two moments
+    assert full.state_gib == 28_832 * 16 / 2**30
     assert sft.parts["base weights"] == 28_832 * 2 / 2**30
     assert sft.total_gib == pytest.approx(sum(sft.parts.values()))
     assert sft.fits

@@ -1,145 +1,33 @@
-"""Parameters, bytes and FLOPs of a training, from the model's config alone.
+"""Peak memory of a training on one device, from the model's config alone. No torch.
 
-A first estimate: constants are counted from tensor shapes of a Llama-like layer, not fitted. No torch.
+What lives all the time, and on top of it the larger of learning and sampling; or loading. Constants are counted from
+what the code keeps, not fitted; docs/memory.md has the formulas, what is not counted, and measurements.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
-import yaml
-
-from trainer.config.recipe import LoraSettings, Recipe
+from trainer.config.activations import Pass
+from trainer.config.model_facts import ModelFacts
+from trainer.config.pack import longest_pack
+from trainer.config.recipe import Recipe, RolloutSettings
 from trainer.config.shape import TrainingShape
-from trainer.errors import ModelError
 
 GIB: Final = 2**30
-HEAD_TILE_ROWS: Final = 256
-"""Trained positions that the LM head handles at a time; the policy uses the same number."""
-PROCESS_GIB: Final = {"cpu": 0.8, "cuda": 1.2}
-"""Libraries and allocator of a process; context and workspaces of a GPU."""
+PROCESS_GIB: Final = {"cpu": 0.5, "cuda": 1.2}
+"""Libraries of a process; context and workspaces of a GPU."""
 FRAGMENTATION_FRAC: Final = 0.1
-
-
-@final
-@dataclass(frozen=True)
-class ModelFacts:
-    """The sizes that memory and FLOPs depend on."""
-
-    hidden: int
-    layers: int
-    query_width: int
-    """Attention heads times head size."""
-    key_width: int
-    """Key-value heads times head size."""
-    intermediate: int
-    vocab: int
-    is_tied: bool
-    num_experts: int = 1
-    active_experts: int = 1
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
-        """Read a config.json; None where it does not describe a decoder that we can count."""
-        config = config.get("text_config", config)
-        try:
-            heads = int(config["num_attention_heads"])
-            head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-            num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 1)
-            width = config.get("moe_intermediate_size") if num_experts > 1 else None
-            return cls(
-                hidden=int(config["hidden_size"]),
-                layers=int(config["num_hidden_layers"]),
-                query_width=heads * head_dim,
-                key_width=int(config.get("num_key_value_heads") or heads) * head_dim,
-                intermediate=int(width or config["intermediate_size"]),
-                vocab=int(config["vocab_size"]),
-                is_tied=bool(config.get("tie_word_embeddings", False)),
-                num_experts=num_experts,
-                active_experts=int(config.get("num_experts_per_tok") or 1),
-            )
-        except (KeyError, TypeError, ValueError):
-            return None
-
-    def linears(self, experts: int) -> list[tuple[str, int, int]]:
-        """(name, in, out) of every linear layer of a block, as Llama-like models call them."""
-        attention = [
-            ("q_proj", self.hidden, self.query_width),
-            ("k_proj", self.hidden, self.key_width),
-            ("v_proj", self.hidden, self.key_width),
-            ("o_proj", self.query_width, self.hidden),
-        ]
-        mlp = [
-            ("gate_proj", self.hidden, self.intermediate),
-            ("up_proj", self.hidden, self.intermediate),
-            ("down_proj", self.intermediate, self.hidden),
-        ]
-        return attention + mlp * experts
-
-    @property
-    def block_params(self) -> int:
-        """Parameters of all blocks, norms included."""
-        linear = sum(i * o for _, i, o in self.linears(self.num_experts))
-        return self.layers * (linear + 2 * self.hidden)
-
-    @property
-    def params(self) -> int:
-        """All parameters."""
-        return self.block_params + self.embedding_params + self.hidden
-
-    @property
-    def embedding_params(self) -> int:
-        """Parameters of embedding and head."""
-        return self.vocab * self.hidden * (1 if self.is_tied else 2)
-
-    @property
-    def active_block_params(self) -> int:
-        """Parameters that one token passes through, without embedding and head."""
-        return self.layers * sum(i * o for _, i, o in self.linears(self.active_experts))
-
-    def lora_params(self, lora: LoraSettings) -> int:
-        """Parameters of the adapters; a list with names that we do not know counts as `all-linear`, an upper bound."""
-        linears = self.linears(self.num_experts)
-        if isinstance(lora.target_modules, list):
-            named = {module.rpartition(".")[2] for module in lora.target_modules}
-            if named <= {name for name, _, _ in linears}:
-                linears = [linear for linear in linears if linear[0] in named]
-        return self.layers * lora.rank * sum(i + o for _, i, o in linears)
-
-
-def find_model_facts(path: str, model_card_dirs: list[Path]) -> ModelFacts | None:
-    """Facts from a directory's config.json, from the hub's local cache, or from our cards of well-known hub names."""
-    for config in (Path(path) / "config.json", *_cached_configs(path)):
-        if config.is_file():
-            return ModelFacts.from_config(_read_config(config))
-    for place in model_card_dirs:
-        for card in sorted(place.glob("*.yaml")):
-            known = yaml.safe_load(card.read_text(encoding="utf-8"))
-            if path in known:
-                return ModelFacts.from_config(known[path])
-    return None
-
-
-def _cached_configs(hub_name: str) -> list[Path]:
-    """config.json of every revision of a hub name that huggingface_hub has downloaded; without importing it."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    return sorted(cache.glob(f"models--{hub_name.replace('/', '--')}/snapshots/*/config.json"))
-
-
-def _read_config(file: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ModelError(f"{file}: not JSON ({error}). Copy the model again.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: not a model's config. Copy the model again.")
-    return config
+KERNELS_GIB: Final = 0.094
+"""Of a CPU in bfloat16: oneDNN keeps a kernel of 0.75 MiB (measured) for each shape, 128 at most in a worker."""
+NF4_BYTES: Final = 0.5 + 4 / 64
+"""Of a weight in 4 bits, with a float32 scale for each 64."""
+FUSED_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Models that the sampler decodes by joined products on a CPU; the same as in `trainer.sampling.fused`."""
+FIRST_ROOM: Final = 64
+"""Tokens that a row of the KV cache has room for at first, then doubled; the same as in `trainer.kv_cache`."""
 
 
 @final
@@ -148,7 +36,18 @@ class MemoryEstimate:
     """GiB of one device by what holds them."""
 
     parts: Mapping[str, float]
+    """At the peak: what lives always and the larger of learning and sampling, or loading where that is more."""
     available_gib: float
+    phases: Mapping[str, float]
+    """What learning and sampling need on top of what lives always, and what loading needs before."""
+    weights_gib: float
+    """Of the model and adapter."""
+    state_gib: float
+    """Of masters, gradients, optimizer and reference."""
+    other_gib: float
+    """Of copies, kernels, fragmentation and the process."""
+    host_gib: float
+    """Copies in the host's memory beside the device's."""
 
     @property
     def total_gib(self) -> float:
@@ -163,53 +62,145 @@ class MemoryEstimate:
 
 def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> MemoryEstimate:
     """Peak memory of one device while training."""
-    compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
-    shards = shape.num_ranks if shape.sharding == "full" else 1
-    masters = 0 if compute_bytes == 4 else 4
-    parts = {"base weights": facts.params * compute_bytes / shards}
+    weights, state = _weights(recipe, shape, facts), _trained_state(recipe, shape, facts)
+    always = weights | state
+    copies = _checkpoint_copies(recipe, shape, facts)
+    is_cpu = shape.device == "cpu"
+    if is_cpu:
+        always |= {"copies for checkpoints": copies} if copies else {}
+        always |= _sampler_copies(recipe, facts)
+    phases = {"learning": _learning(recipe, shape, facts)}
+    if recipe.rollout is not None and recipe.rollout.sampler == "local":
+        phases["sampling"] = _sampling(recipe, recipe.rollout, shape, facts)
+    sizes = {name: sum(parts.values()) / GIB for name, parts in phases.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    process = {"process": PROCESS_GIB[shape.device]}
+    parts = {name: size / GIB for name, size in (always | phases[largest]).items()}
+    parts["fragmentation"] = FRAGMENTATION_FRAC * sum(parts.values())
+    parts |= {"kernels": KERNELS_GIB} if is_cpu and compute_bytes_of(recipe) == 2 else {}
+    parts |= process
+    loading = _loading(recipe, facts) | process if is_cpu else process
+    return MemoryEstimate(
+        parts=max(parts, loading, key=lambda each: sum(each.values())),
+        available_gib=shape.gpu_memory_gib,
+        phases=sizes | {"loading": sum(loading.values()) - PROCESS_GIB[shape.device]},
+        weights_gib=sum(weights.values()) / GIB,
+        state_gib=sum(state.values()) / GIB,
+        other_gib=sum(parts.values()) - sum((weights | state).values()) / GIB - sizes[largest],
+        host_gib=0.0 if is_cpu else copies / GIB,
+    )
+
+
+def _loading(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
+    """Before all else: the files' pages and the cast weights; without a cast the pages are the weights."""
+    c = compute_bytes_of(recipe)
+    is_cast = facts.stored_bytes != c or recipe.model.quantization is not None
+    stored = facts.params * facts.stored_bytes if is_cast else 0
+    return {"base weights": base_bytes(recipe, facts) / GIB, "weights as stored": stored / GIB}
+
+
+def compute_bytes_of(recipe: Recipe) -> int:
+    """Of a weight or activation."""
+    return 2 if recipe.model.compute_dtype == "bfloat16" else 4
+
+
+def _shards(shape: TrainingShape) -> int:
+    return shape.num_ranks if shape.sharding == "full" else 1
+
+
+def _num_trained(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> float:
+    """Trained parameters that this device holds; adapters are whole on every rank."""
+    return facts.lora_params(recipe.lora) if recipe.lora is not None else facts.params / _shards(shape)
+
+
+def _weights(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
+    c, shards = compute_bytes_of(recipe), _shards(shape)
+    parts = {"base weights": base_bytes(recipe, facts) / shards}
     if recipe.lora is not None:
-        trained = facts.lora_params(recipe.lora)
-        parts["adapter, gradients, optimizer"] = trained * (compute_bytes + masters + 4 + 8)
-    else:
-        parts["masters, gradients, optimizer"] = facts.params * (masters + 4 + 8) / shards
-        if recipe.method == "rft":
-            parts["reference copy"] = facts.params * compute_bytes / shards
-    tokens = max(shape.micro_batch_tokens, recipe.data.max_seq_tokens)
-    block = activation_bytes_per_token(facts, compute_bytes)
-    if recipe.model.gradient_checkpointing:
-        parts["activations (checkpointed)"] = tokens * (facts.layers * facts.hidden * compute_bytes + block)
-    else:
-        parts["activations"] = tokens * facts.layers * block
+        parts["adapter"] = facts.lora_params(recipe.lora) * c
     if shards > 1:
-        parts["gathered block"] = 2 * facts.block_params / facts.layers * compute_bytes
-        parts["gathered embedding and head"] = facts.embedding_params * compute_bytes
-    parts["head tile"] = HEAD_TILE_ROWS * facts.vocab * (compute_bytes + 4 + 4)
-    if recipe.method == "rft" and recipe.rollout is not None and recipe.rollout.sampler == "local":
-        if shape.device == "cpu":
-            parts["sampler's merged copy"] = facts.params * compute_bytes
-        sampled = min(recipe.rollout.chunk_prompts, recipe.rows_per_step) * recipe.rollout.group_size
-        width = 2 * facts.layers * facts.key_width * compute_bytes
-        parts["KV cache of a chunk"] = float(sampled * recipe.data.max_seq_tokens * width)
-    gib = {name: size / GIB for name, size in parts.items()}
-    gib["fragmentation"] = FRAGMENTATION_FRAC * sum(gib.values())
-    gib["process"] = PROCESS_GIB[shape.device]
-    return MemoryEstimate(gib, shape.gpu_memory_gib)
+        parts["gathered block"] = 2 * facts.block_params / facts.layers * c
+        parts["gathered embedding and head"] = facts.embedding_params * c
+    return parts
 
 
-def activation_bytes_per_token(facts: ModelFacts, compute_bytes: int) -> int:
-    """Bytes that one block keeps of one token for its backward pass.
-
-    Per norm the float32 input, the float32 normalized value and its cast; queries, keys and values before and after
-    rotation and as attention keeps them; attention's output; gate, up, activation and product of the MLP.
-    """
-    norms = 2 * facts.hidden * (4 + 4 + compute_bytes)
-    attention = (4 * facts.query_width + 6 * facts.key_width) * compute_bytes
-    mlp = 4 * facts.intermediate * facts.active_experts * compute_bytes
-    residual = 2 * facts.hidden * compute_bytes
-    return norms + attention + mlp + residual
+def base_bytes(recipe: Recipe, facts: ModelFacts) -> float:
+    """Of the base model as it is kept."""
+    c = compute_bytes_of(recipe)
+    if recipe.model.quantization is None:
+        return float(facts.params * c)
+    return facts.quantizable_params * NF4_BYTES + (facts.params - facts.quantizable_params) * c
 
 
-def flops_per_token(facts: ModelFacts, *, is_lora: bool) -> float:
-    """Model FLOPs of training one token: 4 N for LoRA, 6 N for full; the head is counted on every token here."""
-    head = facts.vocab * facts.hidden
-    return (4.0 if is_lora else 6.0) * (facts.active_block_params + head)
+def _trained_state(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
+    """Masters (the parameters themselves where they are float32), gradient sums, both moments; the reference."""
+    c, trained = compute_bytes_of(recipe), _num_trained(recipe, shape, facts)
+    parts = {"masters": trained * 4} if c < 4 else {}
+    parts |= {"gradients": trained * 4, "optimizer": trained * 8}
+    if recipe.method == "rft":
+        is_kept = recipe.lora is None or (recipe.lora.warm_start is not None and _reference(recipe) == "initial")
+        parts |= {"reference": trained * c} if is_kept else {}
+    return parts
+
+
+def _reference(recipe: Recipe) -> str:
+    return recipe.algorithm.reference if recipe.algorithm is not None else "initial"
+
+
+def _checkpoint_copies(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> float:
+    """Masters and moments, which a thread writes while training goes on."""
+    return _num_trained(recipe, shape, facts) * 12 if recipe.dcp_save_interval else 0.0
+
+
+def _sampler_copies(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
+    """The local sampler's own linear layers on a CPU: in bfloat16 all of them, repacked; in float32 the joined ones."""
+    if recipe.rollout is None or recipe.rollout.sampler != "local":
+        return {}
+    linears = facts.adapted_linears() if recipe.model.quantization is None else []
+    if compute_bytes_of(recipe) == 4:
+        joined = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if facts.model_type in FUSED_FAMILIES else set()
+        return {"sampler's weights": 4.0 * facts.layers * sum(i * o for name, i, o in linears if name in joined)}
+    return {"sampler's weights": 2.0 * (facts.layers * sum(i * o for _, i, o in linears) + facts.vocab * facts.hidden)}
+
+
+def learning_pass(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> Pass:
+    """The longest micro-batch that the recipe can make on the shape."""
+    lengths = longest_pack(recipe, shape)
+    most = recipe.rollout.max_completion_tokens if recipe.rollout is not None else recipe.data.max_seq_tokens
+    return Pass(
+        facts=facts,
+        lengths=lengths,
+        num_trained=sum(min(most, length - 1) for length in lengths),
+        compute_bytes=compute_bytes_of(recipe),
+        rank=recipe.lora.rank if recipe.lora is not None else None,
+        is_cpu=shape.device == "cpu",
+        is_quantized=recipe.model.quantization is not None,
+    )
+
+
+def _learning(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
+    micro = learning_pass(recipe, shape, facts)
+    is_checkpointed = recipe.model.gradient_checkpointing
+    name = "activations (checkpointed)" if is_checkpointed else "activations"
+    moments = micro.moments(is_checkpointed=is_checkpointed)
+    last = max(moments, key=lambda moment: moments[moment])
+    return {name: micro.kept(is_checkpointed=is_checkpointed), last: moments[last]}
+
+
+def _sampling(recipe: Recipe, rollout: RolloutSettings, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
+    """The longest prompts of a chunk, the rows' own keys and values, and either reading prompts or drawing a token."""
+    c = compute_bytes_of(recipe)
+    prompts = min(rollout.chunk_prompts, -(-recipe.rows_per_step // shape.num_ranks))
+    rows = prompts * rollout.group_size
+    prompt_tokens = max(1, recipe.data.max_seq_tokens - rollout.max_completion_tokens)
+    room = FIRST_ROOM
+    while room < rollout.max_completion_tokens - 1:
+        room *= 2
+    width = 2 * facts.layers * facts.key_width * c
+    is_cpu = shape.device == "cpu"
+    reading = Pass(facts, [prompt_tokens] * prompts, 0, c, None, is_cpu).without_gradient()
+    drawing = rows * facts.vocab * (c if is_cpu else c + 4 * 4)
+    own = rows * room * width * (1 + 0.5 / facts.layers)  # a layer that grows holds both sizes
+    if reading > own + drawing:
+        return {"KV cache of prompts": float(prompts * prompt_tokens * width), "reading prompts": reading}
+    return {"KV cache of a chunk": prompts * prompt_tokens * width + own, "drawing": float(drawing)}

@@ -11,9 +11,11 @@ from typing import Any, Final, final
 from trainer.config.document import Document, dotted, leaves
 from trainer.config.length import count_rows, mean_row_tokens, num_steps
 from trainer.config.load import LoadedRecipe, all_shapes, config_dirs, find_shape
-from trainer.config.memory import MemoryEstimate, ModelFacts, estimate_memory, find_model_facts, flops_per_token
+from trainer.config.memory import MemoryEstimate, estimate_memory
+from trainer.config.model_facts import ModelFacts, find_model_facts, flops_per_token
 from trainer.config.presets import resolve_algorithm
 from trainer.config.recipe import AlgorithmSettings, DataSource, Recipe, RolloutSettings
+from trainer.config.remedies import remedy_lines
 from trainer.config.section import Section
 from trainer.config.shape import TrainingShape
 from trainer.errors import ShapeError
@@ -139,7 +141,10 @@ def choose_shape(recipe: Recipe, name: str, where: str = "shape") -> TrainingSha
             raise ShapeError(f"{where}: {str(error).removeprefix('shape ')}") from None
         problem = misfit(recipe, shape, facts)
         if problem is not None:
-            raise ShapeError(f"{where}: {shape.name} does not fit: {problem}\nTry `shape: auto`, or `trainer shapes`.")
+            ways = "\n".join(remedy_lines(recipe, shape))
+            raise ShapeError(
+                f"{where}: {shape.name} does not fit: {problem}\n{ways}\nSee also `trainer shapes RECIPE`."
+            )
         return shape
     if facts is None:
         raise ShapeError(
@@ -240,6 +245,8 @@ def make_identity(recipe: Recipe) -> dict[str, Any]:
     fields["data"]["digest"] = source_digest(recipe.data.train)
     fields["model"] = recipe.model.model_dump(include={"revision", "trust_remote_code", "compute_dtype"})
     fields["model"]["digest"] = model_digest(recipe.model.path)
+    if recipe.model.quantization is not None:
+        fields["model"]["quantization"] = recipe.model.quantization
     if recipe.model.chat_template is not None:
         fields["model"]["chat_template"] = _file_digest(Path(recipe.model.chat_template))
     if recipe.lora is not None and recipe.lora.warm_start is not None:

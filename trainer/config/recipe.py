@@ -32,6 +32,8 @@ class ModelSettings(Section):
     """Of weights and activations in forward and backward; trained parameters and optimizer are float32 always."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for much less memory."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` keeps the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314; extra `qlora`); needs `lora`."""
 
 
 class LoraSettings(Section):
@@ -220,6 +222,11 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _off_or_on(value: object) -> object:
+    """And a bare `on` as true."""
+    return "on" if value is True else _off(value)
+
+
 class LoggingSettings(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -252,6 +259,8 @@ class RecoverySettings(Section):
     """A rank that has not moved for so long is a hang: the stacks of all ranks are logged, then a restart."""
     max_bad_steps: PositiveInt = 3
     """Updates skipped for a loss or gradient that is not finite, before their rows are left out; then the run stops."""
+    probe_memory: Annotated[Literal["auto", "on", "off"], BeforeValidator(_off_or_on)] = "auto"
+    """Run the longest micro-batch and chunk once before step 1; `auto` does so on GPUs, where it takes seconds."""
 
 
 class Recipe(Section):

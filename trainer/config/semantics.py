@@ -126,6 +126,8 @@ def _model(recipe: Recipe) -> list[Finding]:
     model = recipe.model
     directory = Path(model.path)
     found = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
+    if model.quantization is not None and recipe.lora is None:
+        found.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         found.append(Finding(("model", "chat_template"), f"no such file: {model.chat_template}"))
     if recipe.lora is not None and recipe.lora.warm_start is not None:

@@ -42,6 +42,8 @@ def check(arguments: argparse.Namespace) -> int:
     sys.stderr.flush()
     if arguments.data or arguments.rewards:
         return _preview(arguments)
+    if arguments.memory:
+        return _measure_memory(arguments)
     about = describe_plan(plan, arguments.recipe, _overrides(arguments))
     if arguments.json:
         sys.stdout.write(json.dumps(about, ensure_ascii=False) + "\n")
@@ -76,6 +78,12 @@ def _preview(arguments: argparse.Namespace) -> int:
     argv += ["--rewards"] if arguments.rewards else []
     argv += ["--json"] if arguments.json else []
     return subprocess.run(argv, check=False).returncode
+
+
+def _measure_memory(arguments: argparse.Namespace) -> int:
+    """Run a step without contents in a process that may import torch."""
+    argv = [sys.executable, "-m", "trainer.memory_probe", arguments.recipe, *_overrides(arguments)]
+    return subprocess.run([*argv, *(["--json"] if arguments.json else [])], check=False).returncode
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:

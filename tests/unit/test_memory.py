@@ -1,0 +1,149 @@
+"""The estimate's parts, written out; the constants it shares with the code; remedies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_recipe import RFT, SFT, write_small
+
+from trainer import attention, head, kv_cache
+from trainer.config import activations, memory
+from trainer.config.activations import Pass
+from trainer.config.load import find_shape, load_recipe
+from trainer.config.model_facts import ModelFacts
+from trainer.config.pack import longest_pack
+from trainer.config.remedies import find_remedies
+from trainer.config.shape import TrainingShape
+from trainer.sampling import fused
+
+
+@pytest.fixture(autouse=True)
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def recipe_of(text: str, *overrides: str):
+    return load_recipe(write_small(Path(), text), overrides).recipe
+
+
+def shape_of(**changes: Any) -> TrainingShape:
+    return find_shape("cpu").model_copy(update=changes)
+
+
+FACTS = ModelFacts(
+    hidden=100, layers=3, query_width=80, key_width=40, intermediate=200, vocab=1000, is_tied=True, heads=8
+)
+
+
+def test_constants_are_those_of_the_code():
+    assert activations.EXPLICIT_MAX_TOKENS == attention.EXPLICIT_MAX_TOKENS
+    assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (head.TILE_CELLS, head.CPU_BLOCK_ROWS)
+    assert memory.FIRST_ROOM == kv_cache.FIRST_ROOM
+    assert memory.FUSED_FAMILIES == fused.FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shape", "lengths"),
+    [
+        (["data.max_seq_tokens=256", "rows_per_step=64"], {}, [256] * 4),  # 1,024 tokens a micro-batch
+        (["data.max_seq_tokens=300", "rows_per_step=64"], {}, [300] * 3 + [124]),  # the rest is filled
+        (["data.max_seq_tokens=300", "rows_per_step=2"], {}, [300] * 2),  # a step has no more rows
+        (["data.max_seq_tokens=2000", "rows_per_step=64"], {}, [2000]),  # longer than the budget: alone
+        (["data.max_seq_tokens=256", "rows_per_step=4"], {"gpus": 4}, [256]),  # one row for each rank
+    ],
+)
+def test_longest_pack(overrides, shape, lengths):
+    assert longest_pack(recipe_of(SFT, *overrides), shape_of(**shape)) == lengths
+
+
+def test_minibatches_of_rft_have_fewer_sequences():
+    recipe = recipe_of(RFT, "rows_per_step=2", "algorithm.minibatches_per_step=2")
+    assert longest_pack(recipe, shape_of()) == [128] * 4  # 2 prompts x 4 completions / 2
+
+
+def test_a_block_keeps_what_its_operations_save():
+    micro = Pass(FACTS, [400], 400, 2, 4, is_cpu=True)
+    norms = 2 * 100 * (4 + 2)
+    read = (80 + 2 * 40 + 2 * 80) * 2  # q, k, v; the kernel's output and its copy
+    mlp = 4 * 200 * 2
+    adapters = 7 * 4 * 2
+    assert micro.block() == 400 * (norms + read + mlp + adapters)
+
+
+def test_short_sequences_keep_their_scores_on_a_cpu_only():
+    long, short = (Pass(FACTS, [length], 8, 2, 4, is_cpu=True) for length in (385, 384))
+    on_gpu = Pass(FACTS, [384], 8, 2, 4, is_cpu=False)
+    scores = 384 * 384 * 8 * (4 + 2)
+    assert short.block() - on_gpu.block() == scores - 384 * 80 * 2  # and no second copy of the output
+    assert long.block() / 385 == on_gpu.block() / 384
+    capped = Pass(ModelFacts(**{**FACTS.__dict__, "has_explicit_attention": True}), [385], 8, 2, 4, is_cpu=True)
+    assert capped.block() > long.block()
+
+
+def test_checkpointing_keeps_one_block_and_inputs():
+    micro = Pass(FACTS, [400], 400, 2, 4, is_cpu=True)
+    assert micro.kept(is_checkpointed=True) == 3 * 400 * 100 * 2
+    plain, checkpointed = micro.moments(is_checkpointed=False), micro.moments(is_checkpointed=True)
+    assert checkpointed["backward of a block"] - plain["backward of a block"] == micro.block()
+
+
+def test_a_tied_head_waits_with_its_gradient():
+    tied = Pass(FACTS, [400], 8, 2, None, is_cpu=True)
+    untied = Pass(ModelFacts(**{**FACTS.__dict__, "is_tied": False}), [400], 8, 2, None, is_cpu=True)
+    last = "backward of the last norm"
+    assert tied.moments(is_checkpointed=False)[last] - untied.moments(is_checkpointed=False)[last] == 1000 * 100 * 2
+
+
+def test_checkpoint_copies_are_in_the_hosts_memory():
+    recipe = recipe_of(SFT)
+    trained = FACTS.lora_params(recipe.lora)
+    on_cpu = memory.estimate_memory(recipe, shape_of(), FACTS)
+    on_gpu = memory.estimate_memory(recipe, find_shape("h100x1"), FACTS)
+    assert on_cpu.parts["copies for checkpoints"] == on_gpu.host_gib == trained * 12 / 2**30
+    assert "copies for checkpoints" not in on_gpu.parts
+    never = memory.estimate_memory(recipe_of(SFT, "dcp_save_interval=0"), shape_of(), FACTS)
+    assert "copies for checkpoints" not in never.parts
+
+
+def test_weights_stored_in_another_dtype_are_there_twice_while_loading():
+    stored = ModelFacts(**{**FACTS.__dict__, "vocab": 10_000_000, "stored_bytes": 4})
+    estimate = memory.estimate_memory(recipe_of(SFT, "model.gradient_checkpointing=true"), shape_of(), stored)
+    assert estimate.phases["loading"] == pytest.approx(stored.params * 6 / 2**30)
+    assert estimate.parts.keys() == {"base weights", "weights as stored", "process"}
+
+
+def big(**sizes: Any) -> ModelFacts:
+    config = json.loads((Path("model") / "config.json").read_text())
+    card = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    facts = ModelFacts.from_config({**config, **card, "intermediate_size": 14336, "vocab_size": 128256, **sizes})
+    assert facts is not None
+    return facts
+
+
+def test_remedies_fit_and_the_next_smaller_change_does_not():
+    recipe = recipe_of(SFT, "data.max_seq_tokens=1024", "rows_per_step=12")
+    shape = find_shape("h100x1").model_copy(update={"gpu_memory_gib": 30})
+    facts = big(tie_word_embeddings=False)
+    assert not memory.estimate_memory(recipe, shape, facts).fits
+    found = find_remedies(recipe, shape, facts, [shape, find_shape("h100x1"), find_shape("h200x1")])
+    changes = [remedy.change for remedy in found]
+    assert changes[0] == "`model.gradient_checkpointing: true`"
+    halved = next(change for change in changes if "micro_batch_tokens" in change)
+    tokens = int(halved.split("`")[1].split(": ")[1])
+    fits = [
+        memory.estimate_memory(recipe, shape.model_copy(update={"micro_batch_tokens": each}), facts).fits
+        for each in (tokens, 2 * tokens)
+    ]
+    assert fits == [True, False]
+    assert changes[-1].startswith("`--shape h200x1`")
+    assert all(remedy.total_gib <= remedy.available_gib for remedy in found)
+
+
+def test_remedies_of_full_parameters_name_the_adapter():
+    recipe = recipe_of(SFT, "lora=null", "data.max_seq_tokens=1024")
+    changes = [str(remedy) for remedy in find_remedies(recipe, find_shape("h100x1"), big(), [find_shape("h200x16")])]
+    assert any(change.startswith("`lora: {}` in place of full parameters: ") for change in changes)
+    assert any("h200x16`, which shards the base model" in change for change in changes)

@@ -1,0 +1,48 @@
+"""Base weights in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from trainer.config.recipe import ModelSettings
+from trainer.errors import ModelError
+
+
+def quantized_loading(model: ModelSettings, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize linear layers as they are loaded.
+
+    Raises:
+        ModelError: bitsandbytes is missing, or has nothing for the device.
+    """
+    field = f"model.quantization: {model.quantization}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"{field} needs bitsandbytes; install the extra: pip install 'tunesmith[qlora]'")
+    import bitsandbytes
+
+    if device.type not in bitsandbytes.supported_torch_devices:
+        known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
+        raise ModelError(
+            f"{field}: bitsandbytes {bitsandbytes.__version__} has no backend for {device.type}, only {known}"
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, model.compute_dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_differentiable(causal_lm: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights on a CPU in the first pass of evaluation.
+
+    The repacked ones have no backward: layers below would learn nothing from then on, without a word.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in causal_lm.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
