@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainer import attention
-from trainer.config.memory import MemoryEstimate, ModelFacts, estimate_memory
+from trainer.config.memory import MemoryEstimate, estimate_memory
+from trainer.config.model_facts import ModelFacts
 from trainer.config.recipe import LoraSettings, ModelSettings, Recipe
 from trainer.config.shape import ShapeLimit, ShapeLimits, TrainingShape
 from trainer.policy import Policy, make_policy

