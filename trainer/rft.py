@@ -99,7 +99,9 @@ class Clock:
 
 def _prompts(session: Session, encoder: ChatEncoder, source: DataSource, limit: int | None) -> list[Prompt]:
     rows = read_rows(source, encoder.data, limit)
-    prompts = [Prompt(row, encoder.encode_prompt(row)) for row in rows]
+    rollout = session.plan.recipe.rollout
+    room = rollout.max_completion_tokens if rollout is not None else 1
+    prompts = [Prompt(row, encoder.encode_prompt(row, room)) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     session.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts

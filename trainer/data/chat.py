@@ -104,8 +104,12 @@ class ChatEncoder:
             raise DataError(f"none of {total} rows is within data.max_seq_tokens ({self.data.max_seq_tokens:,})")
         return EncodedRows(tuple(sequences), total, truncated, dropped)
 
-    def encode_prompt(self, row: Row) -> tuple[int, ...]:
+    def encode_prompt(self, row: Row, room: int = 1) -> tuple[int, ...]:
         """Tokenize an rft prompt, up to where the model goes on.
+
+        Args:
+            row: the prompt.
+            room: tokens of `data.max_seq_tokens` that the completion may need.
 
         Raises:
             DataError: the row is no prompt, or leaves no room for a completion.
@@ -114,9 +118,13 @@ class ChatEncoder:
         text = _checked_text(self._rendered(row, messages, add_generation_prompt=True).text, row)
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         self._refuse_double_bos(ids, str(row))
-        if len(ids) >= self.data.max_seq_tokens:
+        if len(ids) + room > self.data.max_seq_tokens:
             limit = self.data.max_seq_tokens
-            raise DataError(f"{row}: the prompt has {len(ids):,} tokens; data.max_seq_tokens is {limit:,}")
+            rest = f" and the completion may have {room:,}" if room > 1 else ""
+            raise DataError(
+                f"{row}: the prompt has {len(ids):,} tokens{rest}; data.max_seq_tokens is {limit:,}. "
+                "Raise it, shorten the row, or lower rollout.max_completion_tokens."
+            )
         return ids
 
     def _render(self, row: Row) -> _Pending:
