@@ -139,11 +139,11 @@ class Rft:
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         scored = sum(sum(rollout.trained) for rollout in rollouts)
         self.tokens, self.steps = sum(lengths), scale.steps
-        self.flops = forward_flops(facts, lengths, scored) + training_flops(facts, lengths, scored, is_lora=True)
+        computed = [part for group in groups for part in _computed_once(group)]
+        self.flops = forward_flops(facts, computed, scored) + training_flops(facts, computed, scored, is_lora=True)
         memory = plan_memory(self.plan)
         assert memory is not None
-        self.predicted_gib = allocated_gib(memory) - memory.parts["KV cache of a chunk"]
-        self.predicted_gib -= memory.parts.get("sampler's merged copy", 0.0)
+        self.predicted_gib = memory.weights_gib + memory.state_gib + memory.phases["learning"]
         policy = random_policy(scale.model, device, self.plan.recipe.lora)
         self.learner = Learner(policy, self.plan.recipe.optimizer, World(0, 1, device))
         self.reference = Reference(policy, "initial", is_fresh=True)
@@ -152,6 +152,12 @@ class Rft:
         """Pack, score the reference, learn, update."""
         parts = experience.minibatches(self.drawn, self.plan, self.device)
         experience.learn(self.learner, parts, self.reference, self.plan, 0)
+
+
+def _computed_once(group: Group) -> list[int]:
+    """Tokens of the prompt, which stands in a pack once, and of each completion behind it."""
+    drawn = [sum(rollout.trained) for rollout in group.rollouts]
+    return [len(group.rollouts[0].token_ids) - drawn[0], *drawn]
 
 
 class Sampling:

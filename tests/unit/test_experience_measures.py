@@ -133,14 +133,15 @@ def test_mismatch_cap_weighs_the_loss_by_the_capped_ratio(model_dir, cap):
     learner = make_learner(model_dir, plan)
     groups = four_groups()
     (part,) = minibatches(drawn(groups), plan, CPU)
-    (pack,) = part.packs
-    weights = (score(learner.policy, pack, 1.0) - pack.inputs["sampler_logprobs"]).exp().clamp(max=cap)
+    raw = torch.cat([score(learner.policy, pack, 1.0) - pack.inputs["sampler_logprobs"] for pack in part.packs])
+    advantages = torch.cat([pack.inputs["advantages"] for pack in part.packs])
+    weights = raw.exp().clamp(max=cap)
     assert weights.min() < 0.9 * cap
     assert (weights == cap).any()
-    expected = -(weights * pack.inputs["advantages"]).sum().item() / pack.num_trained
+    expected = -(weights * advantages).sum().item() / part.num_trained
     assert run_step(learner, plan, groups)["loss"] == pytest.approx(expected, rel=1e-4)
     without = run_step(make_learner(model_dir, plan), make_plan(**settings), groups)
-    assert without["loss"] == pytest.approx(-pack.inputs["advantages"].sum().item() / pack.num_trained, abs=1e-6)
+    assert without["loss"] == pytest.approx(-advantages.sum().item() / part.num_trained, abs=1e-6)
 
 
 def test_a_sampler_with_other_weights_stops_the_run_and_updates_nothing(model_dir):
