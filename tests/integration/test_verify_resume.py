@@ -25,6 +25,7 @@ def rft(project: Project) -> tuple[Done, Path]:
     """An RFT recipe, killed while saving, while sampling and while training."""
     recipe = json.loads((project.root / "rft.yaml").read_text())
     recipe["rollout"] |= {"max_completion_tokens": 40}  # chunks that take long enough to be killed in
+    recipe["data"] |= {"max_seq_tokens": 160}
     (project.root / "slow.yaml").write_text(json.dumps(recipe | {"dcp_save_interval": 1, "steps": 6}))
     done = project.trainer("verify-resume", "slow.yaml", "--kills", "3", "--json")
     (home,) = (project.root / "runs").glob("rft.verify-*")
