@@ -7,9 +7,7 @@ copies with collectives of its own. One save at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import time
 import warnings
@@ -29,13 +27,13 @@ from trainer.config.recipe import Recipe
 from trainer.copier import Copier
 from trainer.distributed import World
 from trainer.errors import CheckpointError, TrainerError
-from trainer.files import fsync_dir, make_directory, write_atomically
+from trainer.files import file_sha256, fsync_dir, fsync_file, make_directory, write_atomically
+from trainer.mirror import MANIFEST
 from trainer.run import RunDir
 from trainer.safe_reader import SafeReader
 from trainer.sharding import copied_to_cpu, local_of
 
 FORMAT: Final = 1
-MANIFEST: Final = "manifest.json"
 
 
 @final
@@ -174,8 +172,7 @@ class Checkpoints:
             "files": files,
         }
         for name in files:
-            with (staging / name).open("rb") as handle:
-                os.fsync(handle.fileno())
+            fsync_file(staging / name)
         write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1))
         self.run.refuse_stale(self.attempt)
         shutil.rmtree(target, ignore_errors=True)
@@ -213,10 +210,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint directory, ascending."""
-        if not self.run.checkpoints.is_dir():
-            return []
-        names = [entry.name for entry in self.run.checkpoints.iterdir() if entry.is_dir()]
-        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+        return self.run.checkpoint_steps()
 
     def _newest_here_or_mirrored(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Path, dict[str, Any]] | None:
         """The mirror serves where nothing is here, from the start or since all were broken."""
@@ -269,12 +263,6 @@ class Checkpoints:
         for step in ours[: -self.recipe.keep_last]:
             if step != keep and step not in self.copier.held() and not (every and step % every == 0):
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _free_name(directory: Path) -> Path:

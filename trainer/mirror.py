@@ -10,7 +10,6 @@ checkpoint. No torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Final, final
 
 from trainer.errors import CheckpointError, MirrorError
-from trainer.files import fsync_dir
+from trainer.files import file_sha256, fsync_dir, fsync_file
 from trainer.run import RunDir
 from trainer.storage import Storage, first_line
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
+"""In a checkpoint directory, written last."""
 MARKER: Final = "complete.json"
 COPIES_WHILE_IT_CHANGES: Final = 5
 """Tries to link the best weights while the training loop puts better ones in their place."""
@@ -195,8 +195,7 @@ class Mirror:
             raise CheckpointError(f"{self.storage.address}/{remote}: missing") from None
         if not local.is_file() or _about(local) != about:
             raise CheckpointError(f"{self.storage.address}/{remote}: damaged")
-        with local.open("rb") as handle:
-            os.fsync(handle.fileno())
+        fsync_file(local)
 
     def _upload(self, sources: Mapping[str, Path], marker: _Marker) -> None:
         """Files, then the marker."""
@@ -337,5 +336,4 @@ def _link(source: str, target: str) -> str:
 
 
 def _about(file: Path) -> _File:
-    with file.open("rb") as handle:
-        return _File(file.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest())
+    return _File(file.stat().st_size, file_sha256(file))

@@ -30,16 +30,13 @@ SIGNS: Final = ("out of memory", "can't allocate memory", "not enough memory", "
 """In the messages of torch's allocators."""
 
 
-def probe_memory(
-    policy: Policy, learner: Learner, plan: Plan, world: World, reference: Reference | None = None
-) -> None:
+def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = None) -> None:
     """Run the longest possible micro-batch forward and backward, and forget it; changes no bit of the run.
 
     Args:
-        policy: what learns.
-        learner: whose gradient sums take the gradients, and are zero again afterwards.
+        learner: whose policy learns, and whose gradient sums take the gradients and are zero again afterwards. Where
+            the model is sharded all ranks probe together.
         plan: says the longest micro-batch.
-        world: the ranks; where the model is sharded all of them probe together.
         reference: of rft.
 
     Raises:
@@ -47,6 +44,7 @@ def probe_memory(
     """
     if not is_probed(plan):
         return
+    policy, world = learner.policy, learner.world
     lengths = longest_pack(plan.recipe, plan.shape)
     head = policy.causal_lm.get_output_embeddings().weight
     with _in_words(plan, f"the longest micro-batch ({sum(lengths):,} tokens)"), _generators_kept(world):

@@ -39,7 +39,7 @@ def train(session: Session) -> None:
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
     reference = Reference(policy, algorithm.reference, is_fresh=is_fresh)
     state = session.resume(learner)
-    probe_memory(policy, learner, plan, world, reference)
+    probe_memory(learner, plan, reference)
     with ExitStack() as stack:
         limits = recipe.reward_limits
         rewards = stack.enter_context(

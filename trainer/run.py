@@ -128,10 +128,13 @@ class RunDir:
         """Directory of one checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a checkpoint directory, valid or not, ascending."""
+        return sorted(int(entry.name[5:]) for entry in self.checkpoints.glob("step-*/") if entry.name[5:].isdigit())
+
     def newest_checkpoint_step(self) -> int:
-        """Step of the newest checkpoint directory, valid or not; -1 where there is none."""
-        names = (entry.name.removeprefix("step-") for entry in self.checkpoints.glob("step-*"))
-        return max((int(name) for name in names if name.isdigit()), default=-1)
+        """The last of them; -1 where there is none."""
+        return max(self.checkpoint_steps(), default=-1)
 
     def journal(self, step: int) -> Path:
         """Directory of one step's rollouts."""
@@ -196,11 +199,7 @@ class RunDir:
             lines = self.metrics_file.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
-        found = []
-        for line in lines[:-1]:
-            if line.strip():
-                found.append(json.loads(line))
-        return found
+        return [json.loads(line) for line in lines[:-1] if line.strip()]
 
     def read_excluded(self) -> frozenset[str]:
         """File and line of each row that the run leaves out."""
@@ -230,8 +229,7 @@ class RunDir:
 
     def newest_logged_step(self) -> int:
         """Step of the last whole record of metrics.jsonl; 0 before the first."""
-        record = self.newest_record()
-        return int(record["step"]) if record is not None else 0
+        return int((self.newest_record() or {"step": 0})["step"])
 
     def take_attempt(self, about: Mapping[str, Any]) -> int:
         """Take the next attempt number; whoever creates its file has it.

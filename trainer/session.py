@@ -187,10 +187,7 @@ class Session:
             RolledBackError: the rows are left out from the newest checkpoint on.
             NumericalError: that was tried before, or there is no checkpoint to return to.
         """
-        steps = [
-            set(record["train/skipped_rows"]) for record in self.run.read_metrics() if "train/skipped_rows" in record
-        ]
-        steps = self.world.from_main([rows for rows in steps if not rows <= self.excluded])
+        steps = self.world.from_main(self._skipped_rows() if self.world.is_main else None)
         if len(steps) < self.plan.recipe.recovery.max_bad_steps:
             return
         self._collect_save(wait=True)
@@ -205,11 +202,16 @@ class Session:
         self.say(f"{what}. Going back to the checkpoint of step {self.saved_step} without these rows.")
         raise RolledBackError(what)
 
+    def _skipped_rows(self) -> list[set[str]]:
+        """The rows of each step with skipped updates, less the steps that rows left out already explain."""
+        skipped = (set(record.get("train/skipped_rows", ())) for record in self.run.read_metrics())
+        return [rows for rows in skipped if not rows <= self.excluded]
+
     def evaluated(self, learner: Learner, evaluate: Callable[[], Values]) -> Values:
         """Held-out values, and the best weights so far kept."""
         self.phase = "evaluating"
         values = evaluate()
-        if self.world.from_main(self._is_best(values)):
+        if self.world.from_main(self._is_best(values) if self.world.is_main else None):
             self.save_weights(learner, best=True)
         self.phase = "training"
         return values

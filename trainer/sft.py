@@ -34,7 +34,7 @@ def train(session: Session) -> None:
     held_out = _encoded(session, encoder, recipe.data.eval, "held-out") if recipe.data.eval else None
     learner = session.open_learner()
     state = session.resume(learner)
-    probe_memory(learner.policy, learner, plan, world)
+    probe_memory(learner, plan)
     excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
 
     def evaluate() -> Values:

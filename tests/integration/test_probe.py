@@ -29,11 +29,11 @@ world = World(0, 1, torch.device("cpu"))
 policy = load_policy(plan.recipe.model, plan.recipe.lora, 0, world.device)
 learner = Learner(policy, plan.recipe.optimizer, world)
 smaller = plan.shape.model_copy(update={"micro_batch_tokens": 512})
-probe_memory(policy, learner, plan.model_copy(update={"shape": smaller}), world)
+probe_memory(learner, plan.model_copy(update={"shape": smaller}))
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**27, size + 2**27))
 try:
-    probe_memory(policy, learner, plan, world)
+    probe_memory(learner, plan)
 except ShapeError as error:
     print(error)
     assert not any(master.grad.any() for master in learner.masters.values())

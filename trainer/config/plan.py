@@ -19,6 +19,7 @@ from trainer.config.remedies import remedy_lines
 from trainer.config.section import Section
 from trainer.config.shape import TrainingShape
 from trainer.errors import ShapeError
+from trainer.files import file_sha256
 
 PLAN_FORMAT: Final = 1
 SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
@@ -287,5 +288,4 @@ def model_digest(path: str) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{file_sha256(path)}"

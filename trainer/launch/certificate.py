@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from trainer.errors import LaunchError
+from trainer.files import file_sha256
 from trainer.journal import count_sampled
 from trainer.run import RunDir
 
@@ -66,7 +66,7 @@ def weights_digests(run: RunDir) -> dict[str, str]:
     found = {}
     for name in ("adapter", "adapter-best", "model", "model-best"):
         for file in sorted((run.root / name).glob("*.safetensors")):
-            found[f"{name}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[f"{name}/{file.name}"] = file_sha256(file)
     return found
 
 
