@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -147,7 +148,7 @@ class Project:
             place = recipe
             for section in sections:
                 place = place.setdefault(section, {})
-            place[last] = value
+            place[last] = deepcopy(value)  # or a later change would reach into the test's constants
         (self.root / file).write_text(json.dumps(recipe, indent=1))  # JSON is YAML
         return file
 

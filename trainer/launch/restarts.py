@@ -7,13 +7,13 @@ from typing import Final
 
 from trainer.config.plan import Plan
 from trainer.errors import EXIT_USER
-from trainer.launch.supervisor import Supervisor
+from trainer.launch.supervisor import StopSignals, Supervisor
 from trainer.run import Outcome, RunDir
 
 MAX_BACKOFF_S: Final = 60.0
 
 
-def supervise(plan: Plan, run: RunDir) -> Outcome:
+def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
     """Start attempts until the run has ended, was stopped from outside, or goes no further.
 
     A preemption or a crash is followed by another attempt; after `recovery.max_restarts` in a row without a new
@@ -22,16 +22,16 @@ def supervise(plan: Plan, run: RunDir) -> Outcome:
     Args:
         plan: of the run.
         run: whose supervisor the caller is.
+        stop: what asks this process to stop.
     """
     settings = plan.recipe.recovery
     in_a_row, reached = 0, run.newest_checkpoint_step()
     while True:
-        supervisor = Supervisor(plan, run)
-        outcome = supervisor.attempt()
+        outcome = Supervisor(plan, run, stop).attempt()
         now_at = run.newest_checkpoint_step()
         in_a_row = 0 if now_at > reached else in_a_row
         reached = max(now_at, reached)
-        if not _may_restart(outcome, supervisor) or in_a_row >= settings.max_restarts:
+        if not _may_restart(outcome, stop) or in_a_row >= settings.max_restarts:
             return outcome
         wait_s = min(MAX_BACKOFF_S, settings.restart_backoff_s * 2**in_a_row)
         in_a_row += 1
@@ -39,12 +39,12 @@ def supervise(plan: Plan, run: RunDir) -> Outcome:
             f"{outcome.state}: {outcome.message}\n"
             f"restart {in_a_row} of at most {settings.max_restarts} without a new checkpoint, in {wait_s:g} s\n"
         )
-        if supervisor.waits_stopped(wait_s):
+        if stop.wait(wait_s):
             return outcome
 
 
-def _may_restart(outcome: Outcome, supervisor: Supervisor) -> bool:
+def _may_restart(outcome: Outcome, stop: StopSignals) -> bool:
     """Whether another attempt could end otherwise, and nobody asked us to stop."""
-    if supervisor.was_asked_to_stop or outcome.state in {"finished", "cancelled"} or outcome.exit_code == EXIT_USER:
+    if stop.was_asked or outcome.state in {"finished", "cancelled"} or outcome.exit_code == EXIT_USER:
         return False
     return outcome.state == "preempted" or outcome.is_transient

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from trainer.config.plan import Plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
@@ -33,16 +33,55 @@ FULL_BYTES: Final = 2**16
 
 
 @final
+class StopSignals:
+    """Within the block, what asks this process to stop is kept and passed on, also between two attempts."""
+
+    def __init__(self) -> None:
+        """Nobody has asked."""
+        self.was_asked = False
+        self.is_hurried = False
+        """Ctrl-C came twice: nothing is waited for."""
+        self.pass_on: Callable[[], object] = lambda: None
+        """Called at each signal."""
+        self._was_interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Catch them."""
+        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._on_signal) for number in caught}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.was_asked = True
+        self.is_hurried |= number == signal.SIGINT and self._was_interrupted
+        if number == signal.SIGINT and not self._was_interrupted:
+            self._was_interrupted = True
+            sys.stderr.write("\nstopping after this step, saved; Ctrl-C again stops at once\n")
+        self.pass_on()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait; returns at once, and True, when asked to stop meanwhile."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.was_asked:
+            time.sleep(min(POLL_S, seconds))
+        return self.was_asked
+
+
+@final
 class Supervisor:
     """One attempt, from start to outcome."""
 
-    def __init__(self, plan: Plan, run: RunDir) -> None:
+    def __init__(self, plan: Plan, run: RunDir, stop: StopSignals) -> None:
         """Prepare to launch the run's plan."""
-        self.plan, self.run = plan, run
+        self.plan, self.run, self.stop = plan, run, stop
         self.process: subprocess.Popen[bytes] | None = None
         self.number = run.newest_attempt() + 1
-        self._interrupts = 0
-        self.was_asked_to_stop = False
         self._launcher_ended: float | None = None
         self._was_frozen = False
         self._last_beat: dict[str, Any] | None = None
@@ -50,11 +89,12 @@ class Supervisor:
 
     def attempt(self) -> Outcome:
         """Launch, watch and wait; returns how it ended."""
+        self.stop.pass_on = self._pass_on
         self.run.outcome_file.unlink(missing_ok=True)
         log = self.run.log_file(self.number)
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {LAUNCHER: SUPERVISOR, SUPERVISOR_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        with log.open("ab") as file, self._signals_passed_on():
+        with log.open("ab") as file:
             self.process = subprocess.Popen(
                 launch_argv(self.plan.shape, self.run.root),
                 stdout=file,
@@ -62,20 +102,12 @@ class Supervisor:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches us alone; we signal the whole group
             )
-            if self.was_asked_to_stop:  # just before there was a process
+            if self.stop.was_asked:  # before there was a process
                 self._signal_group(signal.SIGTERM)
             self._watch(Console(self.plan.steps))
         if self.run.is_locked():
             return Outcome("failed", 0, f"{self.run.root}: another attempt is running, started elsewhere", EXIT_USER)
         return self.run.read_outcome() or self._wordless(log)
-
-    def waits_stopped(self, seconds: float) -> bool:
-        """Wait; returns at once, and True, when asked to stop meanwhile."""
-        end = time.monotonic() + seconds
-        with self._signals_passed_on():
-            while time.monotonic() < end and not self.was_asked_to_stop:
-                time.sleep(min(POLL_S, seconds))
-        return self.was_asked_to_stop
 
     def _watch(self, console: Console) -> None:
         """Show new metrics until the worker has ended."""
@@ -135,9 +167,9 @@ class Supervisor:
         records = self.run.read_metrics()
         step = int(records[-1]["step"]) if records else 0
         assert self.process is not None
-        if self._interrupts > 1:
+        if self.stop.is_hurried:
             outcome = Outcome("cancelled", step, f"stopped at once; {self._kept()}", EXIT_FAILED)
-        elif self.was_asked_to_stop:
+        elif self.stop.was_asked:
             outcome = Outcome("preempted", step, f"stopped before it could save; {self._kept()}", EXIT_PREEMPTED)
         else:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
@@ -152,26 +184,11 @@ class Supervisor:
         step = self.run.newest_checkpoint_step()
         return f"the last checkpoint is {self.run.checkpoint(step)}" if step >= 0 else "there is no checkpoint yet"
 
-    @contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            self.was_asked_to_stop = True
-            if number == signal.SIGINT:
-                self._interrupts += 1
-            if self._interrupts > 1:
-                self._kill_tree()
-                return
-            if number == signal.SIGINT:
-                sys.stderr.write("\nstopping after this step, saved; Ctrl-C again stops at once\n")
+    def _pass_on(self) -> None:
+        if self.stop.is_hurried:
+            self._kill_tree()
+        else:
             self._signal_group(signal.SIGTERM)
-
-        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, on_signal) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _signal_group(self, number: int) -> bool:
         """Signal the launcher's process group; 0 only asks. Returns whether there was anybody."""

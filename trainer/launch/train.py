@@ -12,6 +12,7 @@ from trainer.config.plan import Plan, make_plan
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
 from trainer.launch.restarts import supervise
 from trainer.launch.status import find_run
+from trainer.launch.supervisor import StopSignals
 from trainer.run import RunDir, open_run
 
 
@@ -26,11 +27,11 @@ def train(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` goes on with it\n")
         return EXIT_FAILED
     refuse_many_machines(plan)
-    sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.root}/logs/\n")
-    with run.supervised():
+    with StopSignals() as stop, run.supervised():
+        sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.root}/logs/\n")
         if not arguments.resubmitted:
             run.cancel_file.unlink(missing_ok=True)
-        outcome = supervise(plan, run)
+        outcome = supervise(plan, run, stop)
     sys.stderr.write(f"{outcome.state}: {outcome.message}\n")
     if outcome.state == "preempted":
         sys.stderr.write("run the same command again to go on\n")
