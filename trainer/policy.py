@@ -22,6 +22,7 @@ from trainer.data.batch import Batch
 from trainer.errors import ModelError
 from trainer.head import HeadForm, tiled_logprobs
 from trainer.lora import use_fused_linear
+from trainer.norm import use_fused_norms
 from trainer.quantization import keep_differentiable, quantized_loading
 from trainer.sharding import exchange, local_of, register_output, shard_module
 
@@ -175,6 +176,7 @@ def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSett
     Raises:
         ModelError: the model or the adapter cannot be trained, with the reason.
     """
+    use_fused_norms(causal_lm)
     if model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is None:

@@ -66,7 +66,7 @@ def test_minibatches_of_rft_have_fewer_sequences():
 
 def test_a_block_keeps_what_its_operations_save():
     micro = Pass(FACTS, [400], 400, 2, 4, is_cpu=True)
-    norms = 2 * 100 * (4 + 2)
+    norms = 2 * 100 * (2 + 2)
     read = (80 + 2 * 40 + 2 * 80) * 2  # q, k, v; the kernel's output and its copy
     mlp = 4 * 200 * 2
     adapters = 7 * 4 * 2

@@ -47,7 +47,7 @@ class Pass:
         facts, c = self.facts, self.compute_bytes
         if is_checkpointed:
             return float(facts.layers * self.tokens * facts.hidden * c)
-        first_norm = 0 if self.rank is None else self.tokens * facts.hidden * STATISTICS_BYTES  # asks for no gradient
+        first_norm = 0 if self.rank is None else self.tokens * facts.hidden * self._norm_input()  # asks for no gradient
         return facts.layers * self.block() - first_norm
 
     def moments(self, *, is_checkpointed: bool) -> dict[str, float]:
@@ -64,14 +64,19 @@ class Pass:
         return self.tokens * per_token + self._scores() + self._adapted_experts()
 
     def _norms(self) -> int:
-        """A norm keeps its input in float32, the layer behind it its output, a trained weight the normalized value.
+        """A norm keeps its input, the layer behind it its output; norms of queries and keys are rotated, not kept."""
+        facts = self.facts
+        inner = (facts.query_width + facts.key_width) * self._norm_input() if facts.has_inner_norms else 0
+        return 2 * facts.hidden * (self._norm_input() + self.compute_bytes) + inner
 
-        Norms of queries and keys: what comes out is rotated, and no rotation keeps its input.
+    def _norm_input(self) -> int:
+        """Bytes of a value that a norm keeps: ours its input, autograd's a float32 copy.
+
+        Beside it autograd keeps the normalized value where the weight is trained.
         """
-        facts, c = self.facts, self.compute_bytes
-        trained = c if self.rank is None else 0
-        inner = (facts.query_width + facts.key_width) * (STATISTICS_BYTES + trained) if facts.has_inner_norms else 0
-        return 2 * facts.hidden * (STATISTICS_BYTES + c + trained) + inner
+        if self.facts.has_fused_norms:
+            return self.compute_bytes
+        return STATISTICS_BYTES + (self.compute_bytes if self.rank is None else 0)
 
     def _attention(self) -> int:
         """Queries, keys and values as the kernel reads them, what comes out, and the copy that the next layer keeps."""
@@ -112,7 +117,7 @@ class Pass:
     def _head(self) -> float:
         """The last norm and the head: forward with a frozen one, backward with a trained one."""
         facts, c = self.facts, self.compute_bytes
-        hidden = self.tokens * facts.hidden * (STATISTICS_BYTES + c) + 2 * self.num_trained * facts.hidden * c
+        hidden = self.tokens * facts.hidden * (self._norm_input() + c) + 2 * self.num_trained * facts.hidden * c
         rows = max(16, (1 << (TILE_CELLS // facts.vocab).bit_length()) >> 1)
         tiles = min(2, -(-self.num_trained // rows))  # the next one is made while the last one lives
         rows = min(rows, self.num_trained)
@@ -127,9 +132,13 @@ class Pass:
         return float(hidden + STATISTICS_BYTES * weight + max(forward, tile + c * weight))
 
     def _last_norm(self) -> float:
-        """Five float32 tensors of the norm's backward and its kept input; a tied head's gradient waits meanwhile."""
+        """What its backward makes and its kept input; a tied head's gradient waits meanwhile.
+
+        Autograd makes five float32 tensors; ours the normalized value, the gradient times the weight, and two more.
+        """
         facts, c = self.facts, self.compute_bytes
-        norm = self.tokens * facts.hidden * (6 * STATISTICS_BYTES + (c if self.rank is None else 0))
+        made = (4 if facts.has_fused_norms else 5) * STATISTICS_BYTES + (c if facts.has_fused_norms else 0)
+        norm = self.tokens * facts.hidden * (made + self._norm_input())
         return float(norm + self._waiting_gradient())
 
     def _block_backward(self) -> float:

@@ -17,6 +17,8 @@ from trainer.errors import ModelError
 EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts."""
 INNER_NORMS: Final = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "olmoe"})
+OTHER_NORMS: Final = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3", "qwen3_next"})
+"""Whose RMS norms round elsewhere than Llama's."""
 
 
 @final
@@ -42,6 +44,8 @@ class ModelFacts:
     model_type: str = ""
     has_inner_norms: bool = False
     """Queries and keys are normalized by head."""
+    has_fused_norms: bool = True
+    """`trainer.norm` computes its norms, since they are Llama's."""
     has_explicit_attention: bool = False
     """Scores are capped or have sinks, so no fused kernel of the CPU computes them."""
     stored_bytes: int = 2
@@ -72,6 +76,7 @@ class ModelFacts:
                 shared_intermediate=_shared(config) if experts > 1 else 0,
                 model_type=model_type,
                 has_inner_norms=model_type in INNER_NORMS,
+                has_fused_norms=model_type not in OTHER_NORMS,
                 has_explicit_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
                 stored_bytes=4 if stored == "float32" else 2,
             )
