@@ -6,7 +6,7 @@ A token attends to itself and to what came before it in its own sequence, nothin
 mask is registered for the name, so transformers builds none.
 
 CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
-`EXPLICIT_MAX_TOKENS` the formula written out beats the fused kernel's backward (docs/log.md), above it SDPA runs.
+`EXPLICIT_MAX_TOKENS` the formula written out (explicit.py) beats the fused kernel (docs/log.md), above it SDPA runs.
 GPU: FlexAttention with a document block mask; a dense mask is never built there.
 
 Sampling hands a `CachedLayout` instead: first with the pack of the prompts, whose keys and values are kept, then for
@@ -17,9 +17,8 @@ own beside it; the two parts meet in one softmax, so nothing is approximate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -27,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trainer.errors import ModelError
+from trainer.explicit import AttentionForm, causal_mask, explicit_attention
 from trainer.kv_cache import KeyValueCache, LayerCache
 from trainer.layout import CachedLayout, PackedLayout
 
@@ -71,7 +71,7 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     if window is None:
         _refuse_unsaid_window(module, layout.max_len)
-    form = _Form(
+    form = AttentionForm(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=window,
         softcap=kwargs.get("softcap"),
@@ -102,39 +102,27 @@ def _refuse_unsaid_window(module: torch.nn.Module, longest: int) -> None:
         )
 
 
-@final
-@dataclass(frozen=True)
-class _Form:
-    """What a layer's attention has besides softmax(QK)V."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    """[H] learned logits that take weight and give nothing."""
-
-
 def _bucketed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: _Form
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: AttentionForm
 ) -> torch.Tensor:
     rows = [_ToRows.apply(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]  # type: ignore[no-untyped-call]
     outputs = []
     for bucket, padded in zip(layout.buckets, zip(*rows, strict=True), strict=True):
         q, k, v = (tensor.transpose(1, 2) for tensor in padded)
         if bucket.prefix is not None:
-            before = tuple(tensors[bucket.prefix].transpose(1, 2) for tensors in rows[1:])
-            outputs.append(branch_attention(q, k, v, before, form).transpose(1, 2))
+            before = rows[1][bucket.prefix].transpose(1, 2), rows[2][bucket.prefix].transpose(1, 2)
+            outputs.append(explicit_attention(q, k, v, before, form).transpose(1, 2))
             continue
         longest = q.shape[2]
         is_plain = form.softcap is None and form.sinks is None
         if longest > EXPLICIT_MAX_TOKENS and is_plain:
             windowed = form.window is not None and form.window < longest
-            mask = _causal(longest, form.window, q.device) if windowed else None
+            mask = causal_mask(longest, form.window, q.device) if windowed else None
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
             )
         else:
-            out = explicit_attention(q, k, v, form.scaling, form.window, form.softcap, form.sinks)
+            out = explicit_attention(q, k, v, None, form)
         outputs.append(out.transpose(1, 2))
     return _ToPack.apply(layout, *outputs)[None]  # type: ignore[no-untyped-call]
 
@@ -169,7 +157,8 @@ class _ToPack(torch.autograd.Function):
         found = []
         for bucket in ctx.layout.buckets:
             spread = grad[bucket.gather]
-            found.append(spread.masked_fill_(bucket.padding.view(*bucket.padding.shape, 1, 1), 0.0))
+            spread.flatten(0, 1)[bucket.padding] = 0.0
+            found.append(spread)
         return None, *found
 
 
@@ -178,74 +167,7 @@ def _pick(layout: PackedLayout, padded: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(flat)[layout.order]
 
 
-def explicit_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention written out: [R, H, L, D] from queries [R, H, L, D], keys and values [R, H_kv, L, D]."""
-    rows, heads, length, width = query.shape
-    kv_heads = key.shape[1]
-    folded = query.reshape(rows, kv_heads, heads // kv_heads * length, width)
-    scores = (folded @ key.transpose(-1, -2)).view(rows, heads, length, length) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_causal(length, window, query.device), float("-inf"))
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(-1, dtype=torch.float32)[..., :length].to(value.dtype)
-    out = weights.reshape(rows, kv_heads, heads // kv_heads * length, length) @ value
-    return out.view(rows, heads, length, value.shape[-1])
-
-
-def branch_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: tuple[torch.Tensor, ...], form: _Form
-) -> torch.Tensor:
-    """Attention of branches to their common prefix and, causally, to themselves; one softmax over both.
-
-    Args:
-        query: [R, H, L, D] of R branches.
-        key: [R, H_kv, L, D].
-        value: [R, H_kv, L, D].
-        before: keys and values of the prefix, [1, H_kv, P, D] each.
-        form: what the layer's attention has besides softmax(QK)V.
-
-    Returns:
-        [R, H, L, D].
-    """
-    rows, heads, length, width = query.shape
-    kv_heads = key.shape[1]
-    prefix_key, prefix_value = before
-    num_prefix = prefix_key.shape[2]
-    folded = query.reshape(rows, kv_heads, heads // kv_heads * length, width)
-    own = (folded @ key.transpose(-1, -2)).view(rows, heads, length, length)
-    far = (folded @ prefix_key.transpose(-1, -2)).view(rows, heads, length, num_prefix)
-    scores = torch.cat([far, own], -1) * form.scaling
-    if form.softcap is not None:
-        scores = torch.tanh(scores / form.softcap) * form.softcap
-    scores = scores.masked_fill(~_causal(num_prefix + length, form.window, query.device)[num_prefix:], float("-inf"))
-    if form.sinks is not None:
-        column = form.sinks.to(scores.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    weights = weights.view(rows, kv_heads, heads // kv_heads * length, -1)
-    out = weights[..., :num_prefix] @ prefix_value + weights[..., num_prefix : num_prefix + length] @ value
-    return out.view(rows, heads, length, value.shape[-1])
-
-
-def _causal(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
-
-
-def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: _Form) -> torch.Tensor:
+def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: AttentionForm) -> torch.Tensor:
     """[1, R, H, D] attention of one token of each row, [1, H, R, D], to its prompt and to what it has drawn."""
     _, heads, rows, width = query.shape
     kv_heads, longest = layer.prompt_keys.shape[1:3]
@@ -279,7 +201,7 @@ def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: 
 
 
 def _flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: _Form
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: AttentionForm
 ) -> torch.Tensor:
     if form.sinks is not None:
         raise ModelError(

@@ -25,7 +25,7 @@ class Bucket:
     cells: torch.Tensor
     """[n] flat index of the real cells."""
     padding: torch.Tensor
-    """[R, L] bool: cells that hold no token."""
+    """[m] flat index of the cells that hold no token."""
     prefix: int | None = None
     """The bucket whose one row stands before each row of this one; None where nothing does."""
 
@@ -111,8 +111,8 @@ def _bucket(spans: Sequence[tuple[int, int]], device: torch.device, prefix: int 
     offset = torch.arange(spans[0][1])[None, :]
     real = offset < length
     gather = begin + offset * real
-    cells = real.flatten().nonzero().squeeze(1)
-    return Bucket(gather.to(device), cells.to(device), (~real).to(device), prefix)
+    cells, padding = (flags.flatten().nonzero().squeeze(1).to(device) for flags in (real, ~real))
+    return Bucket(gather.to(device), cells, padding, prefix)
 
 
 @final

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from trainer import attention
 from trainer.attention import EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, packed_attention
 from trainer.errors import ModelError
+from trainer.explicit import AttentionForm
 from trainer.layout import BUCKET_RATIO, PackedLayout
 
 CPU = torch.device("cpu")
@@ -147,7 +148,7 @@ def test_padding_is_bounded_by_the_bucket_ratio():
 def test_the_gpu_path_computes_what_the_cpu_path_does(form):
     query, key, value = make_pack(SHORT)
     layout = PackedLayout.of_lengths(SHORT, CPU)
-    settings = attention._Form(0.3, form.get("sliding_window"), form.get("softcap"), None)
+    settings = AttentionForm(0.3, form.get("sliding_window"), form.get("softcap"), None)
     try:
         flex = attention._flex(query, key, value, layout, settings)
     except (RuntimeError, NotImplementedError) as error:
@@ -188,7 +189,7 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
     monkeypatch.setattr(attention, "_flex_kernel", lambda _device: kernel)
     lengths = [(200, 70), (300, 5, 129), (150, 151, 99), (131,)]
     for number, form in enumerate(({}, {"sliding_window": 50}, {"sliding_window": 50, "softcap": 1.5})):
-        settings = attention._Form(0.3, form.get("sliding_window"), form.get("softcap"), None)
+        settings = AttentionForm(0.3, form.get("sliding_window"), form.get("softcap"), None)
         for own in lengths:
             pack = make_pack(own)
             with torch.no_grad():
@@ -204,7 +205,7 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
 def test_sinks_on_gpu_are_refused():
     layout = PackedLayout.of_lengths(SHORT, CPU)
     with pytest.raises(ModelError, match="sinks are not supported on GPU"):
-        attention._flex(*make_pack(SHORT), layout, attention._Form(0.3, None, None, torch.zeros(HEADS)))
+        attention._flex(*make_pack(SHORT), layout, AttentionForm(0.3, None, None, torch.zeros(HEADS)))
 
 
 def test_a_module_that_passes_no_layout_is_refused():

@@ -76,7 +76,7 @@ def test_a_block_keeps_what_its_operations_save():
 def test_short_sequences_keep_their_scores_on_a_cpu_only():
     long, short = (Pass(FACTS, [length], 8, 2, 4, is_cpu=True) for length in (385, 384))
     on_gpu = Pass(FACTS, [384], 8, 2, 4, is_cpu=False)
-    scores = 384 * 384 * 8 * (4 + 2)
+    scores = 384 * 384 * 8 * 2
     assert short.block() - on_gpu.block() == scores - 384 * 80 * 2  # and no second copy of the output
     assert long.block() / 385 == on_gpu.block() / 384
     capped = Pass(ModelFacts(**{**FACTS.__dict__, "has_explicit_attention": True}), [385], 8, 2, 4, is_cpu=True)

@@ -13,6 +13,7 @@ from trainer import attention
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.batch import Batch, TokenSequence, Tree, grow_trees, tree_batches
 from trainer.experience import minibatches
+from trainer.explicit import AttentionForm
 from trainer.layout import PackedLayout
 from trainer.policy import load_policy
 
@@ -70,7 +71,7 @@ def test_the_gpu_path_sees_the_same_trees(window):
     total = sum(prefix + sum(branches) for prefix, branches in TREES)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 4, total, 16, generator=generator) for _ in range(3))
-    form = attention._Form(0.25, window, None, None)
+    form = AttentionForm(0.25, window, None, None)
     try:
         flex = attention._flex(query, key, value, layout, form)
     except (RuntimeError, NotImplementedError) as error:

@@ -89,11 +89,19 @@ class Pass:
         return self.is_cpu and (length <= EXPLICIT_MAX_TOKENS or self.facts.has_explicit_attention)
 
     def _scores(self) -> float:
-        """Written-out attention keeps probabilities in float32 and in the compute dtype, a soft cap its tanh."""
-        cells = sum(length * length for length in self.lengths if self._is_explicit(length)) * self.facts.heads
+        """Written-out attention keeps its probabilities; where it is capped, float32 ones too, and the tanh."""
         c = self.compute_bytes
-        capped = c if self.facts.has_explicit_attention else 0
-        return float(cells * (STATISTICS_BYTES + (c if c < STATISTICS_BYTES else 0) + capped))
+        if self.facts.has_explicit_attention:
+            return self._cells() * (self._softmax_bytes() + c)
+        return self._cells() * c
+
+    def _cells(self) -> float:
+        """Of the scores that are written out."""
+        return float(sum(length * length for length in self.lengths if self._is_explicit(length)) * self.facts.heads)
+
+    def _softmax_bytes(self) -> int:
+        """Of a cell: float32, and the same in a smaller compute dtype."""
+        return STATISTICS_BYTES + (self.compute_bytes if self.compute_bytes < STATISTICS_BYTES else 0)
 
     def _mlp(self) -> int:
         """Gate, up, activation and product; of experts, whose outputs are scaled, what goes in and out too."""
@@ -160,4 +168,4 @@ class Pass:
         width = facts.intermediate * facts.active_experts + facts.shared_intermediate
         mlp = 2 * facts.hidden * c + 3 * width * c
         attention = facts.hidden * c + 3 * (facts.query_width + 2 * facts.key_width) * c
-        return self.tokens * max(mlp, attention) + self._scores()
+        return self.tokens * max(mlp, attention) + self._cells() * self._softmax_bytes()
