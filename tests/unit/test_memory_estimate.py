@@ -15,6 +15,7 @@ from trainer.config.activations import Pass
 from trainer.config.load import find_shape, load_recipe
 from trainer.config.model_facts import ModelFacts
 from trainer.config.pack import longest_pack
+from trainer.config.recipe import LoraSettings
 from trainer.config.remedies import find_remedies
 from trainer.config.shape import TrainingShape
 from trainer.sampling import fused
@@ -36,6 +37,10 @@ def shape_of(**changes: Any) -> TrainingShape:
 FACTS = ModelFacts(
     hidden=100, layers=3, query_width=80, key_width=40, intermediate=200, vocab=1000, is_tied=True, heads=8
 )
+SMALL_MIXTURE = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 100,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+}  # fmt: skip
 
 
 def test_constants_are_those_of_the_code():
@@ -147,3 +152,21 @@ def test_remedies_of_full_parameters_name_the_adapter():
     changes = [str(remedy) for remedy in find_remedies(recipe, find_shape("h100x1"), big(), [find_shape("h200x16")])]
     assert any(change.startswith("`lora: {}` in place of full parameters: ") for change in changes)
     assert any("h200x16`, which shards the base model" in change for change in changes)
+
+
+def test_other_norms_keep_float32_and_norms_behind_a_layer_keep_their_input():
+    def kept(**changes: Any) -> float:
+        return Pass(ModelFacts(**{**FACTS.__dict__, **changes}), [400], 8, 2, 4, is_cpu=True).block() / 400
+
+    assert kept(has_fused_norms=False) - kept() == 2 * 100 * (4 - 2)
+    assert kept(model_type="glm4") - kept() == 2 * 100 * 2
+
+
+def test_experts_that_peft_leaves_alone_have_no_adapter():
+    config = {**SMALL_MIXTURE, "model_type": "qwen3_moe"}
+    adapted, left = ModelFacts.from_config(config), ModelFacts.from_config({**config, "model_type": "qwen2_moe"})
+    assert adapted is not None
+    assert left is not None
+    lora = LoraSettings(rank=4)
+    attention_only = 2 * 4 * sum(i + o for _, i, o in left.attention_linears())
+    assert left.lora_params(lora) == attention_only < adapted.lora_params(lora)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
-from trainer.config.model_facts import ModelFacts
+from trainer.config.model_facts import OUTPUT_NORMS, ModelFacts
 
 STATISTICS_BYTES: Final = 4
 """Norms, softmax and the loss compute in float32."""
@@ -64,10 +64,14 @@ class Pass:
         return self.tokens * per_token + self._scores() + self._adapted_experts()
 
     def _norms(self) -> int:
-        """A norm keeps its input, the layer behind it its output; norms of queries and keys are rotated, not kept."""
+        """A norm keeps its input, the layer behind it its output.
+
+        What comes out of norms of queries and keys is rotated, of those behind attention and MLP added: not kept.
+        """
         facts = self.facts
+        behind = 2 * facts.hidden * self._norm_input() if facts.model_type in OUTPUT_NORMS else 0
         inner = (facts.query_width + facts.key_width) * self._norm_input() if facts.has_inner_norms else 0
-        return 2 * facts.hidden * (self._norm_input() + self.compute_bytes) + inner
+        return 2 * facts.hidden * (self._norm_input() + self.compute_bytes) + inner + behind
 
     def _norm_input(self) -> int:
         """Bytes of a value that a norm keeps: ours its input, autograd's a float32 copy.
@@ -114,7 +118,7 @@ class Pass:
     def _adapted_experts(self) -> float:
         """PEFT makes W + s B A of every expert, and the product's backward keeps it."""
         facts = self.facts
-        if facts.num_experts == 1 or self.rank is None:
+        if not facts.has_adapted_experts or self.rank is None:
             return 0.0
         return float(facts.num_experts * 3 * facts.intermediate * facts.hidden * self.compute_bytes)
 

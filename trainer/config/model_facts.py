@@ -19,6 +19,10 @@ EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 INNER_NORMS: Final = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "olmoe"})
 OTHER_NORMS: Final = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3", "qwen3_next"})
 """Whose RMS norms round elsewhere than Llama's."""
+OUTPUT_NORMS: Final = frozenset({"gemma2", "gemma3_text", "glm4"})
+"""With norms behind attention and MLP too."""
+LEFT_EXPERTS: Final = frozenset({"qwen2_moe"})
+"""Whose experts PEFT leaves alone with `all-linear`, where it adapts those of other mixtures."""
 
 
 @final
@@ -109,6 +113,11 @@ class ModelFacts:
         return self.attention_linears() + shared
 
     @property
+    def has_adapted_experts(self) -> bool:
+        """Whether adapters are put on experts too."""
+        return self.num_experts > 1 and self.model_type not in LEFT_EXPERTS
+
+    @property
     def block_params(self) -> int:
         """Parameters of all blocks, norms included."""
         linear = sum(i * o for _, i, o in self.linears(self.num_experts))
@@ -146,7 +155,7 @@ class ModelFacts:
 
     def _expert_factors(self) -> list[tuple[str, int, int]]:
         """(name, in, out) of what PEFT adapts of experts: the router, gate and up as one of twice the rank, down."""
-        if self.num_experts == 1:
+        if not self.has_adapted_experts:
             return []
         inward = ("gate_up_proj", self.hidden, 2 * self.intermediate)
         outward = ("down_proj", self.intermediate, self.hidden)
