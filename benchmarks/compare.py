@@ -41,7 +41,7 @@ def main() -> None:
         "sft": lambda: _script("sft_vs_trl.py", "--rounds", rounds, "--steps", "2"),
         "rft": lambda: _script("rft_vs_trl.py", "--rounds", rounds, "--steps", "1"),
         "rft_long": lambda: _script(
-            "rft_vs_trl.py", "--prompts", "8", "--tokens", "128", "--rounds", "1", "--steps", "1"
+            "rft_vs_trl.py", "--prompts", "8", "--tokens", "128", "--rounds", "1", "--steps", "1", "--trl-rows", "16"
         ),
         "sampling": lambda: _script("sampling.py", "--rounds", rounds),
     }

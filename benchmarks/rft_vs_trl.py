@@ -1,6 +1,6 @@
 """Seconds per RFT step, ours and TRL's GRPOTrainer: same model, prompts, group size and completion budget.
 
-    python benchmarks/rft_vs_trl.py [--prompts 4] [--group 8] [--tokens 64] [--rounds 2] [--steps 2]
+    python benchmarks/rft_vs_trl.py [--prompts 4] [--group 8] [--tokens 64] [--trl-rows 0] [--rounds 2] [--steps 2]
 
 Alternating in one process. Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1, score the
 reference (beta / kl_coef above 0), and reward completions by a trivial function of the text. Completions differ by
@@ -122,12 +122,15 @@ class Trl:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         rows = [json.loads(line) for line in Path(ROWS).read_text().splitlines()[:256]]
         self.times, self.arguments = StepTimes(), arguments
+        in_all = arguments.prompts * arguments.group
+        at_once = arguments.trl_rows or in_all
         self.trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16),
             reward_funcs=trl_digit_share,
             args=GRPOConfig(
                 output_dir=str(folder), report_to="none", use_cpu=True, bf16=True, max_steps=arguments.steps,
-                per_device_train_batch_size=arguments.prompts * arguments.group, num_generations=arguments.group,
+                per_device_train_batch_size=at_once, gradient_accumulation_steps=in_all // at_once,
+                num_generations=arguments.group,
                 max_completion_length=arguments.tokens, temperature=1.0, beta=KL_COEF, learning_rate=1e-5,
                 logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
             ),
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--trl-rows", type=int, default=0, help="completions that TRL learns from at once; 0: all")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", default="benchmarks/results/rft_vs_trl")
@@ -181,7 +185,8 @@ def main() -> None:
     lines = [
         f"GRPO with LoRA, SmolLM2-135M-Instruct, {arguments.prompts} prompts x {arguments.group} answers x at most",
         f"{arguments.tokens} tokens, reference scored. {about['processor']}, {about['threads']} threads,",
-        f"AMX {about['amx']}, torch {about['torch']}, TRL {about['trl']}; {about['date']}.\n",
+        f"AMX {about['amx']}, torch {about['torch']}, TRL {about['trl']}, which learns from",
+        f"{arguments.trl_rows or arguments.prompts * arguments.group} completions at once; {about['date']}.\n",
         "| | s/step | completion tokens/s |\n|---|---:|---:|",
         *(f"| {name} | {seconds[name]:.1f} | {rates[name]:.0f} |" for name in found),
         f"\nRatio: **{result['ratio_seconds']}x** in seconds per step, {result['ratio_tokens_per_s']}x in tokens/s",
