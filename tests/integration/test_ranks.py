@@ -149,6 +149,7 @@ def test_second_ctrl_c_leaves_no_rank_behind(project: Project) -> None:
         "train", "three.yaml", "--shape", "cpu2.yaml", "--name", "cut", "--set", "steps=9999"
     )
     wait_for(is_at_step(run, 4), started)
+    wait_for(run.checkpoints, started)  # written behind the steps
     assert len([process for process in project.processes() if "RANK" in process.environ()]) == 2
     started.signal(signal.SIGINT)
     started.signal(signal.SIGINT)

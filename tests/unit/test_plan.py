@@ -249,7 +249,7 @@ def test_a_shape_that_cannot_hold_the_model_is_refused_with_its_line():
     assert str(caught.value) == (
         "recipe.yaml:18: shape: cpu does not fit: holds models up to 2 B parameters for LoRA (estimated)\n"
         "What would fit, as predicted:\n"
-        "  `--shape h100x1`: 20.0 of 79 GiB\n"
+        "  `--shape h100x1`: 19.9 of 79 GiB\n"
         "See also `trainer shapes RECIPE`."
     )
     # without gradient checkpointing the micro-batch of 16,384 tokens is too much: the estimate, not the limit
