@@ -117,7 +117,7 @@ def _bucketed(
         is_plain = form.softcap is None and form.sinks is None
         if longest > EXPLICIT_MAX_TOKENS and is_plain:
             windowed = form.window is not None and form.window < longest
-            mask = causal_mask(longest, form.window, q.device) if windowed else None
+            mask = causal_mask(longest, longest, form.window, q.device) if windowed else None
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
             )

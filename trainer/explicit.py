@@ -107,10 +107,10 @@ class _Attention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, grad_before_key, grad_before_value, None
 
 
-def causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[L, L] bool: what each query may see."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
+def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[L, n] bool: what each query may see of the keys, of which the last L are its own."""
+    position = torch.arange(num_keys, device=device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
     allowed = distance >= 0
     return allowed if window is None else allowed & (distance < window)
 
@@ -140,5 +140,5 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
 def _mask(length: int, scores: torch.Tensor, window: int | None) -> torch.Tensor:
     """[L, P + L] zero where a query sees, minus infinity elsewhere; the window reaches back over the prefix."""
     num_keys = scores.shape[-1]
-    hidden = ~causal_mask(num_keys, window, scores.device)[num_keys - length :]
+    hidden = ~causal_mask(length, num_keys, window, scores.device)
     return scores.new_zeros(length, num_keys).masked_fill_(hidden, float("-inf"))

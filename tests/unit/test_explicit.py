@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.explicit import AttentionForm, causal_mask, explicit_attention
+from trainer.explicit import AttentionForm, explicit_attention
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 FORMS = {
@@ -41,7 +41,9 @@ def truth(form: AttentionForm, *parts: torch.Tensor) -> torch.Tensor:
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
     num_keys, length = key.shape[2], query.shape[2]
-    seen = causal_mask(num_keys, form.window, query.device)[num_keys - length :]
+    position = torch.arange(num_keys)
+    distance = position[num_keys - length :, None] - position
+    seen = (distance >= 0) & (distance < (form.window or num_keys))
     scores = scores.masked_fill(~seen, float("-inf"))
     if form.sinks is not None:
         scores = torch.cat([scores, form.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
