@@ -21,10 +21,11 @@ from machine import conditions
 
 from trainer.algorithms import sft
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence, Tree, grow_trees, micro_batches, tree_batches
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.policy import load_policy
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
+from trainer.model.batch import Batch, Tree, grow_trees, micro_batches, tree_batches
+from trainer.model.policy import load_policy
+from trainer.training.learner import Learner
 
 MODEL = "models/SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).parent / "results"

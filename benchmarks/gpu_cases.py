@@ -22,18 +22,19 @@ from random_models import (
     word_tokenizer,
 )
 
-from trainer import experience
 from trainer.config.load import load_recipe
-from trainer.config.plan import Plan, make_plan, plan_memory
 from trainer.config.recipe import LoraSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.policy import Reference
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
+from trainer.model.batch import Batch
+from trainer.model.policy import Reference
+from trainer.planning.plan import Plan, make_plan, plan_memory
 from trainer.sampling.local import LocalSampler
-from trainer.sampling.rollouts import StepRollouts
 from trainer.sampling.sampler import SampleRequest, SamplingParams
-from trainer.sft import sft_terms
+from trainer.training import policy_update
+from trainer.training.learner import Learner
+from trainer.training.rollouts import StepRollouts
+from trainer.training.sft import sft_terms
 from trainer.types import Group, Rollout, Row
 
 RATE = 1e-6
@@ -150,8 +151,8 @@ class Rft:
 
     def step(self) -> None:
         """Pack, score the reference, learn, update."""
-        parts = experience.minibatches(self.drawn, self.plan, self.device)
-        experience.learn(self.learner, parts, self.reference, self.plan, 0)
+        parts = policy_update.minibatches(self.drawn, self.plan, self.device)
+        policy_update.learn(self.learner, parts, self.reference, self.plan, 0)
 
 
 def _computed_once(group: Group) -> list[int]:

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import common
 
+from trainer.checks.memory_dry_run import config_of, measure
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan, plan_memory
-from trainer.memory_probe import config_of, measure
+from trainer.planning.plan import make_plan, plan_memory
 
 SMALL: Final[dict[str, Any]] = {
     "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6,

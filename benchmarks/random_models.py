@@ -11,12 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainer import attention
-from trainer.config.memory import MemoryEstimate, estimate_memory
-from trainer.config.model_facts import ModelFacts
 from trainer.config.recipe import LoraSettings, ModelSettings, Recipe
 from trainer.config.shape import ShapeLimit, ShapeLimits, TrainingShape
-from trainer.policy import Policy, make_policy
+from trainer.model import attention
+from trainer.model.policy import Policy, make_policy
+from trainer.planning.memory import MemoryEstimate, estimate_memory
+from trainer.planning.model_facts import ModelFacts
 
 CARDS: Final = Path(__file__).parents[1] / "configs" / "models" / "known.yaml"
 KINDS: Final[dict[str, tuple[str, str]]] = {

@@ -26,19 +26,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from datasets import Dataset
-from trainer import experience
 from trainer.config.load import load_recipe
-from trainer.config.plan import Plan, make_plan
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.policy import Reference, load_policy
-from trainer.preemption import StopFlag
+from trainer.distributed.preemption import StopFlag
+from trainer.distributed.world import World
+from trainer.model.policy import Reference, load_policy
+from trainer.planning.plan import Plan, make_plan
 from trainer.rewards.runner import RewardRunner
-from trainer.run import RunDir
+from trainer.run.directory import RunDir
 from trainer.sampling import make_sampler
-from trainer.sampling.rollouts import Prompt, Rollouts, sampling_params, summarize
+from trainer.training import policy_update
+from trainer.training.learner import Learner
+from trainer.training.rollouts import Prompt, Rollouts, sampling_params, summarize
 
 MODEL = "models/SmolLM2-135M-Instruct"
 ROWS = "datasets/sums_train.jsonl"
@@ -107,8 +107,8 @@ class Ours:
             begin = time.perf_counter()
             self.sampler.publish(self.policy, self.step)
             drawn = self.rollouts.of_step(self.step)
-            parts = experience.minibatches(drawn, self.plan, CPU)
-            experience.learn(self.learner, parts, self.reference, self.plan, self.step)
+            parts = policy_update.minibatches(drawn, self.plan, CPU)
+            policy_update.learn(self.learner, parts, self.reference, self.plan, self.step)
             found.append((time.perf_counter() - begin, summarize(drawn, self.world)["rollout/sampled_tokens"]))
             self.step += 1
         return found

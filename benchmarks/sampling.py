@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
-from trainer.policy import load_policy
+from trainer.model.policy import load_policy
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 

@@ -27,13 +27,13 @@ from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch, micro_batches
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.policy import load_policy
-from trainer.sft import sft_terms
+from trainer.distributed.world import World
+from trainer.model.batch import Batch, micro_batches
+from trainer.model.policy import load_policy
+from trainer.training.learner import Learner
+from trainer.training.sft import sft_terms
 
 MODEL = "models/SmolLM2-135M-Instruct"
 ROWS = "datasets/extract_train.jsonl"

@@ -23,15 +23,15 @@ import torch
 from machine import conditions
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.config.model_facts import ModelFacts
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.policy import load_policy
-from trainer.sft import sft_terms
+from trainer.distributed.world import World
+from trainer.model.batch import Batch
+from trainer.model.policy import load_policy
+from trainer.planning.model_facts import ModelFacts
+from trainer.training.learner import Learner
+from trainer.training.sft import sft_terms
 
 MODEL: Final = "models/SmolLM2-135M-Instruct"
 ROWS: Final = "datasets/extract_train.jsonl"

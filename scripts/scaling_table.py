@@ -18,9 +18,9 @@ from typing import Final
 
 import yaml
 
-from trainer.config.memory import FRAGMENTATION_FRAC, GIB, PROCESS_GIB
-from trainer.config.model_facts import ModelFacts
 from trainer.config.recipe import LoraSettings
+from trainer.planning.memory import FRAGMENTATION_FRAC, GIB, PROCESS_GIB
+from trainer.planning.model_facts import ModelFacts
 
 HEAD_TILE_ROWS: Final = 256
 """Trained positions that the LM head handles at a time."""

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from tiny import VOCAB_SIZE
 
-from trainer.config.plan import Plan
 from trainer.config.recipe import Recipe
 from trainer.config.shape import TrainingShape
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
-from trainer.experience import learn, minibatches, score
-from trainer.learner import Learner
-from trainer.policy import Policy, Reference, load_policy
-from trainer.sampling.rollouts import StepRollouts
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy, Reference, load_policy
+from trainer.planning.plan import Plan
+from trainer.training.learner import Learner
+from trainer.training.policy_update import learn, minibatches, score
+from trainer.training.rollouts import StepRollouts
 from trainer.types import Group, Rollout, Row
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Final
 
-from trainer.run import RunDir
+from trainer.run.directory import RunDir
 
 IDENTITY: Final = "a" * 64
 
@@ -27,7 +27,7 @@ def saved_run(root: Path, steps: int, *, identity: str = IDENTITY, name: str = "
 
 
 def save_step(run: RunDir, step: int, *, identity: str = IDENTITY) -> None:
-    """One checkpoint, as trainer/checkpoint.py lays it out."""
+    """One checkpoint, as trainer/checkpoints/local.py lays it out."""
     directory = run.checkpoint(step)
     directory.mkdir(parents=True)
     contents = {"__0_0.distcp": f"tensors of {step}".encode() * 100, ".metadata": f"metadata of {step}".encode()}

@@ -15,13 +15,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from trainer.config.plan import Plan
-from trainer.data.batch import TokenSequence
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
+from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, TrainerError
 from trainer.files import replaced_directory
-from trainer.run import RunDir
+from trainer.planning.plan import Plan
+from trainer.run.directory import RunDir
 from trainer.types import Row
 
 NUM_ROWS: Final = 4

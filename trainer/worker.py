@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.load import load_recipe
-from trainer.config.plan import Plan, make_plan
 from trainer.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -23,10 +22,11 @@ from trainer.errors import (
     RolledBackError,
     TrainerError,
 )
-from trainer.run import SHUTDOWN_TIMEOUT, Outcome, RunDir, State, open_run
+from trainer.planning.plan import Plan, make_plan
+from trainer.run.directory import SHUTDOWN_TIMEOUT, Outcome, RunDir, State, open_run
 
 if TYPE_CHECKING:
-    from trainer.session import Session
+    from trainer.training.attempt import Session
 
 TORCHRUN_GRACE_S: Final = 30.0
 """From its SIGTERM to its SIGKILL."""
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
 def _attempt(plan: Plan, run: RunDir) -> int:
     from contextlib import ExitStack
 
-    from trainer.distributed import join_world, leave_world
-    from trainer.preemption import StopFlag
-    from trainer.session import Session, about_attempt
+    from trainer.distributed.preemption import StopFlag
+    from trainer.distributed.world import join_world, leave_world
+    from trainer.training.attempt import Session, about_attempt
 
     _quiet_libraries()
     try:
@@ -103,7 +103,7 @@ def _grace_s(plan: Plan) -> float:
 
 def _train(session: Session) -> Outcome:
     """Run the method's loop; a second time where the first one went back to its checkpoint."""
-    from trainer import rft, sft
+    from trainer.training import rft, sft
 
     plan, run = session.plan, session.run
     train = {"sft": sft.train, "rft": rft.train}[plan.recipe.method]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.attention import PackedLayout, packed_attention
 from trainer.errors import ModelError
+from trainer.model.attention import PackedLayout, packed_attention
 
 CPU = torch.device("cpu")
 WIDTH = 64

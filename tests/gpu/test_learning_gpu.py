@@ -11,16 +11,17 @@ import torch
 from integration.project import LONG, Done, Project, Run, Running, is_at_step, wait_for
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
-from trainer import experience
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.packing_check import verify_packing
-from trainer.policy import Policy, Reference, load_policy
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
+from trainer.model.batch import Batch
+from trainer.model.packing_check import verify_packing
+from trainer.model.policy import Policy, Reference, load_policy
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
-from trainer.sft import sft_terms
+from trainer.training import policy_update
+from trainer.training.learner import Learner
+from trainer.training.sft import sft_terms
 
 CPU = torch.device("cpu")
 LENGTHS: Final = ((40, 7, 90, 3), (200, 31), (12,))
@@ -96,7 +97,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_policy(cuda, model_dir):
     policy = load_policy(ModelSettings(path=str(model_dir)), LoraSettings(rank=4), 0, cuda)
     pack = Batch.pack(make_rows((60, 9), 0), cuda)
     reference = Reference(policy, "initial", is_fresh=True).logprobs(pack, 0.7)
-    distance = (reference - experience.score(policy, pack, 0.7)).abs().max()
+    distance = (reference - policy_update.score(policy, pack, 0.7)).abs().max()
     assert distance == 0.0, "ref_kld is exactly 0 at step 0"
 
 
@@ -120,7 +121,7 @@ def test_the_sampler_reports_the_trainers_logprobs(cuda, model_dir, dtype, toler
         for request, group in zip(asked, groups, strict=True)
         for completion in group
     ]
-    trainers = experience.score(policy, Batch.pack(sequences, cuda), 0.8).cpu()
+    trainers = policy_update.score(policy, Batch.pack(sequences, cuda), 0.8).cpu()
     samplers = torch.tensor([value for completion in drawn for value in completion.logprobs])
     distance = (trainers - samplers).abs()
     assert (distance.max() if dtype == "float32" else distance.mean()) < tolerance

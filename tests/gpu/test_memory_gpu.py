@@ -9,10 +9,11 @@ import torch
 from random_models import allocated_gib, predicted_memory, random_policy
 
 from trainer.config.recipe import LoraSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.sft import sft_terms
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
+from trainer.model.batch import Batch
+from trainer.training.learner import Learner
+from trainer.training.sft import sft_terms
 
 TOKENS = 4096
 ROWS = (1024, 700, 700, 600, 500, 300, 200, 72)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 IMPORTS = (
-    "trainer.sft",
-    "trainer.rft",
+    "trainer.training.sft",
+    "trainer.training.rft",
     "trainer.sampling.local",
     "trainer.worker",
     "torch.distributed.checkpoint.state_dict_saver",

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from groups import four_groups, make_learner, make_plan, perturb, run_step
 
-from trainer.config.plan import Plan
-from trainer.distributed import World, join_world, leave_world
-from trainer.experience import learn, minibatches
-from trainer.learner import Learner
-from trainer.packing_check import verify_packing
-from trainer.policy import Reference, load_policy
-from trainer.sampling.rollouts import StepRollouts
-from trainer.sharding import is_sharded
+from trainer.distributed.sharding import is_sharded
+from trainer.distributed.world import World, join_world, leave_world
+from trainer.model.packing_check import verify_packing
+from trainer.model.policy import Reference, load_policy
+from trainer.planning.plan import Plan
+from trainer.training.learner import Learner
+from trainer.training.policy_update import learn, minibatches
+from trainer.training.rollouts import StepRollouts
 
 STEPS = 3
 SHARES = ((0, 1, 2), (3,)), ((0, 1, 2, 3), ()), ((0, 2), (1, 3))

@@ -14,8 +14,8 @@ import pytest
 from tiny import tiny_model_dir, tiny_tokenizer
 
 from trainer.config.load import load_recipe
-from trainer.config.memory import MemoryEstimate
-from trainer.config.plan import make_plan, plan_memory
+from trainer.planning.memory import MemoryEstimate
+from trainer.planning.plan import make_plan, plan_memory
 
 HERE: Final = Path(__file__).parent
 SEQ_TOKENS: Final = 512

@@ -17,9 +17,9 @@ import pytest
 from mirrored import IDENTITY, files_under, saved_run
 from project import BIN
 
+from trainer.checkpoints.mirror import Mirror
 from trainer.errors import MirrorAccessError, MirrorError
-from trainer.mirror import Mirror
-from trainer.run import RunDir
+from trainer.run.directory import RunDir
 
 RCLONE = shutil.which("rclone", path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
 pytestmark = [
@@ -142,7 +142,8 @@ def test_the_environment_alone_is_enough(server: Server, tmp_path: Path) -> None
     """In a process of its own: `FSSPEC_S3_ENDPOINT_URL` as docs/mirror.md has it; no warning as it ends."""
     run = saved_run(tmp_path, 2, name="fresh-process")
     code = (
-        "import sys; from pathlib import Path; from trainer.mirror import Mirror; from trainer.run import RunDir\n"
+        "import sys; from pathlib import Path; from trainer.checkpoints.mirror import Mirror\n"
+        "from trainer.run.directory import RunDir\n"
         "Mirror('s3://bucket', RunDir(Path(sys.argv[1])), sys.argv[2]).push(2)\n"
         "assert 'torch' not in sys.modules"
     )

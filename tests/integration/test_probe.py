@@ -17,12 +17,12 @@ import resource, sys
 from pathlib import Path
 import torch
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan
-from trainer.distributed import World
+from trainer.planning.plan import make_plan
+from trainer.distributed.world import World
 from trainer.errors import ShapeError
-from trainer.learner import Learner
-from trainer.policy import load_policy
-from trainer.probe import probe_memory
+from trainer.training.learner import Learner
+from trainer.model.policy import load_policy
+from trainer.training.memory_preflight import probe_memory
 
 plan = make_plan(load_recipe(Path("recipe.yaml")))
 world = World(0, 1, torch.device("cpu"))

@@ -9,14 +9,15 @@ from project import Project
 from rft_project import NO_EVALUATION, prepare, run_here
 
 from trainer.config.load import load_recipe
-from trainer.config.memory import base_bytes
-from trainer.config.model_facts import find_model_facts
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.batch import Batch, TokenSequence
+from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, RecipeError
-from trainer.lora import FusedLinear
-from trainer.policy import load_policy
-from trainer.quantization import quantized_loading
+from trainer.model.batch import Batch
+from trainer.model.lora_linear import FusedLinear
+from trainer.model.policy import load_policy
+from trainer.model.quantization import quantized_loading
+from trainer.planning.memory import base_bytes
+from trainer.planning.model_facts import find_model_facts
 
 torch = pytest.importorskip("torch")
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -12,7 +12,7 @@ import yaml
 from tiny import tiny_model_dir
 
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan
+from trainer.planning.plan import make_plan
 from trainer.worker import main
 
 ROOT = Path(__file__).parents[2]

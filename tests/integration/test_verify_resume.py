@@ -10,9 +10,9 @@ import pytest
 from project import LONG, Done, Project
 from rft_project import NO_EVALUATION, prepare
 
+from trainer.commands.certificate import compare_runs
 from trainer.errors import LaunchError
-from trainer.launch.certificate import compare_runs
-from trainer.run import RunDir
+from trainer.run.directory import RunDir
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.batch import Batch, TokenSequence
 from trainer.data.chat import load_tokenizer
-from trainer.distributed import World
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
 from trainer.errors import NumericalError
-from trainer.policy import Policy, load_policy
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy, load_policy
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.sampling.vllm import VllmSampler
 from trainer.sampling.vllm_client import SamplerError

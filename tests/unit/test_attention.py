@@ -8,11 +8,11 @@ from tiny import HIDDEN, VOCAB_SIZE, tiny_model
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from trainer import attention
-from trainer.attention import EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, packed_attention
 from trainer.errors import ModelError
-from trainer.explicit import AttentionForm
-from trainer.layout import BUCKET_RATIO, PackedLayout
+from trainer.model import attention
+from trainer.model.attention import EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, packed_attention
+from trainer.model.eager_attention import AttentionForm
+from trainer.model.layout import BUCKET_RATIO, PackedLayout
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 4, 2, 8

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.batch import Batch, TokenSequence, micro_batches, split_evenly
 from trainer.data.order import epoch_order, rows_of_step
+from trainer.data.tokens import TokenSequence
+from trainer.model.batch import Batch, micro_batches, split_evenly
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)

@@ -10,8 +10,8 @@ from tiny import tiny_tokenizer
 from tokenizers import processors
 
 from trainer.config.recipe import DataSettings, DataSource, ModelSettings
-from trainer.data.batch import TokenSequence
 from trainer.data.chat import ChatEncoder, load_tokenizer
+from trainer.data.tokens import TokenSequence
 from trainer.errors import DataError
 from trainer.types import Row
 

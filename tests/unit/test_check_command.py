@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from small_recipe import RFT, SFT, write_small
 
-from trainer.cli import main
+from trainer.commands.check import describe_plan, plan_lines
+from trainer.commands.cli import main
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan
-from trainer.launch.check import describe_plan, plan_lines
+from trainer.planning.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "wandb", "numpy")
@@ -29,7 +29,7 @@ def run_quietly(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run the command in a fresh interpreter that fails if anything heavy was imported."""
     code = (
         "import sys\n"
-        "from trainer.cli import main\n"
+        "from trainer.commands.cli import main\n"
         "try:\n"
         f"    code = main({arguments!r})\n"
         "except SystemExit as stop:\n"
@@ -282,7 +282,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return subprocess.CompletedProcess(argv, 2)
 
     run: Callable[..., subprocess.CompletedProcess[str]] = record
-    monkeypatch.setattr("trainer.launch.check.subprocess.run", run)
+    monkeypatch.setattr("trainer.commands.check.subprocess.run", run)
     return commands
 
 
@@ -291,7 +291,8 @@ def test_data_and_rewards_start_a_second_process_and_return_its_code(started):
     argv = ["check", "recipe.yaml", "--data", "--rewards", "--set", "seed=1", "--shape", "h100x1", "--html", "a.html"]
     assert main(argv) == 2
     assert started == [
-        [sys.executable, "-m", "trainer.preview", "recipe.yaml", "--set", "seed=1", "--shape", "h100x1", "--data",
+        [sys.executable, "-m", "trainer.checks.data_and_rewards", "recipe.yaml", "--set", "seed=1",
+         "--shape", "h100x1", "--data",
          "--html", "a.html", "--rewards"],
     ]  # fmt: skip
 

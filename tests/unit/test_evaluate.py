@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from trainer.config.recipe import RewardSpec
-from trainer.distributed import World
-from trainer.evaluate import RewardEvaluation, bootstrap_interval, pass_at_k
+from trainer.distributed.world import World
 from trainer.rewards.runner import RewardRunner
-from trainer.sampling.rollouts import Prompt
 from trainer.sampling.sampler import SamplingParams
+from trainer.training.evaluate import RewardEvaluation, bootstrap_interval, pass_at_k
+from trainer.training.rollouts import Prompt
 from trainer.types import Completion, Row
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))

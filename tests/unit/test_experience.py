@@ -7,10 +7,10 @@ import torch
 from groups import CPU, LIMIT, PROMPT, drawn, four_groups, group, make_learner, make_plan, rollout, run_step
 from tiny import tiny_model_dir
 
-from trainer.config.plan import Plan
-from trainer.data.batch import Batch
-from trainer.experience import minibatches
-from trainer.sampling.rollouts import StepRollouts
+from trainer.model.batch import Batch
+from trainer.planning.plan import Plan
+from trainer.training.policy_update import minibatches
+from trainer.training.rollouts import StepRollouts
 from trainer.types import Group
 
 

@@ -10,12 +10,12 @@ import torch
 from groups import CPU, PROMPT, WORLD, drawn, drawn_by, four_groups, group, make_learner, make_plan, rollout, run_step
 from tiny import tiny_model_dir
 
-from trainer.config.plan import Plan
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import NumericalError
-from trainer.experience import learn, minibatches, score
-from trainer.learner import Learner
-from trainer.policy import Reference, load_policy, warm_start
+from trainer.model.policy import Reference, load_policy, warm_start
+from trainer.planning.plan import Plan
+from trainer.training.learner import Learner
+from trainer.training.policy_update import learn, minibatches, score
 
 
 @pytest.fixture(scope="module")

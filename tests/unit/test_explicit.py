@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.explicit import AttentionForm, explicit_attention
+from trainer.model.eager_attention import AttentionForm, explicit_attention
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 FORMS = {

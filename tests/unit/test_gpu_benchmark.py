@@ -16,8 +16,9 @@ from random_models import KINDS, model_facts, random_causal_lm
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config.recipe import ModelSettings
-from trainer.data.batch import Batch, TokenSequence
-from trainer.policy import make_policy
+from trainer.data.tokens import TokenSequence
+from trainer.model.batch import Batch
+from trainer.model.policy import make_policy
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.head import HeadForm, tile_rows, tiled_logprobs
+from trainer.model.lm_head import HeadForm, tile_rows, tiled_logprobs
 
 HIDDEN = 8
 FORMS = {
@@ -21,7 +21,7 @@ FORMS = {
 @pytest.fixture
 def small_tiles(monkeypatch) -> int:
     """16 rows a tile with a vocabulary of 50."""
-    monkeypatch.setattr("trainer.head.TILE_CELLS", 16 * 50)
+    monkeypatch.setattr("trainer.model.lm_head.TILE_CELLS", 16 * 50)
     assert tile_rows(50) == 16
     return 50
 
@@ -86,7 +86,7 @@ def test_values_and_gradients_are_those_of_float64_log_softmax(small_tiles, form
 @pytest.mark.parametrize("tile", [16, 64, 128])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 100])
 def test_borders_of_tiles_and_blocks_lose_no_token(monkeypatch, rows, tile):
-    monkeypatch.setattr("trainer.head.TILE_CELLS", tile * 50)
+    monkeypatch.setattr("trainer.model.lm_head.TILE_CELLS", tile * 50)
     hidden, weight, _, targets, _ = make_inputs(rows, 50)
     expected, _ = naive(hidden.double(), weight.double(), None, targets, HeadForm())
     logprobs, _ = tiled_logprobs(hidden, weight, None, targets, HeadForm(), with_entropy=False)
@@ -157,5 +157,5 @@ def relative_distance(ours: Tensor, exact: Tensor) -> float:
     ],
 )
 def test_tile_rows_are_a_power_of_two_within_the_budget(monkeypatch, vocab, rows):
-    monkeypatch.setattr("trainer.head.TILE_CELLS", 128 * 49_152)
+    monkeypatch.setattr("trainer.model.lm_head.TILE_CELLS", 128 * 49_152)
     assert tile_rows(vocab) == rows

@@ -11,16 +11,16 @@ import pytest
 from small_recipe import write_small
 
 from trainer import jobs
-from trainer.cli import main
+from trainer.commands.cli import main
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan
 from trainer.errors import JobTimeoutError, LaunchError
 from trainer.jobs import find_job, reconnect_and_wait, submit
-from trainer.launch.job_start import start_job, stop_job
-from trainer.launch.job_state import JobRecord, is_alive, read_record, read_state, write_record
-from trainer.launch.slurm import SlurmOptions
-from trainer.launch.slurm_queue import parse_job
-from trainer.run import Outcome, RunDir, open_run
+from trainer.jobs.slurm_queue import parse_job
+from trainer.jobs.slurm_script import SlurmOptions
+from trainer.jobs.start import start_job, stop_job
+from trainer.jobs.state import JobRecord, is_alive, read_record, read_state, write_record
+from trainer.planning.plan import make_plan
+from trainer.run.directory import Outcome, RunDir, open_run
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from trainer.journal import read_chunk, read_step, set_aside, write_chunk
-from trainer.run import RunDir
+from trainer.run.directory import RunDir
+from trainer.run.journal import read_chunk, read_step, set_aside, write_chunk
 from trainer.types import Group, Rollout, Row
 
 STEP, NUMBER = 3, 1

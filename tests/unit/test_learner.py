@@ -9,16 +9,17 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_model, tiny_model_dir
 
-from trainer import attention
 from trainer.algorithms import PolicyTerms
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
 from trainer.errors import PreemptedError
-from trainer.learner import Learner
-from trainer.policy import Policy, load_policy
-from trainer.schedule import learning_rate
-from trainer.sft import sft_terms
+from trainer.model import attention
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy, load_policy
+from trainer.training.learner import Learner
+from trainer.training.schedule import learning_rate
+from trainer.training.sft import sft_terms
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)

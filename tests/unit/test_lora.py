@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.lora import FusedLinear, LoraProduct, use_fused_linear
+from trainer.model.lora_linear import FusedLinear, LoraProduct, use_fused_linear
 
 
 def adapted(*, fused: bool, **settings) -> peft.PeftModel:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from small_recipe import RFT, SFT, write_small
 
-from trainer import attention, head, kv_cache
 from trainer.config import activations, memory
-from trainer.config.activations import Pass
 from trainer.config.load import find_shape, load_recipe
-from trainer.config.model_facts import ModelFacts
-from trainer.config.pack import longest_pack
 from trainer.config.recipe import LoraSettings
-from trainer.config.remedies import find_remedies
 from trainer.config.shape import TrainingShape
+from trainer.model import attention, kv_cache, lm_head
+from trainer.planning.activations import Pass
+from trainer.planning.longest_pack import longest_pack
+from trainer.planning.model_facts import ModelFacts
+from trainer.planning.remedies import find_remedies
 from trainer.sampling import fused
 
 
@@ -45,7 +45,7 @@ SMALL_MIXTURE = {
 
 def test_constants_are_those_of_the_code():
     assert activations.EXPLICIT_MAX_TOKENS == attention.EXPLICIT_MAX_TOKENS
-    assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (head.TILE_CELLS, head.CPU_BLOCK_ROWS)
+    assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (lm_head.TILE_CELLS, lm_head.CPU_BLOCK_ROWS)
     assert memory.FIRST_ROOM == kv_cache.FIRST_ROOM
     assert memory.FUSED_FAMILIES == fused.FAMILIES
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from small_recipe import RFT, SFT, write_small
 
+from trainer.checks.memory_dry_run import LiveStorages, config_of, main, measure
 from trainer.config.load import load_recipe
-from trainer.config.plan import make_plan, plan_memory
-from trainer.memory_probe import LiveStorages, config_of, main, measure
+from trainer.planning.plan import make_plan, plan_memory
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 8192,

@@ -15,10 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import register_implementation
 from mirrored import IDENTITY, files_under, save_step, saved_run, write_metrics
 
+from trainer.checkpoints.mirror import Mirror, _hold
 from trainer.errors import MirrorAccessError, MirrorError, UserError
 from trainer.files import replaced_directory
-from trainer.mirror import Mirror, _hold
-from trainer.run import RunDir
+from trainer.run.directory import RunDir
 
 
 class Flaky(LocalFileSystem):

@@ -10,8 +10,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from trainer.config.model_facts import OTHER_NORMS
-from trainer.norm import RmsNorm, is_same, use_fused_norms
+from trainer.model.rms_norm import RmsNorm, is_same, use_fused_norms
+from trainer.planning.model_facts import OTHER_NORMS
 
 
 class RootNorm(nn.Module):

@@ -7,11 +7,11 @@ import torch
 from tiny import tiny_model, tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.batch import Batch
 from trainer.errors import ModelError, NumericalError
-from trainer.head import tiled_logprobs
-from trainer.packing_check import verify_packing
-from trainer.policy import Policy, Scores, load_policy
+from trainer.model.batch import Batch
+from trainer.model.lm_head import tiled_logprobs
+from trainer.model.packing_check import verify_packing
+from trainer.model.policy import Policy, Scores, load_policy
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings(

@@ -10,10 +10,10 @@ from small_recipe import RFT, SFT, write_small
 
 from trainer.config.document import dotted, leaves
 from trainer.config.load import all_shapes, find_shape, load_recipe
-from trainer.config.model_facts import ModelFacts
-from trainer.config.plan import Plan, accumulation, make_plan, misfit, model_facts, plan_memory, step_tokens
 from trainer.config.recipe import LoraSettings
 from trainer.errors import RecipeError, ShapeError, UserError
+from trainer.planning.model_facts import ModelFacts
+from trainer.planning.plan import Plan, accumulation, make_plan, misfit, model_facts, plan_memory, step_tokens
 
 
 @pytest.fixture(autouse=True)

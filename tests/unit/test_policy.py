@@ -14,11 +14,12 @@ from tiny import VOCAB_SIZE, tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
 from trainer.errors import ModelError
-from trainer.learner import Learner
-from trainer.policy import Policy, load_policy, warm_start
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy, load_policy, warm_start
+from trainer.training.learner import Learner
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)

@@ -10,8 +10,8 @@ import pytest
 from small_recipe import RFT, SFT, write_small
 from tiny import tiny_model_dir, tiny_tokenizer
 
-from trainer.preview import main, row_lines
-from trainer.survey import Piece, ShownRow, token_texts
+from trainer.checks.data_and_rewards import main, row_lines
+from trainer.checks.data_survey import Piece, ShownRow, token_texts
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from small_recipe import SFT, write_small
 
+from trainer.checks.memory_dry_run import main
 from trainer.config.load import find_shape, load_recipe
-from trainer.config.memory import estimate_memory
-from trainer.config.model_facts import ModelFacts
-from trainer.config.plan import make_plan
 from trainer.config.recipe import ModelSettings
 from trainer.errors import ModelError
-from trainer.memory_probe import main
-from trainer.quantization import quantized_loading
+from trainer.model.quantization import quantized_loading
+from trainer.planning.memory import estimate_memory
+from trainer.planning.model_facts import ModelFacts
+from trainer.planning.plan import make_plan
 
 NF4 = "model.quantization=nf4"
 

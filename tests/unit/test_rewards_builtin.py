@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from trainer.config.recipe import RewardSpec
+from trainer.rewards.builtin.http_reward import http_reward
+from trainer.rewards.builtin.last_number import find_last_number, last_number
+from trainer.rewards.builtin.length import soft_overlong
+from trainer.rewards.builtin.structured import first_object, json_schema
+from trainer.rewards.builtin.text import exact_match, regex_match
 from trainer.rewards.contract import Score, UnscoredBatchError
-from trainer.rewards.http_reward import http_reward
-from trainer.rewards.last_number import find_last_number, last_number
-from trainer.rewards.length import soft_overlong
 from trainer.rewards.runner import RewardRunner
-from trainer.rewards.structured import first_object, json_schema
-from trainer.rewards.text import exact_match, regex_match
 from trainer.types import Row
 
 SERVER = Path(__file__).parents[2] / "docs" / "examples" / "reward_server.py"
@@ -149,7 +149,7 @@ def test_soft_overlong_of_the_paper():
 )
 def test_math_verify_compares_expressions(completion, answer, reward):
     pytest.importorskip("math_verify")
-    from trainer.rewards.mathematics import math_verify
+    from trainer.rewards.builtin.mathematics import math_verify
 
     assert math_verify(completion, {"answer": answer}) == reward
 

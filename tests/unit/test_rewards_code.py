@@ -11,7 +11,7 @@ import pytest
 
 from trainer.config.recipe import RewardSpec
 from trainer.rewards import sandbox
-from trainer.rewards.code_tests import code_tests
+from trainer.rewards.builtin.code_tests import code_tests
 from trainer.rewards.runner import RewardRunner
 from trainer.types import Row
 
@@ -177,7 +177,7 @@ def test_code_runs_inside_a_reward_worker(tmp_path):
 def test_without_seccomp_it_refuses_rather_than_runs(monkeypatch, tmp_path):
     box = tmp_path / "weak_sandbox.py"
     box.write_text(Path(sandbox.__file__).read_text().replace("if refuse_system_calls(libc)", "if False"))
-    monkeypatch.setattr("trainer.rewards.code_tests.SANDBOX", box)
+    monkeypatch.setattr("trainer.rewards.builtin.code_tests.SANDBOX", box)
     with pytest.raises(RuntimeError, match="allow_weak_sandbox"):
         passed(DOUBLE, "pass")
     assert passed(DOUBLE, "assert double(1) == 2", allow_weak_sandbox=True) == 1.0

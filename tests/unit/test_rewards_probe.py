@@ -4,7 +4,7 @@ import pytest
 
 from trainer.config.recipe import RewardSpec
 from trainer.errors import RewardError
-from trainer.rewards.probe import check_rows, probe
+from trainer.rewards.dry_run import check_rows, probe
 from trainer.types import Row
 
 MINE = """

@@ -311,7 +311,7 @@ def test_two_rewards_of_one_name_are_refused(base_dir):
 
 def test_a_runner_never_imports_torch():
     script = (
-        "import sys, trainer.rewards.runner, trainer.rewards.probe, trainer.rewards.worker;"
+        "import sys, trainer.rewards.runner, trainer.rewards.dry_run, trainer.rewards.worker;"
         "print([name for name in ('torch', 'transformers', 'trl', 'jsonschema', 'asyncio') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -11,12 +11,12 @@ import torch
 
 from trainer.config.recipe import AlgorithmSettings, Recipe
 from trainer.data.order import rows_of_step
-from trainer.distributed import World
+from trainer.distributed.preemption import StopFlag
+from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
-from trainer.preemption import StopFlag
 from trainer.rewards.runner import RewardRunner, Scored
-from trainer.run import RunDir
-from trainer.sampling.rollouts import (
+from trainer.run.directory import RunDir
+from trainer.training.rollouts import (
     Prompt,
     Rollouts,
     StepRollouts,

@@ -12,9 +12,10 @@ import torch
 from tests.chi_square import excess
 from tests.tiny import tiny_model_dir, tiny_tokenizer
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.batch import Batch, TokenSequence
+from trainer.data.tokens import TokenSequence
 from trainer.errors import NumericalError
-from trainer.policy import Policy, load_base, load_policy
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy, load_base, load_policy
 from trainer.sampling.decoder import CopiedDecoder
 from trainer.sampling.fused import FusedDecoder
 from trainer.sampling.local import LocalSampler

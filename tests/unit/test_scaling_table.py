@@ -13,8 +13,8 @@ import torch
 from flops import training_flops
 from random_models import one_device
 
-from trainer.config.memory import estimate_memory
 from trainer.config.recipe import Recipe
+from trainer.planning.memory import estimate_memory
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "scaling_table.py"
 

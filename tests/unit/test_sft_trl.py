@@ -19,12 +19,13 @@ from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.batch import Batch, TokenSequence
 from trainer.data.chat import ChatEncoder
-from trainer.distributed import World
-from trainer.learner import Learner
-from trainer.policy import load_policy
-from trainer.sft import sft_terms
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
+from trainer.model.batch import Batch
+from trainer.model.policy import load_policy
+from trainer.training.learner import Learner
+from trainer.training.sft import sft_terms
 from trainer.types import Row
 
 CPU = torch.device("cpu")

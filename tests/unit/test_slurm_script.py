@@ -8,11 +8,11 @@ from typing import Final
 import pytest
 from small_recipe import SFT, write_small
 
-from trainer.cli import main
+from trainer.commands.cli import main
 from trainer.config.load import load_recipe
-from trainer.config.plan import Plan, make_plan
-from trainer.launch.slurm import SlurmOptions, batch_script
-from trainer.run import RunDir
+from trainer.jobs.slurm_script import SlurmOptions, batch_script
+from trainer.planning.plan import Plan, make_plan
+from trainer.run.directory import RunDir
 
 GRACE: Final = SFT + "recovery:\n  grace_period_s: 89.5\n"
 RUN: Final = RunDir(Path("runs/small"))

@@ -9,13 +9,14 @@ import torch
 from groups import CPU, drawn, four_groups, make_learner, make_plan, perturb, run_step
 from tiny import VOCAB_SIZE, tiny_model_dir
 
-from trainer import attention
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.batch import Batch, TokenSequence, Tree, grow_trees, tree_batches
-from trainer.experience import minibatches
-from trainer.explicit import AttentionForm
-from trainer.layout import PackedLayout
-from trainer.policy import load_policy
+from trainer.data.tokens import TokenSequence
+from trainer.model import attention
+from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
+from trainer.model.eager_attention import AttentionForm
+from trainer.model.layout import PackedLayout
+from trainer.model.policy import load_policy
+from trainer.training.policy_update import minibatches
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"  # PEFT's own patterns

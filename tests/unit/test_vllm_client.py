@@ -15,9 +15,9 @@ from tiny import tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.chat import load_tokenizer
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import NumericalError
-from trainer.policy import load_policy
+from trainer.model.policy import load_policy
 from trainer.sampling import vllm_client
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.sampling.vllm import VllmSampler, request_seed

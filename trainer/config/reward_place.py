@@ -18,14 +18,14 @@ from typing import Final, final
 from trainer.errors import RewardError
 
 BUILT_IN: Final[Mapping[str, str]] = {
-    "last_number": "trainer.rewards.last_number:last_number",
-    "exact_match": "trainer.rewards.text:exact_match",
-    "regex_match": "trainer.rewards.text:regex_match",
-    "json_schema": "trainer.rewards.structured:json_schema",
-    "math_verify": "trainer.rewards.mathematics:math_verify",
-    "soft_overlong": "trainer.rewards.length:soft_overlong",
-    "code_tests": "trainer.rewards.code_tests:code_tests",
-    "http_reward": "trainer.rewards.http_reward:http_reward",
+    "last_number": "trainer.rewards.builtin.last_number:last_number",
+    "exact_match": "trainer.rewards.builtin.text:exact_match",
+    "regex_match": "trainer.rewards.builtin.text:regex_match",
+    "json_schema": "trainer.rewards.builtin.structured:json_schema",
+    "math_verify": "trainer.rewards.builtin.mathematics:math_verify",
+    "soft_overlong": "trainer.rewards.builtin.length:soft_overlong",
+    "code_tests": "trainer.rewards.builtin.code_tests:code_tests",
+    "http_reward": "trainer.rewards.builtin.http_reward:http_reward",
 }
 """`use: last_number` in a recipe is short for the second column."""
 
@@ -47,7 +47,7 @@ def locate(use: str, base_dir: Path) -> Place:
     """Split a reward's name into its place and function; neither has to exist yet.
 
     >>> locate("last_number", Path()).module
-    'trainer.rewards.last_number'
+    'trainer.rewards.builtin.last_number'
     >>> str(locate("mine.py:score", Path("recipes")))
     'recipes/mine.py'
     """

@@ -11,9 +11,9 @@ from typing import Any, final
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from trainer.config.recipe import DataSettings, ModelSettings
-from trainer.data.batch import TokenSequence
 from trainer.data.jsonl import row_messages, row_weight
 from trainer.data.template import Rendered, render, training_template
+from trainer.data.tokens import TokenSequence
 from trainer.errors import DataError, ModelError
 from trainer.types import Row
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from trainer.config.load import config_dirs
 from trainer.config.shape import TrainingShape
 from trainer.errors import LaunchError
+from trainer.planning.plan import Plan
 
 
 def accelerate_config(shape: TrainingShape) -> Path:
@@ -44,3 +45,16 @@ def shown_command(shape: TrainingShape, target: str) -> str:
     config = Path(argv[4])
     shown = config.relative_to(Path.cwd()) if config.is_relative_to(Path.cwd()) else config
     return " ".join(["accelerate", "launch", "--config_file", str(shown), *argv[5:]])
+
+
+def refuse_many_machines(plan: Plan) -> None:
+    """A supervisor starts processes on its own machine only.
+
+    Raises:
+        LaunchError: the shape has several.
+    """
+    if plan.shape.nodes > 1:
+        raise LaunchError(
+            f"shape {plan.shape.name} has {plan.shape.nodes} machines, and `trainer train` starts processes on one. "
+            "Run the torchrun line of `trainer check` on each, or `trainer submit --launcher slurm`."
+        )

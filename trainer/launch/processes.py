@@ -8,7 +8,7 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.run import STACKS_SIGNAL
+from trainer.run.directory import STACKS_SIGNAL
 
 
 def shows_stacks(pid: int) -> bool:

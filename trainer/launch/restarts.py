@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from trainer.config.plan import Plan
 from trainer.errors import EXIT_USER
 from trainer.launch.supervisor import StopSignals, Supervisor
-from trainer.run import Outcome, RunDir
+from trainer.planning.plan import Plan
+from trainer.run.directory import Outcome, RunDir
 
 MAX_BACKOFF_S: Final = 60.0
 

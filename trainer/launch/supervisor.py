@@ -15,12 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Self, final
 
-from trainer.config.plan import Plan
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
 from trainer.launch.local import launch_argv
 from trainer.launch.processes import descendants, shows_stacks
-from trainer.progress import Console
-from trainer.run import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID, Outcome, RunDir
+from trainer.planning.plan import Plan
+from trainer.run.console import Console
+from trainer.run.directory import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID, Outcome, RunDir
 
 POLL_S: Final = 0.2
 STACKS_S: Final = 2.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config.recipe import RolloutSettings
-from trainer.distributed import World
-from trainer.policy import Policy
+from trainer.distributed.world import World
+from trainer.model.policy import Policy
 from trainer.sampling.sampler import Sampler
 
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from trainer.layout import CachedLayout
-from trainer.policy import Policy
+from trainer.model.layout import CachedLayout
+from trainer.model.policy import Policy
 
 
 class Decoder(Protocol):

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
-from trainer.attention import packed_attention
-from trainer.layout import CachedLayout
-from trainer.policy import Policy
+from trainer.model.attention import packed_attention
+from trainer.model.layout import CachedLayout
+from trainer.model.policy import Policy
 from trainer.sampling.decoder import DecodingLinear, is_plain_linear
 
 FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import ModelError, NumericalError
-from trainer.head import HeadForm
-from trainer.kv_cache import KeyValueCache
-from trainer.layout import CachedLayout, PackedLayout
-from trainer.policy import Policy
+from trainer.model.kv_cache import KeyValueCache
+from trainer.model.layout import CachedLayout, PackedLayout
+from trainer.model.lm_head import HeadForm
+from trainer.model.policy import Policy
 from trainer.sampling import noise
 from trainer.sampling.decoder import CopiedDecoder, Decoder
 from trainer.sampling.fused import FusedDecoder, is_fusible

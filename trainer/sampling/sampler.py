@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, final
 
-from trainer.policy import Policy
+from trainer.model.policy import Policy
 from trainer.types import Completion
 
 

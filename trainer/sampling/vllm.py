@@ -23,10 +23,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.batch import Batch, TokenSequence
-from trainer.distributed import World
+from trainer.data.tokens import TokenSequence
+from trainer.distributed.world import World
 from trainer.errors import NumericalError
-from trainer.policy import Policy
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.sampling.vllm_client import UNTOUCHED, RefusedError, SamplerError, Served, VllmClient
 from trainer.types import Completion

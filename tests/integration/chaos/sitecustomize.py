@@ -148,11 +148,11 @@ class Saboteur:
         if self.is_flock_off:
             fcntl.flock = lambda *_: None
         if self.mutant == "no fence":
-            from trainer.run import RunDir
+            from trainer.run.directory import RunDir
 
             RunDir.refuse_stale = lambda *_: None  # type: ignore[method-assign]
         if self.mutant == "manifest trusted":
-            from trainer.checkpoint import MANIFEST, Checkpoints
+            from trainer.checkpoints.local import MANIFEST, Checkpoints
 
             Checkpoints._verified = lambda _self, directory, _tensors: json.loads(  # type: ignore[method-assign]
                 (directory / MANIFEST).read_text()

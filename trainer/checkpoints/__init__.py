@@ -1,0 +1,1 @@
+"""Checkpoints on local disk and their copies on remote storage."""

@@ -1,0 +1,1 @@
+"""What `trainer check` runs in a process that may import torch."""

@@ -1,0 +1,149 @@
+"""`trainer check --data` and `--rewards`: rows as tokens, rewards on trial."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.checks.data_survey import ShownRow, Survey, overlap, survey_rows
+from trainer.checks.html_page import page
+from trainer.config.load import load_recipe
+from trainer.errors import EXIT_FINISHED, EXIT_USER, TrainerError, UserError
+from trainer.planning.plan import Plan, make_plan
+
+UNTRAINED, TRAINED = ("\x1b[2m", "\x1b[2;4m"), ("\x1b[30;42m", "\x1b[30;102m")
+"""Dim and black on green; every other token a shade apart, so that their borders are seen."""
+RESET: Final = "\x1b[0m"
+REFUSED_SHOWN: Final = 10
+BAR_CHARS: Final = 40
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show rows, try rewards; the exit code is 2 where training would be refused."""
+    arguments = _parse(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    about: dict[str, Any] = {}
+    try:
+        plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+        is_refused = _show_data(plan, arguments, about) if arguments.data else False
+        if arguments.rewards:
+            _show_rewards(plan, arguments, about)
+    except TrainerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    if arguments.json:
+        sys.stdout.write(json.dumps(about, ensure_ascii=False) + "\n")
+    return EXIT_USER if is_refused else EXIT_FINISHED
+
+
+def _show_data(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> bool:
+    from trainer.data.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(plan.recipe.model)
+    train = survey_rows(plan.recipe, plan.recipe.data.train, tokenizer, num_shown=arguments.rows)
+    surveys = {"training rows": train}
+    if plan.recipe.data.eval is not None:
+        held_out = plan.recipe.data.eval
+        surveys["held-out rows"] = survey_rows(plan.recipe, held_out, tokenizer, limit=plan.recipe.data.eval_rows)
+    num_shared = overlap(plan.recipe)
+    is_refused = any(survey.refused for survey in surveys.values())
+    about["data"] = {label: survey.describe() for label, survey in surveys.items()} | {"shared_rows": num_shared}
+    _write_page(Path(arguments.html), page(plan.recipe.name, surveys))
+    if not arguments.json:
+        is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        lines = [line for row in train.shown for line in row_lines(row, is_colored=is_colored)]
+        lines += [line for label, survey in surveys.items() for line in survey_lines(label, survey)]
+        lines += [f"page: {arguments.html}"]
+        sys.stdout.write("\n".join(lines) + "\n")
+    if num_shared:
+        sys.stderr.write(f"warning: {num_shared:,} held-out rows are among the training rows too\n")
+    for survey in surveys.values():
+        _say_refused(survey)
+    return is_refused
+
+
+def _say_refused(survey: Survey) -> None:
+    for reason in survey.refused[:REFUSED_SHOWN]:
+        sys.stderr.write(f"{reason}\n")
+    if len(survey.refused) > REFUSED_SHOWN:
+        sys.stderr.write(f"and {len(survey.refused) - REFUSED_SHOWN:,} more rows of {survey.file} are refused\n")
+
+
+def _write_page(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}. Name another file with --html.") from None
+
+
+def _show_rewards(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> None:
+    from trainer.data.jsonl import read_rows
+    from trainer.rewards.dry_run import probe
+
+    recipe = plan.recipe
+    if recipe.method != "rft":
+        raise UserError(f"{arguments.recipe}: has no rewards, since its method is {recipe.method}")
+    report = probe(
+        recipe.rewards,
+        read_rows(recipe.data.train, recipe.data),
+        base_dir=Path(plan.recipe_dir),
+        timeout_s=recipe.reward_limits.timeout_s,
+        memory_limit_gib=recipe.reward_limits.memory_limit_gib,
+    )
+    about["rewards"] = report.lines()
+    if not arguments.json:
+        sys.stdout.write("\n".join(report.lines()) + "\n")
+
+
+def row_lines(row: ShownRow, *, is_colored: bool) -> list[str]:
+    """A row as text: trained tokens in colour, or in double brackets where there is none."""
+    how = "on green" if is_colored else "in [[ ]]"
+    head = f"{row.where}: {row.num_tokens:,} tokens, {row.num_trained:,} trained ({how}){row.note}"
+    if is_colored:
+        text = "".join(
+            f"{(TRAINED if piece.is_trained else UNTRAINED)[number % 2]}{piece.text}{RESET}"
+            for number, piece in enumerate(row.pieces)
+        )
+    else:
+        text = ""
+        is_inside = False
+        for piece in row.pieces:
+            text += "[[" if piece.is_trained and not is_inside else "]]" if is_inside and not piece.is_trained else ""
+            text += piece.text
+            is_inside = piece.is_trained
+        text += "]]" if is_inside else ""
+    return [head, *(f"  {line}" for line in text.split("\n")), ""]
+
+
+def survey_lines(label: str, survey: Survey) -> list[str]:
+    """Counts over all rows."""
+    lines = [f"{label}: {survey.file}"]
+    lines += [f"  {name:15} {value}" for name, value in survey.table()]
+    most = max((count for _, count in survey.histogram()), default=0)
+    for name, count in survey.histogram():
+        bar = "#" * round(BAR_CHARS * count / most)
+        lines.append(f"  {name:>15} {count:>9,} {bar}".rstrip())
+    return [*lines, ""]
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="trainer.checks.data_and_rewards", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
+    parser.add_argument("--shape", help="training shape")
+    parser.add_argument("--data", action="store_true", help="show rows as tokens")
+    parser.add_argument("--rewards", action="store_true", help="try the rewards")
+    parser.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
+    parser.add_argument("--rows", type=int, default=3, help="rows to show")
+    parser.add_argument("--json", action="store_true", help="print counts as one JSON document")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""A run as a Slurm batch script; pure."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, final
+
+from trainer.config.shape import TrainingShape
+from trainer.planning.plan import Plan
+from trainer.run.directory import LAUNCHER, SHUTDOWN_TIMEOUT, RunDir
+
+MARGIN_S: Final = 30
+"""Slurm signals so long before the time limit, and the grace period earlier."""
+SIGNALS: Final = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun passes on; by SIGUSR1 it would die otherwise and leave its workers behind."""
+
+
+@final
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What `sbatch` is told besides what follows from recipe and shape."""
+
+    partition: str | None = None
+    """Where to run; the cluster's default when None."""
+    time_limit: str | None = None
+    """As Slurm writes it: minutes, or `days-hours:minutes:seconds`."""
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Any other long option of sbatch, for example `{"account": "research", "exclusive": ""}`."""
+
+
+def batch_script(run: RunDir, plan: Plan, options: SlurmOptions, directory: Path, python: str = sys.executable) -> str:
+    """The script for `sbatch`: run, pass signals on, and ask for a requeue after a preemption.
+
+    Args:
+        run: the run directory; relative to `directory`, or absolute.
+        plan: its plan.
+        options: of the user.
+        directory: where to run, absolute: relative paths of the recipe begin there.
+        python: the interpreter, the same on every node.
+    """
+    sections = [
+        "#!/bin/bash",
+        *_directives(run, plan, options),
+        "# Written by `trainer submit`. A requeued job runs it again; the run goes on from its newest checkpoint.",
+        f"cd {shlex.quote(str(directory))} || exit 1",
+        _PROLOGUE.format(
+            cancelled=shlex.quote(str(run.cancel_file)),
+            outcome=shlex.quote(str(run.outcome_file)),
+            progress=f"{shlex.quote(str(run.checkpoints))} {shlex.quote(str(run.rollouts))}",
+        ),
+        _command(run, plan, shlex.quote(python)),
+        _EPILOGUE,
+    ]
+    return "\n".join(sections)
+
+
+def _directives(run: RunDir, plan: Plan, options: SlurmOptions) -> list[str]:
+    shape = plan.shape
+    lead_s = math.ceil(plan.recipe.recovery.grace_period_s) + MARGIN_S
+    given = {
+        "job-name": run.name,
+        "nodes": str(shape.nodes),
+        "ntasks-per-node": "1",
+        **({"gpus-per-node": str(shape.gpus // shape.nodes)} if shape.device == "cuda" else {}),
+        "output": str(run.of_job("logs/slurm-%j.log")),
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"B:USR1@{lead_s}",
+        **({"partition": options.partition} if options.partition else {}),
+        **({"time": options.time_limit} if options.time_limit else {}),
+        **options.extra,
+    }
+    return [f"#SBATCH --{name}" + (f"={value}" if value else "") for name, value in given.items()]
+
+
+def _command(run: RunDir, plan: Plan, python: str) -> str:
+    """The step: the supervisor on one node, a rendezvous of torchruns on several."""
+    target = shlex.quote(str(run.root))
+    srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
+    if plan.shape.nodes == 1:
+        return f"{srun} {python} -m trainer train {target} --resubmitted &"
+    grace_s = math.ceil(plan.recipe.recovery.grace_period_s)
+    launch = " \\\n  ".join(_torchrun(plan.shape, python, grace_s))
+    return f"{_RENDEZVOUS}export {SHUTDOWN_TIMEOUT}={grace_s}\n{srun} {launch} \\\n  -m trainer.worker {target} &"
+
+
+def _torchrun(shape: TrainingShape, python: str, grace_s: int) -> list[str]:
+    return [
+        f"{python} -m torch.distributed.run --nnodes {shape.nodes} --nproc-per-node {shape.ranks_per_node}",
+        '--rdzv-backend c10d --rdzv-endpoint "$address:$((10000 + SLURM_JOB_ID % 20000))"',
+        '--rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
+        f"--signals-to-handle {SIGNALS} --shutdown-timeout {grace_s}",
+    ]
+
+
+_PROLOGUE: Final = """\
+cancelled={cancelled} outcome={outcome} asked= step=
+
+pass_on() {{   # to the step, as soon as it is there
+  asked=$1
+  echo "asked to stop by SIG$1" >&2
+  while kill -0 "$step" 2>/dev/null && ! scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null; do sleep 1; done
+}}
+trap 'pass_on USR1' USR1   # the time limit is near, or a preemption where Slurm is set to say so
+trap 'pass_on TERM' TERM   # requeue or scancel
+
+progress() {{ ls -R {progress} 2>/dev/null | cksum; }}
+about_job() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n "s/.* $1=\\([^ ]*\\).*/\\1/p"; }}
+
+if [ -e "$cancelled" ]; then
+  echo "cancelled; \\`trainer reconnect\\` goes on with it" >&2
+  exit 1
+fi
+grep -qs '"state": "finished"' "$outcome" || rm -f "$outcome"   # so that what is there later is of this start
+before=$(progress)
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it over
+"""
+
+_RENDEZVOUS: Final = f"""\
+export {LAUNCHER}=slurm TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 PYTHONUNBUFFERED=1
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+"""
+
+_EPILOGUE: Final = """\
+step=$!
+[ -z "$asked" ] || pass_on "$asked"   # before there was a step
+while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done   # a signal ends a wait too soon
+
+ended=$(sed -n 's/.*"state": "\\([a-z]*\\)".*/\\1/p' "$outcome" 2>/dev/null)
+preempted_at=$(about_job PreemptTime)
+[ "$preempted_at" = None ] && preempted_at=
+was_stopped() { [ "$ended" = preempted ] || { [ -z "$ended" ] && [ -n "$asked$preempted_at" ]; }; }
+# Slurm requeues by itself only what still runs when its patience ends; and what was cancelled stays so.
+if was_stopped && [ ! -e "$cancelled" ] && [ "$(about_job JobState)" = RUNNING ]; then
+  if [ "$asked" = USR1 ] && [ -z "$preempted_at" ] && [ "$(progress)" = "$before" ]; then
+    echo "nothing was saved within the time limit: not requeued; give more --time" >&2
+  else
+    echo "preempted: asking for a requeue" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+fi
+exit "$code"
+"""

@@ -1,0 +1,1 @@
+"""The policy model: packed batches, attention, adapters and the LM head."""

@@ -1,0 +1,1 @@
+"""Recipe and shape resolved into a frozen plan; memory predicted. No torch."""

@@ -1,0 +1,209 @@
+"""The sizes of a model that memory and FLOPs depend on, from its config alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import yaml
+
+from trainer.config.recipe import LoraSettings
+from trainer.errors import ModelError
+
+EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the number of experts."""
+INNER_NORMS: Final = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "olmoe"})
+OTHER_NORMS: Final = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3", "qwen3_next"})
+"""Whose RMS norms round elsewhere than Llama's."""
+OUTPUT_NORMS: Final = frozenset({"gemma2", "gemma3_text", "glm4"})
+"""With norms behind attention and MLP too."""
+LEFT_EXPERTS: Final = frozenset({"qwen2_moe"})
+"""Whose experts PEFT leaves alone with `all-linear`, where it adapts those of other mixtures."""
+
+
+@final
+@dataclass(frozen=True)
+class ModelFacts:
+    """The sizes that memory and FLOPs depend on."""
+
+    hidden: int
+    layers: int
+    query_width: int
+    """Attention heads times head size."""
+    key_width: int
+    """Key-value heads times head size."""
+    intermediate: int
+    """Of a dense layer, or of one expert."""
+    vocab: int
+    is_tied: bool
+    heads: int = 1
+    num_experts: int = 1
+    active_experts: int = 1
+    shared_intermediate: int = 0
+    """Of the experts that every token passes through."""
+    model_type: str = ""
+    has_inner_norms: bool = False
+    """Queries and keys are normalized by head."""
+    has_fused_norms: bool = True
+    """`trainer.model.rms_norm` computes its norms, since they are Llama's."""
+    has_explicit_attention: bool = False
+    """Scores are capped or have sinks, so no fused kernel of the CPU computes them."""
+    stored_bytes: int = 2
+    """Of a weight in the files."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
+        """Read a config.json; None where it does not describe a decoder that we can count."""
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        config = config.get("text_config", config)
+        try:
+            heads = int(config["num_attention_heads"])
+            head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+            experts = int(next((config[name] for name in EXPERTS if config.get(name)), 1))
+            width = config.get("moe_intermediate_size") if experts > 1 else None
+            model_type = str(config.get("model_type") or "")
+            return cls(
+                hidden=int(config["hidden_size"]),
+                layers=int(config["num_hidden_layers"]),
+                query_width=heads * head_dim,
+                key_width=int(config.get("num_key_value_heads") or heads) * head_dim,
+                intermediate=int(width or config["intermediate_size"]),
+                vocab=int(config["vocab_size"]),
+                is_tied=bool(config.get("tie_word_embeddings", False)),
+                heads=heads,
+                num_experts=experts,
+                active_experts=int(config.get("num_experts_per_tok") or 1) if experts > 1 else 1,
+                shared_intermediate=_shared(config) if experts > 1 else 0,
+                model_type=model_type,
+                has_inner_norms=model_type in INNER_NORMS,
+                has_fused_norms=model_type not in OTHER_NORMS,
+                has_explicit_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
+                stored_bytes=4 if stored == "float32" else 2,
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def attention_linears(self) -> list[tuple[str, int, int]]:
+        """(name, in, out) of the linear layers of a block's attention, as Llama-like models call them."""
+        return [
+            ("q_proj", self.hidden, self.query_width),
+            ("k_proj", self.hidden, self.key_width),
+            ("v_proj", self.hidden, self.key_width),
+            ("o_proj", self.query_width, self.hidden),
+        ]
+
+    def mlp_linears(self, width: int) -> list[tuple[str, int, int]]:
+        """(name, in, out) of the linear layers of a gated MLP of this inner width."""
+        return [("gate_proj", self.hidden, width), ("up_proj", self.hidden, width), ("down_proj", width, self.hidden)]
+
+    def linears(self, experts: int) -> list[tuple[str, int, int]]:
+        """Of a block with so many experts, those that every token passes through apart."""
+        shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
+        return self.attention_linears() + self.mlp_linears(self.intermediate) * experts + shared
+
+    def adapted_linears(self) -> list[tuple[str, int, int]]:
+        """Linear layers of a block that `all-linear` adapts; experts are tensors of their own, see `lora_params`."""
+        if self.num_experts == 1:
+            return self.linears(1)
+        shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
+        return self.attention_linears() + shared
+
+    @property
+    def has_adapted_experts(self) -> bool:
+        """Whether adapters are put on experts too."""
+        return self.num_experts > 1 and self.model_type not in LEFT_EXPERTS
+
+    @property
+    def block_params(self) -> int:
+        """Parameters of all blocks, norms included."""
+        linear = sum(i * o for _, i, o in self.linears(self.num_experts))
+        router = self.num_experts * self.hidden if self.num_experts > 1 else 0
+        return self.layers * (linear + router + 2 * self.hidden)
+
+    @property
+    def params(self) -> int:
+        """All parameters."""
+        return self.block_params + self.embedding_params + self.hidden
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of embedding and head."""
+        return self.vocab * self.hidden * (1 if self.is_tied else 2)
+
+    @property
+    def quantizable_params(self) -> int:
+        """Parameters of linear layers, which 4-bit loading replaces; experts are tensors of their own, and stay."""
+        return self.layers * sum(i * o for _, i, o in self.adapted_linears())
+
+    @property
+    def active_block_params(self) -> int:
+        """Parameters that one token passes through, without embedding and head."""
+        return self.layers * sum(i * o for _, i, o in self.linears(self.active_experts))
+
+    def lora_params(self, lora: LoraSettings) -> int:
+        """Parameters of the adapters; a list with names that we do not know counts as `all-linear`, an upper bound."""
+        linears = self.adapted_linears() + self._expert_factors()
+        if isinstance(lora.target_modules, list):
+            named = {module.rpartition(".")[2] for module in lora.target_modules}
+            if named <= {name for name, _, _ in linears}:
+                linears = [linear for linear in linears if linear[0] in named]
+        return self.layers * lora.rank * sum(i + o for _, i, o in linears)
+
+    def _expert_factors(self) -> list[tuple[str, int, int]]:
+        """(name, in, out) of what PEFT adapts of experts: the router, gate and up as one of twice the rank, down."""
+        if not self.has_adapted_experts:
+            return []
+        inward = ("gate_up_proj", self.hidden, 2 * self.intermediate)
+        outward = ("down_proj", self.intermediate, self.hidden)
+        return [("gate", self.hidden, self.num_experts), *[inward, inward, outward] * self.num_experts]
+
+
+def _shared(config: Mapping[str, Any]) -> int:
+    number, width = config.get("n_shared_experts"), config.get("moe_intermediate_size")
+    return int(config.get("shared_expert_intermediate_size") or (number or 0) * (width or 0))
+
+
+def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, Any] | None:
+    """A directory's config.json, that of the hub's local cache, or our card of a well-known hub name."""
+    for config in (Path(path) / "config.json", *_cached_configs(path)):
+        if config.is_file():
+            return _read_config(config)
+    for place in model_card_dirs:
+        for card in sorted(place.glob("*.yaml")):
+            known = yaml.safe_load(card.read_text(encoding="utf-8"))
+            if path in known:
+                return dict(known[path])
+    return None
+
+
+def find_model_facts(path: str, model_card_dirs: list[Path]) -> ModelFacts | None:
+    """Facts from wherever the model's config is found."""
+    config = find_model_config(path, model_card_dirs)
+    return ModelFacts.from_config(config) if config is not None else None
+
+
+def _cached_configs(hub_name: str) -> list[Path]:
+    """config.json of every revision of a hub name that huggingface_hub has downloaded; without importing it."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return sorted(cache.glob(f"models--{hub_name.replace('/', '--')}/snapshots/*/config.json"))
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ModelError(f"{file}: not JSON ({error}). Copy the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: not a model's config. Copy the model again.")
+    return config
+
+
+def flops_per_token(facts: ModelFacts, *, is_lora: bool) -> float:
+    """Model FLOPs of training one token: 4 N for LoRA, 6 N for full; the head is counted on every token here."""
+    head = facts.vocab * facts.hidden
+    return (4.0 if is_lora else 6.0) * (facts.active_block_params + head)

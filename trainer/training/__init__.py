@@ -1,0 +1,1 @@
+"""The SFT and RFT loops and what each step is made of."""
