@@ -3,6 +3,7 @@
 import http.server
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -14,9 +15,10 @@ import pytest
 
 from trainer.config.recipe import RewardSpec
 from trainer.rewards.builtin.http_reward import http_reward
+from trainer.rewards.builtin.last_number import check_row as check_number
 from trainer.rewards.builtin.last_number import find_last_number, last_number
 from trainer.rewards.builtin.length import soft_overlong
-from trainer.rewards.builtin.structured import first_object, json_schema
+from trainer.rewards.builtin.structured import find_document, json_schema
 from trainer.rewards.builtin.text import exact_match, regex_match
 from trainer.rewards.contract import Score, UnscoredBatchError
 from trainer.rewards.runner import RewardRunner
@@ -58,6 +60,52 @@ def test_last_number_reads(text, number):
     assert find_last_number(text) == (None if number is None else Decimal(number))
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"\boxed{1,\!234}", "1234"),
+        (r"1\,234\,567", "1234567"),
+        ("1\u202f234", "1234"),
+        (r"1\,2", "2"),  # no thousands
+        ("It is -$5.", "-5"),
+        (r"-\$1,000", "-1000"),
+        ("x = \u2013 5", "-5"),
+        ("pages 3\u20135", "5"),
+        ("- 5", "-5"),
+        ("x = - 5", "-5"),
+        ("The answer is - 5.", "-5"),
+        ("8 - 5", "5"),
+        ("- 3 apples\n- 5 pears", "5"),  # bullets
+        ("Take x - 5", "5"),
+    ],
+)
+def test_last_number_reads_signs_and_thousands_of_typesetters(text, number):
+    assert find_last_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\frac{3}{4}", "3/8", "x^2", "[1, 5)", "2x", "3 and 4", "1,2", "", None, True, "five", "1 234 567 8", [5],
+        r"\frac{3}{4} #### x", "nan",
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_number_is_refused(answer):
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: answer is not a number"):
+        check_number(Row({"answer": answer}, "rows.jsonl", 3))
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion"),
+    [
+        ("$1,250", "1250"), ("-5", "-5"), ("50%", "50"), (r"\boxed{7}", "7"), ("$7$", "7"), ("\u22125", "-5"),
+        (7, "7.0"), (0.5, ".50"), ("7.", "7"), ("-$3.50", "-3.5"), ("so 3/8\n#### 1,000", "1000"), ("1e3", "1000"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_one_number_are_read(answer, completion):
+    assert last_number(completion, {"answer": answer}) == 1.0
+
+
 def test_last_number_is_as_fast_on_100_kb_as_it_should_be():
     start = time.monotonic()
     for text in ("1" * 100_000, "-" * 100_000, "1," * 50_000, "111," * 25_000 + "x", "1e" * 50_000, "." * 100_000):
@@ -81,7 +129,7 @@ def test_last_number_behind_a_mark():
 
 
 def test_an_answer_without_number_is_an_error_and_no_zero():
-    with pytest.raises(ValueError, match=r"rows.jsonl:3: answer holds no number: 'five'"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: answer is not a number: 'five'"):
         last_number("5", Row({"answer": "five"}, "rows.jsonl", 3))
 
 
@@ -90,6 +138,12 @@ def test_exact_match_forgives_space_only():
     assert exact_match("NewYork", {"answer": "New York"}) == 0.0
     assert exact_match("4", {"answer": 4}) == 1.0
     assert exact_match("no mark", {"answer": "no mark"}, after="Answer:") == 0.0
+
+
+@pytest.mark.parametrize("answer", [None, [], ["a", None], {"a": 1}])
+def test_exact_match_refuses_a_row_without_an_answer(answer):
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: answer must be a text"):
+        exact_match("None", Row({"answer": answer}, "rows.jsonl", 3))
 
 
 def test_regex_match_wants_the_whole_text():
@@ -119,6 +173,59 @@ def test_json_schema_and_expected_fields(completion, value):
     assert json_schema(completion, row, expected_field="expected").value == value
 
 
+AGE = {
+    "type": "object",
+    "required": ["age"],
+    "properties": {"age": {"type": "number", "minimum": 0, "maximum": 150}},
+}
+TREE = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "children": {"type": "array", "items": {"$ref": "#"}}},
+}
+IDS = {"type": "array", "items": {"type": "object", "required": ["id"]}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "completion", "value"),
+    [
+        (AGE, '{"age": NaN}', 0.0),
+        (AGE, '{"age": Infinity}', 0.0),
+        (AGE, '<think>maybe {"age":"?"}</think>{"age": 3}', 1.0),
+        (AGE, '<think>{"age": 3}', 0.0),
+        (AGE, "{ or { " * 200 + '{"age": 3}', 1.0),
+        (AGE, 'Set {x} and {"age": 3}.', 1.0),
+        (AGE, '{"age": oops} but {"age": 3}', 1.0),
+        (AGE, '{"age": "{\\"age\\": 3}"}', 0.0),  # a string that holds one
+        (TREE, '{"name":"root","children":[{"name":"a"},{"name":"b"', 0.0),
+        (TREE, '{"title":"root","children":[{"name":"a"}]}', 0.0),
+        (TREE, '{"name":"root","children":[{"name":"a"}]}', 1.0),
+        (IDS, '[{"id":1},{"id":2}]', 1.0),
+        (IDS, '[{"id":1},{"id":2}', 0.0),
+        (IDS, '[{"id":1},{"no":2}]', 0.0),
+        (IDS, 'Here: [{"id":1}]', 1.0),
+        ({"type": "string", "enum": ["yes"]}, '"yes"', 1.0),
+        ({"type": "string", "enum": ["yes"]}, '```json\n"yes"\n```', 1.0),
+        ({"type": "string", "enum": ["yes"]}, '"no"', 0.0),
+        ({"type": "integer"}, "4", 1.0),
+        ({"anyOf": [{"type": "null"}, AGE]}, "null", 1.0),
+        ({"anyOf": [{"type": "null"}, AGE]}, 'So {"age": 3}', 1.0),
+    ],
+)
+def test_json_schema_takes_whole_documents_only(schema, completion, value):
+    assert json_schema(completion, {}, schema=schema).value == value
+
+
+def test_a_remote_schema_is_never_fetched():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/schema.json"
+        with pytest.raises(ValueError, match="nothing is fetched"):
+            json_schema('{"a": 1}', Row({}, "rows.jsonl", 3), schema={"type": "object", "$ref": url})
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody connected
+            server.accept()
+
+
 def test_a_schema_may_be_text_or_an_argument():
     assert json_schema('{"n": 1}', {"schema": json.dumps(SCHEMA)}) == Score(1.0)
     assert json_schema('{"n": 1}', {}, schema=SCHEMA) == Score(1.0)
@@ -127,7 +234,7 @@ def test_a_schema_may_be_text_or_an_argument():
 @pytest.mark.parametrize("text", ["{" * 100_000, '{"a":' * 20_000, '{"a": ' + "9" * 100_000 + "}", '{"a": [' * 15_000])
 def test_hostile_json_costs_little_and_scores_nothing(text):
     start = time.monotonic()
-    assert first_object(text) is None
+    assert find_document(text, frozenset({"object"})) == (None, False)
     assert time.monotonic() - start < 2.0
 
 
@@ -144,6 +251,9 @@ def test_soft_overlong_of_the_paper():
         (r"so \boxed{0.5}", r"$\frac{1}{2}$", 1.0),
         (r"thus $x^2-1$", "(x-1)(x+1)", 1.0),
         (r"\boxed{3}", 4, 0.0),
+        (r"\boxed{3} wait, \boxed{4}", "4", 1.0),
+        (r"\boxed{4} wait, \boxed{3}", "4", 0.0),
+        (r"\boxed{4} wait, \boxed{\frac{1}{2}}", "1/2", 1.0),
         ("", "4", 0.0),
     ],
 )

@@ -21,13 +21,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 from trainer.config.reward_place import Place, importable, locate
 from trainer.errors import RewardError
 from trainer.types import Row
 
-__all__ = ["LoadedReward", "Reward", "Score", "UnscoredBatchError", "importable", "load_reward"]
+TIME_LIMIT: Final = "TRAINER_REWARD_TIMEOUT_S"
+"""Environment variable of a reward worker: seconds that one call may take before it counts as failed."""
+
+__all__ = ["TIME_LIMIT", "LoadedReward", "Reward", "Score", "UnscoredBatchError", "importable", "load_reward"]
 
 
 @final

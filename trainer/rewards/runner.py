@@ -114,6 +114,7 @@ class RewardRunner:
         self._timeout_s = timeout_s
         self._num_workers = num_workers
         self._setup = {
+            "timeout_s": timeout_s,
             "rewards": [{"use": spec.use, "args": spec.args} for spec in specs],
             "base_dir": str(base_dir),
             "memory_limit_bytes": int(memory_limit_gib * 2**30),

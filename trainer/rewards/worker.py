@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, SupportsFloat, final
 
 from trainer.errors import RewardError
-from trainer.rewards.contract import LoadedReward, Score, UnscoredBatchError, load_reward
+from trainer.rewards.contract import TIME_LIMIT, LoadedReward, Score, UnscoredBatchError, load_reward
 from trainer.rewards.outcome import Outcome, encode, read_message
 from trainer.types import Row
 
@@ -46,6 +46,7 @@ def main() -> None:
     setup = read_message(inbox)
     if setup is None:
         return
+    os.environ[TIME_LIMIT] = str(setup["timeout_s"])
     threading.Thread(target=_follow_parent, args=(parent, setup["directory"]), daemon=True).start()
     try:
         rewards = [load_reward(spec["use"], spec["args"], Path(setup["base_dir"])) for spec in setup["rewards"]]

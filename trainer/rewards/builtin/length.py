@@ -1,11 +1,11 @@
-"""Shape the length of completions: the soft overlong punishment of DAPO (arXiv:2503.14476, equation 13).
+"""Penalize long completions: DAPO's soft overlong punishment (arXiv:2503.14476, equation 13).
 
     R(y) = 0                                   if |y| <= L_max - L_ramp
     R(y) = ((L_max - L_ramp) - |y|) / L_ramp   if L_max - L_ramp < |y| <= L_max
     R(y) = -1                                  if L_max < |y|
 
 |y| is the number of characters here, since a reward sees text and no tokens; the paper counts tokens. English has about
-four characters a token. Completions cut at `max_completion_tokens` are the business of `algorithm.overlong`.
+four characters a token. `algorithm.overlong` handles completions cut at `max_completion_tokens`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def soft_overlong(completion: str, row: Row, *, max_characters: int, ramp_charac
     Args:
         completion: what the model wrote.
         row: not read.
-        max_characters: L_max, where the punishment is complete.
+        max_characters: L_max, where the penalty reaches -1.
         ramp_characters: L_ramp, how far before that it begins.
     """
     if not 0 < ramp_characters <= max_characters:

@@ -26,12 +26,34 @@ def exact_match(
         after: compare only what follows the last occurrence of this text; without it the reward is 0.0.
         ignore_case: whether "YES" is "yes".
     """
-    answers = row[field] if isinstance(row[field], list) else [row[field]]
+    answers = read_answers(row, field)
     if after is not None:
         _, found, completion = completion.rpartition(after)
         if not found:
             return 0.0
-    return float(_plain(completion, ignore_case) in {_plain(str(answer), ignore_case) for answer in answers})
+    return float(_plain(completion, ignore_case) in {_plain(answer, ignore_case) for answer in answers})
+
+
+def read_answers(row: Row, field: str) -> list[str]:
+    """Return the texts that are right.
+
+    Raises:
+        ValueError: the field is null, a list without texts, or an object; names the row.
+    """
+    found = row[field]
+    answers = found if isinstance(found, list) else [found]
+    if not answers or any(answer is None or isinstance(answer, dict | list) for answer in answers):
+        raise ValueError(f"{row}: {field} must be a text, a number or a list of them, not {found!r:.80}")
+    return [str(answer) for answer in answers]
+
+
+def check_row(row: Row, *, field: str = "answer", **_: object) -> None:
+    """Refuse a row without an answer to compare with.
+
+    Raises:
+        ValueError: names the row.
+    """
+    read_answers(row, field)
 
 
 def _plain(text: str, ignore_case: bool) -> str:
@@ -47,7 +69,7 @@ def regex_match(completion: str, row: Row, *, pattern: str, search: bool = False
     >>> regex_match("so 42", {}, pattern=r"\d+"), regex_match("so 42", {}, pattern=r"\d+", search=True)
     (0.0, 1.0)
 
-    A dot also matches a line's end. A pattern that takes for ever on some text, as `(a+)+b` does, is a failed reward.
+    A dot also matches a line's end. A pattern that does not end on some text, as `(a+)+b`, is a failed reward.
 
     Args:
         completion: what the model wrote.

@@ -1,0 +1,50 @@
+"""Rows that no completion could be scored on are refused before anything is sampled."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trainer.config.recipe import RewardSpec
+from trainer.errors import RewardError
+from trainer.rewards.row_checks import refuse_unscorable_rows
+from trainer.types import Row
+
+
+def rows(*fields):
+    return [Row(each, "rows.jsonl", line) for line, each in enumerate(fields, start=1)]
+
+
+def test_each_row_without_a_usable_answer_is_named():
+    specs = [RewardSpec(use="last_number"), RewardSpec(use="regex_match", args={"pattern": "x"})]
+    refuse_unscorable_rows(specs, rows({"answer": 1}, {"answer": "#### 2"}))
+    with pytest.raises(RewardError) as caught:
+        refuse_unscorable_rows(specs, rows({"answer": 1}, {"answer": "3/8"}, {"gold": 4}))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("rows.jsonl:2: answer is not a number: '3/8'.")
+    assert second == "rows.jsonl:3: no field 'answer', which the reward last_number reads (the row has: gold)"
+
+
+def test_arguments_of_the_recipe_are_used():
+    refuse_unscorable_rows(
+        [RewardSpec(use="exact_match", args={"field": "gold", "ignore_case": True})], rows({"gold": "a"})
+    )
+    with pytest.raises(RewardError, match=r"rows.jsonl:1: gold must be a text"):
+        refuse_unscorable_rows([RewardSpec(use="exact_match", args={"field": "gold"})], rows({"gold": None}))
+    with pytest.raises(RewardError, match=r"rows.jsonl:1: checks must be a list of tests"):
+        refuse_unscorable_rows([RewardSpec(use="code_tests", args={"field": "checks"})], rows({"checks": []}))
+    with pytest.raises(RewardError, match=r"rows.jsonl:1: schema is not a JSON Schema"):
+        refuse_unscorable_rows([RewardSpec(use="json_schema")], rows({"schema": {"type": "objekt"}}))
+
+
+def test_many_are_counted():
+    with pytest.raises(RewardError, match=r"\nand 95 more$"):
+        refuse_unscorable_rows([RewardSpec(use="last_number")], rows(*[{"answer": "x"}] * 100))
+
+
+def test_no_torch_and_no_optional_library_is_needed():
+    code = "import sys, trainer.rewards.row_checks as r; from trainer.types import Row\n"
+    code += "from types import SimpleNamespace as S\n"
+    code += "r.refuse_unscorable_rows([S(use=name, args={}) for name in ('last_number', 'exact_match')], [Row({'answer': 1})])\n"
+    code += "assert not {'torch', 'math_verify'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

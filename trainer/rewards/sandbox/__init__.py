@@ -1,0 +1,1 @@
+"""Runs untrusted Python in a locked process: `client` starts it, `run` is that process, `fences` lock it."""
