@@ -45,6 +45,7 @@ def test_many_are_counted():
 def test_no_torch_and_no_optional_library_is_needed():
     code = "import sys, trainer.rewards.row_checks as r; from trainer.types import Row\n"
     code += "from types import SimpleNamespace as S\n"
-    code += "r.refuse_unscorable_rows([S(use=name, args={}) for name in ('last_number', 'exact_match')], [Row({'answer': 1})])\n"
+    code += "specs = [S(use=name, args={}) for name in ('last_number', 'exact_match')]\n"
+    code += "r.refuse_unscorable_rows(specs, [Row({'answer': 1})])\n"
     code += "assert not {'torch', 'math_verify'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
