@@ -314,7 +314,9 @@ def test_an_empty_field_of_rft_asks_for_nothing(field):
 
 def test_a_section_of_rft_that_is_null_or_left_out_has_its_defaults():
     text = RFT.replace("algorithm:\n  name: dapo\n  clip_low: 0.1\n", "algorithm: null\n")
-    text = text.replace("rollout:\n  group_size: 4\n  max_completion_tokens: 16\n", "rollout: {max_completion_tokens: 9}\n")
+    text = text.replace(
+        "rollout:\n  group_size: 4\n  max_completion_tokens: 16\n", "rollout: {max_completion_tokens: 9}\n"
+    )
     recipe = load_recipe(write_small(Path(), text)).recipe
     assert isinstance(recipe, RFTRecipe)
     assert recipe.algorithm == AlgorithmSettings()

@@ -44,7 +44,7 @@ SMALL_MIXTURE = {
 
 
 def test_constants_are_those_of_the_code():
-    assert activations.EXPLICIT_MAX_TOKENS == attention.EXPLICIT_MAX_TOKENS
+    assert activations.EAGER_MAX_TOKENS == attention.EXPLICIT_MAX_TOKENS
     assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (lm_head.TILE_CELLS, lm_head.CPU_BLOCK_ROWS)
     assert memory.FIRST_ROOM == kv_cache.FIRST_ROOM
     assert memory.FUSED_FAMILIES == fused.FAMILIES
@@ -84,7 +84,7 @@ def test_short_sequences_keep_their_scores_on_a_cpu_only():
     scores = 384 * 384 * 8 * 2
     assert short.block() - on_gpu.block() == scores - 384 * 80 * 2  # and no second copy of the output
     assert long.block() / 385 == on_gpu.block() / 384
-    capped = Pass(ModelFacts(**{**FACTS.__dict__, "has_explicit_attention": True}), [385], 8, 2, 4, is_cpu=True)
+    capped = Pass(ModelFacts(**{**FACTS.__dict__, "has_eager_attention": True}), [385], 8, 2, 4, is_cpu=True)
     assert capped.block() > long.block()
 
 

@@ -22,7 +22,8 @@ from trainer.planning.remedies import find_remedies, find_remedies_on_any_shape,
 SHAPES: Final = {shape.name: shape for shape in all_shapes()}
 MODELS: Final = {
     "1B": ModelFacts(
-        hidden=2048, layers=16, query_width=2048, key_width=512, intermediate=8192, vocab=128_256, is_tied=True, heads=32
+        hidden=2048, layers=16, query_width=2048, key_width=512, intermediate=8192, vocab=128_256, is_tied=True,
+        heads=32,
     ),
     "8B": ModelFacts(
         hidden=4096, layers=36, query_width=4096, key_width=1024, intermediate=12288, vocab=151_936, is_tied=False,

@@ -37,7 +37,7 @@ class Document:
     """A YAML mapping with the line of each value, and the values changed by `--set`."""
 
     file: str
-    data: dict[str, Any]
+    data: dict[str, object]
     lines: dict[KeyPath, int]
     mistakes: list[str] = field(default_factory=list)
     overridden: set[KeyPath] = field(default_factory=set)
@@ -70,7 +70,7 @@ class Document:
             return "--set"
         return self.place_of(path) if path in self.lines else None
 
-    def override(self, path: KeyPath, value: Any) -> None:
+    def override(self, path: KeyPath, value: object) -> None:
         """Record that `--set` gave this value, which replaces the value in the file."""
         self.lines = {known: line for known, line in self.lines.items() if known[: len(path)] != path}
         self.overridden.update(leaf for leaf, _ in leaves(value, path))
@@ -85,7 +85,7 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
 
 
-def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def leaves(value: object, path: KeyPath = ()) -> Iterator[tuple[KeyPath, object]]:
     """Yield every value that is not a section, with its path; a list of plain values is one value.
 
     >>> dict(leaves({"a": {"b": 1}, "c": [2, 3], "d": [{"e": 4}]}))
@@ -133,8 +133,8 @@ def read_document(path: Path) -> Document:
     return document
 
 
-def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, object]:
+    result: dict[str, object] = {}
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node, deep=True))
         here = (*path, key)
@@ -147,7 +147,7 @@ def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, docume
     return result
 
 
-def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> Any:
+def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> object:
     if isinstance(node, yaml.MappingNode):
         return _read_mapping(loader, node, path, document)
     if isinstance(node, yaml.SequenceNode):
@@ -170,7 +170,7 @@ def apply_override(document: Document, assignment: str) -> None:
         value = yaml.load(text, Loader=_Loader) if text else None  # noqa: S506  (a subclass of SafeLoader)
     except (yaml.YAMLError, ValueError):
         value = text
-    target: Any = document.data
+    target: object = document.data
     for part, following in itertools.pairwise(path):
         inside = _section_under(target, part, following)
         if inside is None or not _put(target, part, inside):
@@ -183,9 +183,9 @@ def apply_override(document: Document, assignment: str) -> None:
     document.override(path, value)
 
 
-def _section_under(target: Any, part: str | int, following: str | int) -> Any:
+def _section_under(target: Any, part: str | int, following: str | int) -> object:
     """Return the section or list that the next part of the key refers to; a new one if there is none."""
-    inside: Any = None
+    inside: object = None
     if isinstance(target, dict):
         inside = target.get(str(part))
     elif isinstance(part, int) and part < len(target):
@@ -199,7 +199,7 @@ def _section_under(target: Any, part: str | int, following: str | int) -> Any:
     return {}
 
 
-def _put(target: Any, part: str | int, value: Any) -> bool:
+def _put(target: Any, part: str | int, value: object) -> bool:
     """Set an entry; the index after the last one of a list appends. Returns whether there is such an entry."""
     if isinstance(target, dict):
         target[str(part)] = value
@@ -210,7 +210,7 @@ def _put(target: Any, part: str | int, value: Any) -> bool:
     return True
 
 
-def _no_entry(assignment: str, path: KeyPath, data: Any) -> str:
+def _no_entry(assignment: str, path: KeyPath, data: object) -> str:
     known: KeyPath = ()
     for part in path:
         inside = data.get(str(part)) if isinstance(data, dict) else None

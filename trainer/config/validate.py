@@ -32,7 +32,7 @@ SHOWN_CHARS: Final = 60
 
 
 def validate_tagged(
-    base: type[BaseModel], variants: Mapping[str, type[M]], tag: str, data: dict[str, Any]
+    base: type[BaseModel], variants: Mapping[str, type[M]], tag: str, data: dict[str, object]
 ) -> tuple[M | None, dict[KeyPath, str]]:
     """Validate against the variant that the value of `tag` selects.
 
@@ -64,7 +64,7 @@ def validate_tagged(
 
 
 def validate(
-    model: type[M], data: dict[str, Any], elsewhere: Mapping[str, str] | None = None
+    model: type[M], data: dict[str, object], elsewhere: Mapping[str, str] | None = None
 ) -> tuple[M | None, dict[KeyPath, str]]:
     """Validate a document; after dropping wrong values, validate again, so that the rest can be checked further.
 
@@ -96,7 +96,7 @@ def validate(
         return None, mistakes
 
 
-def _real_path(loc: Sequence[str | int], data: Any) -> KeyPath:
+def _real_path(loc: Sequence[str | int], data: object) -> KeyPath:
     """Return the path of a value in the document, without the names of union branches in pydantic's location."""
     path: list[str | int] = []
     for index, part in enumerate(loc):
@@ -189,7 +189,7 @@ def _fields_at(model: type[BaseModel], path: KeyPath) -> dict[str, str | None]:
     return {name: info.description for name, info in current.model_fields.items()} if current else {}
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def _section_in(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
+
 
 from trainer.config.presets import PRESETS, ResolvedAlgorithm
 from trainer.config.recipe import AlgorithmSettings
@@ -20,7 +20,7 @@ def resolve_algorithm(given: AlgorithmSettings) -> ResolvedAlgorithm:
     return replace(preset, **written)
 
 
-def algorithm_values(algorithm: ResolvedAlgorithm) -> dict[str, Any]:
+def algorithm_values(algorithm: ResolvedAlgorithm) -> dict[str, object]:
     """Return the resolved values under the names of the recipe's `algorithm` section."""
     values = asdict(algorithm)
     return {name: values[name] for name in AlgorithmSettings.model_fields}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+
 
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import DataSource, Recipe, RFTRecipe
@@ -16,7 +16,7 @@ ROLLOUT_EXEMPT = frozenset({"vllm_url", "eval_samples", "max_sampler_kl"})
 """Fields of `rollout` that do not change what is trained."""
 
 
-def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[str, Any]:
+def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[str, object]:
     """Return what changes the result: two plans with equal identities belong to the same run.
 
     Args:
@@ -42,7 +42,7 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
     return fields
 
 
-def identity_hash(identity: dict[str, Any]) -> str:
+def identity_hash(identity: dict[str, object]) -> str:
     """Return the hash of an identity; it does not depend on the order of fields."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

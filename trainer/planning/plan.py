@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Final, TypeAlias, final
+from typing import Final, TypeAlias, final
 
 from trainer.config.document import Document, dotted, leaves
 from trainer.config.length import count_rows, mean_row_tokens, num_steps
@@ -44,7 +44,7 @@ class PlanBase(Section):
     """Sizes of the model; None if unknown, or if the plan was written in format 1."""
     memory: MemoryEstimate | None = None
     """Predicted memory of one device; None if the sizes of the model are unknown."""
-    identity: dict[str, Any]
+    identity: dict[str, object]
     """Everything that changes the result."""
     identity_hash: str
     origins: dict[str, str]
@@ -148,7 +148,7 @@ def parse_plan(text: str | bytes) -> Plan:
     return kind.model_validate_json(json.dumps(data))
 
 
-def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
+def _from_format_1(data: dict[str, object]) -> dict[str, object]:
     """Format 1 had no derived values, the algorithm resolved in the recipe, and empty rft fields in sft recipes."""
     recipe = data.get("recipe")
     if not isinstance(recipe, dict):
@@ -161,7 +161,7 @@ def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"format": PLAN_FORMAT, "algorithm": values}
 
 
-def resolved_values(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[str, Any]:
+def resolved_values(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[str, object]:
     """Return the recipe as nested values, with every number of its algorithm.
 
     Args:
