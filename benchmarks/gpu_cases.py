@@ -28,7 +28,7 @@ from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import Reference
-from trainer.planning.plan import Plan, make_plan, plan_memory
+from trainer.planning.plan import RFTPlan, make_plan
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.training import policy_update
@@ -142,7 +142,7 @@ class Rft:
         self.tokens, self.steps = sum(lengths), scale.steps
         computed = [part for group in groups for part in _computed_once(group)]
         self.flops = forward_flops(facts, computed, scored) + training_flops(facts, computed, scored, is_lora=True)
-        memory = plan_memory(self.plan)
+        memory = self.plan.memory
         assert memory is not None
         self.predicted_gib = memory.weights_gib + memory.state_gib + memory.phases["learning"]
         policy = random_policy(scale.model, device, self.plan.recipe.lora)
@@ -184,7 +184,7 @@ class Sampling:
         self.sampler.sample(self.requests, self.params)
 
 
-def _rft_plan(scale: Scale, device: torch.device, folder: Path) -> Plan:
+def _rft_plan(scale: Scale, device: torch.device, folder: Path) -> RFTPlan:
     """A plan as `trainer train` makes it, on one device."""
     longest = scale.prompt_tokens[1] + scale.completion_tokens[1]
     shape = one_device(device, scale.micro_batch_tokens)
@@ -208,7 +208,9 @@ def _rft_plan(scale: Scale, device: torch.device, folder: Path) -> Plan:
             }
         )
     )  # fmt: skip
-    return make_plan(load_recipe(recipe), str(folder / "one.yaml"))
+    plan = make_plan(load_recipe(recipe), str(folder / "one.yaml"))
+    assert isinstance(plan, RFTPlan)
+    return plan
 
 
 def _written_groups(scale: Scale, vocab: int) -> tuple[Group, ...]:

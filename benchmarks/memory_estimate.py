@@ -18,7 +18,7 @@ import common
 
 from trainer.checks.memory_dry_run import config_of, measure
 from trainer.config.load import load_recipe
-from trainer.planning.plan import make_plan, plan_memory
+from trainer.planning.plan import make_plan
 
 SMALL: Final[dict[str, Any]] = {
     "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6,
@@ -66,7 +66,7 @@ def compare(model_type: str, sizes: dict[str, Any], overrides: list[str]) -> dic
         Path(name).write_text(json.dumps(content))
     Path("train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     plan = make_plan(load_recipe(Path("recipe.yaml"), overrides))
-    measured, estimate = measure(plan, config_of(plan)), plan_memory(plan)
+    measured, estimate = measure(plan, config_of(plan)), plan.memory
     assert estimate is not None
     step = estimate.phases["learning"]
     return {

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainer.config.recipe import LoraSettings, ModelSettings, Recipe
+from trainer.config.recipe import LoraSettings, ModelSettings, SFTRecipe
 from trainer.config.shape import ShapeLimit, ShapeLimits, TrainingShape
 from trainer.model import attention
 from trainer.model.policy import Policy, make_policy
@@ -74,7 +74,7 @@ def predicted_memory(
     name: str, device: torch.device, lora: LoraSettings | None, tokens: int, *, checkpointing: bool = False
 ) -> MemoryEstimate:
     """What `trainer check` predicts for packs of so many tokens in SFT."""
-    recipe = Recipe.model_validate(
+    recipe = SFTRecipe.model_validate(
         {
             "name": "predicted", "method": "sft", "steps": 1,
             "model": {"path": name, "gradient_checkpointing": checkpointing},

@@ -32,7 +32,7 @@ from trainer.data.jsonl import read_rows
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.model.policy import Reference, load_policy
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import RFTPlan, make_plan
 from trainer.rewards.runner import RewardRunner
 from trainer.run.directory import RunDir
 from trainer.sampling import make_sampler
@@ -74,9 +74,10 @@ class Ours:
                 }
             )
         )  # fmt: skip
-        self.plan: Plan = make_plan(load_recipe(recipe), "cpu")
+        plan = make_plan(load_recipe(recipe), "cpu")
+        assert isinstance(plan, RFTPlan)
+        self.plan = plan
         settings, rollout = self.plan.recipe.model, self.plan.recipe.rollout
-        assert rollout is not None
         tokenizer = load_tokenizer(settings)
         encoder = ChatEncoder(tokenizer, settings, self.plan.recipe.data)
         rows = read_rows(self.plan.recipe.data.train, self.plan.recipe.data)
@@ -89,7 +90,7 @@ class Ours:
         self.rewards = RewardRunner(self.plan.recipe.rewards, base_dir=folder).__enter__()
         params = sampling_params(self.plan.recipe, rollout, encoder.stop_ids)
         self.rollouts = Rollouts(
-            self.plan.recipe,
+            self.plan,
             prompts,
             self.sampler,
             self.rewards,

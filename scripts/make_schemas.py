@@ -18,34 +18,51 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import RFT_FIELDS, RecipeBase, RFTRecipe
 from trainer.config.shape import TrainingShape
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGES: Final[Mapping[str, type[BaseModel]]] = {"recipe": Recipe, "shape": TrainingShape}
+PAGES: Final[Mapping[str, type[BaseModel]]] = {"recipe": RFTRecipe, "shape": TrainingShape}
+"""An rft recipe has all fields of an sft recipe and more, so its page and schema describe both."""
+TITLES: Final = {"recipe": "Recipe", "shape": "TrainingShape"}
+ABOUT: Final = {
+    "recipe": "One training run. Fields marked `rft only` are refused with `method: sft`.",
+    "shape": inspect.getdoc(TrainingShape) or "",
+}
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 INTROS: Final = {
     "recipe": """\
-A recipe says what to train, on which rows and how; not on which hardware. `trainer check RECIPE` validates it and shows
-every value with its origin. Any field can be set from the command line: `--set optimizer.learning_rate=1e-4`.
+A recipe specifies what to train, on which rows and how; hardware is specified by a [shape](shape.md).
+`trainer check RECIPE` validates a recipe and shows every value with its origin. Any field can be set on the command
+line: `--set optimizer.learning_rate=1e-4`.
 
-The first line of each recipe gives editors this schema, with completion and help:
+The first line of a recipe tells editors which schema to use for completion and help:
 `# yaml-language-server: $schema=../docs/recipe.schema.json`""",
     "shape": """\
-A training shape says how many of which device there are, and the largest job known to fit on them. Shapes live in
-configs/shapes/; of two of the same name the one in the working directory wins. `trainer shapes` lists them.""",
+A training shape specifies the number and kind of devices, and the largest jobs that fit on them. Shapes are files in
+configs/shapes/; of two with the same name, the one in the working directory is used. `trainer shapes` lists them.""",
 }
 
 
 def schema(name: str) -> str:
-    """The JSON Schema of a page's class, with the field docstrings as descriptions."""
-    document = PAGES[name].model_json_schema()
-    return json.dumps({"$schema": DIALECT, **document}, indent=2, ensure_ascii=False) + "\n"
+    """The JSON Schema of a page, with the field docstrings as descriptions."""
+    return json.dumps({"$schema": DIALECT, **described(name)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def described(name: str) -> dict[str, Any]:
+    """The JSON Schema of a page as a document."""
+    document = PAGES[name].model_json_schema() | {"title": TITLES[name], "description": ABOUT[name]}
+    if name == "recipe":
+        document["properties"]["method"] = RecipeBase.model_json_schema()["properties"]["method"]
+        document["if"] = {"properties": {"method": {"const": "sft"}}}
+        document["then"] = {"properties": dict.fromkeys(sorted(RFT_FIELDS), False)}
+        document["else"] = {"required": ["rewards"]}
+    return document
 
 
 def page(name: str) -> str:
     """The reference page: every section and field."""
-    document = PAGES[name].model_json_schema()
+    document = described(name)
     lines = [
         f"# {name.capitalize()} reference",
         "",
@@ -57,13 +74,15 @@ def page(name: str) -> str:
     for path, section in sections(PAGES[name]):
         paths.setdefault(section, []).append(path)
     for section, found in paths.items():
-        described = document if section is PAGES[name] else document["$defs"][section.__name__]
+        schema_of = document if section is PAGES[name] else document["$defs"][section.__name__]
         heading = ", ".join(f"`{path}`" for path in found if path) or "Top level"
-        lines += ["", f"## {heading}", "", *_doc(section)]
+        about = ABOUT[name].splitlines() if section is PAGES[name] else _doc(section)
+        lines += ["", f"## {heading}", "", *about]
         lines += ["", "| field | type | default | meaning |", "|---|---|---|---|"]
         for field, info in section.model_fields.items():
-            meaning = " ".join((info.description or "").split()).replace("<", "&lt;")
-            cells = (f"`{field}`", type_text(described["properties"][field], document), default_text(info), meaning)
+            about_field = schema_of["properties"][field]
+            meaning = " ".join(about_field["description"].split()).replace("<", "&lt;")
+            cells = (f"`{field}`", type_text(about_field, document), default_text(info), meaning)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -96,24 +115,24 @@ def default_text(info: FieldInfo) -> str:
     return "its defaults" if isinstance(default, BaseModel) else f"`{json.dumps(default)}`"
 
 
-def type_text(described: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+def type_text(field: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     """A JSON Schema type for people.
 
     >>> type_text({"type": "integer", "exclusiveMinimum": 0}, {})
     'integer > 0'
     """
-    if "$ref" in described:
+    if "$ref" in field:
         return "section"
-    if "anyOf" in described:
-        kinds = [type_text(each, document) for each in described["anyOf"]]
+    if "anyOf" in field:
+        kinds = [type_text(each, document) for each in field["anyOf"]]
         return " or ".join(dict.fromkeys(kinds))
-    if "const" in described or "enum" in described:
-        return ", ".join(f"`{each}`" for each in described.get("enum", [described.get("const")]))
-    kind = str(described.get("type", "anything"))
+    if "const" in field or "enum" in field:
+        return ", ".join(f"`{each}`" for each in field.get("enum", [field.get("const")]))
+    kind = str(field.get("type", "anything"))
     if kind == "array":
-        return f"list of {type_text(described['items'], document)}"
+        return f"list of {type_text(field['items'], document)}"
     bounds = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    ranges = [f"{sign} {described[name]:g}" for name, sign in bounds.items() if name in described]
+    ranges = [f"{sign} {field[name]:g}" for name, sign in bounds.items() if name in field]
     return " ".join([{"object": "mapping", "string": "text"}.get(kind, kind), ", ".join(ranges)]).strip()
 
 
@@ -132,7 +151,7 @@ def main() -> int:
     for path in drifted:
         if is_check:
             print(
-                f"{path.relative_to(ROOT)}: not what the config classes say; run scripts/make_schemas.py",
+                f"{path.relative_to(ROOT)}: differs from the config classes; run scripts/make_schemas.py",
                 file=sys.stderr,
             )
         else:

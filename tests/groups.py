@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plans import rft_plan
 from tiny import VOCAB_SIZE
 
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import RFTRecipe
 from trainer.config.shape import TrainingShape
 from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Reference, load_policy
-from trainer.planning.plan import Plan
+from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
 from trainer.training.policy_update import learn, minibatches, score
 from trainer.training.rollouts import StepRollouts
@@ -29,10 +30,10 @@ LIMIT = 20
 """max_completion_tokens"""
 
 
-def make_plan(*, micro_batch_tokens: int = 4096, is_full: bool = False, **algorithm: Any) -> Plan:
+def make_plan(*, micro_batch_tokens: int = 4096, is_full: bool = False, **algorithm: Any) -> RFTPlan:
     """A plan as the worker gets it; `temperature` and `max_sampler_kl` are the rollout's."""
     rollout = {name: algorithm.pop(name) for name in ("temperature", "max_sampler_kl") if name in algorithm}
-    recipe = Recipe.model_validate(
+    recipe = RFTRecipe.model_validate(
         {
             "name": "small",
             "method": "rft",
@@ -51,13 +52,10 @@ def make_plan(*, micro_batch_tokens: int = 4096, is_full: bool = False, **algori
         {"name": "cpu", "device": "cpu", "device_name": "CPU", "gpus": 0, "gpu_memory_gib": 4, "accelerate": "cpu",
          "micro_batch_tokens": micro_batch_tokens, "limits": {"lora": limit, "full": limit}}
     )  # fmt: skip
-    return Plan(
-        recipe=recipe, recipe_dir=".", shape=shape, steps=10, num_rows=10, identity={}, identity_hash="", origins={},
-        warnings=[],
-    )  # fmt: skip
+    return rft_plan(recipe, shape=shape)
 
 
-def make_learner(model_dir: Path, plan: Plan, *, perturbed: bool = True) -> Learner:
+def make_learner(model_dir: Path, plan: RFTPlan, *, perturbed: bool = True) -> Learner:
     """A learner whose adapter is not zero, as after some training, unless told otherwise."""
     policy = load_policy(plan.recipe.model.model_copy(update={"path": str(model_dir)}), plan.recipe.lora, 0, CPU)
     if perturbed:
@@ -111,7 +109,7 @@ def drawn_by(policy: Policy, groups: list[Group], temperature: float = 1.0) -> l
 
 
 def run_step(
-    learner: Learner, plan: Plan, groups: Sequence[Group], *, reference: Reference | None = None
+    learner: Learner, plan: RFTPlan, groups: Sequence[Group], *, reference: Reference | None = None
 ) -> dict[str, float]:
     """Make one step, by default measured against the base."""
     reference = reference or Reference(learner.policy, "base", is_fresh=False)

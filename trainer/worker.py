@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,7 @@ from trainer.errors import (
     RolledBackError,
     TrainerError,
 )
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import Plan, RFTPlan, make_plan
 from trainer.run.directory import SHUTDOWN_TIMEOUT, Outcome, RunDir, State, open_run
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _train(session: Session) -> Outcome:
     from trainer.training import rft, sft
 
     plan, run = session.plan, session.run
-    train = {"sft": sft.train, "rft": rft.train}[plan.recipe.method]
+    train = partial(rft.train, plan=plan) if isinstance(plan, RFTPlan) else sft.train
     try:
         if not _trained(train, session):
             train(session)

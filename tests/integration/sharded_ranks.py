@@ -16,7 +16,7 @@ from trainer.distributed.sharding import is_sharded
 from trainer.distributed.world import World, join_world, leave_world
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Reference, load_policy
-from trainer.planning.plan import Plan
+from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
 from trainer.training.policy_update import learn, minibatches
 from trainer.training.rollouts import StepRollouts
@@ -26,7 +26,7 @@ SHARES = ((0, 1, 2), (3,)), ((0, 1, 2, 3), ()), ((0, 2), (1, 3))
 """Groups of each rank in each step: unequal, none at all, and again other."""
 
 
-def sharded_learner(model_dir: Path, plan: Plan, world: World, *, is_checkpointed: bool) -> Learner:
+def sharded_learner(model_dir: Path, plan: RFTPlan, world: World, *, is_checkpointed: bool) -> Learner:
     changes = {"path": str(model_dir), "gradient_checkpointing": is_checkpointed}
     settings = plan.recipe.model.model_copy(update=changes)
     policy = load_policy(settings, plan.recipe.lora, 0, world.device)

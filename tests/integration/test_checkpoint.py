@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from trainer.checkpoints.local import Checkpoints, Saved, TrainState, file_sha256
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import SFTRecipe
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 from trainer.run.directory import RunDir
@@ -29,7 +29,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 def open_checkpoints(root: Path, *, identity: str = "ours", attempt: int = 0, **settings: object) -> Checkpoints:
     sections = {"name": "x", "method": "sft", "model": {"path": "m"}, "data": {"train": "t"}, "steps": 10}
-    recipe = Recipe.model_validate(sections | settings)
+    recipe = SFTRecipe.model_validate(sections | settings)
     return Checkpoints(RunDir(root), recipe, identity, ONE_RANK, attempt)
 
 

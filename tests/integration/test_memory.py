@@ -15,7 +15,7 @@ from tiny import tiny_model_dir, tiny_tokenizer
 
 from trainer.config.load import load_recipe
 from trainer.planning.memory import MemoryEstimate
-from trainer.planning.plan import make_plan, plan_memory
+from trainer.planning.plan import make_plan
 
 HERE: Final = Path(__file__).parent
 SEQ_TOKENS: Final = 512
@@ -89,7 +89,7 @@ def train(root: Path, arch: str) -> dict[str, float]:
 def predicted(root: Path) -> MemoryEstimate:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        estimate = plan_memory(make_plan(load_recipe(Path("recipe.yaml"))))
+        estimate = make_plan(load_recipe(Path("recipe.yaml"))).memory
     assert estimate is not None
     return estimate
 

@@ -17,7 +17,7 @@ from trainer.algorithms import (
     PRESETS,
     PolicyTerms,
     PolicyTokens,
-    Preset,
+    ResolvedAlgorithm,
     denominator,
     policy_terms,
     sampler_kl,
@@ -25,8 +25,8 @@ from trainer.algorithms import (
     token_weights,
     truncated_weights,
 )
-from trainer.config.presets import merge_preset, resolve_algorithm
 from trainer.config.recipe import AlgorithmSettings
+from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 
 LENGTHS = (3, 1, 5, 2)
 MAX_COMPLETION_TOKENS = 8
@@ -40,8 +40,8 @@ ALL_PRESETS = [
 ]
 
 
-def describe(preset: Preset) -> str:
-    return f"{preset.algorithm}-{preset.kl_estimator}-{preset.normalizer}"
+def describe(preset: ResolvedAlgorithm) -> str:
+    return f"{preset.loss}-{preset.kl_estimator}-{preset.normalizer}"
 
 
 def make_tokens(lengths=LENGTHS, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> PolicyTokens:
@@ -93,7 +93,7 @@ def select(tokens: PolicyTokens, order: Tensor, sequence_ids: Tensor) -> PolicyT
     )
 
 
-def parts_of_loss(tokens: PolicyTokens, preset: Preset) -> tuple[Tensor, int]:
+def parts_of_loss(tokens: PolicyTokens, preset: ResolvedAlgorithm) -> tuple[Tensor, int]:
     """Numerator and denominator of the loss of a micro-batch."""
     terms = policy_terms(tokens, preset)
     part = denominator(
@@ -105,7 +105,7 @@ def parts_of_loss(tokens: PolicyTokens, preset: Preset) -> tuple[Tensor, int]:
     return (token_weights(preset.normalizer, tokens.sequence_ids) * terms.loss).sum(), part
 
 
-def gradient_of_batches(batches: list[PolicyTokens], preset: Preset, logprobs: Tensor) -> Tensor:
+def gradient_of_batches(batches: list[PolicyTokens], preset: ResolvedAlgorithm, logprobs: Tensor) -> Tensor:
     sums, parts = zip(*(parts_of_loss(batch, preset) for batch in batches), strict=True)
     return gradient(sum(sums) / sum(parts), logprobs)
 
@@ -356,19 +356,19 @@ def test_sft_is_the_weighted_negative_log_likelihood():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_names_a_formula_and_runs(name):
     preset = PRESETS[name]
-    assert preset.algorithm in ALGORITHMS
+    assert preset.loss in ALGORITHMS
     assert policy_terms(make_tokens(), preset).loss.isfinite().all()
 
 
 def test_a_recipe_overrides_single_numbers_of_its_algorithm():
     given = AlgorithmSettings(name="dapo", clip_high=0.5, kl_coef=0.0)
-    assert merge_preset(given) == replace(PRESETS["dapo"], clip_high=0.5)
-    assert merge_preset(AlgorithmSettings(name="dapo", overlong="keep")).overlong == "keep"
+    assert resolve_algorithm(given) == replace(PRESETS["dapo"], clip_high=0.5)
+    assert resolve_algorithm(AlgorithmSettings(name="dapo", overlong="keep")).overlong == "keep"
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_resolved_recipe_says_every_number_and_stays_resolved(name):
     resolved = resolve_algorithm(AlgorithmSettings(name=name))
     assert (resolved.clip_low, resolved.clip_high) == (PRESETS[name].clip_low, PRESETS[name].clip_high)
-    assert merge_preset(resolved) == PRESETS[name]
-    assert resolve_algorithm(resolved) == resolved
+    assert resolved == PRESETS[name]
+    assert resolve_algorithm(AlgorithmSettings(**algorithm_values(resolved))) == resolved

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.algorithms import (
     PRESETS,
     PolicyTokens,
-    Preset,
+    ResolvedAlgorithm,
     denominator,
     group_advantages,
     policy_terms,
@@ -37,7 +37,7 @@ class Case:
 
     name: str
     trl: dict[str, object]
-    ours: Preset
+    ours: ResolvedAlgorithm
 
 
 CASES = [
@@ -191,7 +191,7 @@ def make_tokens(model, sequences: list[Tensor]) -> PolicyTokens:
     )
 
 
-def our_loss(tokens: PolicyTokens, preset: Preset) -> Tensor:
+def our_loss(tokens: PolicyTokens, preset: ResolvedAlgorithm) -> Tensor:
     terms = policy_terms(tokens, replace(preset, kl_coef=KL_COEF))
     clip_frac = terms.metrics["clip_frac"].mean()
     assert 0 < clip_frac < 1, f"a batch that is clipped nowhere or everywhere proves little: {clip_frac}"
@@ -240,7 +240,9 @@ def gradients(loss: Tensor, model) -> dict[str, Tensor]:
     return dict(zip(adapter, torch.autograd.grad(loss, list(adapter.values())), strict=True))
 
 
-def assert_same_loss_and_gradients(trainer, sequences: list[Tensor], tokens: PolicyTokens, preset: Preset) -> None:
+def assert_same_loss_and_gradients(
+    trainer, sequences: list[Tensor], tokens: PolicyTokens, preset: ResolvedAlgorithm
+) -> None:
     ours = our_loss(tokens, preset)
     our_gradients = gradients(ours, trainer.model)
     theirs = trainer._compute_loss(trainer.model, trl_inputs(sequences, tokens))

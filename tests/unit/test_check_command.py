@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_recipe import RFT, SFT, write_small
 
-from trainer.commands.check import describe_plan, plan_lines
+from trainer.commands.check_report import ValueReport, describe_plan, report_lines
 from trainer.commands.cli import main
 from trainer.config.load import load_recipe
 from trainer.planning.plan import make_plan
@@ -147,7 +149,7 @@ def test_the_memory_table_adds_up(capsys):
 def test_a_shape_without_a_rate_says_that_there_is_none(capsys):
     write_small(Path())
     assert main(["check", "recipe.yaml", "--shape", "h100x1"]) == 0
-    assert "device-hours: no rate known for this shape (h100x1)\n" in capsys.readouterr().out
+    assert "device-hours: the shape h100x1 has no rate\n" in capsys.readouterr().out
 
 
 def test_a_shape_with_a_rate_gives_device_hours(capsys):
@@ -167,7 +169,7 @@ def test_the_shape_says_why_and_on_what_basis(capsys):
     assert main(["check", "recipe.yaml", "--set", "shape=auto"]) == 0
     assert section(capsys.readouterr().out, "small: sft") == [
         "shape cpu (CPU), by auto: the smallest that fits",
-        "holds LoRA of up to 2 B parameters at 4,096 tokens (limits estimated)",
+        "supports LoRA of up to 2 B parameters at 4,096 tokens (limits estimated)",
     ]
 
 
@@ -235,21 +237,29 @@ def test_colour_only_where_it_is_seen(capsys):
     assert main(["check", "recipe.yaml"]) == 0
     assert "\x1b" not in capsys.readouterr().out
     about = describe_plan(make_plan(load_recipe(Path("recipe.yaml"))), "recipe.yaml")
-    colored = plan_lines(about, is_colored=True)
-    dimmed = [line for line in colored if line.startswith("\x1b[2m")]
-    assert dimmed
-    assert all(line.endswith("default\x1b[0m") for line in dimmed)
-    assert [line.removeprefix("\x1b[2m").removesuffix("\x1b[0m") for line in colored] == plan_lines(
-        about, is_colored=False
-    )
+    colored, plain = report_lines(about, is_colored=True), report_lines(about)
+    assert [re.sub(r"\x1b\[\d+m", "", line).rstrip() for line in colored] == plain
+    is_dim = ["\x1b[2m" in line for line in colored]
+    assert any(is_dim)
+    assert is_dim == [line.endswith("  default") for line in plain]
+
+
+def test_a_narrow_terminal_folds_long_values_and_loses_nothing():
+    write_small(Path(), SFT.replace("train: train.jsonl", "train: train.jsonl\n  columns: {prompt: a, completion: b}"))
+    report = describe_plan(make_plan(load_recipe(Path("recipe.yaml"))), "recipe.yaml")
+    report = replace(report, values={"data.system": ValueReport("word " * 40, "recipe.yaml:7")})
+    values = report_lines(report, width=60)
+    values = values[values.index("values") + 1 :]
+    assert max(len(line) for line in values) <= 60
+    assert " ".join(" ".join(values).split()).count("word") == 40
 
 
 def test_a_model_of_unknown_size_is_not_estimated(capsys):
     write_small(Path(), SFT.replace("path: model", f"path: owner/unknown\n  revision: {'a' * 40}"))
     assert main(["check", "recipe.yaml"]) == 0
     captured = capsys.readouterr()
-    assert "memory per device: no estimate, the model's sizes are not known here" in captured.out
-    assert "owner/unknown: its sizes are not known here, so nobody checked that it fits cpu" in captured.err
+    assert "memory per device: no estimate, the sizes of the model are unknown" in captured.out
+    assert "owner/unknown: the sizes of the model are unknown, so it was not checked that it fits cpu" in captured.err
 
 
 def test_shapes_are_listed_with_limits_and_basis(capsys):
@@ -266,8 +276,8 @@ def test_shapes_say_which_of_them_a_recipe_fits_and_why_not(capsys):
     write_small(Path(), SFT.replace("max_seq_tokens: 128", "max_seq_tokens: 20000"))
     assert main(["shapes", "recipe.yaml"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["cpu"].endswith("holds sequences up to 4,096 tokens (estimated)")
-    assert lines["h100x1"].endswith("holds sequences up to 16,384 tokens (estimated)")
+    assert lines["cpu"].endswith("supports sequences up to 4,096 tokens (estimated)")
+    assert lines["h100x1"].endswith("supports sequences up to 16,384 tokens (estimated)")
     assert lines["h200x1"].endswith("  fits")
 
 

@@ -8,6 +8,7 @@ import pytest
 from small_recipe import RFT, SFT, write_small
 
 from trainer.config.load import load_recipe
+from trainer.config.recipe import AlgorithmSettings, RFTRecipe, RolloutSettings, SFTRecipe
 from trainer.errors import RecipeError
 
 
@@ -288,3 +289,52 @@ def test_a_pinned_commit_raises_no_warning():
 def test_epochs_of_rows_on_a_hub_are_refused_with_the_remedy():
     recipe = SFT.replace("train: train.jsonl", "train: {hub: owner/rows}").replace("steps: 10", "epochs: 1")
     assert "recipe.yaml:12: epochs: the rows of owner/rows cannot be counted here; give `steps`" in mistakes_of(recipe)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("algorithm", "{name: dapo}"),
+        ("rollout", "{}"),
+        ("rollout", "{no_such_field: 1}"),  # not worth naming: the whole section goes
+        ("rewards", "[{use: last_number}]"),
+        ("reward_limits", "{timeout_s: 1}"),
+    ],
+)
+def test_a_field_of_rft_in_an_sft_recipe_is_refused_at_its_line(field, value):
+    (found,) = mistakes_of(SFT + f"{field}: {value}\n")
+    assert found == f"recipe.yaml:19: {field}: belongs to `method: rft`; remove it or change the method"
+
+
+@pytest.mark.parametrize("field", ["algorithm: null", "rollout: null", "rewards: []"])
+def test_an_empty_field_of_rft_asks_for_nothing(field):
+    recipe = load_recipe(write_small(Path(), SFT + f"{field}\n")).recipe
+    assert isinstance(recipe, SFTRecipe)
+
+
+def test_a_section_of_rft_that_is_null_or_left_out_has_its_defaults():
+    text = RFT.replace("algorithm:\n  name: dapo\n  clip_low: 0.1\n", "algorithm: null\n")
+    text = text.replace(
+        "rollout:\n  group_size: 4\n  max_completion_tokens: 16\n", "rollout: {max_completion_tokens: 9}\n"
+    )
+    recipe = load_recipe(write_small(Path(), text)).recipe
+    assert isinstance(recipe, RFTRecipe)
+    assert recipe.algorithm == AlgorithmSettings()
+    assert recipe.rollout == RolloutSettings(max_completion_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("method", "mistake"),
+    [
+        ("", "recipe.yaml: method: missing. `sft` is supervised fine-tuning; `rft` is reinforcement fine-tuning from"),
+        ("method: rtf\n", "recipe.yaml:2: method: must be one of sft, rft (got 'rtf'); did you mean `rft`?"),
+        ("method: [rft]\n", "recipe.yaml:2: method: must be one of sft, rft (got ['rft'])"),
+    ],
+)
+def test_without_a_method_the_other_mistakes_are_those_of_the_method_that_the_fields_suggest(method, mistake):
+    text = RFT.replace("method: rft\n", method).replace("group_size: 4", "group_sise: 4")
+    found = mistakes_of(text)
+    assert len(found) == 2
+    line = 14 if method else 13
+    assert f"recipe.yaml:{line}: rollout.group_sise: unknown field; did you mean `group_size`?" in found
+    assert any(each.startswith(mistake) for each in found)

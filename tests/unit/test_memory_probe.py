@@ -1,4 +1,4 @@
-"""The real step on tensors without contents: against the estimate, and as `trainer check --memory`."""
+"""A dry-run step on fake tensors: against the estimate, and as `trainer check --memory`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from small_recipe import RFT, SFT, write_small
 
 from trainer.checks.memory_dry_run import LiveStorages, config_of, main, measure
 from trainer.config.load import load_recipe
-from trainer.planning.plan import make_plan, plan_memory
+from trainer.planning.plan import make_plan
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 8192,
@@ -55,7 +55,7 @@ def plan_of(recipe: str, *overrides: str, model_type: str = "llama", **sizes: An
 )
 def test_the_estimate_is_within_5_percent_of_the_step(recipe, overrides, sizes):
     plan = plan_of(recipe, *overrides, **sizes)
-    measured, estimate = measure(plan, config_of(plan)), plan_memory(plan)
+    measured, estimate = measure(plan, config_of(plan)), plan.memory
     assert estimate is not None
     assert measured.weights_gib == pytest.approx(estimate.weights_gib, rel=0.01)
     assert measured.state_gib == pytest.approx(estimate.state_gib, rel=0.01)
@@ -78,7 +78,7 @@ def test_check_memory_prints_measured_beside_estimated(capsys):
     plan_of(SFT)
     assert main(["recipe.yaml", "--set", "data.max_seq_tokens=512", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
-    step = about["parts_gib"]["a step on top of them"]
+    step = about["parts_gib"]["peak of a step in addition"]
     assert step["measured"] == pytest.approx(step["estimated"], rel=0.1)
     assert about["measured_gib"] == pytest.approx(about["estimated_gib"], rel=0.05)
     assert main(["recipe.yaml", "--set", "data.max_seq_tokens=512"]) == 0

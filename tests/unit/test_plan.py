@@ -12,8 +12,9 @@ from trainer.config.document import dotted, leaves
 from trainer.config.load import all_shapes, find_shape, load_recipe
 from trainer.config.recipe import LoraSettings
 from trainer.errors import RecipeError, ShapeError, UserError
+from trainer.planning.fit import misfit
 from trainer.planning.model_facts import ModelFacts
-from trainer.planning.plan import Plan, accumulation, make_plan, misfit, model_facts, plan_memory, step_tokens
+from trainer.planning.plan import Plan, RFTPlan, accumulation, make_plan, model_facts, parse_plan, step_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,7 @@ def test_a_file_written_short_keeps_its_name_when_the_hub_is_set():
 
 def test_a_reward_can_be_appended():
     plan = plan_of(RFT, "rewards.1.use=exact_match", "rewards.1.weight=0.5")
+    assert isinstance(plan, RFTPlan)
     assert [(reward.use, reward.weight) for reward in plan.recipe.rewards] == [
         ("last_number", 1.0),
         ("exact_match", 0.5),
@@ -104,8 +106,8 @@ def test_a_wrong_override_is_named_as_it_was_typed(override, mistake):
 
 def test_algorithm_values_come_from_the_preset_where_the_recipe_is_silent():
     plan = plan_of(RFT)
-    algorithm = plan.recipe.algorithm
-    assert algorithm is not None
+    assert isinstance(plan, RFTPlan)
+    algorithm = plan.algorithm
     assert (algorithm.clip_low, algorithm.clip_high, algorithm.overlong) == (0.1, 0.28, "mask")
     assert plan.origins["algorithm.clip_low"] == "recipe.yaml:12"
     assert plan.origins["algorithm.clip_high"] == "preset dapo"
@@ -123,7 +125,7 @@ def test_every_resolved_value_has_an_origin():
 def test_a_plan_survives_its_file():
     for recipe in (SFT, RFT):
         plan = plan_of(recipe)
-        assert Plan.model_validate_json(plan.dump()) == plan
+        assert parse_plan(plan.dump()) == plan
 
 
 @pytest.mark.parametrize(
@@ -225,10 +227,12 @@ def test_auto_finds_a_gpu_shape_for_eight_billion_parameters(overrides, shape):
 
 def test_auto_refuses_to_guess_at_a_model_of_unknown_size():
     hub = ["model.path=owner/unknown", f"model.revision={'a' * 40}"]
-    with pytest.raises(ShapeError, match="--set shape: the sizes of owner/unknown are not known here"):
+    with pytest.raises(ShapeError, match="--set shape: the sizes of owner/unknown are unknown"):
         plan_of(SFT, *hub, "shape=auto")
     plan = plan_of(SFT, *hub)
-    assert plan.warnings == ["owner/unknown: its sizes are not known here, so nobody checked that it fits cpu"]
+    assert plan.warnings == [
+        "owner/unknown: the sizes of the model are unknown, so it was not checked that it fits cpu"
+    ]
 
 
 def test_sizes_of_a_downloaded_hub_model_are_read_from_the_cache(tmp_path):
@@ -247,7 +251,7 @@ def test_a_shape_that_cannot_hold_the_model_is_refused_with_its_line():
     with pytest.raises(ShapeError) as caught:
         make_plan(load_recipe(recipe))
     assert str(caught.value) == (
-        "recipe.yaml:18: shape: cpu does not fit: holds models up to 2 B parameters for LoRA (estimated)\n"
+        "recipe.yaml:18: shape: cpu does not fit: supports models up to 2 B parameters for LoRA (estimated)\n"
         "What would fit, as predicted:\n"
         "  `--shape h100x1`: 19.9 of 79 GiB\n"
         "See also `trainer shapes RECIPE`."
@@ -264,9 +268,10 @@ def test_where_nothing_fits_each_shape_says_why():
         plan_of(SFT, "shape=auto", "data.max_seq_tokens=100000")
     lines = str(caught.value).splitlines()
     assert lines[0] == "--set shape: no training shape fits 2.88e-05 B parameters at 100,000 tokens:"
-    assert lines[1] == "  cpu: holds sequences up to 4,096 tokens (estimated)"
-    assert len(lines) == 1 + len(all_shapes()) + 1
-    assert lines[-1].startswith("Lower `data.max_seq_tokens`, set `model.gradient_checkpointing: true`, or add a shape")
+    assert lines[1] == "  cpu: supports sequences up to 4,096 tokens (estimated)"
+    assert len(lines) == 1 + len(all_shapes()) + 2
+    assert lines[-2] == "What would fit, as predicted:"
+    assert lines[-1] == "  `data.max_seq_tokens: 65536` and `--shape h200x8`: 1.5 of 139 GiB"
 
 
 def test_an_unknown_shape_is_named_with_the_nearest():
@@ -307,9 +312,9 @@ def test_accumulation_fills_micro_batches_over_all_ranks():
 
 
 def test_memory_parts_are_those_of_the_method():
-    sft = plan_memory(plan_of(SFT))
-    rft = plan_memory(plan_of(RFT))
-    full = plan_memory(plan_of(SFT, "lora=null"))
+    sft = plan_of(SFT).memory
+    rft = plan_of(RFT).memory
+    full = plan_of(SFT, "lora=null").memory
     assert sft is not None
     assert rft is not None
     assert full is not None
@@ -328,7 +333,7 @@ def test_memory_parts_are_those_of_the_method():
 
 
 def test_sharding_divides_the_base_and_gathers_a_block():
-    parts = plan_memory(plan_of(SFT, shape="h100x8"))
+    parts = plan_of(SFT, shape="h100x8").memory
     assert parts is not None
     assert parts.parts["base weights"] == 28_832 * 2 / 8 / 2**30
     assert parts.parts["gathered embedding and head"] == 320 * 32 * 2 / 2**30

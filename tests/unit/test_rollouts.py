@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plans import rft_plan
 
-from trainer.config.recipe import AlgorithmSettings, Recipe
+from trainer.config.recipe import AlgorithmSettings, RFTRecipe
 from trainer.data.order import rows_of_step
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
+from trainer.planning.algorithm import resolve_algorithm
 from trainer.rewards.runner import RewardRunner, Scored
 from trainer.run.directory import RunDir
 from trainer.training.rollouts import (
@@ -98,7 +100,7 @@ def stop():
         signal.signal(number, handler)
 
 
-def recipe(**changes) -> Recipe:
+def recipe(**changes) -> RFTRecipe:
     rollout = {"group_size": 2, "max_completion_tokens": 8, "chunk_prompts": 2, **changes.pop("rollout", {})}
     fields = {
         "name": "small",
@@ -111,7 +113,7 @@ def recipe(**changes) -> Recipe:
         "rollout": rollout,
         "rewards": [{"use": "rewards.py:scripted"}],
     }
-    return Recipe.model_validate({**fields, **changes})
+    return RFTRecipe.model_validate({**fields, **changes})
 
 
 SIGNAL, FLAT = [1.0, 0.0], [0.5]
@@ -129,7 +131,7 @@ def make(rewards, stop, tmp_path):
         settings = recipe(**changes)
         params = sampling_params(settings, settings.rollout, frozenset({2}))
         return Rollouts(
-            settings, prompts, ScriptedSampler(), rewards[reward], RunDir(tmp_path / run), WORLD, stop, params
+            rft_plan(settings), prompts, ScriptedSampler(), rewards[reward], RunDir(tmp_path / run), WORLD, stop, params
         )
 
     return make
@@ -356,7 +358,7 @@ def test_parts_of_a_score_are_logged(make):
 def test_a_rollout_is_the_prompt_and_one_trained_segment():
     prompt = Prompt(Row({}), (1, 2, 3))
     drawn = Completion((8, 9), (-0.25, -0.5), "stop", 17)
-    rollout = make_rollout(prompt, drawn, "hi", Scored(0.75, {"a": 0.75}), AlgorithmSettings())
+    rollout = make_rollout(prompt, drawn, "hi", Scored(0.75, {"a": 0.75}), resolve_algorithm(AlgorithmSettings()))
     assert rollout == Rollout(
         token_ids=(1, 2, 3, 8, 9),
         trained=(False, False, False, True, True),
@@ -381,7 +383,7 @@ def test_a_rollout_is_the_prompt_and_one_trained_segment():
     ],
 )
 def test_a_cut_completion_is_punished_where_the_recipe_says_so(overlong, reason, scored, reward):
-    settings = AlgorithmSettings(overlong=overlong, overlong_reward=-2.0)
+    settings = resolve_algorithm(AlgorithmSettings(overlong=overlong, overlong_reward=-2.0))
     rollout = make_rollout(Prompt(Row({}), (1,)), Completion((2,), (-1.0,), reason, 0), "", scored, settings)
     assert (rollout.reward, rollout.failure) == (reward, scored.failure)
 

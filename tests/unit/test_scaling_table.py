@@ -13,7 +13,7 @@ import torch
 from flops import training_flops
 from random_models import one_device
 
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import SFTRecipe
 from trainer.planning.memory import estimate_memory
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "scaling_table.py"
@@ -90,7 +90,7 @@ def test_flops_are_those_of_the_benchmark_and_the_blocks_once_more(scaling: Modu
 @pytest.mark.parametrize("is_lora", [True, False])
 def test_one_gpu_needs_about_what_check_predicts(scaling: ModuleType, is_lora: bool) -> None:
     facts, context = scaling.model("8B"), 8192
-    recipe = Recipe.model_validate(
+    recipe = SFTRecipe.model_validate(
         {
             "name": "one", "method": "sft", "steps": 1, "lora": {"rank": 16} if is_lora else None,
             "model": {"path": "8B", "gradient_checkpointing": True},

@@ -76,6 +76,20 @@ def test_the_schema_refuses_what_the_classes_refuse(change):
         jsonschema.validate(good | change, schema("recipe"))
 
 
+@pytest.mark.parametrize("field", ["algorithm", "rollout", "rewards", "reward_limits"])
+def test_the_schema_and_page_say_which_fields_are_rft_only(field):
+    rewards = [{"use": "last_number"}]
+    rft = {"name": "a", "method": "rft", "model": {"path": "m"}, "data": {"train": "t"}, "steps": 1, "rewards": rewards}
+    value = rewards if field == "rewards" else {}
+    jsonschema.validate(rft | {field: value}, schema("recipe"))
+    sft = {name: each for name, each in rft.items() if name != "rewards"} | {"method": "sft"}
+    jsonschema.validate(sft, schema("recipe"))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(sft | {field: value}, schema("recipe"))
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| `{field}` \|.*\| rft only", page, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("name", "row"), [("recipe", "`rank` | integer > 0 | `16`"), ("shape", "`gpus` | integer >= 0")]
 )

@@ -17,7 +17,7 @@ from trainer.algorithms.mismatch import sampler_kl, truncated_weights
 from trainer.algorithms.normalize import denominator, token_weights
 from trainer.algorithms.sft import sft
 from trainer.algorithms.terms import Algorithm, PolicyTerms, PolicyTokens
-from trainer.config.presets import PRESETS, AlgorithmName, Preset
+from trainer.config.presets import PRESETS, LossName, ResolvedAlgorithm
 
 __all__ = [
     "ALGORITHMS",
@@ -25,7 +25,7 @@ __all__ = [
     "Algorithm",
     "PolicyTerms",
     "PolicyTokens",
-    "Preset",
+    "ResolvedAlgorithm",
     "denominator",
     "group_advantages",
     "policy_terms",
@@ -35,13 +35,13 @@ __all__ = [
     "truncated_weights",
 ]
 
-ALGORITHMS: Final[Mapping[AlgorithmName, Algorithm]] = MappingProxyType({"grpo": grpo, "gspo": gspo, "cispo": cispo})
+ALGORITHMS: Final[Mapping[LossName, Algorithm]] = MappingProxyType({"grpo": grpo, "gspo": gspo, "cispo": cispo})
 """The formulas by name."""
 
 
-def policy_terms(tokens: PolicyTokens, preset: Preset) -> PolicyTerms:
-    """Return the terms of every trained token under a preset, see `trainer.config.presets.merge_preset`."""
-    return ALGORITHMS[preset.algorithm](
+def policy_terms(tokens: PolicyTokens, preset: ResolvedAlgorithm) -> PolicyTerms:
+    """Return the terms of every trained token."""
+    return ALGORITHMS[preset.loss](
         tokens,
         clip_low=preset.clip_low,
         clip_high=preset.clip_high,

@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config.recipe import DataSource, Recipe
+from trainer.config.recipe import DataSource, Recipe, RFTRecipe
 from trainer.data.chat import ENCODE_ROWS, ChatEncoder
 from trainer.data.jsonl import read_rows
 from trainer.data.tokens import TokenSequence
@@ -131,7 +131,10 @@ def survey_rows(
     counts.refused += [str(error) for error in unreadable]
     for start in range(0, len(rows), ENCODE_ROWS):
         chunk = rows[start : start + ENCODE_ROWS]
-        (counts.add_prompts if recipe.method == "rft" else counts.add_rows)(chunk)
+        if isinstance(recipe, RFTRecipe):
+            counts.add_prompts(chunk, recipe.rollout.max_completion_tokens)
+        else:
+            counts.add_rows(chunk)
     file = rows[0].file if rows else str(source.path or source.hub)
     return counts.survey(file, len(rows) + len(unreadable))
 
@@ -166,9 +169,8 @@ class _Counts:
             self.num_trained += sequence.num_trained
             self._show(sequence, note)
 
-    def add_prompts(self, rows: Sequence[Row]) -> None:
+    def add_prompts(self, rows: Sequence[Row], max_completion_tokens: int) -> None:
         """Count rft prompts."""
-        assert self.recipe.rollout is not None, "plans have rollout settings"
         for row in rows:
             try:
                 ids = self.encoder.encode_prompt(row)
@@ -178,7 +180,7 @@ class _Counts:
             self._note_length(len(ids), str(row))
             self.num_tokens += len(ids)
             room = self.data.max_seq_tokens - len(ids)
-            self.num_cramped += room < self.recipe.rollout.max_completion_tokens
+            self.num_cramped += room < max_completion_tokens
             self._show(TokenSequence(ids, (False,) * len(ids), where=str(row)), f", room for {room:,} more")
 
     def survey(self, file: str, num_rows: int) -> Survey:

@@ -1,7 +1,7 @@
-"""`trainer check --memory`: the real step of a model that is not there.
+"""`trainer check --memory`: dry-run a training step on fake tensors and measure its peak memory.
 
-The model is made from its config.json alone, of fake tensors, which have sizes and no memory. Policy, learner and loss
-are those of training, so what they keep is what a run keeps; a counter of living storages gives the peak.
+The model is built from its config.json with fake tensors, which have shapes but no memory. Policy, learner and loss are
+those of training, so they keep the same tensors as a run; the peak is the largest total size of living storages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from trainer.config.load import config_dirs, load_recipe
+from trainer.config.load import all_shapes, config_dirs, load_recipe
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FINISHED, EXIT_USER, ModelError, ShapeError, TrainerError
 from trainer.model import attention
@@ -36,8 +36,8 @@ from trainer.model.policy import Policy, Reference, make_policy
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.memory import GIB, MemoryEstimate
 from trainer.planning.model_facts import find_model_config
-from trainer.planning.plan import Plan, make_plan, plan_memory
-from trainer.planning.remedies import remedy_lines
+from trainer.planning.plan import Plan, RFTPlan, make_plan
+from trainer.planning.remedies import find_remedies, remedy_lines
 from trainer.training import policy_update
 from trainer.training.learner import Learner
 from trainer.training.memory_preflight import longest_batch
@@ -49,42 +49,42 @@ CPU: Final = torch.device("cpu")
 @final
 @dataclass(frozen=True)
 class Measured:
-    """GiB of living tensors."""
+    """Measured sizes of living tensors in GiB."""
 
     weights_gib: float
-    """The model, adapter included, in the compute dtype."""
+    """Model and adapter in the compute dtype."""
     state_gib: float
-    """Masters, gradient sums, optimizer state, reference."""
+    """Master weights, gradient sums, optimizer state and reference weights."""
     step_gib: float
-    """What a step needs above weights and state, at its peak."""
+    """Peak of a step in addition to weights and state."""
     seconds: float
-    """That the measurement took."""
+    """Duration of the measurement."""
 
     @property
     def total_gib(self) -> float:
-        """Tensors at the peak of a step."""
+        """All tensors at the peak of a step."""
         return self.weights_gib + self.state_gib + self.step_gib
 
 
 @final
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages while they live."""
+    """Counts the bytes of all living storages, and their peak."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start with no storages."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._living: dict[int, weakref.ref[Any]] = {}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        """Run the operation and count the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
-        return made
+                self._count(tensor)
+        return result
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._living:
@@ -101,65 +101,66 @@ class LiveStorages(TorchDispatchMode):
 
 @final
 class _OneForNumbers(TorchFunctionMode):
-    """Fake tensors have no values; whoever asks for one gets 1, which is finite."""
+    """Fake tensors have no values; reads return 1.0, which is finite."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.tolist:
             return [1.0] * args[0].numel()
         if func in (torch.Tensor.item, torch.Tensor.__float__):
             return 1.0
-        if func is torch.bincount:  # its size is its largest value; no sequence is as many as tokens
+        if func is torch.bincount:  # its result size depends on values; [tokens] is an upper bound
             return torch.ones_like(args[0])
         return func(*args, **(kwargs or {}))
 
 
 def measure(plan: Plan, config: PretrainedConfig) -> Measured:
-    """Peak of the living tensors of one step of a plan, with the longest pack.
+    """Measure one step of a plan on its largest micro-batch.
 
     Args:
-        plan: recipe and shape.
-        config: the model's.
+        plan: Recipe and shape.
+        config: The model's configuration.
 
     Raises:
-        ShapeError: the shape splits the model over ranks, which is not measured here.
-        ModelError: the model is quantized, which is not measured either.
+        ShapeError: The shape shards the model, which is not supported here.
+        ModelError: The model is quantized, which is not supported either.
     """
     if plan.shape.sharding == "full":
-        raise ShapeError(f"{plan.shape.name}: a sharded model is only estimated, not measured; leave --memory out")
+        raise ShapeError(f"{plan.shape.name}: a sharded model is only estimated, not measured; omit --memory")
     if plan.recipe.model.quantization is not None:
-        raise ModelError("model.quantization: a model in 4 bits is only estimated, not measured; leave --memory out")
+        raise ModelError("model.quantization: a model in 4 bits is only estimated, not measured; omit --memory")
     begin, recipe = time.perf_counter(), plan.recipe
     lengths = longest_pack(recipe, plan.shape)
-    if plan.shape.device == "cuda":  # its kernel keeps no scores at any length; the CPU's does so only above this one
+    if plan.shape.device == "cuda":  # GPU kernels never keep scores; on the CPU only sequences above this length do not
         lengths = [max(length, attention.EXPLICIT_MAX_TOKENS + 1) for length in lengths]
     real = longest_batch(lengths, config.get_text_config().vocab_size, recipe, CPU)
-    policy = _made_of_nothing(plan, config)
+    policy = _on_meta(plan, config)
     storages = LiveStorages()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, storages, _OneForNumbers():
-        _give_sizes(policy)
+        _materialize_fake(policy)
         batch = _faked(real, fake)
         weights = storages.now
         learner = Learner(policy, recipe.optimizer, World(0, 1, CPU))
         learner.state_tensors()
         is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
-        kind = recipe.algorithm.reference if recipe.algorithm is not None else "base"
-        reference = Reference(policy, kind, is_fresh=is_fresh) if recipe.method == "rft" else None
+        reference = None
+        if isinstance(plan, RFTPlan):
+            reference = Reference(policy, plan.algorithm.reference, is_fresh=is_fresh)
         state = storages.now
         storages.peak = storages.now
-        if reference is None:
-            learner.learn([batch], sft_terms, learning_rate=1.0, denominator=1.0)
-        else:
+        if isinstance(plan, RFTPlan) and reference is not None:
             policy_update.learn(learner, [policy_update.Minibatch([batch], 1.0)], reference, plan, 0)
+        else:
+            learner.learn([batch], sft_terms, learning_rate=1.0, denominator=1.0)
         seconds = time.perf_counter() - begin
         return Measured(weights / GIB, (state - weights) / GIB, (storages.peak - state) / GIB, seconds)
 
 
-def _made_of_nothing(plan: Plan, config: PretrainedConfig) -> Policy:
-    """The policy on the meta device."""
+def _on_meta(plan: Plan, config: PretrainedConfig) -> Policy:
+    """Build the policy on the meta device."""
     model, dtype = plan.recipe.model, getattr(torch, plan.recipe.model.compute_dtype)
     attention.register()
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # PEFT leaves an adapter on meta in the dtype that it was made in
+    torch.set_default_dtype(dtype)  # PEFT does not convert adapters on the meta device
     try:
         with torch.device("meta"):
             causal_lm = AutoModelForCausalLM.from_config(
@@ -174,9 +175,9 @@ def _made_of_nothing(plan: Plan, config: PretrainedConfig) -> Policy:
         torch.set_default_dtype(before)
 
 
-def _give_sizes(policy: nn.Module) -> None:
-    """Put fake tensors of the CPU in place of those on meta; shared ones stay shared."""
-    made: dict[int, Any] = {}
+def _materialize_fake(policy: nn.Module) -> None:
+    """Replace meta tensors by fake CPU tensors; shared parameters stay shared."""
+    made: dict[int, nn.Parameter] = {}
     for module in policy.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -190,7 +191,7 @@ def _give_sizes(policy: nn.Module) -> None:
 
 
 def _faked(value: Any, fake: FakeTensorMode) -> Any:
-    """A batch with fake tensors in place of its own."""
+    """Return a batch with fake tensors instead of real ones."""
     if isinstance(value, torch.Tensor):
         return fake.from_tensor(value)
     if isinstance(value, Mapping):
@@ -204,86 +205,118 @@ def _faked(value: Any, fake: FakeTensorMode) -> Any:
 
 
 def config_of(plan: Plan) -> PretrainedConfig:
-    """The model's config, from its directory, the hub's local cache, or our card of a well-known name.
+    """Return the model's configuration from its directory, the local hub cache, or the card of a well-known model.
 
     Raises:
-        ModelError: there is none, or transformers does not know its type.
+        ModelError: There is none, or transformers does not know its type.
     """
     model = plan.recipe.model
-    found = find_model_config(model.path, config_dirs("models"))
-    if found is None:
-        raise ModelError(f"{model.path}: no config.json is known here, so its memory cannot be measured")
-    fields = {str(name): value for name, value in found.items() if name != "model_type"}
+    known = find_model_config(model.path, config_dirs("models"))
+    if known is None:
+        raise ModelError(f"{model.path}: no config.json was found, so its memory cannot be measured")
+    fields = {str(name): value for name, value in known.items() if name != "model_type"}
     try:
         if Path(model.path).is_dir():
             return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-        return AutoConfig.for_model(str(found.get("model_type")), **fields)
+        return AutoConfig.for_model(str(known.get("model_type")), **fields)
     except ValueError as error:
         raise ModelError(f"{model.path}: {str(error).splitlines()[0]}") from None
 
 
-def describe(plan: Plan, measured: Measured, estimate: MemoryEstimate) -> dict[str, Any]:
-    """Measured beside estimated, in GiB; what only the machine itself could show is estimated in both."""
+@final
+@dataclass(frozen=True)
+class Part:
+    """One line of the comparison, in GiB."""
+
+    estimated: float
+    measured: float | None
+    """None for what cannot be measured on fake tensors."""
+
+
+@final
+@dataclass(frozen=True)
+class Comparison:
+    """Measured beside estimated memory; the JSON document of `check --memory --json`."""
+
+    parts_gib: Mapping[str, Part]
+    estimated_gib: float
+    measured_gib: float
+    """Peak with measured parts where there are any, and estimated ones otherwise."""
+    available_gib: float
+    pack_tokens: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the measured peak is within the memory of the device."""
+        return self.measured_gib <= self.available_gib
+
+
+def compare(plan: Plan, measured: Measured, estimate: MemoryEstimate) -> Comparison:
+    """Compare a measured step with the estimate.
+
+    Args:
+        plan: The plan.
+        measured: Tensors of a step on fake tensors.
+        estimate: The plan's estimate. It is used for what fake tensors cannot show, for example the process.
+    """
     sampling = estimate.phases.get("sampling", 0.0)
-    parts: dict[str, tuple[float, float | None]] = {
-        "weights, adapter": (estimate.weights_gib, measured.weights_gib),
-        "masters, gradients, optimizer, reference": (estimate.state_gib, measured.state_gib),
-        "a step on top of them": (estimate.phases["learning"], measured.step_gib),
-        **({"sampling, at another time": (sampling, None)} if sampling else {}),
-        "copies, fragmentation, process": (estimate.other_gib, None),
+    parts = {
+        "weights, adapter": Part(estimate.weights_gib, measured.weights_gib),
+        "masters, gradients, optimizer, reference": Part(estimate.state_gib, measured.state_gib),
+        "peak of a step in addition": Part(estimate.phases["learning"], measured.step_gib),
+        **({"sampling, instead of a step": Part(sampling, None)} if sampling else {}),
+        "copies, fragmentation, process": Part(estimate.other_gib, None),
     }
     running = measured.weights_gib + measured.state_gib + max(measured.step_gib, sampling) + estimate.other_gib
-    return {
-        "parts_gib": {name: {"estimated": first, "measured": second} for name, (first, second) in parts.items()},
-        "estimated_gib": estimate.total_gib,
-        "measured_gib": max(running, estimate.total_gib if "weights as stored" in estimate.parts else 0.0),
-        "available_gib": estimate.available_gib,
-        "pack_tokens": sum(longest_pack(plan.recipe, plan.shape)),
-        "seconds": measured.seconds,
-    }
+    return Comparison(
+        parts_gib=parts,
+        estimated_gib=estimate.total_gib,
+        measured_gib=max(running, estimate.total_gib if "weights as stored" in estimate.parts else 0.0),
+        available_gib=estimate.available_gib,
+        pack_tokens=sum(longest_pack(plan.recipe, plan.shape)),
+        seconds=measured.seconds,
+    )
 
 
-def lines_of(about: Mapping[str, Any], shape_name: str) -> list[str]:
-    """The comparison as text."""
+def comparison_lines(comparison: Comparison, shape_name: str) -> list[str]:
+    """Return the comparison as text."""
     lines = [
-        f"memory per device of {shape_name}, a micro-batch of {about['pack_tokens']:,} tokens",
+        f"memory per device of {shape_name}, a micro-batch of {comparison.pack_tokens:,} tokens",
         f"  {'':42}{'estimated':>12}{'measured':>12}   GiB",
     ]
-    for name, part in about["parts_gib"].items():
-        measured = "" if part["measured"] is None else f"{part['measured']:.2f}"
-        lines.append(f"  {name:42}{part['estimated']:12.2f}{measured:>12}")
-    lines.append(f"  {'peak':42}{about['estimated_gib']:12.2f}{about['measured_gib']:12.2f}")
-    lines.append(f"  {'available':42}{about['available_gib']:12g}")
-    return [
-        *lines,
-        f"measured on tensors without contents in {about['seconds']:.0f} s; docs/memory.md says what is in it",
-    ]
+    for name, part in comparison.parts_gib.items():
+        measured = "" if part.measured is None else f"{part.measured:.2f}"
+        lines.append(f"  {name:42}{part.estimated:12.2f}{measured:>12}")
+    lines.append(f"  {'peak':42}{comparison.estimated_gib:12.2f}{comparison.measured_gib:12.2f}")
+    lines.append(f"  {'available':42}{comparison.available_gib:12g}")
+    return [*lines, f"measured on fake tensors in {comparison.seconds:.0f} s; see docs/memory.md for what is included"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and print it beside the estimate; the exit code is 2 where the peak is more than the device has."""
+    """Measure a step and print it beside the estimate; returns 2 if the peak exceeds the memory of the device."""
     arguments = _parse(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
-        estimate = plan_memory(plan)
-        if estimate is None:
+        if plan.memory is None:
             raise ModelError(
-                f"{plan.recipe.model.path}: its sizes are not known here, so its memory cannot be measured"
+                f"{plan.recipe.model.path}: the sizes of the model are unknown, so its memory cannot be measured"
             )
-        about = describe(plan, measure(plan, config_of(plan)), estimate)
+        comparison = compare(plan, measure(plan, config_of(plan)), plan.memory)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     if arguments.json:
-        sys.stdout.write(json.dumps(about, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(dataclasses.asdict(comparison), ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write("\n".join(lines_of(about, plan.shape.name)) + "\n")
-    if about["measured_gib"] <= about["available_gib"]:
+        sys.stdout.write("\n".join(comparison_lines(comparison, plan.shape.name)) + "\n")
+    if comparison.fits:
         return EXIT_FINISHED
-    sys.stderr.write("\n".join(["does not fit", *remedy_lines(plan.recipe, plan.shape)]) + "\n")
+    remedies = find_remedies(plan.recipe, plan.shape, plan.facts, all_shapes())
+    sys.stderr.write("\n".join(["does not fit", *remedy_lines(remedies)]) + "\n")
     return EXIT_USER
 
 

@@ -1,4 +1,4 @@
-"""YAML with the line of every value, for messages that name it."""
+"""YAML documents that remember the line of every value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KINDS: Final = {type(None): "nothing", yaml.ScalarNode: "a single value", yaml.
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a number, as YAML 1.2 does and PyYAML does not."""
+    """SafeLoader that reads `1e-5` as a number, as YAML 1.2 specifies; PyYAML reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -34,29 +34,29 @@ _Loader.add_implicit_resolver(
 @final
 @dataclass
 class Document:
-    """A YAML mapping, the line of each value, and what `--set` changed."""
+    """A YAML mapping with the line of each value, and the values changed by `--set`."""
 
     file: str
-    data: dict[str, Any]
+    data: dict[str, object]
     lines: dict[KeyPath, int]
     mistakes: list[str] = field(default_factory=list)
     overridden: set[KeyPath] = field(default_factory=set)
 
     def line_of(self, path: KeyPath) -> int | None:
-        """The line of a value, or of the nearest section around it."""
+        """Return the line of a value, or of the nearest enclosing section."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
         return None
 
     def where(self, path: KeyPath) -> str:
-        """`file:line: a.b.c`, or `--set a.b.c` for an override, as messages begin."""
+        """Return how messages about a value begin: `file:line: a.b.c`, or `--set a.b.c` for an override."""
         name = dotted(path)
         place = self.place_of(path)
         return f"--set {name}" if place == "--set" else f"{place}: {name}"
 
     def place_of(self, path: KeyPath) -> str:
-        """`file:line`, or `--set`."""
+        """Return `file:line`, or `--set` for an override."""
         if any(path[: len(over)] == over for over in self.overridden):
             return "--set"
         if path not in self.lines and any(over[: len(path)] == path for over in self.overridden):
@@ -65,19 +65,19 @@ class Document:
         return f"{self.file}:{line}" if line else self.file
 
     def origin_of(self, path: KeyPath) -> str | None:
-        """Where one value is from: `--set`, `file:line`, or None where the user gave none."""
+        """Return the origin of a value: `--set`, `file:line`, or None if the user did not give it."""
         if any(over[: len(path)] == path for over in self.overridden):
             return "--set"
         return self.place_of(path) if path in self.lines else None
 
-    def override(self, path: KeyPath, value: Any) -> None:
-        """Note that `--set` gave this value; what the file said of it no longer counts."""
+    def override(self, path: KeyPath, value: object) -> None:
+        """Record that `--set` gave this value, which replaces the value in the file."""
         self.lines = {known: line for known, line in self.lines.items() if known[: len(path)] != path}
         self.overridden.update(leaf for leaf, _ in leaves(value, path))
 
 
 def dotted(path: KeyPath) -> str:
-    """The path as people write it.
+    """Return the path in dotted notation.
 
     >>> dotted(("rewards", 0, "use"))
     'rewards.0.use'
@@ -85,8 +85,8 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
 
 
-def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value that is no section, with its path; a list of plain values is one value.
+def leaves(value: object, path: KeyPath = ()) -> Iterator[tuple[KeyPath, object]]:
+    """Yield every value that is not a section, with its path; a list of plain values is one value.
 
     >>> dict(leaves({"a": {"b": 1}, "c": [2, 3], "d": [{"e": 4}]}))
     {('a', 'b'): 1, ('c',): [2, 3], ('d', 0, 'e'): 4}
@@ -102,10 +102,10 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def read_document(path: Path) -> Document:
-    """Read a YAML mapping with its lines.
+    """Read a YAML mapping and the line of each value.
 
     Raises:
-        RecipeError: the file is missing, not UTF-8, not YAML, or not a mapping.
+        RecipeError: The file is missing, not UTF-8, not YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -128,17 +128,13 @@ def read_document(path: Path) -> Document:
         raise RecipeError(
             [f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}"]
         ) from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # control characters, an impossible date, an endless alias
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters, invalid date, recursive alias
         raise RecipeError([f"{path}: not YAML: {str(error).splitlines()[0]}"]) from None
     return document
 
 
-def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, object]:
+    result: dict[str, object] = {}
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node, deep=True))
         here = (*path, key)
@@ -151,7 +147,7 @@ def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, docume
     return result
 
 
-def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> Any:
+def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> object:
     if isinstance(node, yaml.MappingNode):
         return _read_mapping(loader, node, path, document)
     if isinstance(node, yaml.SequenceNode):
@@ -164,7 +160,7 @@ def _read_node(loader: _Loader, node: yaml.Node, path: KeyPath, document: Docume
 
 
 def apply_override(document: Document, assignment: str) -> None:
-    """Apply one `--set a.b.c=value`; the value is read as YAML, a number indexes a list."""
+    """Apply one `--set a.b.c=value`. The value is parsed as YAML; a number in the key indexes a list."""
     name, equals, text = assignment.partition("=")
     if not equals or not name.strip():
         document.mistakes.append(f"--set {assignment}: expected key=value, for example optimizer.learning_rate=1e-4")
@@ -174,7 +170,7 @@ def apply_override(document: Document, assignment: str) -> None:
         value = yaml.load(text, Loader=_Loader) if text else None  # noqa: S506  (a subclass of SafeLoader)
     except (yaml.YAMLError, ValueError):
         value = text
-    target: Any = document.data
+    target: object = document.data
     for part, following in itertools.pairwise(path):
         inside = _section_under(target, part, following)
         if inside is None or not _put(target, part, inside):
@@ -187,9 +183,9 @@ def apply_override(document: Document, assignment: str) -> None:
     document.override(path, value)
 
 
-def _section_under(target: Any, part: str | int, following: str | int) -> Any:
-    """What the next part of the name goes into: what is there, or a new section or list."""
-    inside: Any = None
+def _section_under(target: Any, part: str | int, following: str | int) -> object:
+    """Return the section or list that the next part of the key refers to; a new one if there is none."""
+    inside: object = None
     if isinstance(target, dict):
         inside = target.get(str(part))
     elif isinstance(part, int) and part < len(target):
@@ -203,8 +199,8 @@ def _section_under(target: Any, part: str | int, following: str | int) -> Any:
     return {}
 
 
-def _put(target: Any, part: str | int, value: Any) -> bool:
-    """Set an entry; one past the end of a list appends."""
+def _put(target: Any, part: str | int, value: object) -> bool:
+    """Set an entry; the index after the last one of a list appends. Returns whether there is such an entry."""
     if isinstance(target, dict):
         target[str(part)] = value
         return True
@@ -214,7 +210,7 @@ def _put(target: Any, part: str | int, value: Any) -> bool:
     return True
 
 
-def _no_entry(assignment: str, path: KeyPath, data: Any) -> str:
+def _no_entry(assignment: str, path: KeyPath, data: object) -> str:
     known: KeyPath = ()
     for part in path:
         inside = data.get(str(part)) if isinstance(data, dict) else None

@@ -1,25 +1,28 @@
-"""From YAML to a valid recipe or shape, or to every mistake at once."""
+"""Load a recipe or shape from YAML, reporting all mistakes at once."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 from trainer.config.document import Document, apply_override, read_document
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import Recipe, RecipeBase, RFTRecipe, SFTRecipe
 from trainer.config.semantics import Finding, contradictions
 from trainer.config.shape import TrainingShape
-from trainer.config.validate import validate
+from trainer.config.validate import validate, validate_tagged
 from trainer.errors import RecipeError, ShapeError
+
+RECIPES: Final[Mapping[str, type[SFTRecipe] | type[RFTRecipe]]] = {"sft": SFTRecipe, "rft": RFTRecipe}
+"""By `method`."""
 
 
 @final
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, where each value came from, and what is odd but allowed."""
+    """A valid recipe, its document with the origin of each value, and warnings."""
 
     recipe: Recipe
     document: Document
@@ -27,19 +30,23 @@ class LoadedRecipe:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, override and validate a recipe.
+    """Read a recipe, apply overrides and validate it.
+
+    Args:
+        path: The recipe file.
+        overrides: `key=value` assignments of `--set`.
 
     Raises:
-        RecipeError: with every mistake, one line each, carrying file, line and remedy.
+        RecipeError: The recipe has mistakes; each is one line with file, line and remedy.
     """
     document = read_document(path)
     for assignment in overrides:
         apply_override(document, assignment)
-    recipe, wrong = validate(Recipe, document)
+    recipe, wrong = validate_tagged(RecipeBase, RECIPES, "method", document.data)
     mistakes = document.mistakes + [f"{document.where(path)}: {text}" for path, text in wrong.items()]
     findings = contradictions(recipe, path.parent) if recipe is not None else []
     for finding in findings:
-        is_echo = any(place[: len(finding.path)] == finding.path for place in wrong)  # of a value that was dropped
+        is_echo = any(place[: len(finding.path)] == finding.path for place in wrong)  # its value was dropped
         if finding.is_error and not is_echo:
             mistakes.append(_finding_line(finding, document))
     if mistakes or recipe is None:
@@ -51,7 +58,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def load_shape(path: Path) -> TrainingShape:
     """Read and validate one training shape."""
     document = read_document(path)
-    shape, wrong = validate(TrainingShape, document)
+    shape, wrong = validate(TrainingShape, document.data)
     mistakes = document.mistakes + [f"{document.where(path)}: {text}" for path, text in wrong.items()]
     if mistakes or shape is None:
         raise RecipeError(sorted(mistakes, key=_line_number))
@@ -59,14 +66,14 @@ def load_shape(path: Path) -> TrainingShape:
 
 
 def config_dirs(kind: str) -> list[Path]:
-    """Where shapes, accelerate configurations and model cards are looked up: the working directory, then ours."""
+    """Return the directories of shapes, accelerate configurations or model cards: the user's first, then ours."""
     package = Path(__file__).resolve().parent.parent
     places = [Path("configs") / kind, package.parent / "configs" / kind, package / "configs" / kind]
     return [place for place in places if place.is_dir()]
 
 
 def all_shapes() -> list[TrainingShape]:
-    """Every shape by name, the first found wins, smallest first."""
+    """Return all shapes, smallest first; of two with the same name, the first one found."""
     found: dict[str, TrainingShape] = {}
     for place in config_dirs("shapes"):
         for path in sorted(place.glob("*.yaml")):
@@ -76,17 +83,17 @@ def all_shapes() -> list[TrainingShape]:
 
 
 def find_shape(name: str) -> TrainingShape:
-    """The shape of this name, or of this file.
+    """Return the shape with this name, or in this file.
 
     Raises:
-        ShapeError: there is none, with the nearest names.
+        ShapeError: There is none; the message suggests the nearest name.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return load_shape(Path(name))
     shapes = {shape.name: shape for shape in all_shapes()}
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else f". There are: {', '.join(shapes)}"
+        hint = f"; did you mean `{near[0]}`?" if near else f". Available: {', '.join(shapes)}"
         raise ShapeError(f"shape {name}: unknown{hint}")
     return shapes[name]
 

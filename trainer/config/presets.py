@@ -1,53 +1,70 @@
-"""The named algorithms and the numbers that their papers give.
+"""The named algorithms, with the numbers that their papers give.
 
-A name either has a formula of its own (`grpo`, `gspo`, `cispo`) or is another's with other numbers (`dapo`, `dr_grpo`).
-Recipes override single fields; docs/algorithms.md says where each number is from.
+An algorithm either has a loss of its own (`grpo`, `gspo`, `cispo`) or uses the loss of another with other numbers
+(`dapo`, `dr_grpo`). Recipes can override each number; docs/algorithms.md gives the sources.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal, final
+from typing import Final, Literal, final
 
-if TYPE_CHECKING:
-    from trainer.config.recipe import AlgorithmSettings
-
-AlgorithmName = Literal["grpo", "gspo", "cispo"]
+AlgorithmName = Literal["grpo", "gspo", "cispo", "dapo", "dr_grpo"]
+LossName = Literal["grpo", "gspo", "cispo"]
 KLEstimator = Literal["k1", "k2", "k3", "k3_corrected"]
 Normalizer = Literal["token", "sequence", "constant"]
 AdvantageEstimator = Literal["group_std", "mean_only", "leave_one_out"]
 OverlongHandling = Literal["keep", "mask", "punish"]
+ReferencePolicy = Literal["initial", "base"]
 
 
 @final
 @dataclass(frozen=True)
-class Preset:
-    """Everything that makes a named algorithm that algorithm."""
+class ResolvedAlgorithm:
+    """A policy-gradient algorithm with a value for every number.
 
-    algorithm: AlgorithmName
-    """Whose formula: a key of `trainer.algorithms.ALGORITHMS`."""
+    `trainer.planning.algorithm.resolve_algorithm` makes it from a recipe; the plan carries it, and training reads it
+    there. For `algorithm: {name: dapo, clip_low: 0.1}` it is loss grpo, clip_low 0.1, clip_high 0.28, kl_coef 0,
+    normalizer token, overlong mask, and so on.
+    """
+
+    name: AlgorithmName
+    """The name in the recipe."""
+    loss: LossName
+    """The loss function: a key of `trainer.algorithms.ALGORITHMS`."""
     clip_low: float
-    """The ratio is bounded below by 1 - clip_low; 1.0 means no lower bound."""
+    """The ratio is clipped below at 1 - clip_low; 1.0 means no lower bound."""
     clip_high: float
-    """The ratio is bounded above by 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high."""
     kl_coef: float
-    """Weight of the penalty on KL(policy || reference); 0.0 only measures it."""
+    """Weight of the penalty on KL(policy || reference); with 0.0 the KL is only measured."""
     kl_estimator: KLEstimator
-    """Which estimate the penalty is; they differ in their gradients."""
+    """Estimator used for the penalty; the estimators have different gradients."""
     normalizer: Normalizer
-    """What the terms of a step are averaged over."""
+    """What the summed token losses of a step are divided by."""
     advantage: AdvantageEstimator
-    """How a reward is compared with its group."""
+    """How the rewards of a group are turned into advantages."""
     overlong: OverlongHandling
-    """What to do with a completion that hit the token limit."""
+    """What happens to completions truncated at the token limit."""
+    overlong_reward: float = 0.0
+    """Reward of a truncated completion with `overlong: punish`."""
+    reference: ReferencePolicy = "initial"
+    """The reference policy."""
+    minibatches_per_step: int = 1
+    """Optimizer updates per pass over the rollouts of a step."""
+    epochs_per_batch: int = 1
+    """Passes over the rollouts of a step."""
+    mismatch_cap: float | None = None
+    """Upper bound of the importance weight from sampler to trainer; None disables the correction."""
 
 
-PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+PRESETS: Final[Mapping[AlgorithmName, ResolvedAlgorithm]] = MappingProxyType(
     {
-        "grpo": Preset(  # arXiv:2402.03300; the bounds are PPO's, the paper gives none
-            algorithm="grpo",
+        "grpo": ResolvedAlgorithm(  # arXiv:2402.03300; the paper gives no clip bounds, these are PPO's
+            name="grpo",
+            loss="grpo",
             clip_low=0.2,
             clip_high=0.2,
             kl_coef=0.04,
@@ -56,18 +73,20 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
             advantage="group_std",
             overlong="keep",
         ),
-        "dapo": Preset(  # arXiv:2503.14476
-            algorithm="grpo",
+        "dapo": ResolvedAlgorithm(  # arXiv:2503.14476
+            name="dapo",
+            loss="grpo",
             clip_low=0.2,
             clip_high=0.28,
             kl_coef=0.0,
             kl_estimator="k3",
             normalizer="token",
             advantage="group_std",
-            overlong="mask",  # the paper's filtering; its soft punishment is a reward, its dynamic sampling `refill`
+            overlong="mask",  # the paper's filtering; its soft punishment is a reward, its dynamic sampling is `refill`
         ),
-        "dr_grpo": Preset(  # arXiv:2503.20783
-            algorithm="grpo",
+        "dr_grpo": ResolvedAlgorithm(  # arXiv:2503.20783
+            name="dr_grpo",
+            loss="grpo",
             clip_low=0.2,
             clip_high=0.2,
             kl_coef=0.0,
@@ -76,8 +95,9 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
             advantage="mean_only",
             overlong="keep",
         ),
-        "gspo": Preset(  # arXiv:2507.18071: the bounds are those of a sequence's mean ratio, hence so narrow
-            algorithm="gspo",
+        "gspo": ResolvedAlgorithm(  # arXiv:2507.18071; narrow, since they bound the mean ratio of a sequence
+            name="gspo",
+            loss="gspo",
             clip_low=3e-4,
             clip_high=4e-4,
             kl_coef=0.0,
@@ -86,8 +106,9 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
             advantage="group_std",
             overlong="keep",
         ),
-        "cispo": Preset(  # arXiv:2506.13585; it gives no upper bound: ScaleRL's 5 (arXiv:2510.13786)
-            algorithm="cispo",
+        "cispo": ResolvedAlgorithm(  # arXiv:2506.13585 gives no upper bound; 5 is from ScaleRL (arXiv:2510.13786)
+            name="cispo",
+            loss="cispo",
             clip_low=1.0,
             clip_high=4.0,
             kl_coef=0.0,
@@ -98,17 +119,4 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
         ),
     }
 )
-"""By the name that a recipe uses."""
-
-
-def merge_preset(given: AlgorithmSettings) -> Preset:
-    """Return the numbers to train with: the recipe's where it gives one, else those of the algorithm it names."""
-    preset = PRESETS[given.name]
-    own = {name: getattr(given, name) for name in asdict(preset).keys() & given.model_fields_set}
-    return replace(preset, **{name: value for name, value in own.items() if value is not None})
-
-
-def resolve_algorithm(given: AlgorithmSettings) -> AlgorithmSettings:
-    """Return the recipe's settings with every field filled in from the algorithm they name."""
-    merged = asdict(merge_preset(given))
-    return given.model_copy(update={name: merged[name] for name in merged.keys() & type(given).model_fields.keys()})
+"""Defaults of each algorithm, by its name in a recipe."""

@@ -1,15 +1,30 @@
-"""What the user writes: the recipe, as typed data.
+"""The recipe that a user writes, as typed data.
 
-Nothing here knows about devices (that is the shape's business) and nothing here imports torch.
+Devices are described by the shape, not here. This module does not import torch.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from trainer.config.presets import AdvantageEstimator, KLEstimator, Normalizer, OverlongHandling
+from trainer.config.presets import (
+    AdvantageEstimator,
+    AlgorithmName,
+    KLEstimator,
+    Normalizer,
+    OverlongHandling,
+    ReferencePolicy,
+)
 from trainer.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -21,57 +36,59 @@ class ModelSettings(Section):
     """The base model."""
 
     path: str
-    """A directory with config.json and safetensors weights, or a hub name where a hub is reachable."""
+    """A directory with config.json and safetensors weights, or the name of a Hugging Face hub model."""
     revision: str | None = None
-    """Commit of a hub name; hub names need one. A branch is taken with a warning, because it moves."""
+    """Commit of a hub model, required for one. A branch or tag is accepted with a warning, because it can change."""
     chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's template; it needs `{% generation %}` markers."""
+    """A Jinja file that replaces the tokenizer's chat template. It must contain `{% generation %}` markers."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such a model is refused."""
+    """Run Python code that ships with the model. When false, such a model is refused."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations in forward and backward; trained parameters and optimizer are float32 always."""
+    """Precision of weights and activations in the forward and backward pass. Trained parameters and optimizer state are
+    always float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more time for much less memory."""
+    """Recompute activations in the backward pass: about one third slower, much less memory."""
     quantization: Literal["nf4"] | None = None
-    """`nf4` keeps the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314; extra `qlora`); needs `lora`."""
+    """`nf4` stores the linear layers of the base model in 4 bits (QLoRA, arXiv:2305.14314). Requires `lora` and the
+    package extra `qlora`."""
 
 
 class LoraSettings(Section):
-    """Low-rank adapters (arXiv:2106.09685), made by PEFT."""
+    """Low-rank adapters (arXiv:2106.09685), created by PEFT."""
 
     rank: PositiveInt = 16
     """Inner dimension of each adapter."""
     alpha: PositiveFloat = 32.0
-    """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
+    """The adapter output is multiplied by alpha / rank, or by alpha / sqrt(rank) with `rslora`."""
     dropout: OpenFraction = 0.0
-    """On the adapter's input while learning; rft refuses more than 0."""
+    """Dropout on the adapter input during training. Must be 0 for rft."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Module names that get an adapter; `all-linear` is every linear layer but the head."""
+    """Names of the modules that get an adapter; `all-linear` selects every linear layer except the LM head."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
+    """Scale the adapter output by alpha / sqrt(rank) (arXiv:2312.03732)."""
     dora: bool = False
-    """Learn magnitude and direction apart (arXiv:2402.09353); slower."""
+    """Train magnitude and direction of the weights separately (DoRA, arXiv:2402.09353); slower."""
     warm_start: str | None = None
-    """An adapter directory to begin from; a new run, not a resume."""
+    """A directory with a trained adapter to initialize from. This starts a new run; it does not resume one."""
 
 
 class DataSource(Section):
-    """Where rows come from: a file, or a hub data set where the file is absent."""
+    """Where rows are read from: a file, or a hub data set if the file does not exist."""
 
     path: str | None = None
-    """A JSONL file; used whenever it exists."""
+    """A JSONL file. If it exists, it takes precedence over `hub`."""
     hub: str | None = None
-    """A Hugging Face data set name (or a local directory that `datasets.load_dataset` reads)."""
+    """Name of a Hugging Face data set, or a local directory that `datasets.load_dataset` can read."""
     config: str | None = None
-    """The data set's configuration."""
+    """Configuration (subset) of the data set."""
     split: str = "train"
-    """The data set's split."""
+    """Split of the data set."""
     revision: str | None = None
-    """Commit of the data set."""
+    """Commit of the data set; without one its rows may change between attempts."""
 
 
 def _path_to_source(value: object) -> object:
-    """Let a plain string stand for a file."""
+    """Accept `FILE` as short for `{path: FILE}`."""
     return {"path": value} if isinstance(value, str) else value
 
 
@@ -79,234 +96,277 @@ RowSource = Annotated[DataSource, BeforeValidator(_path_to_source, json_schema_i
 
 
 class DataSettings(Section):
-    """Training and held-out rows, and how a row becomes tokens."""
+    """Training and held-out rows, and how rows are tokenized."""
 
     train: RowSource
     """Rows to train on: a JSONL path, or `{path, hub, config, split, revision}`."""
     eval: RowSource | None = None
-    """Held-out rows; never trained on."""
+    """Held-out rows for evaluation; never trained on."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Field names of this project -> names in the file, for example `{prompt: question, completion: answer}`."""
+    """Maps expected field names to the names used in the file, for example `{prompt: question, completion: answer}`."""
     system: str | None = None
-    """A system message put before rows that have none."""
+    """A system message for rows that have none."""
     format: Literal["chat", "text"] = "chat"
-    """`chat` renders through the chat template; `text` trains prompt + completion + stop token as they are."""
+    """`chat` renders rows with the chat template; `text` concatenates prompt, completion and stop token unchanged."""
     max_seq_tokens: PositiveInt = 2048
-    """Longest row in tokens, prompt and completion together."""
+    """Maximum length of a row in tokens, prompt and completion together."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a longer row; the count is reported always."""
+    """What to do with longer rows. Their number is always reported."""
     eval_rows: PositiveInt | None = None
-    """Use only the first so many held-out rows."""
+    """Evaluate only on the first `eval_rows` held-out rows."""
 
 
 class OptimizerSettings(Section):
-    """AdamW (arXiv:1711.05101) and its schedule."""
+    """AdamW (arXiv:1711.05101) and its learning-rate schedule."""
 
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    """How the learning rate changes after warm-up."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear increase from 0."""
+    """Number of steps over which the learning rate rises linearly from 0 to its peak."""
     min_learning_rate_frac: Fraction = 0.0
-    """Where `linear` and `cosine` end, as a fraction of the peak."""
+    """Final learning rate of `linear` and `cosine`, as a fraction of the peak."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     beta1: OpenFraction = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: OpenFraction = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator of the update for numerical stability."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Clip the gradient to this norm; null: never."""
+    """Clip the gradient to this norm; null disables clipping."""
 
 
 class AlgorithmSettings(Section):
-    """The policy-gradient algorithm of rft. A field left out has the algorithm's own default."""
+    """The policy-gradient algorithm of rft. Omitted fields take the defaults of the named algorithm."""
 
-    name: Literal["grpo", "gspo", "cispo", "dapo", "dr_grpo"] = "grpo"
-    """`dapo` and `dr_grpo` are presets of grpo."""
+    name: AlgorithmName = "grpo"
+    """The algorithm. `dapo` and `dr_grpo` use the loss of `grpo` with other defaults (docs/algorithms.md)."""
     clip_low: NonNegativeFloat | None = None
-    """The ratio is bounded below by 1 - clip_low."""
+    """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegativeFloat | None = None
-    """The ratio is bounded above by 1 + clip_high."""
+    """The probability ratio is clipped above at 1 + clip_high."""
     kl_coef: NonNegativeFloat | None = None
-    """Weight of the penalty KL(policy || reference); 0 logs `train/ref_kld` all the same."""
+    """Weight of the penalty on KL(policy || reference). With 0, `train/ref_kld` is still measured and logged."""
     kl_estimator: KLEstimator | None = None
-    """Which estimate the penalty is; they differ in their gradients (docs/algorithms.md)."""
+    """Estimator used for the KL penalty. The estimators have different gradients (docs/algorithms.md)."""
     advantage: AdvantageEstimator | None = None
-    """How rewards of a group become advantages."""
+    """How the rewards of a group are turned into advantages."""
     normalizer: Normalizer | None = None
-    """What the sum over tokens is divided by."""
-    reference: Literal["initial", "base"] = "initial"
-    """What `ref_kld` is measured against: the policy as the run began, or the base model without adapter."""
+    """What the summed token losses are divided by."""
+    reference: ReferencePolicy = "initial"
+    """The reference policy: the policy at the start of the run, or the base model without the adapter."""
     minibatches_per_step: PositiveInt = 1
-    """Optimizer updates per pass over a step's rollouts; with 1 (and one epoch) `ppo_kl` is 0 by construction."""
+    """Optimizer updates per pass over the rollouts of a step. With 1, and one epoch, `ppo_kl` is always 0."""
     epochs_per_batch: PositiveInt = 1
-    """Passes over a step's rollouts."""
+    """Passes over the rollouts of a step."""
     mismatch_cap: Annotated[float, Field(ge=1.0)] | None = None
-    """Cap of the truncated importance weight from sampler to trainer (truncation as in arXiv:1802.01561); null: off."""
+    """Upper bound of the importance weight that corrects for differences between sampler and trainer (truncated as in
+    arXiv:1802.01561); null disables the correction."""
     overlong: OverlongHandling | None = None
-    """Completions cut at `max_completion_tokens`: train on them, leave them out, or score them `overlong_reward`."""
+    """Completions truncated at `max_completion_tokens`: `keep` trains on them, `mask` excludes them from the loss,
+    `punish` sets their reward to `overlong_reward`."""
     overlong_reward: float = 0.0
-    """The reward of a cut completion when `overlong: punish`."""
+    """Reward of a truncated completion with `overlong: punish`."""
 
 
 class RolloutSettings(Section):
-    """How the policy answers while it learns."""
+    """How completions are sampled during training."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
-    """Completions of each prompt, G; a group of one has nothing to be compared with."""
+    """Completions sampled per prompt. At least 2, because advantages compare the completions of a group."""
     max_completion_tokens: PositiveInt = 256
-    """Where a completion is cut."""
+    """Maximum length of a completion in tokens; longer ones are truncated."""
     temperature: PositiveFloat = 1.0
-    """Of sampling, and of every logprob that is logged or trained on."""
+    """Sampling temperature; also applied to every logprob that is logged or trained on."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus; 1 is off. Other values need `algorithm.mismatch_cap`."""
+    """Nucleus sampling; 1 disables it. Other values require `algorithm.mismatch_cap`."""
     top_k: NonNegativeInt = 0
-    """Only the k likeliest tokens; 0 is off. Other values need `algorithm.mismatch_cap`."""
+    """Sample only from the k most likely tokens; 0 disables it. Other values require `algorithm.mismatch_cap`."""
     min_p: OpenFraction = 0.0
-    """Only tokens at least so likely relative to the likeliest; 0 is off. Needs `algorithm.mismatch_cap`."""
+    """Sample only tokens with at least this fraction of the highest probability; 0 disables it. Other values require
+    `algorithm.mismatch_cap`."""
     stop: list[str] = Field(default_factory=list)
-    """Strings after which a completion ends, besides the model's stop tokens."""
+    """Strings that end a completion, in addition to the stop tokens of the model."""
     sampler: Literal["local", "vllm"] = "local"
-    """In process, or a vLLM server."""
+    """`local` samples in the training process; `vllm` uses a vLLM server that you start (docs/vllm.md)."""
     vllm_url: str = "http://127.0.0.1:8000"
-    """Where the vLLM server listens when `sampler: vllm`."""
+    """Address of the vLLM server for `sampler: vllm`."""
     chunk_prompts: PositiveInt = 8
-    """Prompts sampled together: the unit of sampling, of the journal and of replay."""
+    """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
     refill: bool = False
-    """Draw further prompts in place of flat groups, until the batch is full."""
+    """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
     max_refill_rounds: PositiveInt = 4
-    """Bound on the extra draws of `refill`."""
+    """Maximum number of extra sampling rounds per step with `refill`."""
     eval_samples: PositiveInt = 4
-    """Completions of each held-out prompt, k of pass@k, at the sampling temperature."""
+    """Completions per held-out prompt in evaluations, the k of pass@k; sampled at `temperature`."""
     max_sampler_kl: PositiveFloat = 0.1
-    """Budget of `train/sampler_kl`; beyond it the run stops, since the sampler has other weights."""
+    """Upper limit of `train/sampler_kl`. Above it the run stops: the sampler and the policy have different weights."""
 
 
 class RewardSpec(Section):
     """One reward function and its weight."""
 
     use: str
-    """A built-in name, `module:function` or `file.py:function`."""
+    """Name of a built-in reward, `module:function` or `file.py:function`."""
     weight: float = 1.0
-    """Factor in the weighted sum."""
+    """Weight of this reward in the sum."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
     label: str | None = None
-    """Name in the metrics; the function's name when left out."""
+    """Name of the reward in metrics; defaults to the name of the function."""
 
     @property
     def name(self) -> str:
-        """What the metrics call it."""
+        """Name of the reward in metrics."""
         return self.label or self.use.rsplit(":", 1)[-1]
 
 
 class RewardLimits(Section):
-    """What a reward function may use before it counts as failed."""
+    """Resource limits of reward functions; a call that exceeds one counts as failed."""
 
     timeout_s: PositiveFloat = 10.0
-    """Wall-clock limit of one call."""
+    """Wall-clock time limit of one call."""
     memory_limit_gib: PositiveFloat = 4.0
-    """Address space of a reward process on top of what the reward's imports take."""
+    """Address space that a reward process may use in addition to what it uses after importing the reward."""
     num_workers: PositiveInt = 1
-    """Reward processes per rank."""
+    """Number of reward processes per rank."""
     max_failed_frac: Fraction = 0.1
-    """Share of a step's rollouts that may fail before the run stops with the first traceback."""
+    """Maximum fraction of failed rollouts in a step. Above it the run stops and shows the first traceback."""
 
 
 def _off(value: object) -> object:
-    """YAML reads a bare `off` as false."""
+    """Accept an unquoted `off`, which YAML reads as false."""
     return "off" if value is False else value
 
 
 def _off_or_on(value: object) -> object:
-    """And a bare `on` as true."""
+    """Accept unquoted `on` and `off`, which YAML reads as true and false."""
     return "on" if value is True else _off(value)
 
 
+def _null_to_defaults(value: object) -> object:
+    """Accept `rollout: null` as a section without fields."""
+    return {} if value is None else value
+
+
 class LoggingSettings(Section):
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics are sent in addition to metrics.jsonl."""
 
     wandb: Annotated[
         Literal["off", "offline", "online"],
         BeforeValidator(_off, json_schema_input_type=Literal["off", "offline", "online"]),
     ] = "off"
-    """Mirror of metrics.jsonl in Weights & Biases; losing it never stops a run."""
+    """Copy metrics to Weights & Biases. A failure there never stops the run."""
     wandb_project: str = "tunesmith"
-    """Project there."""
+    """Weights & Biases project."""
 
 
 class CheckpointSettings(Section):
-    """Where checkpoints go besides the run directory."""
+    """Where checkpoints are copied in addition to the run directory."""
 
     mirror: str | None = None
-    """An fsspec address such as `s3://bucket/prefix`; checkpoints are copied there, and fetched where none is local."""
+    """An fsspec URL such as `s3://bucket/prefix`. Checkpoints are uploaded there, and downloaded if none is local."""
 
 
 class RecoverySettings(Section):
-    """What happens when a machine is taken away, a process dies or hangs, or numbers break."""
+    """Handling of preemption, crashes, hangs and non-finite values."""
 
     grace_period_s: PositiveFloat = 30.0
-    """How long the machine waits between its signal and the kill; when it runs out the worker exits at once."""
+    """Time between the termination signal and the kill. When it is used up, the worker exits immediately."""
     max_restarts: NonNegativeInt = 3
-    """Restarts in a row without a new checkpoint before `trainer train` gives up."""
+    """Consecutive restarts without a new checkpoint after which `trainer train` gives up."""
     restart_backoff_s: NonNegativeFloat = 1.0
-    """Wait before the first restart; doubled for each further one without progress, up to a minute."""
+    """Wait before the first restart. Doubles with each further restart without progress, up to one minute."""
     hang_timeout_s: PositiveFloat = 1800.0
-    """A rank that has not moved for so long is a hang: the stacks of all ranks are logged, then a restart."""
+    """A rank without progress for this long is considered hung: all ranks log their stacks and the run restarts."""
     max_bad_steps: PositiveInt = 3
-    """Updates skipped for a loss or gradient that is not finite, before their rows are left out; then the run stops."""
+    """Updates with a non-finite loss or gradient are skipped. After this many, the run returns to the last checkpoint
+    without the affected rows, once; if it happens again, the run stops."""
     probe_memory: Annotated[Literal["auto", "on", "off"], BeforeValidator(_off_or_on)] = "auto"
-    """Run the longest micro-batch and chunk once before step 1; `auto` does so on GPUs, where it takes seconds."""
+    """Run the largest micro-batch and sampling chunk once before step 1, to detect out-of-memory early. `auto` does
+    this on GPUs, where it takes seconds."""
 
 
-class Recipe(Section):
-    """One training, from rows to adapter. See docs/recipe.md for every field."""
+class RecipeBase(Section):
+    """What the recipes of both methods have in common."""
 
     name: RunName
-    """Names the run directory runs/<name>/ and the W&B run."""
+    """Name of the run: the run directory is runs/<name>/."""
     method: Literal["sft", "rft"]
-    """Supervised fine-tuning, or reinforcement fine-tuning from rewards."""
+    """`sft` is supervised fine-tuning; `rft` is reinforcement fine-tuning from rewards."""
     seed: NonNegativeInt = 0
-    """Everything random in step k is a function of (seed, k)."""
+    """Random seed. All randomness in step k is a function of (seed, k)."""
     model: ModelSettings
     """The base model: `{path: DIRECTORY_OR_HUB_NAME}`, and how to load it."""
     lora: LoraSettings | None = Field(default_factory=LoraSettings)
     """Adapters; `lora: null` trains every parameter."""
     data: DataSettings
-    """The rows: `{train: FILE.jsonl}`, and how they become tokens."""
+    """The rows: `{train: FILE.jsonl}`, and how they are tokenized."""
     rows_per_step: PositiveInt = 16
-    """The global batch: rows (sft) or prompts (rft) of one step over all ranks, on any shape."""
+    """Global batch size: rows (sft) or prompts (rft) per step over all ranks. Independent of the shape."""
     steps: PositiveInt | None = None
-    """Length of the run in steps; or give `epochs`."""
+    """Length of the run in steps. Give either `steps` or `epochs`."""
     epochs: PositiveFloat | None = None
-    """Length of the run in passes over the rows; or give `steps`."""
+    """Length of the run in passes over the rows. Give either `steps` or `epochs`."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """AdamW and its learning rate."""
-    algorithm: AlgorithmSettings | None = None
-    """rft only: how rewards become updates; grpo when left out."""
-    rollout: RolloutSettings | None = None
-    """rft only: how completions are drawn."""
-    rewards: list[RewardSpec] = Field(default_factory=list)
-    """rft only: summed with their weights, each logged."""
-    reward_limits: RewardLimits = Field(default_factory=RewardLimits)
-    """rft only: when a reward counts as failed, and when the run stops for it."""
     eval_interval: NonNegativeInt = 0
-    """Held-out evaluation every so many steps; 0: only before the first and after the last."""
+    """Evaluate on held-out rows every `eval_interval` steps; 0 evaluates only before the first and after the last."""
     dcp_save_interval: NonNegativeInt = 0
-    """Checkpoint after every so many absolute steps; 0: never, and a kill loses the run."""
+    """Save a checkpoint every `dcp_save_interval` steps; 0 saves none, and a killed run starts over."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept."""
+    """Number of most recent checkpoints to keep."""
     keep_every: PositiveInt | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     """Copies of checkpoints on other storage."""
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
-    """Preemption, restarts, hangs and numbers that break."""
+    """What to do after preemption, crashes, hangs and non-finite values."""
     shape: str = "auto"
-    """A training shape of configs/shapes/, a path to one, or `auto`: the smallest that fits."""
+    """Name of a training shape in configs/shapes/, path of a shape file, or `auto` for the smallest shape that fits."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
-    """Mirrors of metrics.jsonl, such as Weights & Biases."""
+    """Copies of the metrics, for example to Weights & Biases."""
+
+
+@final
+class RFTRecipe(RecipeBase):
+    """Reinforcement fine-tuning: sample completions, score them with rewards, train by policy gradient."""
+
+    method: Literal["rft"]
+    """`rft` is reinforcement fine-tuning from rewards."""
+    algorithm: Annotated[AlgorithmSettings, BeforeValidator(_null_to_defaults)] = Field(
+        default_factory=AlgorithmSettings
+    )
+    """rft only: the policy-gradient algorithm; `grpo` by default."""
+    rollout: Annotated[RolloutSettings, BeforeValidator(_null_to_defaults)] = Field(default_factory=RolloutSettings)
+    """rft only: how completions are sampled."""
+    rewards: list[RewardSpec] = Field(default_factory=list)
+    """rft only, at least one: reward functions. Their weighted sum is the reward; each is logged."""
+    reward_limits: RewardLimits = Field(default_factory=RewardLimits)
+    """rft only: time and memory limits of rewards, and how many may fail."""
+
+
+RFT_FIELDS: Final = frozenset(RFTRecipe.model_fields) - frozenset(RecipeBase.model_fields)
+
+
+@final
+class SFTRecipe(RecipeBase):
+    """Supervised fine-tuning: train on the completions in the rows."""
+
+    method: Literal["sft"]
+    """`sft` is supervised fine-tuning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_rft_fields(cls, data: object) -> object:
+        """Accept `rollout: null` or `rewards: []`, which ask for nothing; other rft fields are refused."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if name not in RFT_FIELDS or value not in (None, [])}
+
+
+Recipe: TypeAlias = Annotated[SFTRecipe | RFTRecipe, Field(discriminator="method")]
+"""A recipe of either method."""

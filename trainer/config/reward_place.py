@@ -1,7 +1,7 @@
-"""Find a reward by name without importing anything.
+"""Find a reward by name without importing it.
 
-`trainer check` must answer in under a second, and importing a reward may pull in torch: files are parsed, packages
-are walked from directory to directory.
+`trainer check` must finish in under a second, and a reward may import torch. So reward files are only parsed, and
+modules are only located.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "code_tests": "trainer.rewards.builtin.code_tests:code_tests",
     "http_reward": "trainer.rewards.builtin.http_reward:http_reward",
 }
-"""`use: last_number` in a recipe is short for the second column."""
+"""Built-in rewards: the name in a recipe, and where the function is defined."""
 
 
 @final
 @dataclass(frozen=True)
 class Place:
-    """Where a reward function is defined: in a module, or in a file of the user."""
+    """Where a reward function is defined: in an installed module, or in a file of the user."""
 
     module: str
     function: str
@@ -44,7 +44,7 @@ class Place:
 
 
 def locate(use: str, base_dir: Path) -> Place:
-    """Split a reward's name into its place and function; neither has to exist yet.
+    """Split the name of a reward into its location and function; neither needs to exist.
 
     >>> locate("last_number", Path()).module
     'trainer.rewards.builtin.last_number'
@@ -66,9 +66,9 @@ def locate(use: str, base_dir: Path) -> Place:
 
 
 def importable(use: str, base_dir: Path) -> str | None:
-    """Return what is wrong with a reward's name, or None; imports nothing.
+    """Return the problem with a reward's name, or None; imports nothing.
 
-    A name that a module makes only as it runs cannot be seen here: where in doubt the answer is None.
+    Functions that a module defines dynamically cannot be detected, so in doubt there is no problem.
 
     >>> importable("exact_match", Path())
     >>> importable("exact_mach", Path()).splitlines()[0]
@@ -114,14 +114,14 @@ def _file_mistake(use: str, file: Path, function: str) -> str | None:
 
 
 def _names(tree: ast.Module) -> set[str]:
-    """Return every name that a statement of the module may bind, also inside `if` and `try`."""
+    """Return every name that the module may bind, including inside `if` and `try`."""
     names: set[str] = set()
     pending: list[ast.AST] = list(tree.body)
     while pending:
         node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-            continue  # what is bound inside is not the module's
+            continue  # names bound inside belong to another scope
         if isinstance(node, ast.Import | ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -131,7 +131,7 @@ def _names(tree: ast.Module) -> set[str]:
 
 
 def _find_module(name: str, base_dir: Path) -> ModuleSpec | None:
-    """Like `importlib.util.find_spec`, which would import the parent packages."""
+    """Find a module as `importlib.util.find_spec` does, but without importing its parent packages."""
     top, *rest = name.split(".")
     try:
         spec = importlib.util.find_spec(top) or PathFinder.find_spec(top, [str(base_dir)])

@@ -1,4 +1,4 @@
-"""The base of every recipe and shape section."""
+"""Base class of all recipe and shape sections."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Frozen, typed and closed: an unknown field is a mistake, a string is never taken for a number.
+    """A frozen, strictly typed section: unknown fields are errors, and strings are not converted to numbers.
 
-    The docstring under each field is its description in the JSON Schema, in editors and in the reference page.
+    The docstring below each field is its description in the JSON Schema, in editors and on the reference page.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

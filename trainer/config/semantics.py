@@ -1,4 +1,4 @@
-"""What types cannot say of a recipe: contradictions, and what is odd but allowed."""
+"""Contradictions in a recipe that types cannot express, and warnings."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Final, final
 
 from trainer.config.document import KeyPath
 from trainer.config.length import count_rows, num_steps
-from trainer.config.recipe import AlgorithmSettings, DataSource, Recipe, RolloutSettings
+from trainer.config.recipe import DataSource, Recipe, RFTRecipe
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>.+)")
 BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos", "oci")
-"""Protocols of object storage, whose addresses begin with a bucket."""
+"""Object storage: addresses of these protocols begin with a bucket."""
 STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hdfs", "ftp", "file")
-"""Protocols of fsspec that can be written to and outlive the process; a package may register others."""
+"""Protocols of fsspec that are writable and persistent. Installed packages may register more."""
 
 
 @final
 @dataclass(frozen=True)
 class Finding:
-    """One contradiction (an error) or oddity (a warning), at the field that the user should look at."""
+    """A contradiction (error) or a questionable setting (warning), at the field to look at."""
 
     path: KeyPath
     text: str
@@ -32,15 +32,16 @@ class Finding:
 
 
 def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
-    """Every contradiction and warning of a recipe whose fields are each valid.
+    """Return every contradiction and warning of a recipe whose single fields are valid.
 
     Args:
-        recipe: the recipe.
-        recipe_dir: directory of the recipe file, for `file.py:function` rewards.
+        recipe: The recipe.
+        recipe_dir: Directory of the recipe file; `file.py:function` rewards are relative to it.
     """
     num_rows = count_rows(recipe.data.train)
-    found = _length(recipe, num_rows) + _intervals(recipe, num_rows) + _data(recipe) + _model(recipe) + _mirror(recipe)
-    return found + (_rft(recipe, recipe_dir) if recipe.method == "rft" else _sft(recipe))
+    findings = _length(recipe, num_rows) + _intervals(recipe, num_rows)
+    findings += _data(recipe) + _model(recipe) + _mirror(recipe)
+    return findings + (_rft(recipe, recipe_dir) if isinstance(recipe, RFTRecipe) else [])
 
 
 def _length(recipe: Recipe, num_rows: int | None) -> list[Finding]:
@@ -59,20 +60,20 @@ def _length(recipe: Recipe, num_rows: int | None) -> list[Finding]:
 
 
 def _intervals(recipe: Recipe, num_rows: int | None) -> list[Finding]:
-    found = []
+    findings = []
     if recipe.eval_interval and recipe.data.eval is None:
-        found.append(Finding(("eval_interval",), "needs held-out rows: set `data.eval`"))
+        findings.append(Finding(("eval_interval",), "needs held-out rows: set `data.eval`"))
     if recipe.dcp_save_interval == 0:
         text = "0: nothing is saved on the way, a kill loses the run. Set it, for example to 20."
-        found.append(Finding(("dcp_save_interval",), text, is_error=False))
+        findings.append(Finding(("dcp_save_interval",), text, is_error=False))
     if num_rows is not None and recipe.rows_per_step > num_rows > 0:
         text = f"more than the {num_rows} rows: each step sees some of them several times"
-        found.append(Finding(("rows_per_step",), text, is_error=False))
-    return found
+        findings.append(Finding(("rows_per_step",), text, is_error=False))
+    return findings
 
 
 def _mirror(recipe: Recipe) -> list[Finding]:
-    """Looks at the words only: fsspec and the protocol's package are imported where the run starts."""
+    """Check the syntax of the address only; the run imports fsspec and the package of the protocol."""
     address = recipe.checkpoint.mirror
     problem = _address_problem(address) if address is not None else None
     return [Finding(("checkpoint", "mirror"), problem)] if problem is not None else []
@@ -96,14 +97,14 @@ def _address_problem(address: str) -> str | None:
 
 def _data(recipe: Recipe) -> list[Finding]:
     train, held_out = recipe.data.train, recipe.data.eval
-    found = _source(("data", "train"), train)
+    findings = _source(("data", "train"), train)
     if held_out is None:
-        return found
-    found += _source(("data", "eval"), held_out)
+        return findings
+    findings += _source(("data", "eval"), held_out)
     same_file = train.path and held_out.path and Path(train.path).resolve() == Path(held_out.path).resolve()
     if held_out == train or (same_file and Path(str(train.path)).is_file()):
-        found.append(Finding(("data", "eval"), "is the training data; held-out rows must be others"))
-    return found
+        findings.append(Finding(("data", "eval"), "is the training data; held-out rows must be others"))
+    return findings
 
 
 def _source(path: KeyPath, source: DataSource) -> list[Finding]:
@@ -125,20 +126,20 @@ def _source(path: KeyPath, source: DataSource) -> list[Finding]:
 def _model(recipe: Recipe) -> list[Finding]:
     model = recipe.model
     directory = Path(model.path)
-    found = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
+    findings = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
     if model.quantization is not None and recipe.lora is None:
-        found.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
+        findings.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
     if model.chat_template is not None and not Path(model.chat_template).is_file():
-        found.append(Finding(("model", "chat_template"), f"no such file: {model.chat_template}"))
+        findings.append(Finding(("model", "chat_template"), f"no such file: {model.chat_template}"))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
         config = Path(recipe.lora.warm_start) / "adapter_config.json"
         if not config.is_file():
-            found.append(Finding(("lora", "warm_start"), f"{config} is missing: not an adapter directory"))
-    return found
+            findings.append(Finding(("lora", "warm_start"), f"{config} is missing: not an adapter directory"))
+    return findings
 
 
 def _is_hub_name(path: str) -> bool:
-    """Whether `owner/name` is meant: one slash, and nothing of that name on disk."""
+    """Whether the path is a hub name `owner/name`: one slash, and no such file or directory."""
     looks_local = path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
     return not looks_local and not Path(path).exists()
 
@@ -165,60 +166,52 @@ def _hub_model(recipe: Recipe) -> list[Finding]:
     return []
 
 
-def _sft(recipe: Recipe) -> list[Finding]:
-    return [
-        Finding((name,), "belongs to `method: rft`; remove it or change the method")
-        for name, value in (
-            ("algorithm", recipe.algorithm),
-            ("rollout", recipe.rollout),
-            ("rewards", recipe.rewards),
-        )
-        if value
-    ]
-
-
-def _rft(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
-    found = _rewards(recipe, recipe_dir)
+def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
+    findings = _rewards(recipe, recipe_dir) + _rollout(recipe)
     if recipe.lora is not None and recipe.lora.dropout > 0:
-        found.append(Finding(("lora", "dropout"), "rft needs 0: with dropout the policy would differ from itself"))
+        findings.append(
+            Finding(
+                ("lora", "dropout"), "rft needs 0: with dropout, logprobs of the same weights differ from pass to pass"
+            )
+        )
     if recipe.data.format == "text":
-        found.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
-    algorithm = recipe.algorithm or AlgorithmSettings()
-    found += _rollout(recipe, recipe.rollout or RolloutSettings(), algorithm)
-    if recipe.rows_per_step % algorithm.minibatches_per_step:
-        text = f"{algorithm.minibatches_per_step} minibatches do not divide rows_per_step ({recipe.rows_per_step})"
-        found.append(Finding(("algorithm", "minibatches_per_step"), text))
-    return found
+        findings.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
+    if recipe.rows_per_step % recipe.algorithm.minibatches_per_step:
+        minibatches = recipe.algorithm.minibatches_per_step
+        text = f"{minibatches} minibatches do not divide rows_per_step ({recipe.rows_per_step})"
+        findings.append(Finding(("algorithm", "minibatches_per_step"), text))
+    return findings
 
 
-def _rewards(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
-    from trainer.config.reward_place import importable  # here, so that sft recipes do not pay for it
+def _rewards(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
+    from trainer.config.reward_place import importable  # imported here to keep `check` of sft recipes fast
 
     if not recipe.rewards:
         return [Finding(("rewards",), "missing; rft needs at least one reward, for example `- use: last_number`")]
-    found = []
+    findings = []
     names = [reward.name for reward in recipe.rewards]
     for index, reward in enumerate(recipe.rewards):
         problem = importable(reward.use, recipe_dir)
         if problem is not None:
             text = problem.removeprefix(f"reward {reward.use}: ").replace("\n", " ")
-            found.append(Finding(("rewards", index, "use"), text))
+            findings.append(Finding(("rewards", index, "use"), text))
         if names.index(reward.name) != index:
-            found.append(Finding(("rewards", index), f"two rewards are called {reward.name}; give one a `label`"))
-    return found
+            findings.append(Finding(("rewards", index), f"two rewards are called {reward.name}; give one a `label`"))
+    return findings
 
 
-def _rollout(recipe: Recipe, rollout: RolloutSettings, algorithm: AlgorithmSettings) -> list[Finding]:
-    found = []
+def _rollout(recipe: RFTRecipe) -> list[Finding]:
+    findings = []
+    rollout = recipe.rollout
     truncated = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
-    if any(truncated.values()) and algorithm.mismatch_cap is None:
+    if any(truncated.values()) and recipe.algorithm.mismatch_cap is None:
         name = next(name for name, is_on in truncated.items() if is_on)
         text = "truncated sampling biases the gradient; turn it off or set `algorithm.mismatch_cap`"
-        found.append(Finding(("rollout", name), text))
+        findings.append(Finding(("rollout", name), text))
     if rollout.max_completion_tokens >= recipe.data.max_seq_tokens:
         text = (
             f"{rollout.max_completion_tokens:,} leaves no room for the prompt in "
             f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
         )
-        found.append(Finding(("rollout", "max_completion_tokens"), text))
-    return found
+        findings.append(Finding(("rollout", "max_completion_tokens"), text))
+    return findings

@@ -1,4 +1,4 @@
-"""Training shapes: a named hardware layout and what is known to fit on it."""
+"""Training shapes: named hardware layouts, with the largest jobs that fit."""
 
 from __future__ import annotations
 
@@ -10,68 +10,68 @@ from trainer.config.section import Section
 
 
 class ShapeLimit(Section):
-    """The largest job known, or thought, to fit."""
+    """The largest job that fits."""
 
     max_params_b: PositiveFloat
-    """Base parameters in billions."""
+    """Parameters of the base model in billions."""
     max_seq_tokens: PositiveInt
-    """Longest sequence in tokens."""
+    """Maximum sequence length in tokens."""
     basis: Literal["measured", "estimated"]
-    """Whether the two limits above were run or computed."""
+    """Whether these two limits were measured in runs or estimated."""
 
 
 class ShapeLimits(Section):
-    """Limits by kind of training."""
+    """Limits for LoRA and for full-parameter training."""
 
     lora: ShapeLimit
-    """With low-rank adapters on a frozen base."""
+    """Limit with low-rank adapters on a frozen base model."""
     full: ShapeLimit | None = None
-    """With every parameter trained; null: full-parameter training does not fit."""
+    """Limit with every parameter trained; null if full-parameter training is not supported."""
 
 
 class ShapeRate(Section):
-    """How fast a device of the shape trains, for the time estimate of `check`."""
+    """Training speed of one device, used by `check` to estimate device-hours."""
 
     tflops: PositiveFloat
-    """Model FLOP/s (10**12, recomputation not counted) that training reaches per device."""
+    """Model TFLOP/s per device during training; recomputed activations are not counted."""
     basis: Literal["measured", "estimated"]
-    """Whether the rate was run or computed."""
+    """Whether the rate was measured in runs or estimated."""
 
 
 class TrainingShape(Section):
-    """How many of which device, and the largest job known to fit on them."""
+    """Number and kind of devices, and the largest jobs that fit on them."""
 
     name: str
-    """What recipes and `--shape` call it."""
+    """Name used in recipes and with `--shape`."""
     device: Literal["cpu", "cuda"]
-    """What torch calls the devices."""
+    """Device type as torch names it."""
     device_name: str
-    """For people, for example `H100-80G`."""
+    """Device name for display, for example `H100-80G`."""
     nodes: PositiveInt = 1
-    """Machines in all."""
+    """Number of machines."""
     gpus: NonNegativeInt
-    """Number of devices in all; 0 trains on the CPU."""
+    """Total number of devices; 0 trains on the CPU."""
     gpu_memory_gib: PositiveFloat
-    """Memory of each device (2**30 bytes); of the host when gpus is 0."""
+    """Memory per device in GiB (2**30 bytes); of the host if `gpus` is 0."""
     micro_batch_tokens: PositiveInt
-    """Tokens of one forward-backward pass per device; more are accumulated."""
+    """Maximum tokens per device in one forward-backward pass; gradients are accumulated over several passes."""
     sharding: Literal["none", "full"] = "none"
-    """`full` shards the base model's parameters over all ranks (FSDP2)."""
+    """`full` shards the parameters of the base model over all ranks (FSDP2)."""
     vllm_gpus: NonNegativeInt = 0
-    """Devices that vLLM has for itself, the last ones of the machine; training ranks have the others."""
+    """Devices reserved for vLLM: the last ones of the machine. Training ranks use the others."""
     limits: ShapeLimits
     """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None
-    """null: no time estimate is given."""
+    """Training speed; without it no device-hours are estimated."""
     accelerate: str
-    """Launcher configuration in configs/accelerate/."""
+    """Name of the `accelerate` configuration in configs/accelerate/."""
 
     @property
     def num_ranks(self) -> int:
-        """Training processes over all nodes."""
+        """Number of training processes over all nodes."""
         return max(1, self.gpus - self.vllm_gpus)
 
     @property
     def ranks_per_node(self) -> int:
-        """Processes on each node."""
+        """Number of training processes on each node."""
         return max(1, self.num_ranks // self.nodes)

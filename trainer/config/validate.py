@@ -1,4 +1,4 @@
-"""Every mistake of a document against its schema, in words for people."""
+"""Report every mistake of a document against its schema, in plain words."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from trainer.config.document import Document, KeyPath
+from trainer.config.document import KeyPath
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -24,30 +25,70 @@ WANTED: Final[Mapping[str, str]] = {
     "dict_type": "a mapping",
     "finite_number": "a finite number",
 }
-"""What a value must be, by pydantic's name of the problem; its own words serve for the rest."""
+"""The expected value by pydantic's error type; pydantic's own words are used for other types."""
 PATTERN_WORDS: Final = "letters, digits, `.`, `_` or `-`, beginning with a letter or digit"
 NEAR_CUTOFF: Final = 0.6
 SHOWN_CHARS: Final = 60
 
 
-def validate(model: type[M], document: Document) -> tuple[M | None, dict[KeyPath, str]]:
-    """Validate; where values are wrong, drop them and look again, so that contradictions elsewhere are found too.
+def validate_tagged(
+    base: type[BaseModel], variants: Mapping[str, type[M]], tag: str, data: dict[str, object]
+) -> tuple[M | None, dict[KeyPath, str]]:
+    """Validate against the variant that the value of `tag` selects.
+
+    Where the tag is missing or wrong, the other fields are validated against the variant that knows most of them, so
+    that all mistakes are reported at once.
+
+    Args:
+        base: The fields that all variants have in common, `tag` included.
+        variants: The model for each value of `tag`.
+        tag: Name of the field that selects the variant.
+        data: The document.
 
     Returns:
-        The section without the wrong values, or None where it cannot do without them; and what is wrong with each.
+        As `validate`.
+    """
+    value = data.get(tag)
+    chosen = value if isinstance(value, str) and value in variants else None
+    assumed = chosen or max(variants, key=lambda name: len(variants[name].model_fields.keys() & data.keys()))
+    elsewhere = {
+        field: f"belongs to `{tag}: {name}`; remove it or change the {tag}"
+        for name, variant in variants.items()
+        for field in variant.model_fields.keys() - variants[assumed].model_fields.keys()
+    }
+    valid, mistakes = validate(variants[assumed], {**data, tag: assumed}, elsewhere)
+    if chosen is not None:
+        return valid, mistakes
+    about_tag = validate(base, data)[1]
+    return None, {**mistakes, (tag,): about_tag[(tag,)]}
+
+
+def validate(
+    model: type[M], data: dict[str, object], elsewhere: Mapping[str, str] | None = None
+) -> tuple[M | None, dict[KeyPath, str]]:
+    """Validate a document; after dropping wrong values, validate again, so that the rest can be checked further.
+
+    Args:
+        model: The schema.
+        data: The document.
+        elsewhere: What to say of top-level fields that the schema does not have, but a related one does.
+
+    Returns:
+        The section without the wrong values, or None if a required value is wrong; and each mistake by its path.
     """
     try:
-        return model.model_validate(document.data), {}
+        return model.model_validate(data), {}
     except ValidationError as error:
-        problems: dict[KeyPath, list[Any]] = {}
+        problems: dict[KeyPath, list[ErrorDetails]] = {}
         for problem in error.errors():
-            problems.setdefault(_real_path(problem["loc"], document.data), []).append(problem)
-    mistakes = {}
-    pruned = copy.deepcopy(document.data)
-    for path, found in problems.items():
+            problems.setdefault(_real_path(problem["loc"], data), []).append(problem)
+    mistakes: dict[KeyPath, str] = {}
+    pruned = copy.deepcopy(data)
+    for path, group in problems.items():
         if any(len(other) > len(path) and other[: len(path)] == path for other in problems):
-            continue  # another branch of a union; the deeper one is what was meant
-        mistakes[path] = _explain(found, path, model)
+            continue  # a branch of a union that was not meant: another branch failed deeper
+        is_elsewhere = len(path) == 1 and group[0]["type"] == "extra_forbidden" and path[0] in (elsewhere or {})
+        mistakes[path] = (elsewhere or {})[str(path[0])] if is_elsewhere else _explain(group, path, model)
         _drop(pruned, path)
     try:
         return model.model_validate(pruned), mistakes
@@ -55,8 +96,8 @@ def validate(model: type[M], document: Document) -> tuple[M | None, dict[KeyPath
         return None, mistakes
 
 
-def _real_path(loc: Sequence[str | int], data: Any) -> KeyPath:
-    """Drop the names of union branches, which pydantic mixes into the location."""
+def _real_path(loc: Sequence[str | int], data: object) -> KeyPath:
+    """Return the path of a value in the document, without the names of union branches in pydantic's location."""
     path: list[str | int] = []
     for index, part in enumerate(loc):
         last = index == len(loc) - 1
@@ -78,8 +119,8 @@ def _drop(data: Any, path: KeyPath) -> None:
         data[int(path[-1])] = None  # stays invalid: removing it would shift the others
 
 
-def _explain(problems: list[Any], path: KeyPath, model: type[BaseModel]) -> str:
-    """What is wrong with one value; several problems are the branches of a union."""
+def _explain(problems: list[ErrorDetails], path: KeyPath, model: type[BaseModel]) -> str:
+    """Describe what is wrong with one value; a union has one problem for each branch."""
     kind, value = problems[0]["type"], problems[0]["input"]
     if kind == "extra_forbidden":
         names = list(_fields_at(model, path[:-1]))
@@ -96,7 +137,7 @@ def _explain(problems: list[Any], path: KeyPath, model: type[BaseModel]) -> str:
     return f"{wanted if wanted[:1].isupper() else f'must be {wanted}'} (got {shown}){_hint(kind, value, problems)}"
 
 
-def _wanted(problem: Any, path: KeyPath, model: type[BaseModel]) -> str:
+def _wanted(problem: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str:
     kind, message = problem["type"], str(problem["msg"])
     if kind in {"model_type", "model_attributes_type", "dataclass_type"}:
         return f"a section with fields of its own: {', '.join(_fields_at(model, path))}"
@@ -112,11 +153,11 @@ def _wanted(problem: Any, path: KeyPath, model: type[BaseModel]) -> str:
     return WANTED.get(kind, message)
 
 
-def _options(problem: Any) -> list[str]:
-    return re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
+def _options(problem: ErrorDetails) -> list[str]:
+    return re.findall(r"'([^']*)'", str(problem.get("ctx", {})["expected"]))
 
 
-def _hint(kind: str, value: Any, problems: list[Any]) -> str:
+def _hint(kind: str, value: object, problems: list[ErrorDetails]) -> str:
     if kind in {"int_type", "float_type", "bool_type"} and isinstance(value, str):
         return "; remove the quotes" if _reads_as_number(value) or value in {"true", "false"} else ""
     if kind == "string_type" and isinstance(value, int | float):
@@ -138,7 +179,7 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _fields_at(model: type[BaseModel], path: KeyPath) -> dict[str, str | None]:
-    """Fields of the section at this path, with their meaning."""
+    """Return the fields of the section at this path, with their descriptions."""
     current: type[BaseModel] | None = model
     for part in path:
         if isinstance(part, int):
@@ -148,7 +189,7 @@ def _fields_at(model: type[BaseModel], path: KeyPath) -> dict[str, str | None]:
     return {name: info.description for name, info in current.model_fields.items()} if current else {}
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def _section_in(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):

@@ -1,1 +1,1 @@
-"""Recipe and shape resolved into a frozen plan; memory predicted. No torch."""
+"""Resolve recipe and shape into a frozen plan and predict memory; does not import torch."""

@@ -1,7 +1,7 @@
-"""Bytes that a pass keeps for its backward, counted from what each operation of a Llama-like block saves. No torch.
+"""Predict the activation memory of a pass from the tensors that each operation saves; does not import torch.
 
-c is the size of the compute dtype, T the tokens of the micro-batch, N those that are trained. What is saved is read off
-the operations themselves (docs/memory.md); nothing here is fitted.
+The model is a Llama-like decoder. c is the size of the compute dtype, T the number of tokens in the micro-batch. The
+formulas follow from the operations in the code (docs/memory.md); no constant is fitted.
 """
 
 from __future__ import annotations
@@ -13,45 +13,49 @@ from typing import Final, final
 from trainer.planning.model_facts import OUTPUT_NORMS, ModelFacts
 
 STATISTICS_BYTES: Final = 4
-"""Norms, softmax and the loss compute in float32."""
-EXPLICIT_MAX_TOKENS: Final = 384
-"""Up to here the CPU's attention keeps its scores; the same number as in `trainer.model.attention`."""
+"""Norms, softmax and the loss are computed in float32."""
+EAGER_MAX_TOKENS: Final = 384
+"""Up to this length, attention on the CPU keeps its scores; as in `trainer.model.attention`."""
 TILE_CELLS: Final = 256 * 49_152
 CPU_BLOCK_ROWS: Final = 32
-"""Of the LM head's tiles; the same numbers as in `trainer.model.lm_head`."""
+"""Sizes of the LM head's tiles; as in `trainer.model.lm_head`."""
 
 
 @final
 @dataclass(frozen=True)
 class Pass:
-    """A forward and backward pass over one micro-batch."""
+    """A forward and backward pass over one micro-batch, for example of lengths [300, 300, 300, 124]."""
 
     facts: ModelFacts
     lengths: Sequence[int]
-    """Of its sequences in tokens."""
+    """Length of each sequence in tokens."""
     num_trained: int
+    """Tokens with a loss."""
     compute_bytes: int
+    """c."""
     rank: int | None
-    """Of the adapters; None where every parameter is trained."""
+    """Rank of the adapters; None in full-parameter training."""
     is_cpu: bool
     is_quantized: bool = False
-    """The base's weights are in 4 bits, and each is made whole for its products."""
+    """Base weights are in 4 bits; each is dequantized for its matrix products."""
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the tokens of all sequences."""
         return sum(self.lengths)
 
     def kept(self, *, is_checkpointed: bool) -> float:
-        """What all blocks keep until the backward pass."""
+        """Return the bytes that all blocks keep until the backward pass."""
         facts, c = self.facts, self.compute_bytes
         if is_checkpointed:
             return float(facts.layers * self.tokens * facts.hidden * c)
-        first_norm = 0 if self.rank is None else self.tokens * facts.hidden * self._norm_input()  # asks for no gradient
+        first_norm = (
+            0 if self.rank is None else self.tokens * facts.hidden * self._norm_input()
+        )  # its input needs no gradient
         return facts.layers * self.block() - first_norm
 
     def moments(self, *, is_checkpointed: bool) -> dict[str, float]:
-        """What lives beside it at the moments that can be the peak."""
+        """Return the transient bytes at each candidate peak, in addition to `kept`."""
         return {
             "head": self._head(),
             "backward of the last norm": self._last_norm(),
@@ -59,14 +63,14 @@ class Pass:
         }
 
     def block(self) -> float:
-        """What one block keeps."""
+        """Return the bytes that one block keeps."""
         per_token = self._norms() + self._attention() + self._mlp() + self._adapters()
         return self.tokens * per_token + self._scores() + self._adapted_experts()
 
     def _norms(self) -> int:
-        """A norm keeps its input, the layer behind it its output.
+        """A norm keeps its input, and the following linear layer keeps the output of the norm.
 
-        What comes out of norms of queries and keys is rotated, of those behind attention and MLP added: not kept.
+        The outputs of query and key norms go into the rotary embedding, those of output norms into a sum: not kept.
         """
         facts = self.facts
         behind = 2 * facts.hidden * self._norm_input() if facts.model_type in OUTPUT_NORMS else 0
@@ -74,41 +78,41 @@ class Pass:
         return 2 * facts.hidden * (self._norm_input() + self.compute_bytes) + inner + behind
 
     def _norm_input(self) -> int:
-        """Bytes of a value that a norm keeps: ours its input, autograd's a float32 copy.
+        """Bytes per value that a norm keeps: our norm keeps its input, autograd a float32 copy of it.
 
-        Beside it autograd keeps the normalized value where the weight is trained.
+        If the weight is trained, autograd also keeps the normalized value.
         """
         if self.facts.has_fused_norms:
             return self.compute_bytes
         return STATISTICS_BYTES + (self.compute_bytes if self.rank is None else 0)
 
     def _attention(self) -> int:
-        """Queries, keys and values as the kernel reads them, what comes out, and the copy that the next layer keeps."""
+        """Queries, keys and values; the output; and, except in eager attention, the copy that the next layer keeps."""
         facts, c = self.facts, self.compute_bytes
         inputs = facts.query_width + 2 * facts.key_width
-        outputs = facts.query_width if self._is_explicit(max(self.lengths)) else 2 * facts.query_width
+        outputs = facts.query_width if self._is_eager(max(self.lengths)) else 2 * facts.query_width
         return (inputs + outputs) * c
 
-    def _is_explicit(self, length: int) -> bool:
-        return self.is_cpu and (length <= EXPLICIT_MAX_TOKENS or self.facts.has_explicit_attention)
+    def _is_eager(self, length: int) -> bool:
+        return self.is_cpu and (length <= EAGER_MAX_TOKENS or self.facts.has_eager_attention)
 
     def _scores(self) -> float:
-        """Written-out attention keeps its probabilities; where it is capped, float32 ones too, and the tanh."""
+        """Eager attention keeps its probabilities; with capped scores also float32 probabilities and the tanh."""
         c = self.compute_bytes
-        if self.facts.has_explicit_attention:
+        if self.facts.has_eager_attention:
             return self._cells() * (self._softmax_bytes() + c)
         return self._cells() * c
 
     def _cells(self) -> float:
-        """Of the scores that are written out."""
-        return float(sum(length * length for length in self.lengths if self._is_explicit(length)) * self.facts.heads)
+        """Number of attention scores that eager attention computes."""
+        return float(sum(length * length for length in self.lengths if self._is_eager(length)) * self.facts.heads)
 
     def _softmax_bytes(self) -> int:
-        """Of a cell: float32, and the same in a smaller compute dtype."""
+        """Bytes per score: float32, plus a copy in the compute dtype if that is smaller."""
         return STATISTICS_BYTES + (self.compute_bytes if self.compute_bytes < STATISTICS_BYTES else 0)
 
     def _mlp(self) -> int:
-        """Gate, up, activation and product; of experts, whose outputs are scaled, what goes in and out too."""
+        """Gate, up, activation and product; experts also keep their inputs and outputs, because outputs are scaled."""
         facts, c = self.facts, self.compute_bytes
         if facts.num_experts == 1:
             return 4 * facts.intermediate * c
@@ -116,7 +120,7 @@ class Pass:
         return (facts.active_experts * per_expert + 4 * facts.shared_intermediate) * c
 
     def _adapted_experts(self) -> float:
-        """PEFT makes W + s B A of every expert, and the product's backward keeps it."""
+        """PEFT computes W + s B A of every expert, which is kept for the backward pass."""
         facts = self.facts
         if not facts.has_adapted_experts or self.rank is None:
             return 0.0
@@ -127,47 +131,46 @@ class Pass:
         return 0 if self.rank is None else len(self.facts.adapted_linears()) * self.rank * self.compute_bytes
 
     def _head(self) -> float:
-        """The last norm and the head: forward with a frozen one, backward with a trained one."""
+        """Final norm and LM head: the forward pass of a frozen head, the backward pass of a trained one."""
         facts, c = self.facts, self.compute_bytes
         hidden = self.tokens * facts.hidden * (self._norm_input() + c) + 2 * self.num_trained * facts.hidden * c
         rows = max(16, (1 << (TILE_CELLS // facts.vocab).bit_length()) >> 1)
-        tiles = min(2, -(-self.num_trained // rows))  # the next one is made while the last one lives
+        tiles = min(2, -(-self.num_trained // rows))  # a tile is computed while the previous one is alive
         rows = min(rows, self.num_trained)
         block = min(rows, CPU_BLOCK_ROWS) if self.is_cpu else rows
         tile, statistics = rows * facts.vocab * c, 3 * block * facts.vocab * STATISTICS_BYTES
         forward = tiles * tile + statistics
         if self.rank is not None:
             return float(hidden + forward)
-        weight = (
-            facts.vocab * facts.hidden
-        )  # a float32 sum, and beside it tiles, or a tile and its product, or the cast
+        weight = facts.vocab * facts.hidden  # its float32 gradient sum; and tiles, or one tile and its product
         return float(hidden + STATISTICS_BYTES * weight + max(forward, tile + c * weight))
 
     def _last_norm(self) -> float:
-        """What its backward makes and its kept input; a tied head's gradient waits meanwhile.
+        """Temporaries of the final norm's backward, its kept input, and the gradient of a tied head held concurrently.
 
-        Autograd makes five float32 tensors; ours the normalized value, the gradient times the weight, and two more.
+        Autograd creates five float32 tensors. Our norm creates four (normalized value, gradient times weight and two
+        more) and one in the compute dtype.
         """
         facts, c = self.facts, self.compute_bytes
-        made = (4 if facts.has_fused_norms else 5) * STATISTICS_BYTES + (c if facts.has_fused_norms else 0)
-        norm = self.tokens * facts.hidden * (made + self._norm_input())
-        return float(norm + self._waiting_gradient())
+        temporaries = (4 if facts.has_fused_norms else 5) * STATISTICS_BYTES + (c if facts.has_fused_norms else 0)
+        norm = self.tokens * facts.hidden * (temporaries + self._norm_input())
+        return float(norm + self._tied_gradient())
 
     def _block_backward(self) -> float:
-        """Of the MLP's product, gate and up, less the product itself; the residual stream's; one weight's."""
+        """Gradients of product, gate, up, residual and one weight; the product itself is freed."""
         facts, c = self.facts, self.compute_bytes
         width = facts.intermediate * facts.active_experts + facts.shared_intermediate
         is_one_weight = self.rank is None or self.is_quantized
         weight = facts.intermediate * facts.hidden * c if is_one_weight else 2 * self._adapted_experts() / 3
-        return self.tokens * (facts.hidden + 2 * width) * c + weight + self._waiting_gradient()
+        return self.tokens * (facts.hidden + 2 * width) * c + weight + self._tied_gradient()
 
-    def _waiting_gradient(self) -> float:
-        """A tied head's gradient is held until the embedding has its own."""
-        is_waiting = self.rank is None and self.facts.is_tied
-        return float(self.facts.vocab * self.facts.hidden * self.compute_bytes) if is_waiting else 0.0
+    def _tied_gradient(self) -> float:
+        """The gradient of a tied head is held until the gradient of the embedding is added."""
+        is_held = self.rank is None and self.facts.is_tied
+        return float(self.facts.vocab * self.facts.hidden * self.compute_bytes) if is_held else 0.0
 
     def without_gradient(self) -> float:
-        """A forward pass that keeps nothing: the widest place of a block."""
+        """Return the peak of a forward pass without gradient: the widest point of a block."""
         facts, c = self.facts, self.compute_bytes
         width = facts.intermediate * facts.active_experts + facts.shared_intermediate
         mlp = 2 * facts.hidden * c + 3 * width * c

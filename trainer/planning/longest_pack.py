@@ -1,23 +1,27 @@
-"""The longest micro-batch that a recipe can make on a shape."""
+"""The largest micro-batch of a recipe on a shape."""
 
 from __future__ import annotations
 
 import math
 
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import TrainingShape
 
 
 def longest_pack(recipe: Recipe, shape: TrainingShape) -> list[int]:
-    """Lengths in tokens of the sequences of the fullest micro-batch: as many of the longest as the budget takes.
+    """Return the sequence lengths in tokens of the largest micro-batch: greedily, as many of maximum length as fit.
 
-    A rank has no more sequences than its part of a minibatch. A sequence longer than the budget stands alone.
+    A rank has at most its share of the sequences of a minibatch. A sequence longer than the budget is alone in a pack.
+    With max_seq_tokens 300 and 1,024 tokens per micro-batch the lengths are [300, 300, 300, 124].
+
+    Args:
+        recipe: Maximum sequence length and sequences per step.
+        shape: Tokens per micro-batch and number of ranks.
     """
     longest, budget = recipe.data.max_seq_tokens, shape.micro_batch_tokens
     sequences = recipe.rows_per_step
-    if recipe.rollout is not None:
-        minibatches = recipe.algorithm.minibatches_per_step if recipe.algorithm is not None else 1
-        sequences = sequences * recipe.rollout.group_size // minibatches
+    if isinstance(recipe, RFTRecipe):
+        sequences = sequences * recipe.rollout.group_size // recipe.algorithm.minibatches_per_step
     sequences = math.ceil(sequences / shape.num_ranks)
     whole = max(1, min(sequences, budget // longest))
     rest = budget - whole * longest if whole < sequences else 0

@@ -1,4 +1,4 @@
-"""The sizes of a model that memory and FLOPs depend on, from its config alone. No torch."""
+"""Sizes of a model for memory and FLOPs estimates, read from config.json; does not import torch."""
 
 from __future__ import annotations
 
@@ -15,49 +15,52 @@ from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 
 EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configs call the number of experts."""
+"""Names of the number of experts in configs."""
 INNER_NORMS: Final = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "olmoe"})
+"""Model types that normalize queries and keys."""
 OTHER_NORMS: Final = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3", "qwen3_next"})
-"""Whose RMS norms round elsewhere than Llama's."""
+"""Model types whose RMS norms round at other points than Llama's."""
 OUTPUT_NORMS: Final = frozenset({"gemma2", "gemma3_text", "glm4"})
-"""With norms behind attention and MLP too."""
-LEFT_EXPERTS: Final = frozenset({"qwen2_moe"})
-"""Whose experts PEFT leaves alone with `all-linear`, where it adapts those of other mixtures."""
+"""Model types that also normalize the outputs of attention and MLP."""
+UNADAPTED_EXPERTS: Final = frozenset({"qwen2_moe"})
+"""Mixture models whose experts PEFT does not adapt with `all-linear`."""
 
 
 @final
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes that memory and FLOPs depend on."""
+    """Sizes of a decoder. SmolLM2-135M has hidden 576, layers 30, query_width 576 and key_width 192 (3 heads of 64)."""
 
     hidden: int
+    """Width of the residual stream."""
     layers: int
     query_width: int
     """Attention heads times head size."""
     key_width: int
     """Key-value heads times head size."""
     intermediate: int
-    """Of a dense layer, or of one expert."""
+    """Inner width of the MLP, or of one expert."""
     vocab: int
     is_tied: bool
+    """Embedding and LM head share their weight."""
     heads: int = 1
     num_experts: int = 1
     active_experts: int = 1
     shared_intermediate: int = 0
-    """Of the experts that every token passes through."""
+    """Total inner width of the experts that process every token."""
     model_type: str = ""
     has_inner_norms: bool = False
-    """Queries and keys are normalized by head."""
+    """Queries and keys are normalized per head."""
     has_fused_norms: bool = True
-    """`trainer.model.rms_norm` computes its norms, since they are Llama's."""
-    has_explicit_attention: bool = False
-    """Scores are capped or have sinks, so no fused kernel of the CPU computes them."""
+    """Norms are Llama's, so `trainer.model.rms_norm` computes them."""
+    has_eager_attention: bool = False
+    """Attention scores are capped or have sinks, which the fused CPU kernel does not support."""
     stored_bytes: int = 2
-    """Of a weight in the files."""
+    """Bytes per weight in the files."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
-        """Read a config.json; None where it does not describe a decoder that we can count."""
+        """Read the content of a config.json; None if it does not describe a supported decoder."""
         stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         config = config.get("text_config", config)
         try:
@@ -81,14 +84,14 @@ class ModelFacts:
                 model_type=model_type,
                 has_inner_norms=model_type in INNER_NORMS,
                 has_fused_norms=model_type not in OTHER_NORMS,
-                has_explicit_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
+                has_eager_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
                 stored_bytes=4 if stored == "float32" else 2,
             )
         except (KeyError, TypeError, ValueError):
             return None
 
     def attention_linears(self) -> list[tuple[str, int, int]]:
-        """(name, in, out) of the linear layers of a block's attention, as Llama-like models call them."""
+        """Return (name, in, out) of the linear layers of a block's attention, with Llama's names."""
         return [
             ("q_proj", self.hidden, self.query_width),
             ("k_proj", self.hidden, self.key_width),
@@ -97,16 +100,16 @@ class ModelFacts:
         ]
 
     def mlp_linears(self, width: int) -> list[tuple[str, int, int]]:
-        """(name, in, out) of the linear layers of a gated MLP of this inner width."""
+        """Return (name, in, out) of the linear layers of a gated MLP with this inner width."""
         return [("gate_proj", self.hidden, width), ("up_proj", self.hidden, width), ("down_proj", width, self.hidden)]
 
     def linears(self, experts: int) -> list[tuple[str, int, int]]:
-        """Of a block with so many experts, those that every token passes through apart."""
+        """Return (name, in, out) of the linear layers of a block with this many experts, and its shared experts."""
         shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
         return self.attention_linears() + self.mlp_linears(self.intermediate) * experts + shared
 
     def adapted_linears(self) -> list[tuple[str, int, int]]:
-        """Linear layers of a block that `all-linear` adapts; experts are tensors of their own, see `lora_params`."""
+        """Return the linear layers of a block that `all-linear` adapts; for experts see `lora_params`."""
         if self.num_experts == 1:
             return self.linears(1)
         shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
@@ -114,12 +117,12 @@ class ModelFacts:
 
     @property
     def has_adapted_experts(self) -> bool:
-        """Whether adapters are put on experts too."""
-        return self.num_experts > 1 and self.model_type not in LEFT_EXPERTS
+        """Whether experts get adapters too."""
+        return self.num_experts > 1 and self.model_type not in UNADAPTED_EXPERTS
 
     @property
     def block_params(self) -> int:
-        """Parameters of all blocks, norms included."""
+        """Parameters of all blocks, including norms."""
         linear = sum(i * o for _, i, o in self.linears(self.num_experts))
         router = self.num_experts * self.hidden if self.num_experts > 1 else 0
         return self.layers * (linear + router + 2 * self.hidden)
@@ -136,16 +139,16 @@ class ModelFacts:
 
     @property
     def quantizable_params(self) -> int:
-        """Parameters of linear layers, which 4-bit loading replaces; experts are tensors of their own, and stay."""
+        """Parameters of the linear layers that 4-bit loading quantizes; experts are not quantized."""
         return self.layers * sum(i * o for _, i, o in self.adapted_linears())
 
     @property
     def active_block_params(self) -> int:
-        """Parameters that one token passes through, without embedding and head."""
+        """Parameters that process one token, without embedding and head."""
         return self.layers * sum(i * o for _, i, o in self.linears(self.active_experts))
 
     def lora_params(self, lora: LoraSettings) -> int:
-        """Parameters of the adapters; a list with names that we do not know counts as `all-linear`, an upper bound."""
+        """Return the parameters of the adapters; unknown target modules count as `all-linear`, an upper bound."""
         linears = self.adapted_linears() + self._expert_factors()
         if isinstance(lora.target_modules, list):
             named = {module.rpartition(".")[2] for module in lora.target_modules}
@@ -154,7 +157,7 @@ class ModelFacts:
         return self.layers * lora.rank * sum(i + o for _, i, o in linears)
 
     def _expert_factors(self) -> list[tuple[str, int, int]]:
-        """(name, in, out) of what PEFT adapts of experts: the router, gate and up as one of twice the rank, down."""
+        """Return (name, in, out) of adapted experts: the router, gate and up fused with twice the rank, and down."""
         if not self.has_adapted_experts:
             return []
         inward = ("gate_up_proj", self.hidden, 2 * self.intermediate)
@@ -168,7 +171,12 @@ def _shared(config: Mapping[str, Any]) -> int:
 
 
 def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, Any] | None:
-    """A directory's config.json, that of the hub's local cache, or our card of a well-known hub name."""
+    """Return the config.json of a directory or of the local hub cache, or the card of a well-known hub model.
+
+    Args:
+        path: Directory or hub name of the model.
+        model_card_dirs: Directories with cards.
+    """
     for config in (Path(path) / "config.json", *_cached_configs(path)):
         if config.is_file():
             return _read_config(config)
@@ -181,13 +189,13 @@ def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, An
 
 
 def find_model_facts(path: str, model_card_dirs: list[Path]) -> ModelFacts | None:
-    """Facts from wherever the model's config is found."""
+    """Return the sizes of a model; None if its config is not found or not supported."""
     config = find_model_config(path, model_card_dirs)
     return ModelFacts.from_config(config) if config is not None else None
 
 
 def _cached_configs(hub_name: str) -> list[Path]:
-    """config.json of every revision of a hub name that huggingface_hub has downloaded; without importing it."""
+    """Return config.json of every downloaded revision of a hub model, without importing huggingface_hub."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     return sorted(cache.glob(f"models--{hub_name.replace('/', '--')}/snapshots/*/config.json"))
@@ -199,11 +207,11 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     except ValueError as error:  # not JSON, or not UTF-8
         raise ModelError(f"{file}: not JSON ({error}). Copy the model again.") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{file}: not a model's config. Copy the model again.")
+        raise ModelError(f"{file}: not a model configuration. Copy the model again.")
     return config
 
 
 def flops_per_token(facts: ModelFacts, *, is_lora: bool) -> float:
-    """Model FLOPs of training one token: 4 N for LoRA, 6 N for full; the head is counted on every token here."""
+    """Return the model FLOPs of training one token: 4 N for LoRA, 6 N in full. Counts the LM head for every token."""
     head = facts.vocab * facts.hidden
     return (4.0 if is_lora else 6.0) * (facts.active_block_params + head)

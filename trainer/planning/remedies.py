@@ -1,101 +1,203 @@
-"""What would make a recipe fit: the smallest changes, each with its predicted total."""
+"""Changes that make a recipe fit a shape; each is accepted by `misfit` and shown with its predicted memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, final
 
-from trainer.config.load import all_shapes, config_dirs
-from trainer.config.recipe import LoraSettings, Recipe
+from trainer.config.recipe import LoraSettings, Recipe, RFTRecipe
 from trainer.config.shape import TrainingShape
+from trainer.planning.fit import limit_of, misfit
 from trainer.planning.memory import estimate_memory
-from trainer.planning.model_facts import ModelFacts, find_model_facts
+from trainer.planning.model_facts import ModelFacts
 
 SMALLEST_MICRO_BATCH: Final = 64
+SHORTEST_SEQUENCE: Final = 128
+"""Smaller micro-batches and shorter sequences are not recommended."""
 
 
 @final
 @dataclass(frozen=True)
 class Remedy:
-    """One change after which the estimate fits."""
+    """A recipe and shape after one change or several, for example gradient checkpointing turned on."""
 
-    change: str
-    total_gib: float
-    available_gib: float
+    changes: tuple[str, ...]
+    """Each change as the user writes it."""
+    recipe: Recipe
+    shape: TrainingShape
+    facts: ModelFacts | None
+
+    @property
+    def change(self) -> str:
+        """All changes as text."""
+        return " and ".join(self.changes)
 
     def __str__(self) -> str:
-        return f"{self.change}: {self.total_gib:.1f} of {self.available_gib:g} GiB"
+        if self.facts is None:
+            return self.change
+        memory = estimate_memory(self.recipe, self.shape, self.facts)
+        return f"{self.change}: {memory.total_gib:.1f} of {memory.available_gib:g} GiB"
+
+    def fits(self) -> bool:
+        """Whether the changed recipe fits the changed shape."""
+        return misfit(self.recipe, self.shape, self.facts) is None
+
+    def with_recipe(self, change: str, recipe: Recipe) -> Remedy:
+        """Return the remedy with one more change, of the recipe."""
+        return replace(self, changes=(*self.changes, change), recipe=recipe)
+
+    def with_shape(self, change: str, shape: TrainingShape) -> Remedy:
+        """Return the remedy with one more change, of the shape."""
+        return replace(self, changes=(*self.changes, change), shape=shape)
 
 
-def find_remedies(recipe: Recipe, shape: TrainingShape, facts: ModelFacts, shapes: list[TrainingShape]) -> list[Remedy]:
-    """Single changes that make the recipe fit, the cheapest first; where none does, pairs with checkpointing.
+def find_remedies(
+    recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None, shapes: Sequence[TrainingShape]
+) -> list[Remedy]:
+    """Return the smallest changes after which the recipe fits: single ones, or else pairs.
 
     Args:
-        recipe: which does not fit.
-        shape: that it should fit on.
-        facts: of the model.
-        shapes: the others, smallest first.
+        recipe: A recipe that does not fit the shape, or ran out of memory there although it was predicted to fit.
+        shape: The shape.
+        facts: Sizes of the model; None if unknown.
+        shapes: All shapes, smallest first.
     """
-    checkpointed = _with(recipe, "model", gradient_checkpointing=True)
-    found = _of_recipe(recipe, shape, facts, "")
-    if not found and not recipe.model.gradient_checkpointing:
-        found = _of_recipe(checkpointed, shape, facts, "`model.gradient_checkpointing: true` and ")
-    larger = next((each for each in shapes if each.name != shape.name and _fits(recipe, each, facts)), None)
-    if larger is not None:
-        sharded = ", which shards the base model" if larger.sharding == "full" and shape.sharding == "none" else ""
-        found.append(_remedy(f"`--shape {larger.name}`{sharded}", recipe, larger, facts))
-    return found
+    unchanged = Remedy((), recipe, shape, facts)
+    remedies = list(_on_same_devices(unchanged))
+    if not remedies:
+        remedies = [pair for first in _enabling(unchanged) for pair in _on_same_devices(first)]
+    others = [other for other in shapes if other.name != shape.name and _is_roomier(unchanged, other)]
+    remedies += list(_on_other_shapes(unchanged, others))[:1]
+    if not remedies:
+        remedies = [pair for first in _enabling(unchanged) for pair in list(_on_other_shapes(first, others))[:1]]
+    return remedies
 
 
-def _of_recipe(recipe: Recipe, shape: TrainingShape, facts: ModelFacts, prefix: str) -> list[Remedy]:
-    """On the same devices."""
-    found = []
-    if not recipe.model.gradient_checkpointing:
-        checkpointed = _with(recipe, "model", gradient_checkpointing=True)
-        if _fits(checkpointed, shape, facts):
-            found.append(_remedy(f"{prefix}`model.gradient_checkpointing: true`", checkpointed, shape, facts))
-    smaller = _smaller_micro_batch(recipe, shape, facts)
-    if smaller is not None:
-        text = f"{prefix}`micro_batch_tokens: {smaller.micro_batch_tokens}` in a copy of the shape {shape.name}"
-        found.append(_remedy(f"{text} (configs/shapes/)", recipe, smaller, facts))
-    if recipe.lora is None:
-        adapter = recipe.model_copy(update={"lora": LoraSettings()})
-        if _fits(adapter, shape, facts):
-            found.append(_remedy(f"{prefix}`lora: {{}}` in place of full parameters", adapter, shape, facts))
-    return found
+def find_remedies_on_any_shape(
+    recipe: Recipe, facts: ModelFacts | None, shapes: Sequence[TrainingShape]
+) -> list[Remedy]:
+    """Return changes of a recipe that fits no shape, each with the smallest shape that it fits after the change.
+
+    Args:
+        recipe: The recipe.
+        facts: Sizes of the model; None if unknown.
+        shapes: All shapes, smallest first.
+    """
+    remedies: list[Remedy] = []
+    for change in (_checkpointed, _with_adapter, _with_vllm, _within_limit):
+        starts = [changed for shape in shapes if (changed := change(Remedy((), recipe, shape, facts))) is not None]
+        fitting = [start for start in starts if start.fits()]
+        if fitting:
+            best = max(fitting, key=lambda each: each.recipe.data.max_seq_tokens)  # the first, smallest shape of those
+            remedies.append(best.with_shape(f"`--shape {best.shape.name}`", best.shape))
+    return remedies
 
 
-def _smaller_micro_batch(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> TrainingShape | None:
-    """The shape with its micro-batch halved until the recipe fits; below the longest sequence it changes nothing."""
-    tokens = shape.micro_batch_tokens // 2
+def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
+    """Return the remedies as text, or general advice if there are none."""
+    if not remedies:
+        return ["No single change makes it fit. Use a smaller model, or add a larger shape to configs/shapes/."]
+    return ["What would fit, as predicted:", *(f"  {remedy}" for remedy in remedies)]
+
+
+def _on_same_devices(start: Remedy) -> Iterator[Remedy]:
+    """Yield each further change after which the recipe fits, on the same devices; the least costly first."""
+    is_found = False
+    for change in (_checkpointed, _with_smaller_micro_batch, _with_adapter, _with_vllm, _within_limit):
+        changed = change(start)
+        if changed is not None and changed.fits():
+            is_found = True
+            yield changed
+    shorter = None if is_found else _with_shorter_sequences(start)
+    if shorter is not None:
+        yield shorter
+
+
+def _enabling(start: Remedy) -> Iterator[Remedy]:
+    """Yield the changes that are tried together with a second one."""
+    for change in (_checkpointed, _with_vllm):
+        changed = change(start)
+        if changed is not None:
+            yield changed
+
+
+def _is_roomier(unchanged: Remedy, other: TrainingShape) -> bool:
+    """Whether the other shape may help: the recipe does not fit now, or it is predicted to leave more memory free."""
+    if not unchanged.fits() or unchanged.facts is None:
+        return True
+    now = estimate_memory(unchanged.recipe, unchanged.shape, unchanged.facts)
+    then = estimate_memory(unchanged.recipe, other, unchanged.facts)
+    return then.available_gib - then.total_gib > now.available_gib - now.total_gib
+
+
+def _on_other_shapes(start: Remedy, shapes: Sequence[TrainingShape]) -> Iterator[Remedy]:
+    """Yield the shapes that the recipe fits."""
+    for shape in shapes:
+        is_newly_sharded = shape.sharding == "full" and start.shape.sharding == "none"
+        suffix = ", which shards the base model" if is_newly_sharded else ""
+        moved = start.with_shape(f"`--shape {shape.name}`{suffix}", shape)
+        if moved.fits():
+            yield moved
+
+
+def _checkpointed(start: Remedy) -> Remedy | None:
+    model = start.recipe.model
+    if model.gradient_checkpointing:
+        return None
+    changed = model.model_copy(update={"gradient_checkpointing": True})
+    return start.with_recipe("`model.gradient_checkpointing: true`", start.recipe.model_copy(update={"model": changed}))
+
+
+def _with_smaller_micro_batch(start: Remedy) -> Remedy | None:
+    """Halve the micro-batch until the recipe fits."""
+    tokens = start.shape.micro_batch_tokens // 2
     while tokens >= SMALLEST_MICRO_BATCH:
-        smaller = shape.model_copy(update={"micro_batch_tokens": tokens})
-        if _fits(recipe, smaller, facts):
+        text = f"`micro_batch_tokens: {tokens}` in a copy of the shape {start.shape.name} (configs/shapes/)"
+        smaller = start.with_shape(text, start.shape.model_copy(update={"micro_batch_tokens": tokens}))
+        if smaller.fits():
             return smaller
         tokens //= 2
     return None
 
 
-def _with(recipe: Recipe, section: str, **values: object) -> Recipe:
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+def _with_adapter(start: Remedy) -> Remedy | None:
+    if start.recipe.lora is not None:
+        return None
+    changed = start.recipe.model_copy(update={"lora": LoraSettings()})
+    return start.with_recipe("`lora: {}` instead of full-parameter training", changed)
 
 
-def _fits(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> bool:
-    limit = shape.limits.lora if recipe.lora is not None else shape.limits.full
-    if limit is None or recipe.data.max_seq_tokens > limit.max_seq_tokens or facts.params > limit.max_params_b * 1e9:
-        return False
-    return estimate_memory(recipe, shape, facts).fits
+def _with_vllm(start: Remedy) -> Remedy | None:
+    recipe = start.recipe
+    if not isinstance(recipe, RFTRecipe) or recipe.rollout.sampler == "vllm":
+        return None
+    rollout = recipe.rollout.model_copy(update={"sampler": "vllm"})
+    return start.with_recipe("`rollout.sampler: vllm`", recipe.model_copy(update={"rollout": rollout}))
 
 
-def _remedy(change: str, recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> Remedy:
-    memory = estimate_memory(recipe, shape, facts)
-    return Remedy(change, memory.total_gib, memory.available_gib)
+def _within_limit(start: Remedy) -> Remedy | None:
+    """Lower the sequence length to the shape's limit."""
+    limit = limit_of(start.recipe, start.shape)
+    if limit is None or start.recipe.data.max_seq_tokens <= limit.max_seq_tokens:
+        return None
+    return _with_max_seq_tokens(start, limit.max_seq_tokens)
 
 
-def remedy_lines(recipe: Recipe, shape: TrainingShape) -> list[str]:
-    """The remedies as text; a list of general ones where the model's sizes are not known."""
-    facts = find_model_facts(recipe.model.path, config_dirs("models"))
-    found = find_remedies(recipe, shape, facts, all_shapes()) if facts is not None else []
-    if not found:
-        return ["Lower `data.max_seq_tokens`, take a smaller model, or a larger shape."]
-    return ["What would fit, as predicted:", *(f"  {remedy}" for remedy in found)]
+def _with_shorter_sequences(start: Remedy) -> Remedy | None:
+    """Halve the sequence length until the recipe fits."""
+    tokens = start.recipe.data.max_seq_tokens // 2
+    while tokens >= SHORTEST_SEQUENCE:
+        shorter = _with_max_seq_tokens(start, tokens)
+        if shorter is None or shorter.fits():
+            return shorter
+        tokens //= 2
+    return None
+
+
+def _with_max_seq_tokens(start: Remedy, tokens: int) -> Remedy | None:
+    recipe = start.recipe
+    if isinstance(recipe, RFTRecipe) and recipe.rollout.max_completion_tokens >= tokens:
+        return None  # no room would be left for the prompt
+    data = recipe.data.model_copy(update={"max_seq_tokens": tokens})
+    return start.with_recipe(f"`data.max_seq_tokens: {tokens}`", recipe.model_copy(update={"data": data}))

@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 
 from trainer.errors import LaunchError, RunConflictError, TrainerError
 from trainer.files import fsync_dir, make_directory, write_atomically
-from trainer.planning.plan import Plan
+from trainer.planning.plan import Plan, parse_plan
 
 State = Literal["finished", "preempted", "cancelled", "failed"]
 JobFile = Literal["job.json", "job.sh", "launch.lock", "logs/supervisor.log", "logs/slurm-%j.log"]
@@ -159,7 +159,7 @@ class RunDir:
             LaunchError: this is no run directory.
         """
         try:
-            return Plan.model_validate_json(self.plan_file.read_bytes())
+            return parse_plan(self.plan_file.read_bytes())
         except FileNotFoundError:
             raise LaunchError(f"{self.root}: no plan.json, not a run directory") from None
         except ValueError as error:

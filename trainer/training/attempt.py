@@ -29,7 +29,7 @@ from trainer.errors import CheckpointError, LaunchError, NumericalError, Preempt
 from trainer.files import replaced_directory
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import load_policy, warm_start
-from trainer.planning.plan import Plan, plan_memory
+from trainer.planning.plan import Plan
 from trainer.run.console import Console
 from trainer.run.directory import LAUNCHER, SUPERVISOR_PID, RunDir
 from trainer.training.learner import Learner
@@ -57,7 +57,6 @@ class Session:
         self.excluded: frozenset[str] = frozenset()
         """File and line of the rows that are left out."""
         self._phase = "starting"
-        self._predicted = plan_memory(plan)
         self._to_log: Values = {}
         self.watch = Watch(
             run,
@@ -312,7 +311,7 @@ class Session:
         """The perf/ values of a step that every method has."""
         peak = max(self.world.max_of([peak_gib(self.world.device)]))
         values = {"perf/tokens_per_s": tokens / step_s, "perf/step_s": step_s, "perf/peak_gib": peak}
-        return values | ({"perf/predicted_gib": self._predicted.total_gib} if self._predicted is not None else {})
+        return values | ({"perf/predicted_gib": self.plan.memory.total_gib} if self.plan.memory is not None else {})
 
 
 def _never() -> bool:
@@ -327,7 +326,6 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
 
     import trainer
 
-    predicted = plan_memory(plan)
     versions = {module.__name__: module.__version__ for module in (trainer, torch, transformers, peft, accelerate)}
     return {
         "time": math.floor(time.time()),
@@ -343,7 +341,7 @@ def about_attempt(plan: Plan, world: World) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "steps": plan.steps,
-        "predicted_gib": predicted.total_gib if predicted is not None else None,
+        "predicted_gib": plan.memory.total_gib if plan.memory is not None else None,
         "argv": sys.argv[1:],
     }
 

@@ -13,16 +13,16 @@ import torch
 
 from trainer.algorithms import sft
 from trainer.algorithms.terms import PolicyTerms
-from trainer.config.presets import merge_preset
-from trainer.config.recipe import Recipe
+from trainer.config.load import all_shapes
+from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ShapeError
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Reference, Scores
 from trainer.planning.longest_pack import longest_pack
-from trainer.planning.plan import Plan, plan_memory
-from trainer.planning.remedies import remedy_lines
+from trainer.planning.plan import Plan, RFTPlan
+from trainer.planning.remedies import find_remedies, remedy_lines
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 from trainer.training.learner import Learner
 from trainer.training.policy_update import PolicyLoss
@@ -60,7 +60,7 @@ def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = Non
                     master.grad.zero_()
 
 
-def probe_sampling(sampler: Sampler, params: SamplingParams, plan: Plan, policy: Policy, world: World) -> None:
+def probe_sampling(sampler: Sampler, params: SamplingParams, plan: RFTPlan, policy: Policy, world: World) -> None:
     """Draw one chunk of the longest prompts and completions, and forget it; the journal does not see it.
 
     Args:
@@ -74,7 +74,7 @@ def probe_sampling(sampler: Sampler, params: SamplingParams, plan: Plan, policy:
         ShapeError: the device's memory does not hold it.
     """
     rollout = plan.recipe.rollout
-    if rollout is None or rollout.sampler != "local" or not is_probed(plan):
+    if rollout.sampler != "local" or not is_probed(plan):
         return
     vocab = policy.causal_lm.get_output_embeddings().weight.shape[0]
     length = max(1, plan.recipe.data.max_seq_tokens - rollout.max_completion_tokens)
@@ -107,10 +107,10 @@ def longest_batch(lengths: Sequence[int], vocab: int, recipe: Recipe, device: to
     """
     sequences = []
     for number, length in enumerate(lengths):
-        trained = length if recipe.rollout is None else min(length, recipe.rollout.max_completion_tokens)
+        trained = min(length, recipe.rollout.max_completion_tokens) if isinstance(recipe, RFTRecipe) else length
         count = min(trained, length - 1)
         mask = (False,) * (length - trained) + (True,) * trained
-        if recipe.rollout is None:
+        if not isinstance(recipe, RFTRecipe):
             inputs = {"weights": (1.0,) * count}
         else:
             inputs = {"advantages": (1.0 - number % 2 * 2.0,) * count, "sampler_logprobs": (0.0,) * count}
@@ -124,15 +124,14 @@ def _token_ids(length: int, vocab: int, seed: int) -> list[int]:
 
 
 def _run(policy: Policy, batch: Batch, plan: Plan, reference: Reference | None) -> None:
-    recipe = plan.recipe
-    if recipe.rollout is None or recipe.algorithm is None:
+    if not isinstance(plan, RFTPlan):
         policy.train()
         _sft_terms(policy(batch), batch).loss.sum().backward()
         return
-    temperature = recipe.rollout.temperature
+    temperature = plan.recipe.rollout.temperature
     if reference is not None:
         batch = replace(batch, inputs={**batch.inputs, "ref_logprobs": reference.logprobs(batch, temperature)})
-    loss = PolicyLoss(merge_preset(recipe.algorithm), recipe.algorithm.mismatch_cap)
+    loss = PolicyLoss(plan.algorithm)
     policy.train()
     loss(policy(batch, temperature=temperature, with_entropy=True), batch).loss.sum().backward()
 
@@ -164,14 +163,13 @@ def _in_words(plan: Plan, what: str) -> Iterator[None]:
 
 def out_of_memory(plan: Plan, what: str) -> str:
     """What to say when a probe did not fit."""
-    memory = plan_memory(plan)
-    predicted = f"; {memory.total_gib:.1f} GiB were predicted" if memory is not None else ""
+    predicted = f"; {plan.memory.total_gib:.1f} GiB were predicted" if plan.memory is not None else ""
     free = _available_gib(plan.shape.device)
     lines = [
         f"out of memory before step 1: {what} does not fit. The shape {plan.shape.name} has "
         f"{plan.shape.gpu_memory_gib:g} GiB per device, {free:.1f} GiB are free here{predicted}."
     ]
-    return "\n".join([*lines, *remedy_lines(plan.recipe, plan.shape)])
+    return "\n".join([*lines, *remedy_lines(find_remedies(plan.recipe, plan.shape, plan.facts, all_shapes()))])
 
 
 def _available_gib(device: str) -> float:

@@ -11,7 +11,7 @@ import torch
 from trainer.algorithms import (
     PolicyTerms,
     PolicyTokens,
-    Preset,
+    ResolvedAlgorithm,
     denominator,
     group_advantages,
     policy_terms,
@@ -19,14 +19,12 @@ from trainer.algorithms import (
     token_weights,
     truncated_weights,
 )
-from trainer.config.presets import merge_preset
-from trainer.config.recipe import AlgorithmSettings, RolloutSettings
 from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
 from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
 from trainer.model.policy import Policy, Reference, Scores
-from trainer.planning.plan import Plan
+from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
 from trainer.training.rollouts import StepRollouts
 from trainer.training.schedule import learning_rate
@@ -50,7 +48,7 @@ class Minibatch:
         return sum(pack.num_trained for pack in self.packs)
 
 
-def minibatches(drawn: StepRollouts, plan: Plan, device: torch.device) -> list[Minibatch]:
+def minibatches(drawn: StepRollouts, plan: RFTPlan, device: torch.device) -> list[Minibatch]:
     """Pack a step's scored rollouts into minibatches.
 
     Args:
@@ -58,22 +56,21 @@ def minibatches(drawn: StepRollouts, plan: Plan, device: torch.device) -> list[M
         plan: algorithm, number of minibatches, token budget.
         device: where the packs go.
     """
-    settings, rollout = _settings(plan)
-    preset = merge_preset(settings)
+    algorithm = plan.algorithm
     found = []
-    for part in _split(drawn, settings.minibatches_per_step):
-        packs = _packs([_sequences(group, preset) for group in part], plan, device)
+    for part in _split(drawn, algorithm.minibatches_per_step):
+        packs = _packs([_sequences(group, algorithm) for group in part], plan, device)
         divisor = denominator(
-            preset.normalizer,
+            algorithm.normalizer,
             num_tokens=sum(pack.num_trained for pack in packs),
             num_sequences=sum(len(group.scored) for group in part),
-            max_completion_tokens=rollout.max_completion_tokens,
+            max_completion_tokens=plan.recipe.rollout.max_completion_tokens,
         )
         found.append(Minibatch(packs, float(divisor)))
     return found
 
 
-def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: Plan, step: int) -> dict[str, float]:
+def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: RFTPlan, step: int) -> dict[str, float]:
     """Make the step's updates; returns means over them.
 
     A minibatch without a trained token on any rank makes no update: all its completions failed or are masked. A step
@@ -89,8 +86,8 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
     Raises:
         NumericalError: the sampler drew from other weights than the policy's; nothing was updated by it.
     """
-    settings, rollout = _settings(plan)
-    loss = PolicyLoss(merge_preset(settings), settings.mismatch_cap)
+    algorithm, rollout = plan.algorithm, plan.recipe.rollout
+    loss = PolicyLoss(algorithm)
     temperature = rollout.temperature
     rate = learning_rate(plan.recipe.optimizer, step, plan.steps)
     num_trained = learner.world.sum_of([float(part.num_trained) for part in parts])
@@ -98,10 +95,10 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
     if not parts:
         return {"tokens": 0.0, "learning_rate": rate}
     _even_out(parts, learner.world)
-    is_on_policy = settings.epochs_per_batch * len(parts) == 1
+    is_on_policy = algorithm.epochs_per_batch * len(parts) == 1
     _score_before(parts, learner, reference, temperature)
     updates = []
-    for epoch in range(settings.epochs_per_batch):
+    for epoch in range(algorithm.epochs_per_batch):
         for number, part in enumerate(parts):
             learner.policy.train()
             for index, pack in enumerate(part.packs):
@@ -112,7 +109,7 @@ def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: 
             if epoch == 0 and number == 0:
                 _refuse_stale_sampler(learner, rollout.max_sampler_kl)
             updates.append(learner.optim_step(rate, part.denominator, METRICS))
-    return _means(updates, settings.epochs_per_batch)
+    return _means(updates, algorithm.epochs_per_batch)
 
 
 def _even_out(parts: list[Minibatch], world: World) -> None:
@@ -139,9 +136,9 @@ def _score_before(parts: list[Minibatch], learner: Learner, reference: Reference
 class PolicyLoss:
     """The algorithm's loss over a pack that carries advantages, reference and old logprobs."""
 
-    def __init__(self, preset: Preset, mismatch_cap: float | None) -> None:
-        """Fix algorithm and correction."""
-        self.preset, self.mismatch_cap = preset, mismatch_cap
+    def __init__(self, algorithm: ResolvedAlgorithm) -> None:
+        """Use this algorithm."""
+        self.algorithm = algorithm
         self.last_logprobs = torch.empty(0)
         """Of the pack just scored, detached: a pack without old logprobs is its own old policy."""
 
@@ -151,8 +148,8 @@ class PolicyLoss:
         old = batch.inputs.get("old_logprobs", self.last_logprobs)
         sampler = batch.inputs["sampler_logprobs"]
         correction = None
-        if self.mismatch_cap is not None:
-            correction = truncated_weights(old, sampler, cap=self.mismatch_cap)
+        if self.algorithm.mismatch_cap is not None:
+            correction = truncated_weights(old, sampler, cap=self.algorithm.mismatch_cap)
         tokens = PolicyTokens(
             logprobs=scores.logprobs,
             old_logprobs=old,
@@ -161,8 +158,8 @@ class PolicyLoss:
             sequence_ids=batch.sequence_ids,
             sampler_weights=correction,
         )
-        terms = policy_terms(tokens, self.preset)
-        weights = token_weights(self.preset.normalizer, batch.sequence_ids)
+        terms = policy_terms(tokens, self.algorithm)
+        weights = token_weights(self.algorithm.normalizer, batch.sequence_ids)
         return PolicyTerms(terms.loss * weights, {**terms.metrics, "sampler_kl": sampler_kl(old, sampler)})
 
 
@@ -171,13 +168,6 @@ def score(policy: Policy, batch: Batch, temperature: float) -> torch.Tensor:
     """[N] logprobs of a pack as the policy is now."""
     policy.eval()
     return policy(batch, temperature=temperature).logprobs
-
-
-def _settings(plan: Plan) -> tuple[AlgorithmSettings, RolloutSettings]:
-    algorithm, rollout = plan.recipe.algorithm, plan.recipe.rollout
-    assert algorithm is not None
-    assert rollout is not None
-    return algorithm, rollout
 
 
 def _split(drawn: StepRollouts, parts: int) -> list[list[Group]]:
@@ -192,24 +182,24 @@ def _split(drawn: StepRollouts, parts: int) -> list[list[Group]]:
     return found
 
 
-def _packs(groups: Sequence[Sequence[TokenSequence]], plan: Plan, device: torch.device) -> list[Batch]:
+def _packs(groups: Sequence[Sequence[TokenSequence]], plan: RFTPlan, device: torch.device) -> list[Batch]:
     """Completions of a prompt behind one copy of it; those that teach nothing are measured in packs of their own."""
-    settings, budget = merge_preset(_settings(plan)[0]), plan.shape.micro_batch_tokens
+    budget = plan.shape.micro_batch_tokens
     teaching: list[Tree] = []
     still: list[Tree] = []
     for sequences in groups:
         if sequences:
-            is_still = settings.kl_coef == 0 and not any(any(each.inputs["advantages"]) for each in sequences)
+            is_still = plan.algorithm.kl_coef == 0 and not any(any(each.inputs["advantages"]) for each in sequences)
             (still if is_still else teaching).extend(grow_trees(sequences, budget))
     packs = [Batch.pack_trees(chosen, device) for chosen in tree_batches(teaching, budget)]
     return packs + [replace(Batch.pack_trees(chosen, device), is_still=True) for chosen in tree_batches(still, budget)]
 
 
-def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:
-    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], preset.advantage)
+def _sequences(group: Group, algorithm: ResolvedAlgorithm) -> list[TokenSequence]:
+    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], algorithm.advantage)
     found = []
     for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-        is_masked = preset.overlong == "mask" and rollout.finish_reason == "length"
+        is_masked = algorithm.overlong == "mask" and rollout.finish_reason == "length"
         if advantage is not None and not is_masked:
             found.append(_sequence(rollout, advantage, str(group.row)))
     return found

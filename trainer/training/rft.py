@@ -10,6 +10,7 @@ from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.model.policy import Reference
+from trainer.planning.plan import RFTPlan
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.training import policy_update
@@ -19,25 +20,24 @@ from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.rollouts import Prompt, Rollouts, sampling_params, summarize
 
 
-def train(session: Session) -> None:
+def train(session: Session, plan: RFTPlan) -> None:
     """Train from the newest checkpoint to the end.
 
     Raises:
         UserError: rows, model or rewards cannot be trained with.
         PreemptedError: asked to stop; the state is saved.
     """
-    plan, recipe, world = session.plan, session.plan.recipe, session.world
-    rollout, algorithm = recipe.rollout, recipe.algorithm
-    assert rollout is not None
-    assert algorithm is not None
+    recipe, rollout, world = plan.recipe, plan.recipe.rollout, session.world
     tokenizer = load_tokenizer(recipe.model)
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
-    prompts = _prompts(session, encoder, recipe.data.train, None)
-    held_out = _prompts(session, encoder, recipe.data.eval, recipe.data.eval_rows) if recipe.data.eval else []
+    prompts = _prompts(session, encoder, recipe.data.train, None, rollout.max_completion_tokens)
+    held_out: list[Prompt] = []
+    if recipe.data.eval is not None:
+        held_out = _prompts(session, encoder, recipe.data.eval, recipe.data.eval_rows, rollout.max_completion_tokens)
     learner = session.open_learner()
     policy = learner.policy
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
-    reference = Reference(policy, algorithm.reference, is_fresh=is_fresh)
+    reference = Reference(policy, plan.algorithm.reference, is_fresh=is_fresh)
     state = session.resume(learner)
     probe_memory(learner, plan, reference)
     with ExitStack() as stack:
@@ -54,7 +54,7 @@ def train(session: Session) -> None:
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
-        rollouts = Rollouts(recipe, prompts, sampler, rewards, session.run, world, session.stop, params)
+        rollouts = Rollouts(plan, prompts, sampler, rewards, session.run, world, session.stop, params)
         answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, session.stop.moved)
 
         def evaluate() -> Values:
@@ -97,10 +97,8 @@ class Clock:
         return time.perf_counter() - self.begin
 
 
-def _prompts(session: Session, encoder: ChatEncoder, source: DataSource, limit: int | None) -> list[Prompt]:
+def _prompts(session: Session, encoder: ChatEncoder, source: DataSource, limit: int | None, room: int) -> list[Prompt]:
     rows = read_rows(source, encoder.data, limit)
-    rollout = session.plan.recipe.rollout
-    room = rollout.max_completion_tokens if rollout is not None else 1
     prompts = [Prompt(row, encoder.encode_prompt(row, room)) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     session.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")

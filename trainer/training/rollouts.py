@@ -10,12 +10,13 @@ from itertools import chain, islice
 from typing import Any, TypeVar, final
 
 from trainer.algorithms import group_advantages
-from trainer.config.presets import merge_preset
-from trainer.config.recipe import AlgorithmSettings, Recipe, RolloutSettings
+from trainer.config.presets import ResolvedAlgorithm
+from trainer.config.recipe import Recipe, RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
+from trainer.planning.plan import RFTPlan
 from trainer.rewards.runner import RewardRunner, Scored, Scoring
 from trainer.run.directory import RunDir
 from trainer.run.journal import note_begun, read_chunk, set_aside, write_chunk
@@ -79,7 +80,7 @@ class Rollouts:
 
     def __init__(
         self,
-        recipe: Recipe,
+        plan: RFTPlan,
         prompts: Sequence[Prompt],
         sampler: Sampler,
         rewards: RewardRunner,
@@ -89,10 +90,7 @@ class Rollouts:
         params: SamplingParams,
     ) -> None:
         """Bring together what a step's rollouts need; `params` are those of training, their step is replaced."""
-        assert recipe.rollout is not None
-        assert recipe.algorithm is not None
-        self.recipe, self.settings, self.algorithm = recipe, recipe.rollout, recipe.algorithm
-        self.preset = merge_preset(recipe.algorithm)
+        self.recipe, self.settings, self.algorithm = plan.recipe, plan.recipe.rollout, plan.algorithm
         self.prompts, self.sampler, self.rewards = prompts, sampler, rewards
         self.run, self.world, self.stop, self.params = run, world, stop, params
         bad = world.from_main(run.read_excluded())
@@ -192,7 +190,7 @@ class Rollouts:
             for draw, completions, texts in zip(pending.draws, pending.completions, pending.texts, strict=True)
         ]
         rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
-        advantages = group_advantages(rewards, self.preset.advantage)
+        advantages = group_advantages(rewards, self.algorithm.advantage)
         header = self._header(step, [group.row for group in groups])
         write_chunk(self.run, step, pending.number, header, groups, advantages)
         return groups
@@ -223,7 +221,7 @@ class Rollouts:
 
 
 def make_rollout(
-    prompt: Prompt, completion: Completion, text: str, scored: Scored, algorithm: AlgorithmSettings
+    prompt: Prompt, completion: Completion, text: str, scored: Scored, algorithm: ResolvedAlgorithm
 ) -> Rollout:
     """A single-turn rollout: the prompt's tokens, then one trained segment."""
     num_prompt = len(prompt.token_ids)

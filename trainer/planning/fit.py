@@ -1,0 +1,40 @@
+"""Whether a recipe fits a shape: the one rule, used by `check`, `shape: auto` and remedies."""
+
+from __future__ import annotations
+
+from trainer.config.recipe import Recipe, RFTRecipe
+from trainer.config.shape import ShapeLimit, TrainingShape
+from trainer.planning.memory import estimate_memory
+from trainer.planning.model_facts import ModelFacts
+
+
+def limit_of(recipe: Recipe, shape: TrainingShape) -> ShapeLimit | None:
+    """Return the shape's limit for the recipe's kind of training; None if the shape does not support it."""
+    return shape.limits.lora if recipe.lora is not None else shape.limits.full
+
+
+def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> str | None:
+    """Return why the recipe does not fit the shape, or None if it fits.
+
+    Args:
+        recipe: The recipe.
+        shape: The shape.
+        facts: Sizes of the model; None if unknown, then parameters and memory are not checked.
+    """
+    kind = "LoRA" if recipe.lora is not None else "full-parameter training"
+    limit = limit_of(recipe, shape)
+    if limit is None:
+        return f"does not support {kind}"
+    is_sharded = shape.sharding == "full" and shape.num_ranks > 1
+    if is_sharded and isinstance(recipe, RFTRecipe) and recipe.rollout.sampler == "local":
+        return "shards the base model, which the local sampler does not support: `rollout.sampler: vllm`"
+    if recipe.data.max_seq_tokens > limit.max_seq_tokens:
+        return f"supports sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
+    if facts is None:
+        return None
+    if facts.params > limit.max_params_b * 1e9:
+        return f"supports models up to {limit.max_params_b:g} B parameters for {kind} ({limit.basis})"
+    memory = estimate_memory(recipe, shape, facts)
+    if not memory.fits:
+        return f"needs about {memory.total_gib:.1f} GiB per device and has {memory.available_gib:g}"
+    return None

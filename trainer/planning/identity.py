@@ -1,0 +1,81 @@
+"""The identity of a run: everything that changes its result, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+
+from trainer.config.presets import ResolvedAlgorithm
+from trainer.config.recipe import DataSource, Recipe, RFTRecipe
+from trainer.files import file_sha256
+from trainer.planning.algorithm import algorithm_values
+
+ROLLOUT_EXEMPT = frozenset({"vllm_url", "eval_samples", "max_sampler_kl"})
+"""Fields of `rollout` that do not change what is trained."""
+
+
+def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[str, object]:
+    """Return what changes the result: two plans with equal identities belong to the same run.
+
+    Args:
+        recipe: The recipe.
+        algorithm: The resolved algorithm; None for sft.
+    """
+    fields = recipe.model_dump(include={"method", "seed", "lora", "rows_per_step", "optimizer"})
+    fields |= {"algorithm": None, "rollout": None, "rewards": []}  # sft has them too: their absence is hashed
+    if isinstance(recipe, RFTRecipe) and algorithm is not None:
+        fields["algorithm"] = algorithm_values(algorithm)
+        fields["rollout"] = recipe.rollout.model_dump(exclude=set(ROLLOUT_EXEMPT))
+        fields["rewards"] = [reward.model_dump() for reward in recipe.rewards]
+    fields["data"] = recipe.data.model_dump(exclude={"train", "eval", "eval_rows"})
+    fields["data"]["digest"] = source_digest(recipe.data.train)
+    fields["model"] = recipe.model.model_dump(include={"revision", "trust_remote_code", "compute_dtype"})
+    fields["model"]["digest"] = model_digest(recipe.model.path)
+    if recipe.model.quantization is not None:
+        fields["model"]["quantization"] = recipe.model.quantization
+    if recipe.model.chat_template is not None:
+        fields["model"]["chat_template"] = _file_digest(Path(recipe.model.chat_template))
+    if recipe.lora is not None and recipe.lora.warm_start is not None:
+        fields["lora"]["warm_start"] = model_digest(recipe.lora.warm_start)
+    return fields
+
+
+def identity_hash(identity: dict[str, object]) -> str:
+    """Return the hash of an identity; it does not depend on the order of fields."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def source_digest(source: DataSource) -> str:
+    """Return the digest of the file's bytes; for a hub data set its name, configuration, split and revision."""
+    if source.path is not None and Path(source.path).is_file():
+        return _file_digest(Path(source.path))
+    return f"hub:{source.hub}:{source.config}:{source.split}:{source.revision}"
+
+
+def model_digest(path: str) -> str:
+    """Return the digest of a model or adapter directory.
+
+    JSON files are hashed whole. Of each weights file, which can be very large, the size and three samples of 1 MiB
+    are hashed: head, middle and tail. That distinguishes different weights in milliseconds.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        return f"hub:{path}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.suffix == ".safetensors":
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as handle:
+                for offset in sorted({0, size // 2, max(0, size - 2**20)}):
+                    handle.seek(offset)
+                    digest.update(handle.read(2**20))
+        elif file.suffix in {".json", ".jinja"}:
+            digest.update(file.name.encode() + file.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _file_digest(path: Path) -> str:
+    return f"sha256:{file_sha256(path)}"
