@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config.arguments import override_argv
 from trainer.config.document import dotted, leaves
 from trainer.config.length import mean_row_tokens
 from trainer.config.load import all_shapes, load_recipe
@@ -44,7 +45,7 @@ def check(arguments: argparse.Namespace) -> int:
         return _preview(arguments)
     if arguments.memory:
         return _measure_memory(arguments)
-    about = describe_plan(plan, arguments.recipe, _overrides(arguments))
+    about = describe_plan(plan, arguments.recipe, override_argv(arguments))
     if arguments.json:
         sys.stdout.write(json.dumps(about, ensure_ascii=False) + "\n")
     else:
@@ -73,7 +74,7 @@ def shapes(arguments: argparse.Namespace) -> int:
 
 def _preview(arguments: argparse.Namespace) -> int:
     """Start what may import torch, tokenizers and rewards in a process of its own."""
-    argv = [sys.executable, "-m", "trainer.checks.data_and_rewards", arguments.recipe, *_overrides(arguments)]
+    argv = [sys.executable, "-m", "trainer.checks.data_and_rewards", arguments.recipe, *override_argv(arguments)]
     argv += ["--data", "--html", arguments.html] if arguments.data else []
     argv += ["--rewards"] if arguments.rewards else []
     argv += ["--json"] if arguments.json else []
@@ -82,13 +83,8 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 def _measure_memory(arguments: argparse.Namespace) -> int:
     """Run a step without contents in a process that may import torch."""
-    argv = [sys.executable, "-m", "trainer.checks.memory_dry_run", arguments.recipe, *_overrides(arguments)]
+    argv = [sys.executable, "-m", "trainer.checks.memory_dry_run", arguments.recipe, *override_argv(arguments)]
     return subprocess.run([*argv, *(["--json"] if arguments.json else [])], check=False).returncode
-
-
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    given = [part for assignment in arguments.set for part in ("--set", assignment)]
-    return given + (["--shape", arguments.shape] if arguments.shape else [])
 
 
 def describe_plan(plan: Plan, recipe_file: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
