@@ -20,8 +20,6 @@ def events(facts: Facts) -> Iterator[tuple[str, Facts]]:
     yield from queue_events(facts)
     if facts.is_alive:
         yield "no heartbeat for 30 s", replace(facts, is_alive=False)
-    if facts.is_complete:
-        yield "steps raised", replace(facts, is_complete=False)
     if state_of(facts).may_become(RunState.CANCELLED):
         yield "cancelled by the user", replace(facts, is_cancelled=True)
 
@@ -87,7 +85,62 @@ def transitions() -> dict[tuple[RunState, RunState], str]:
     return caused
 
 
-if __name__ == "__main__":
-    t=transitions()
-    for s in RunState:
-        print(s, sorted(b.value for a,b in t if a is s), "MISSING", sorted(b.value for b in TABLE[s].next if (s,b) not in t), "EXTRA", sorted((b.value,t[s,b]) for a,b in t if a is s and b not in TABLE[s].next))
+CAUSED: Final = transitions()
+
+
+@pytest.mark.parametrize("state", RunState)
+def test_table_lists_exactly_the_transitions_that_events_cause(state):
+    assert TABLE[state].next == {after for before, after in CAUSED if before is state}
+
+
+@pytest.mark.parametrize(
+    ("before", "event", "after"),
+    [
+        (Facts(), "submit", RunState.LAUNCHED),
+        (Facts(is_launched=True), "sbatch", RunState.QUEUED),
+        (Facts(queue="waiting"), "allocated", RunState.STARTING),
+        (Facts(queue="active"), "requeued", RunState.QUEUED),
+        (Facts(queue="active", has_begun=True), "taken away", RunState.PREEMPTED),
+        (Facts(is_supervised=True), "worker takes the lock", RunState.SILENT),
+        (Facts(is_locked=True), "heartbeat", RunState.RUNNING),
+        (Facts(is_locked=True, is_alive=True), "no heartbeat for 30 s", RunState.SILENT),
+        (Facts(is_locked=True, is_supervised=True, has_begun=True), "worker ends as failed", RunState.STARTING),
+        (Facts(is_locked=True, has_begun=True), "worker ends as failed", RunState.FAILED),
+        (Facts(is_locked=True, has_begun=True), "worker ends as finished", RunState.FINISHED),
+        (Facts(is_locked=True, has_begun=True, is_cancelled=True), "worker ends as preempted", RunState.CANCELLED),
+        (Facts(is_locked=True, has_begun=True), "worker dies", RunState.INTERRUPTED),
+        (Facts(outcome="cancelled"), "train", RunState.STARTING),
+    ],
+)
+def test_state_after_an_event(before, event, after):
+    assert state_of(dict(events(before))[event]) is after
+
+
+def test_every_state_can_be_reached():
+    assert {after for _, after in CAUSED} | {RunState.NEW} == set(RunState)
+
+
+def test_nothing_follows_the_last_step_of_the_plan():
+    assert not TABLE[RunState.FINISHED].next
+
+
+def test_only_a_live_run_can_be_cancelled():
+    cancellable = {state for state in RunState if state.may_become(RunState.CANCELLED)}
+    assert cancellable == {state for state in RunState if state.is_live}
+
+
+def test_ends_in_outcome_json_are_states_and_are_printed_as_they_are():
+    assert [RunState(end).shown for end in ENDS] == list(ENDS)
+
+
+def test_public_words():
+    """Scripts compare with these."""
+    assert {row.job for row in TABLE.values()} == set(get_args(JobState))
+    assert {row.shown for row in TABLE.values()} == {
+        "pending", "starting", "running", "running, no heartbeat", "interrupted", *ENDS,
+    }  # fmt: skip
+
+
+def test_outcome_is_printed_without_saying_its_state_twice():
+    assert str(Outcome("preempted", 3, "stopped after step 3 of 10", 75)) == "preempted: stopped after step 3 of 10"
+    assert str(Outcome("finished", 9, "finished 9 steps", 0)) == "finished 9 steps"

@@ -83,13 +83,13 @@ class RunState(StrEnum):
         return self.job in {"PENDING", "RUNNING"}
 
     def may_become(self, other: RunState) -> bool:
-        """Whether the other state may follow this one."""
+        """Whether the other state may follow this one directly."""
         return other in TABLE[self].next
 
 
 @final
 @dataclass(frozen=True)
-class Row:
+class StateRow:
     """What a state is called, and what may follow it."""
 
     shown: str
@@ -98,22 +98,27 @@ class Row:
 
 
 _S = RunState
-_LIVE: Final = frozenset({_S.QUEUED, _S.LAUNCHED, _S.STARTING, _S.RUNNING, _S.SILENT})
+_HELD: Final = frozenset({_S.RUNNING, _S.SILENT})
+_STARTED: Final = _HELD | {_S.LAUNCHED, _S.STARTING}
 _ENDED: Final = frozenset({_S.INTERRUPTED, _S.PREEMPTED, _S.FAILED, _S.CANCELLED})
+_FORGOTTEN: Final = frozenset({_S.NEW, _S.INTERRUPTED})
+"""What remains of a run that only the batch system called preempted or cancelled, once it has forgotten the job."""
 
-TABLE: Final[Mapping[RunState, Row]] = {
-    # state: `trainer status`, `trainer jobs`, next states
-    _S.NEW: Row("pending", "FAILED", _LIVE),
-    _S.QUEUED: Row("pending", "PENDING", (_LIVE | _ENDED | {_S.NEW})),
-    _S.LAUNCHED: Row("starting", "PENDING", (_LIVE | _ENDED | {_S.NEW})),
-    _S.STARTING: Row("starting", "RUNNING", (_LIVE | _ENDED | {_S.NEW, _S.FINISHED})),
-    _S.RUNNING: Row("running", "RUNNING", (_LIVE | _ENDED | {_S.FINISHED})),
-    _S.SILENT: Row("running, no heartbeat", "RUNNING", (_LIVE | _ENDED | {_S.NEW, _S.FINISHED})),
-    _S.INTERRUPTED: Row("interrupted", "FAILED", _LIVE),
-    _S.PREEMPTED: Row("preempted", "PREEMPTED", _LIVE),
-    _S.FAILED: Row("failed", "FAILED", _LIVE),
-    _S.CANCELLED: Row("cancelled", "CANCELLED", _LIVE),
-    _S.FINISHED: Row("finished", "COMPLETED", frozenset({_S.PREEMPTED})),  # `steps` was raised
+TABLE: Final[Mapping[RunState, StateRow]] = {
+    # state: printed by `trainer status`, by `trainer jobs`, states that may follow under the same plan
+    _S.NEW: StateRow("pending", "FAILED", frozenset({_S.LAUNCHED, _S.STARTING, _S.SILENT})),
+    _S.QUEUED: StateRow("pending", "PENDING", _HELD | {_S.STARTING} | _ENDED | {_S.NEW}),
+    _S.LAUNCHED: StateRow("starting", "PENDING", _HELD | {_S.QUEUED, _S.STARTING} | _ENDED | {_S.NEW}),
+    _S.STARTING: StateRow("starting", "RUNNING", _HELD | {_S.QUEUED, _S.LAUNCHED} | _ENDED | {_S.NEW, _S.FINISHED}),
+    _S.RUNNING: StateRow("running", "RUNNING", _STARTED - {_S.RUNNING} | {_S.QUEUED} | _ENDED | {_S.FINISHED}),
+    _S.SILENT: StateRow(
+        "running, no heartbeat", "RUNNING", _STARTED - {_S.SILENT} | {_S.QUEUED} | _ENDED | {_S.NEW, _S.FINISHED}
+    ),
+    _S.INTERRUPTED: StateRow("interrupted", "FAILED", _STARTED),
+    _S.PREEMPTED: StateRow("preempted", "PREEMPTED", _STARTED | _FORGOTTEN),
+    _S.FAILED: StateRow("failed", "FAILED", _STARTED),
+    _S.CANCELLED: StateRow("cancelled", "CANCELLED", _STARTED | _FORGOTTEN),
+    _S.FINISHED: StateRow("finished", "COMPLETED", frozenset()),
 }
 
 
