@@ -1,30 +1,21 @@
-"""Retry what fails for a moment; wait until a condition holds."""
+"""Retries an operation whose failure may be temporary."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def retry(operation: Callable[[], T], *, is_transient: Callable[[Exception], bool], pauses_s: Iterable[float]) -> T:
-    """Call an operation until it succeeds, fails for good, or the pauses run out.
-
-    >>> answers = iter([OSError("busy"), "done"])
-    >>> def ask() -> str:
-    ...     if isinstance(answer := next(answers), OSError):
-    ...         raise answer
-    ...     return answer
-    >>> retry(ask, is_transient=lambda error: isinstance(error, OSError), pauses_s=backoff(0.001, 3))
-    'done'
+def retry(operation: Callable[[], T], *, pauses_s: Iterable[float], is_transient: Callable[[Exception], bool]) -> T:
+    """Call an operation until it succeeds; the error of the last call is raised.
 
     Args:
-        operation: called at least once.
-        is_transient: whether another call may succeed after this error; other errors propagate at once.
-        pauses_s: seconds to wait before each further call: `backoff(...)` or `regular(...)`. The error of the last
-            call propagates.
+        operation: what to call.
+        pauses_s: seconds to wait before each further call; (1, 2, 4) allows four calls.
+        is_transient: whether to call again after this error; any other error is raised at once.
     """
     for pause_s in pauses_s:
         try:
@@ -34,35 +25,3 @@ def retry(operation: Callable[[], T], *, is_transient: Callable[[Exception], boo
                 raise
         time.sleep(pause_s)
     return operation()
-
-
-def backoff(first_s: float, number: int) -> Iterator[float]:
-    """Pauses that double.
-
-    >>> list(backoff(0.5, 3))
-    [0.5, 1.0, 2.0]
-    """
-    return (first_s * 2**index for index in range(number))
-
-
-def regular(pause_s: float, timeout_s: float) -> Iterator[float]:
-    """Equal pauses until the timeout, which starts with the first of them."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        yield pause_s
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float, poll_s: float) -> bool:
-    """Wait for a condition; returns whether it came true in time.
-
-    Args:
-        condition: checked at least once.
-        timeout_s: seconds; `float("inf")` waits forever.
-        poll_s: seconds between two checks.
-    """
-    end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(poll_s)
-    return True

@@ -17,6 +17,8 @@ T = TypeVar("T")
 NUM_LONG: Final = 200_000
 POLL_BYTES: Final = 2**16
 """More than any poll below needs; the long file has 14 million."""
+COUNTING_BYTES: Final = 200
+"""What reading the count itself needs."""
 
 
 def line(step: int, **values: Any) -> str:
@@ -170,6 +172,10 @@ def test_record_of_100_kb(file):
     assert steps(reader.poll()) == [2, 3]
     append(file, line(4, rows=rows)[:-1])
     assert run.newest_logged_step() == 3, "the newest is half-written"
+    assert reader.poll() == []
+    assert bytes_read(reader.poll)[1] < COUNTING_BYTES, "its first half is not read again at each poll"
+    append(file, "\n")
+    assert steps(reader.poll()) == [4]
 
 
 def test_newest_records_of_an_empty_or_missing_file(file):
@@ -185,7 +191,7 @@ def test_poll_costs_the_same_in_a_long_run(file, long_text):
     reader, read = bytes_read(lambda: MetricsReader(file, last=20))
     assert read < POLL_BYTES
     assert steps(reader.poll())[-1] == NUM_LONG - 1
-    assert bytes_read(reader.poll)[1] < 1000, "nothing is new, so nothing of the file is read"
+    assert bytes_read(reader.poll)[1] < COUNTING_BYTES, "nothing is new, so nothing of the file is read"
     append(file, line(NUM_LONG))
     records, read = bytes_read(reader.poll)
     assert steps(records) == [NUM_LONG]

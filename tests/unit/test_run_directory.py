@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_a_lock_has_one_holder(run):
             pass
     assert not run.is_locked()
     assert run.wait_unlocked(0.01, timeout_s=0)
+
+
+def test_two_processes_that_probe_a_lock_at_once_do_not_take_each_other_for_its_holder(run):
+    with run.locked():
+        pass
+    with (run.root / "lock").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # as a probe does, for a moment
+        assert not run.is_locked()
 
 
 def test_steps_are_found_among_other_directories(run):

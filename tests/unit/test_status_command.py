@@ -15,7 +15,7 @@ from small_recipe import write_small
 
 from trainer.commands.cli import main
 from trainer.commands.status import describe_run
-from trainer.commands.tables import table_lines, write_table
+from trainer.commands.tables import table_lines
 from trainer.config.load import load_recipe
 from trainer.jobs.state import JobRecord, observe, write_record
 from trainer.planning.plan import make_plan
@@ -101,12 +101,11 @@ def test_damaged_outcome_is_said_without_a_traceback(run, capsys):
 def test_table_elsewhere_has_one_line_per_row_and_keeps_brackets():
     long = "x" * 300
     assert table_lines([("[a]", "[bold]b[/]"), ("ccc", long)]) == ["[a]  [bold]b[/]", f"ccc  {long}"]
-    assert table_lines([]) == []
 
 
-def test_table_in_a_pipe_has_no_header_and_no_colours(capsys):
-    write_table([("runs/a", "FAILED")], ("job", "state"))
-    assert capsys.readouterr().out == "runs/a  FAILED\n"
+def test_no_jobs_are_no_lines(run, capsys):
+    assert main(["jobs"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_table_on_a_terminal_has_a_header(run):

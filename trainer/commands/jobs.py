@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
 from trainer.commands.status import describe_run
-from trainer.commands.tables import write_table
+from trainer.commands.tables import table_lines
 from trainer.config.load import load_recipe
 from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
@@ -65,12 +66,16 @@ class JobStatus:
 
 def list_jobs(arguments: argparse.Namespace) -> int:
     """List every submitted run of this directory."""
-    found = [_status(job) for job in jobs()]
+    statuses = [_status(job) for job in jobs()]
     if arguments.json:
-        sys.stdout.write(json.dumps([asdict(each) for each in found]) + "\n")
+        sys.stdout.write(json.dumps([asdict(status) for status in statuses]) + "\n")
         return 0
-    rows = [(each.job, each.state, f"step {each.step} of {each.steps}", _launcher(each)) for each in found]
-    write_table(rows, ("job", "state", "progress", "launcher"))
+    rows = [(each.job, each.state, f"step {each.step} of {each.steps}", _launcher(each)) for each in statuses]
+    if not rows:
+        return 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    header = [("job", "state", "progress", "launcher")] if width is not None else []  # not in pipes: one line a job
+    sys.stdout.write("".join(f"{line}\n" for line in table_lines([*header, *rows], width=width)))
     return 0
 
 
@@ -85,9 +90,10 @@ def _status(job: Job) -> JobStatus:
         state = str(job.state())
     except (TrainerError, OSError) as error:
         state = f"unknown: {error}"
-    about = describe_run(run)
+    progress = describe_run(run)
     launcher: Launcher = record.launcher if record is not None else "local"
-    return JobStatus(job.id, state, about.step, about.steps, launcher, record.slurm_id if record is not None else None)
+    slurm_id = record.slurm_id if record is not None else None
+    return JobStatus(job.id, state, progress.step, progress.steps, launcher, slurm_id)
 
 
 def cancel(arguments: argparse.Namespace) -> int:

@@ -78,17 +78,17 @@ def status(arguments: argparse.Namespace) -> int:
     run = find_run(arguments.target)
     if arguments.follow:
         return _follow(run)
-    about = describe_run(run)
+    current = describe_run(run)
     if arguments.json:
-        sys.stdout.write(json.dumps(asdict(about)) + "\n")
+        sys.stdout.write(json.dumps(asdict(current)) + "\n")
         return 0
-    left = f", {duration(about.seconds_left)} left" if about.seconds_left is not None else ""
-    phase = f" ({about.phase})" if about.phase else ""
-    sys.stdout.write(f"{about.run}: {about.state}{phase}, step {about.step} of {about.steps}{left}\n")
-    if about.metrics:
-        sys.stdout.write(f"  {describe(about.metrics)}\n")
-    if about.message:
-        sys.stdout.write(f"  {about.message}\n")
+    left = f", {duration(current.seconds_left)} left" if current.seconds_left is not None else ""
+    phase = f" ({current.phase})" if current.phase else ""
+    sys.stdout.write(f"{current.run}: {current.state}{phase}, step {current.step} of {current.steps}{left}\n")
+    if current.metrics:
+        sys.stdout.write(f"  {describe(current.metrics)}\n")
+    if current.message:
+        sys.stdout.write(f"  {current.message}\n")
     return 0
 
 

@@ -1,57 +1,46 @@
-"""Print tables: aligned and coloured on a terminal, one plain line per row elsewhere."""
+"""Tables on the terminal: aligned, and folded to its width; plain unfolded lines elsewhere."""
 
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-UNLIMITED: Final = 100_000
-"""Width that no row reaches, so that no line is wrapped or cut."""
+UNLIMITED_WIDTH: Final = 100_000
 
 
-def table_lines(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    """Rows as aligned lines of plain text, for logs, pipes and grep.
+def table_lines(
+    rows: Sequence[Sequence[str]], *, indent: int = 0, width: int | None = None, is_dim: Sequence[bool] | None = None
+) -> list[str]:
+    """Return rows as aligned lines.
 
     >>> table_lines([("a", "bb"), ("ccc", "d")])
     ['a    bb', 'ccc  d']
-    """
-    from rich.console import Console  # not at the top: `trainer --help` stays fast
-
-    if not rows:
-        return []
-    text = io.StringIO()
-    Console(file=text, width=UNLIMITED).print(_table(rows))
-    return [f"{indent}{line}".rstrip() for line in text.getvalue().splitlines()]
-
-
-def write_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
-    """Write a table to stdout; the header appears on a terminal only.
 
     Args:
-        rows: cells, as many in each row as the header has.
-        header: column titles.
+        rows: Cells of each row.
+        indent: Spaces before each line.
+        width: Width of the terminal, to which long cells are folded; None writes each row as one line.
+        is_dim: Which rows are dimmed, by ANSI codes; None dims none and writes no codes.
     """
-    if sys.stdout.isatty() and rows:
-        from rich.console import Console
-
-        Console(file=sys.stdout).print(_table(rows, header))
-    else:
-        sys.stdout.write("".join(f"{line}\n" for line in table_lines(rows)))
-
-
-def _table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> Table:
+    from rich.console import Console  # imported here to keep other commands fast
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=header is not None, padding=(0, 2, 0, 0), pad_edge=False)
-    for index in range(len(rows[0])):
-        is_last = index == len(rows[0]) - 1
-        table.add_column(header[index] if header is not None else "", no_wrap=not is_last, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
-    return table
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in rows[0]:
+        table.add_column(overflow="fold", no_wrap=width is None)
+    for number, row in enumerate(rows):
+        dimmed = is_dim is not None and is_dim[number]
+        table.add_row(*(Text(cell) for cell in row), style="dim" if dimmed else None)
+    console = Console(
+        file=io.StringIO(),
+        width=width or UNLIMITED_WIDTH,
+        force_terminal=is_dim is not None,
+        color_system="standard" if is_dim is not None else None,
+        highlight=False,
+    )
+    with console.capture() as capture:
+        console.print(Padding(table, (0, 0, 0, indent), expand=False))
+    return [line.rstrip() for line in capture.get().splitlines()]

@@ -22,9 +22,10 @@ from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
 from trainer.jobs.state import Launcher, is_alive, observe, read_record, read_state, waiting_reason
 from trainer.launch.local import refuse_many_machines
 from trainer.planning.plan import Plan, make_plan
-from trainer.retry import regular, retry
+from trainer.retry import retry
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, all_runs, find_run, named_run, open_run
+from trainer.run.polling import pauses
 from trainer.run.state import JobState, Outcome, RunState
 
 T = TypeVar("T")
@@ -261,7 +262,7 @@ def _retried(operation: Callable[[], T], timeout_s: float, poll_s: float) -> T:
     return retry(
         operation,
         is_transient=lambda error: isinstance(error, OSError | QueueError),
-        pauses_s=regular(poll_s, timeout_s),
+        pauses_s=pauses(poll_s, timeout_s),
     )
 
 

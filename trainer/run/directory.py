@@ -13,9 +13,9 @@ from typing import Any, Literal, final
 
 from trainer.errors import LaunchError
 from trainer.planning.plan import Plan
-from trainer.retry import wait_until
 from trainer.run import lock, readers
 from trainer.run.metrics_reader import MetricsReader, Record, newest_records, read_records
+from trainer.run.polling import wait_until
 from trainer.run.readers import Heartbeat
 from trainer.run.state import Outcome
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from trainer.errors import LaunchError, TrainerError
 from trainer.files import fsync_dir, make_directory
-from trainer.retry import wait_until
+from trainer.run.polling import wait_until
 
 PROBE_S: Final = 1.0
 """Probing takes the lock briefly; retry acquiring for this long."""

@@ -78,17 +78,14 @@ class MetricsReader:
             return records
 
     def _new(self, opened: BinaryIO) -> list[Record]:
-        about = os.fstat(opened.fileno())
-        seen, self._seen = self._seen, (about.st_ino, about.st_size, about.st_mtime_ns)
+        stat = os.fstat(opened.fileno())
+        seen, self._seen = self._seen, (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if seen == self._seen:
             return []
-        is_same_file = seen is None or (seen[0] == about.st_ino and about.st_size >= self._cursor)
-        if is_same_file:
-            opened.seek(self._cursor - len(self._anchor))
-            data = opened.read()
-            if data.startswith(self._anchor):
-                return self._advance(data[len(self._anchor) :])
-        return self._resynchronize(opened, about.st_size)
+        opened.seek(self._cursor - len(self._anchor))
+        if opened.read(len(self._anchor)) == self._anchor:
+            return self._advance(opened.read())
+        return self._resynchronize(opened, stat.st_size)
 
     def _advance(self, data: bytes) -> list[Record]:
         """Parse whole lines from the cursor on; what follows the last line end is read again at the next poll."""
