@@ -37,36 +37,13 @@ def verify_resume(arguments: argparse.Namespace) -> int:
             f"--kills {arguments.kills}: must be below the number of steps ({plan.steps}): at most one kill a step"
         )
     home = RUNS / f"{plan.recipe.name}.verify-{time.strftime('%Y%m%d-%H%M%S')}"
-    whole, interrupted = (open_run(plan, name, home) for name in ("whole", "interrupted"))
-    seconds = {}
-    begin = time.monotonic()
-    _say(f"{whole.root}: {plan.steps} steps, undisturbed")
-    _run_to_end(whole)
-    seconds["whole"] = time.monotonic() - begin
-    begin = time.monotonic()
-    number = signal.Signals[f"SIG{arguments.signal}"]
-    kills = [
-        kill
-        for at_step, kind in planned_kills(plan, arguments.kills, arguments.seed)
-        if (kill := _kill_once(interrupted, at_step, kind, number)) is not None
-    ]
-    _run_to_end(interrupted)
-    seconds["interrupted"] = time.monotonic() - begin
-    tolerance = 0.0 if plan.shape.device == "cpu" else GPU_TOLERANCE
-    certificate: dict[str, Any] = {
+    certificate = {
         "recipe": arguments.recipe,
         "identity_hash": plan.identity_hash,
         "seed": arguments.seed,
         "signal": arguments.signal,
-        "kills": kills,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        **compare_runs(whole, interrupted, tolerance=tolerance),
+        **_run_and_compare(plan, home, arguments),
     }
-    if len(kills) < arguments.kills:
-        certificate["equal"] = False
-        certificate["problems"].append(
-            f"only {len(kills)} of {arguments.kills} kills happened before the run ended: increase --steps"
-        )
     file = home / "certificate.json"
     write_atomically(file, json.dumps(certificate, indent=1) + "\n")
     if arguments.json:
@@ -74,6 +51,31 @@ def verify_resume(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.write("\n".join([*certificate_lines(certificate), f"written to {file}"]) + "\n")
     return EXIT_FINISHED if certificate["equal"] else EXIT_FAILED
+
+
+def _run_and_compare(plan: Plan, home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make both runs below `home`; returns kills, durations and the comparison."""
+    whole, interrupted = (open_run(plan, name, home) for name in ("whole", "interrupted"))
+    start = time.monotonic()
+    _say(f"{whole.root}: {plan.steps} steps, undisturbed")
+    _run_to_end(whole)
+    middle = time.monotonic()
+    signal_number = signal.Signals[f"SIG{arguments.signal}"]
+    attempted = [
+        _kill_once(interrupted, at_step, kind, signal_number)
+        for at_step, kind in planned_kills(plan, arguments.kills, arguments.seed)
+    ]
+    kills = [kill for kill in attempted if kill is not None]
+    _run_to_end(interrupted)
+    end = time.monotonic()
+    comparison = compare_runs(whole, interrupted, tolerance=0.0 if plan.shape.device == "cpu" else GPU_TOLERANCE)
+    if len(kills) < arguments.kills:
+        comparison["equal"] = False
+        comparison["problems"].append(
+            f"only {len(kills)} of {arguments.kills} kills happened before the run ended: increase --steps"
+        )
+    seconds = {"whole": round(middle - start, 1), "interrupted": round(end - middle, 1)}
+    return {"kills": kills, "seconds": seconds, **comparison}
 
 
 def planned_kills(plan: Plan, number: int, seed: int) -> Iterator[tuple[int, str]]:
@@ -93,7 +95,7 @@ def planned_kills(plan: Plan, number: int, seed: int) -> Iterator[tuple[int, str
         yield step, kinds[index % len(kinds)]
 
 
-def _kill_once(run: RunDir, at_step: int, kind: str, number: signal.Signals) -> dict[str, Any] | None:
+def _kill_once(run: RunDir, at_step: int, kind: str, signal_number: signal.Signals) -> dict[str, Any] | None:
     """Start the run and kill it; None where it ended before the moment came."""
     is_now = _moment(run, at_step, kind)
     process = _start(run)
@@ -105,17 +107,17 @@ def _kill_once(run: RunDir, at_step: int, kind: str, number: signal.Signals) -> 
         time.sleep(POLL_S)
     step = run.newest_logged_step()
     kept = max(0, run.newest_checkpoint_step())
-    if number == signal.SIGKILL:
+    if signal_number == signal.SIGKILL:
         kill_with_descendants(process.pid)
     else:
-        process.send_signal(number)
+        process.send_signal(signal_number)
     code = process.wait()
-    if number != signal.SIGKILL:
+    if signal_number != signal.SIGKILL:
         if code not in (EXIT_PREEMPTED, EXIT_FINISHED):
             raise LaunchError(f"{run.root}: did not stop cleanly when asked, exit code {code}. {_see(run)}")
         step, kept = run.newest_logged_step(), max(0, run.newest_checkpoint_step())
     run.wait_unlocked()
-    _say(f"{run.root}: SIG{number.name.removeprefix('SIG')} at step {step} while {kind}")
+    _say(f"{run.root}: {signal_number.name} at step {step} while {kind}")
     return {"at_step": step, "phase": kind, "newest_checkpoint": kept, "steps_repeated": step - kept}
 
 
