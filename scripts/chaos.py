@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # `chaos` is the package of faults, not this script
 
-from chaos_runs import Chaos, Fault, Report, Row, chaos, table  # noqa: E402
-from conftest import write_files  # noqa: E402
-from project import Project  # noqa: E402
+from chaos_runs import Chaos, Fault, Report, Row, chaos, table
+from conftest import write_files
+from project import Project
 
 ACTIONS = ["kill", "kill", "cut", "cut", "torn"]
 SAVING = [

@@ -1,7 +1,27 @@
-"""Deliberate errors and the exit code of each.
+"""Errors for people, and the exit code of each.
 
-Anything raised from here is for people: it is printed without a traceback and says where, what and how to mend it.
-A defect of ours stays an ordinary exception and keeps its traceback.
+An error from here is printed without a traceback; its message says where, what is wrong, and the remedy. A bug of ours
+stays an ordinary exception and keeps its traceback.
+
+    TrainerError                 1   root of all errors below
+      UserError                  2   the user must change something
+        RecipeError              2     recipe or training shape
+        DataError                2     rows
+        ShapeError               2     no shape fits, or the named one does not
+        ModelError               2     model, tokenizer, chat template, adapter
+        RewardError              2     a reward
+        LaunchError              2     launcher and shape disagree, or the run is running already
+        RunConflictError         2     the run directory holds another run
+      CheckpointError            1   checkpoint not written or not readable
+      MirrorError                1   storage not readable or not writable
+        MirrorAccessError        2     storage refuses access
+      NumericalError             1   non-finite values, or leakage between packed sequences
+      RolledBackError            1   internal: continue from the newest checkpoint without the offending rows
+      QueueError                 1   the batch system did not answer
+      JobTimeoutError            1   a job was not there in time; it continues
+      PreemptedError            75   the machine is taken away; run the same command again
+
+Exit code 0: finished.
 """
 
 from __future__ import annotations
@@ -29,17 +49,17 @@ class UserError(TrainerError):
 
 @final
 class RecipeError(UserError):
-    """A recipe or a training shape that cannot be used; every mistake on a line of its own."""
+    """A recipe or a training shape is invalid; every mistake is on a line of its own."""
 
     def __init__(self, mistakes: list[str]) -> None:
-        """Keep the mistakes, one line each, already carrying file and line."""
+        """Keep the mistakes, one line each, with file and line."""
         super().__init__("\n".join(mistakes))
         self.mistakes = mistakes
 
 
 @final
 class DataError(UserError):
-    """Rows that cannot be trained on; names the file and the line."""
+    """Rows that cannot be trained on; names file and line."""
 
 
 @final
@@ -54,17 +74,17 @@ class ModelError(UserError):
 
 @final
 class RewardError(UserError):
-    """A reward that cannot be imported, does not keep its contract, or fails too often."""
+    """A reward that cannot be imported, violates its contract, or fails too often."""
 
 
 @final
 class LaunchError(UserError):
-    """The launcher and the shape contradict each other, or a run directory is taken."""
+    """Launcher and shape disagree, or the run directory cannot be used now."""
 
 
 @final
 class RunConflictError(UserError):
-    """A run directory of this name holds another run."""
+    """The run directory of this name holds another run."""
 
 
 @final
@@ -78,33 +98,33 @@ class MirrorError(TrainerError):
 
 @final
 class MirrorAccessError(MirrorError):
-    """Storage that refuses: credentials, or their rights."""
+    """Storage that refuses access: missing credentials or rights."""
 
     exit_code: ClassVar[int] = EXIT_USER
 
 
 @final
 class NumericalError(TrainerError):
-    """Numbers that must not be trained on: not finite, or packing that leaks."""
+    """Non-finite values, or leakage between packed sequences."""
 
 
 @final
 class RolledBackError(TrainerError):
-    """Rows that broke the numbers are left out now; the same process goes on from the newest checkpoint."""
+    """Offending rows are left out from now on; the same process continues from the newest checkpoint."""
 
 
 @final
 class QueueError(TrainerError):
-    """The batch system could not be asked, or refused; asking again may help."""
+    """The batch system did not answer, or refused; a retry may succeed."""
 
 
 @final
 class JobTimeoutError(TrainerError):
-    """A job did not get in time to where it was awaited; it goes on as it was."""
+    """A job did not reach the awaited state in time; it continues."""
 
 
 @final
 class PreemptedError(TrainerError):
-    """The machine asked for itself back; the state is saved where the message says."""
+    """The machine is being taken away; the message says which state is saved."""
 
     exit_code: ClassVar[int] = EXIT_PREEMPTED

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         weights = run.weights(is_lora=plan.recipe.lora is not None, best=arguments.best)
         if not weights.is_dir():
             raise ModelError(f"{weights}: does not exist yet; let the run finish first (trainer status {run.root})")
-        out = Path(arguments.out) if arguments.out else run.root / ("merged" if arguments.merge else "export")
+        out = Path(arguments.out) if arguments.out else run.exported(is_merged=arguments.merge)
         if plan.recipe.lora is not None and arguments.merge:
             found = merge(plan, weights, out)
             sys.stderr.write(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens to the machine meanwhile."""
+"""Atomic and durable file writes: a file is complete or absent, even after a power cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a file as a whole: readers see the old or the new one, never half."""
+    """Replace a file atomically: readers see the old or the new content, never a part.
+
+    Args:
+        path: the file.
+        text: its new content.
+        durable: whether to fsync, so that the new content survives a power cut.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -28,19 +34,19 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make a file's bytes survive a power cut."""
+    """Flush a file's content to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames in a directory survive a power cut."""
+    """Flush a directory to disk, and with it creations and renames of its entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,7 +55,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, and those above it; where it is new it survives a power cut."""
+    """Create a directory and its parents durably; existing ones are left alone."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -58,7 +64,7 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """Fill a temporary sibling, then put it in the target's place; on an error the target stays as it was."""
+    """Fill a temporary directory within the block, then move it to the target; on an error the target is untouched."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

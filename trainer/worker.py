@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from trainer.config.arguments import add_override_arguments
 from trainer.config.load import load_recipe
 from trainer.errors import (
     EXIT_FAILED,
@@ -24,7 +25,10 @@ from trainer.errors import (
     TrainerError,
 )
 from trainer.planning.plan import Plan, RFTPlan, make_plan
-from trainer.run.directory import SHUTDOWN_TIMEOUT, Outcome, RunDir, State, open_run
+from trainer.run.directory import RunDir
+from trainer.run.find import named_run, open_run
+from trainer.run.protocol import SHUTDOWN_TIMEOUT
+from trainer.run.state import EndState, Outcome
 
 if TYPE_CHECKING:
     from trainer.training.attempt import Session
@@ -134,7 +138,7 @@ def _trained(train: Callable[[Session], None], session: Session) -> bool:
     return True
 
 
-def _state_of(error: TrainerError, run: RunDir) -> State:
+def _state_of(error: TrainerError, run: RunDir) -> EndState:
     if isinstance(error, PreemptedError):
         return "cancelled" if run.cancel_file.exists() else "preempted"
     return "failed"
@@ -167,14 +171,13 @@ def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
     plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
     if _is_main():
         return plan, open_run(plan, arguments.name)
-    return plan, RunDir(Path("runs") / (arguments.name or plan.recipe.name))
+    return plan, named_run(arguments.name or plan.recipe.name)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trainer.worker", description=__doc__)
     parser.add_argument("target", help="a recipe, or a run directory that holds a plan")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    parser.add_argument("--shape", help="training shape")
+    add_override_arguments(parser)
     parser.add_argument("--name", help="run name")
     return parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
 """A reward server in one file: `python docs/examples/reward_server.py --port 8765`.
 
-It scores 1.0 where the completion contains the row's answer. Standard library only; start from it for a reward that
-needs a machine, a language or a model of its own, and name it in a recipe:
+It scores 1.0 if the completion contains the row's answer, and uses the standard library only. Start from it for a
+reward that needs another machine, language or model, and use it in a recipe:
 
     rewards:
       - use: http_reward
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def score(prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
-    """Replace this: one number for each completion, None to abstain."""
+    """Replace this function: one number per completion, or None to abstain."""
     answers = columns.get("answer", [None] * len(completions))
     return [
         None if answer is None else float(str(answer) in completion)
@@ -35,7 +35,7 @@ class RewardHandler(BaseHTTPRequestHandler):
         self.answer(200, {"rewards": rewards})
 
     def do_GET(self) -> None:
-        """Say that the server is up."""
+        """Answer a health check."""
         self.answer(200, {"status": "ready"})
 
     def answer(self, status: int, message: dict[str, Any]) -> None:
@@ -48,13 +48,13 @@ class RewardHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent; a training run makes thousands of requests."""
+        """Log nothing: a training run makes thousands of requests."""
 
 
 def main() -> None:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines")
     parser.add_argument("--port", type=int, default=8765)
     arguments = parser.parse_args()
     with ThreadingHTTPServer((arguments.host, arguments.port), RewardHandler) as server:

@@ -209,6 +209,6 @@ class TestVanishingProcesses:
         os.kill(run.worker_pid(), signal.SIGKILL)
         done = started.wait()
         assert done.code == 1, done.said
-        assert "the worker ended without a word" in done.stderr
+        assert "the worker ended without an outcome" in done.stderr
         assert f"resumed runs/long at step {before} of 9999" in done.stderr, "the end of its log"
         assert run.outcome()["state"] == "failed"

@@ -53,7 +53,7 @@ def test_driver_is_killed_and_its_run_goes_on(shared: Project, whole: Run) -> No
     assert states(shared) == {"runs/driven": "FAILED"}
     done = shared.start(argv).wait()
     assert done.code == 0, done.said
-    assert done.stdout.splitlines()[-1].startswith("finished: finished 120 steps of runs/driven; eval/loss ")
+    assert done.stdout.splitlines()[-1].startswith("finished 120 steps of runs/driven; eval/loss ")
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2]
     assert run.values() == whole.values()
     assert run.adapter() == whole.adapter()
@@ -83,7 +83,7 @@ def test_cancelled_until_it_is_asked_for(shared: Project, whole: Run) -> None:
 
     machine = shared.trainer("train", "runs/cancelled", "--resubmitted")
     assert machine.code == 1, machine.said
-    assert "was cancelled; `trainer reconnect` or `trainer train` goes on with it" in machine.stderr
+    assert "was cancelled; `trainer reconnect` or `trainer train` resumes it" in machine.stderr
     assert shared.trainer("cancel", "cancelled").stderr == "runs/cancelled is not running: cancelled\n"
 
     reconnected = shared.trainer("reconnect", "cancelled")
@@ -109,7 +109,7 @@ def test_what_cannot_be_resumed_says_why(shared: Project) -> None:
     assert waited.stdout == "failed\n", waited.said
     done = shared.trainer("reconnect", "mistake")
     assert done.code == 2, done.said
-    assert "runs/mistake cannot be resumed, since another attempt would end alike: train.jsonl:" in done.stderr
+    assert "runs/mistake cannot be resumed: another attempt would fail the same way: train.jsonl:" in done.stderr
     assert len(shared.run("mistake").attempts()) == 1
     unknown = shared.trainer("reconnect", "mistaek")
     assert unknown.code == 2

@@ -139,7 +139,7 @@ def test_a_stopped_process_is_ended_by_the_supervisor(project: Project) -> None:
     run = project.run("stopped")
     wait_for(is_at_step(run, 12), started)
     psutil.Process(run.worker_pid()).suspend()
-    wait_for(lambda: "no sign of life for" in started.err.read_text(), started)
+    wait_for(lambda: "no heartbeat for" in started.err.read_text(), started)
     wait_for(lambda: (run.root / "fence" / "000002").exists(), started)
     started.signal(signal.SIGTERM)
     assert started.wait().code == 75

@@ -27,7 +27,7 @@ def test_killed_worker_is_started_again_and_loses_nothing(shared: Project) -> No
     os.kill(run.worker_pid(), signal.SIGTERM)  # the machine asks the worker, nobody asks the supervisor
     done = started.wait()
     assert done.code == 0, done.said
-    assert "the worker ended without a word" in done.stderr
+    assert "the worker ended without an outcome" in done.stderr
     assert "preempted: stopped after step " in done.stderr
     assert done.stderr.count("restart 1 of at most 3 without a new checkpoint, in 1 s") == 2
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3]

@@ -100,14 +100,14 @@ def test_three_preemptions_leave_no_trace(project: Project, lab: Lab) -> None:
         minutes, seconds = map(int, lab.field(job, "RunTime").split(":")[-2:])
         lab.command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + (seconds + 20) // 60 + 1}")
         wait_for(lambda: "asked to stop by SIGUSR1" in run.log())
-    wait_for(lambda: "preempted: asking for a requeue" in run.log())
+    wait_for(lambda: "preempted: requesting a requeue" in run.log())
     wait_for(lambda: lab.field(job, "JobState") == "PENDING")
     lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
     wait_for_attempt(run, 3, 8)
     with paused(run):
         urgent = urge(lab)
-        wait_for(lambda: run.log().count("preempted: asking for a requeue") == 2)
+        wait_for(lambda: run.log().count("preempted: requesting a requeue") == 2)
     wait_for(lambda: lab.field(urgent, "JobState") == "COMPLETED")
 
     waiting = "import sys; from trainer.jobs import *; print(find_job(sys.argv[1]).wait(200, 0.5).state)"

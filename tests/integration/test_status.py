@@ -90,4 +90,4 @@ def test_starting_followed_to_finished(shared: Project) -> None:
     assert started.wait().code == 0
     found = about(shared, "short")
     assert (found["state"], found["step"], found["steps"]) == ("finished", 2, 2)
-    assert followed.stdout.splitlines()[-1].startswith("finished: finished 2 steps of runs/short; eval/loss ")
+    assert followed.stdout.splitlines()[-1].startswith("finished 2 steps of runs/short; eval/loss ")

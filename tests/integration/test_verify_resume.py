@@ -98,5 +98,5 @@ class TestUnequal:
     def test_other_threads_are_not_compared(self, pair: tuple[RunDir, RunDir]) -> None:
         file = pair[1].attempts_file
         file.write_text(file.read_text().replace('"threads": 1', '"threads": 2'))
-        with pytest.raises(LaunchError, match="unlike conditions, which give other bits: threads: 1 and 2"):
+        with pytest.raises(LaunchError, match="different conditions, which give other bits: threads: 1 and 2"):
             compare_runs(*pair)

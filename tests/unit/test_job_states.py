@@ -20,7 +20,9 @@ from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import start_job, stop_job
 from trainer.jobs.state import JobRecord, is_alive, read_record, read_state, write_record
 from trainer.planning.plan import make_plan
-from trainer.run.directory import Outcome, RunDir, open_run
+from trainer.run.directory import RunDir
+from trainer.run.find import open_run
+from trainer.run.state import Outcome
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_finished_run_is_left_as_it_is(run):
 
 def test_running_run_is_joined_by_its_heartbeat(run):
     with run.locked():
-        with pytest.raises(JobTimeoutError, match="runs/small: still running; it goes on"):
+        with pytest.raises(JobTimeoutError, match="runs/small: still running; it continues"):
             reconnect_and_wait("small", 0.01, timeout_s=0.05)
         run.write_heartbeat(run.take_attempt({}), 3, "training")
         assert reconnect_and_wait("small", 0.01, timeout_s=0.05).state() == "RUNNING"
@@ -137,7 +139,7 @@ def test_pending_has_a_patience_of_its_own(run):
 
 def test_mistake_of_the_user_is_not_resumed(run):
     run.write_outcome(outcome("failed", exit_code=2))
-    with pytest.raises(LaunchError, match="cannot be resumed, since another attempt would end alike: words"):
+    with pytest.raises(LaunchError, match="cannot be resumed: another attempt would fail the same way: words"):
         reconnect_and_wait("small", 0.01)
     assert read_record(run) is None, "nothing was started"
 
@@ -146,7 +148,7 @@ def test_submission_that_fails_leaves_the_run_as_it_was(run, monkeypatch):
     run.write_outcome(outcome("preempted", step=3))
     run.cancel_file.touch()
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(LaunchError, match="sbatch: not here; submit where Slurm's commands are installed"):
+    with pytest.raises(LaunchError, match=r"sbatch: not installed here. Submit on a machine that has Slurm's commands"):
         start_job(run, "slurm")
     assert run.read_outcome() == outcome("preempted", step=3)
     assert read_state(run) == "CANCELLED"

@@ -45,7 +45,7 @@ def test_a_limit_reads_only_the_first_rows(file):
 
 def test_other_scripts_and_a_byte_order_mark_are_read(file):
     rows = read(file(b'\xef\xbb\xbf{"prompt": "caf\xc3\xa9 \\u732b \xe7\x8c\xab"}\n'))
-    assert rows[0]["prompt"] == "café 猫 猫"  # noqa: RUF001
+    assert rows[0]["prompt"] == "café 猫 猫"
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ class Checkpoints:
         return found
 
     def _newest_valid(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Path, dict[str, Any]] | None:
-        for half_written in self.run.checkpoints.glob(".step-*.tmp"):
+        for half_written in self.run.unfinished_checkpoints():
             shutil.rmtree(half_written, ignore_errors=True)
         for step in reversed(self.steps()):
             directory = self.run.checkpoint(step)

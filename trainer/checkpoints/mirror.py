@@ -25,7 +25,7 @@ from typing import Final, final
 from trainer.checkpoints.storage import Storage, first_line
 from trainer.errors import CheckpointError, MirrorError
 from trainer.files import file_sha256, fsync_dir, fsync_file
-from trainer.run.directory import RunDir
+from trainer.run.directory import RunDir, step_number
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -137,7 +137,8 @@ class Mirror:
 
     def _steps(self) -> list[int]:
         """Steps that have a directory there, whole or not."""
-        return sorted(int(name[5:]) for name in self.storage.names() if name.startswith("step-") and name[5:].isdigit())
+        numbers = (step_number(name) for name in self.storage.names())
+        return sorted(number for number in numbers if number is not None)
 
     def _markers(self) -> dict[int, _Marker]:
         """Checkpoints with a readable marker, by step."""

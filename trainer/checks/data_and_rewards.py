@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from trainer.checks.data_survey import ShownRow, Survey, overlap, survey_rows
 from trainer.checks.html_page import page
+from trainer.config.arguments import add_recipe_arguments
 from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FINISHED, EXIT_USER, TrainerError, UserError
 from trainer.planning.plan import Plan, make_plan
@@ -134,9 +135,7 @@ def survey_lines(label: str, survey: Survey) -> list[str]:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trainer.checks.data_and_rewards", description=__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    parser.add_argument("--shape", help="training shape")
+    add_recipe_arguments(parser)
     parser.add_argument("--data", action="store_true", help="show rows as tokens")
     parser.add_argument("--rewards", action="store_true", help="try the rewards")
     parser.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from trainer.config.arguments import add_recipe_arguments
 from trainer.config.load import all_shapes, config_dirs, load_recipe
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FINISHED, EXIT_USER, ModelError, ShapeError, TrainerError
@@ -322,9 +323,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trainer.checks.memory_dry_run", description=__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    parser.add_argument("--shape", help="training shape")
+    add_recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args(argv)
 

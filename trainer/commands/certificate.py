@@ -1,19 +1,21 @@
-"""What `trainer verify-resume` found: two runs compared, as a document and as a table."""
+"""Compare two runs for `trainer verify-resume`: a JSON document and a table of it."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from trainer.commands.tables import table_lines
 from trainer.errors import LaunchError
 from trainer.files import file_sha256
 from trainer.run.directory import RunDir
 from trainer.run.journal import count_sampled
 
 ENVIRONMENT: Final = ("machine", "processor", "threads", "ranks", "python", "versions", "shape")
-"""What must be alike in all attempts: other machines, threads or versions give other bits."""
+"""What must be equal in all attempts: another machine, thread count or version gives other bits."""
 GPU_TOLERANCE: Final = 0.02
 """On a GPU without deterministic kernels: largest relative difference of a metric."""
 
@@ -22,12 +24,12 @@ def compare_runs(whole: RunDir, interrupted: RunDir, *, tolerance: float = 0.0) 
     """Whether a run that was interrupted equals one that was not.
 
     Args:
-        whole: nobody interrupted it.
-        interrupted: the other.
-        tolerance: largest relative difference of a metric; 0 compares bits, of the weights too.
+        whole: the run without interruptions.
+        interrupted: the other run.
+        tolerance: largest relative difference of a metric; 0 compares the bits of metrics and weights.
 
     Raises:
-        LaunchError: they ran on unlike machines, threads or versions.
+        LaunchError: they ran on different machines, thread counts or versions.
     """
     environment = _one_environment(whole, interrupted)
     ours, theirs = compared_metrics(interrupted), compared_metrics(whole)
@@ -54,7 +56,7 @@ def compare_runs(whole: RunDir, interrupted: RunDir, *, tolerance: float = 0.0) 
 
 
 def compared_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl without what may differ: times and rates."""
+    """The records of metrics.jsonl without times and rates, which differ between equal runs."""
     return [
         {name: value for name, value in record.items() if name != "time" and not name.startswith("perf/")}
         for record in run.read_metrics()
@@ -63,15 +65,12 @@ def compared_metrics(run: RunDir) -> list[dict[str, Any]]:
 
 def weights_digests(run: RunDir) -> dict[str, str]:
     """SHA-256 of each file of trained weights, by its path in the run directory."""
-    found = {}
-    for name in ("adapter", "adapter-best", "model", "model-best"):
-        for file in sorted((run.root / name).glob("*.safetensors")):
-            found[f"{name}/{file.name}"] = file_sha256(file)
-    return found
+    files = (file for directory in run.all_weights() for file in sorted(directory.glob("*.safetensors")))
+    return {str(file.relative_to(run.root)): file_sha256(file) for file in files}
 
 
 def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
-    """The document as a table for people."""
+    """The certificate as a table for people."""
     environment = certificate["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     rows = [
@@ -81,7 +80,7 @@ def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
     ]
     for number, kill in enumerate(certificate["kills"], start=1):
         what = f"SIG{certificate['signal']} at step {kill['at_step']} while {kill['phase']}"
-        rows.append((f"kill {number}", f"{what}; {kill['steps_repeated']} steps were made again"))
+        rows.append((f"kill {number}", f"{what}; {kill['steps_repeated']} steps were repeated"))
     rows.append(
         (
             "tokens",
@@ -95,32 +94,33 @@ def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
     rows += [(name, digest[:16]) for name, digest in certificate["weights"].items() if certificate["weights_equal"]]
     rows += [("difference", problem) for problem in certificate["problems"]]
     rows.append(("verdict", "equal" if certificate["equal"] else "NOT EQUAL"))
-    width = max(len(name) for name, _ in rows)
-    return [f"{name.ljust(width)}  {text}" for name, text in rows]
+    return table_lines(rows)
 
 
 def _one_environment(*runs: RunDir) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        for line in run.attempts_file.read_text().splitlines():
-            about = json.loads(line)
-            environment = {name: about[name] for name in ENVIRONMENT}
-            found[json.dumps(environment, sort_keys=True)] = environment
-    if len(found) > 1:
-        first, second, *_ = found.values()
-        unlike = ", ".join(f"{name}: {first[name]} and {second[name]}" for name in first if first[name] != second[name])
-        raise LaunchError(f"the attempts ran under unlike conditions, which give other bits: {unlike}")
-    return next(iter(found.values()))
+    environments: dict[str, dict[str, Any]] = {}
+    for attempt in (attempt for run in runs for attempt in run.read_attempts()):
+        environment = {name: attempt[name] for name in ENVIRONMENT}
+        environments[json.dumps(environment, sort_keys=True)] = environment
+    if len(environments) > 1:
+        first, second, *_ = environments.values()
+        changes = [f"{name}: {first[name]} and {second[name]}" for name in first if first[name] != second[name]]
+        raise LaunchError(
+            f"the attempts ran under different conditions, which give other bits: {', '.join(changes)}. "
+            "Run the command again on one machine without changing these."
+        )
+    return next(iter(environments.values()))
 
 
 def _metric_problems(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], tolerance: float
 ) -> list[str]:
-    steps, wanted = [record["step"] for record in ours], [record["step"] for record in theirs]
-    if steps != wanted:
-        twice = sorted({step for step in steps if steps.count(step) > 1})
-        missing = sorted(set(wanted) - set(steps))
-        return [f"steps: {len(steps)} records instead of {len(wanted)}; twice: {twice}, missing: {missing}"]
+    """The first difference between the metrics of two runs; empty where there is none."""
+    steps, expected = [record["step"] for record in ours], [record["step"] for record in theirs]
+    if steps != expected:
+        repeated = sorted(step for step, number in Counter(steps).items() if number > 1)
+        missing = sorted(set(expected) - set(steps))
+        return [f"steps: {len(steps)} records instead of {len(expected)}; twice: {repeated}, missing: {missing}"]
     for mine, other in zip(ours, theirs, strict=True):
         names = sorted(mine.keys() | other.keys())
         differ = [name for name in names if not _is_close(mine.get(name), other.get(name), tolerance)]

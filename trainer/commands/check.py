@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainer.commands.check_report import describe_devices, describe_limit, describe_plan, report_lines
 from trainer.commands.tables import table_lines
+from trainer.config.arguments import override_argv
 from trainer.config.load import all_shapes, load_recipe
 from trainer.planning.fit import misfit
 from trainer.planning.plan import make_plan, model_facts
@@ -28,7 +29,7 @@ def check(arguments: argparse.Namespace) -> int:
         return _check_data_and_rewards(arguments)
     if arguments.memory:
         return _measure_memory(arguments)
-    report = describe_plan(plan, arguments.recipe, _overrides(arguments))
+    report = describe_plan(plan, arguments.recipe, override_argv(arguments))
     if arguments.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(report), ensure_ascii=False) + "\n")
     else:
@@ -61,7 +62,7 @@ def _terminal_width() -> int | None:
 
 def _check_data_and_rewards(arguments: argparse.Namespace) -> int:
     """Check rows or rewards in a process that may import torch, tokenizers and rewards."""
-    argv = [sys.executable, "-m", "trainer.checks.data_and_rewards", arguments.recipe, *_overrides(arguments)]
+    argv = [sys.executable, "-m", "trainer.checks.data_and_rewards", arguments.recipe, *override_argv(arguments)]
     argv += ["--data", "--html", arguments.html] if arguments.data else []
     argv += ["--rewards"] if arguments.rewards else []
     argv += ["--json"] if arguments.json else []
@@ -70,10 +71,5 @@ def _check_data_and_rewards(arguments: argparse.Namespace) -> int:
 
 def _measure_memory(arguments: argparse.Namespace) -> int:
     """Dry-run a step in a process that may import torch."""
-    argv = [sys.executable, "-m", "trainer.checks.memory_dry_run", arguments.recipe, *_overrides(arguments)]
+    argv = [sys.executable, "-m", "trainer.checks.memory_dry_run", arguments.recipe, *override_argv(arguments)]
     return subprocess.run([*argv, *(["--json"] if arguments.json else [])], check=False).returncode
-
-
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    given = [part for assignment in arguments.set for part in ("--set", assignment)]
-    return given + (["--shape", arguments.shape] if arguments.shape else [])

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import final
 
 from trainer.commands.status import describe_run
+from trainer.commands.tables import table_lines
 from trainer.config.load import load_recipe
 from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.start import stop_job
-from trainer.jobs.state import read_record
+from trainer.jobs.state import Launcher, read_record
 from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
-from trainer.run.find import find_run
+from trainer.run.find import find_run, named_run
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Start a run and leave; prints the job id, or only the batch script."""
+    """Start a run in the background; prints the job id, or with --print only the batch script."""
     plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
@@ -28,12 +32,11 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.launcher != "slurm" and (arguments.print or options != SlurmOptions()):
         raise LaunchError("--print, --partition, --time and --slurm go with --launcher slurm")
     if arguments.print:
-        run = RunDir(Path("runs") / (arguments.name or plan.recipe.name))
+        run = named_run(arguments.name or plan.recipe.name)
         sys.stdout.write(batch_script(run, plan, options, Path.cwd()))
         return 0
     job = submit_plan(plan, arguments.launcher, name=arguments.name, slurm=options)
-    state = job.state()
-    sys.stderr.write(f"{state.lower()}; `trainer status {job.id} --follow` shows it\n")
+    sys.stderr.write(f"{job.state().lower()}; to watch it: trainer status {job.id} --follow\n")
     sys.stdout.write(f"{job.id}\n")
     return 0
 
@@ -48,44 +51,56 @@ def _extra(given: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in parts}
 
 
+@final
+@dataclass(frozen=True)
+class JobStatus:
+    """One entry of `trainer jobs --json`."""
+
+    job: str
+    state: str
+    step: int
+    steps: int
+    launcher: Launcher
+    slurm_id: str | None
+
+
 def list_jobs(arguments: argparse.Namespace) -> int:
-    """Every submitted run of this directory."""
-    table = [_about(job) for job in jobs()]
+    """List every submitted run of this directory."""
+    statuses = [_status(job) for job in jobs()]
     if arguments.json:
-        sys.stdout.write(json.dumps(table) + "\n")
+        sys.stdout.write(json.dumps([asdict(status) for status in statuses]) + "\n")
         return 0
-    width = max((len(str(each["job"])) for each in table), default=0)
-    for each in table:
-        where = f"Slurm job {each['slurm_id']}" if each["slurm_id"] else each["launcher"]
-        steps = f"step {each['step']} of {each['steps']}"
-        sys.stdout.write(f"{each['job']:<{width}}  {each['state']:<9}  {steps}  {where}\n")
+    rows = [(each.job, each.state, f"step {each.step} of {each.steps}", _launcher(each)) for each in statuses]
+    if not rows:
+        return 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    header = [("job", "state", "progress", "launcher")] if width is not None else []  # not in pipes: one line a job
+    sys.stdout.write("".join(f"{line}\n" for line in table_lines([*header, *rows], width=width)))
     return 0
 
 
-def _about(job: Job) -> dict[str, object]:
+def _launcher(job: JobStatus) -> str:
+    return f"Slurm job {job.slurm_id}" if job.slurm_id else job.launcher
+
+
+def _status(job: Job) -> JobStatus:
     run = RunDir(job.run_dir)
     record = read_record(run)
-    assert record is not None, "jobs() lists what was submitted"
     try:
         state = str(job.state())
     except (TrainerError, OSError) as error:
         state = f"unknown: {error}"
-    about = describe_run(run)
-    return {
-        "job": job.id,
-        "state": state,
-        "step": about["step"],
-        "steps": about["steps"],
-        "launcher": record.launcher,
-        "slurm_id": record.slurm_id,
-    }
+    progress = describe_run(run)
+    launcher: Launcher = record.launcher if record is not None else "local"
+    slurm_id = record.slurm_id if record is not None else None
+    return JobStatus(job.id, state, progress.step, progress.steps, launcher, slurm_id)
 
 
 def cancel(arguments: argparse.Namespace) -> int:
-    """Let a run save and end; nobody starts it again but the user."""
+    """Let a run save and end; only the user starts it again."""
     run = find_run(arguments.job)
     stop_job(run)
-    sys.stderr.write(f"{run.root}: cancelled; it saves after this step. `trainer reconnect {run.root}` goes on\n")
+    sys.stderr.write(f"{run.root}: cancelled; it saves after this step. To resume: trainer reconnect {run.root}\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`trainer rollouts`: prompts, completions, rewards and advantages of a step, best and worst first."""
+"""`trainer rollouts`: prompts, completions, rewards and advantages of a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from trainer.config.recipe import DataSettings
 from trainer.data.jsonl import read_rows, row_messages
@@ -15,15 +15,16 @@ from trainer.run.directory import RunDir
 from trainer.run.find import find_run
 from trainer.run.journal import read_step
 
-WIDTH = 100
+WIDTH: Final = 100
+"""Characters of a completion that are shown."""
 
 
 def rollouts(arguments: argparse.Namespace) -> int:
-    """Print a step's rollouts."""
+    """Print the rollouts of a step."""
     run = find_run(arguments.target)
-    steps = sorted(int(entry.name.removeprefix("step-")) + 1 for entry in run.rollouts.glob("step-*"))
+    steps = [step + 1 for step in run.journal_steps()]  # rollouts of step k are trained on in step k + 1
     if not steps:
-        raise LaunchError(f"{run.root}: has no rollouts; only rft runs do, after their first chunk")
+        raise LaunchError(f"{run.root}: has no rollouts. Only rft runs have them, after their first chunk")
     step = arguments.step if arguments.step is not None else steps[-1]
     if step not in steps:
         raise LaunchError(f"{run.root}: no rollouts of step {step}; there are {steps[0]} to {steps[-1]}")
@@ -40,13 +41,13 @@ def rollouts(arguments: argparse.Namespace) -> int:
 
 
 def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Groups with the widest spread of rewards first, each with its best rollouts first."""
+    """Groups by falling spread of rewards, each with its rollouts by falling reward."""
     prompts = _prompts(run.read_plan().recipe.data)
     groups = []
     for records in read_step(run, step - 1):
         records.sort(key=lambda record: -(record["reward"] if record["reward"] is not None else float("-inf")))
         scored = [record["reward"] for record in records if record["reward"] is not None]
-        kept = ("text", "reward", "rewards", "advantage", "finish_reason", "failure")
+        fields = ("text", "reward", "rewards", "advantage", "finish_reason", "failure")
         groups.append(
             {
                 "row": records[0]["row"],
@@ -54,7 +55,7 @@ def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
                 "prompt": prompts.get(records[0]["row"], ""),
                 "spread": max(scored) - min(scored) if scored else 0.0,
                 "rollouts": [
-                    {name: record[name] for name in kept} | {"tokens": record["trained"].count("1")}
+                    {name: record[name] for name in fields} | {"tokens": record["trained"].count("1")}
                     for record in records
                 ],
             }
@@ -63,7 +64,7 @@ def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
 
 
 def _prompts(data: DataSettings) -> dict[int, str]:
-    """The last turn of each row's prompt, where the file is still there and as it was."""
+    """The last turn of each row's prompt by row index; empty where the rows cannot be read any more."""
     if data.train.path is None or not Path(data.train.path).is_file():
         return {}
     try:
@@ -78,13 +79,13 @@ def _show(group: dict[str, Any]) -> None:
     for rollout in group["rollouts"]:
         reward = f"{rollout['reward']:6.3f}" if rollout["reward"] is not None else "failed"
         advantage = f"{rollout['advantage']:+6.2f}" if rollout["advantage"] is not None else "      "
-        cut = " ..." if rollout["finish_reason"] == "length" else ""
-        sys.stdout.write(f"  {reward} {advantage} {rollout['tokens']:4d}  {_plain(rollout['text'])}{cut}\n")
+        ellipsis = " ..." if rollout["finish_reason"] == "length" else ""
+        sys.stdout.write(f"  {reward} {advantage} {rollout['tokens']:4d}  {_plain(rollout['text'])}{ellipsis}\n")
         if rollout["failure"]:
             sys.stdout.write(f"         {_plain(rollout['failure'].strip().splitlines()[-1])}\n")
 
 
 def _plain(text: str) -> str:
-    """On one line, and without what a terminal would obey: a model writes any character."""
+    """The text on one line without control characters: a model may write terminal escapes."""
     line = " ".join(text.split())[:WIDTH]
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

@@ -1,4 +1,4 @@
-"""`trainer status`: what a run directory says of its run."""
+"""`trainer status`: state, step, rate, time left and last metrics of a run."""
 
 from __future__ import annotations
 
@@ -7,96 +7,108 @@ import json
 import sys
 import time
 from collections import deque
-from typing import Any, Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final, final
 
 from trainer.errors import QueueError, TrainerError
-from trainer.jobs.state import FRESH_S, LIVE, JobState, read_state, waiting_reason
+from trainer.jobs.state import observe, waiting_reason
 from trainer.run.console import Console, describe, duration, seconds_left
-from trainer.run.directory import Outcome, RunDir
+from trainer.run.directory import RunDir
 from trainer.run.find import find_run
+from trainer.run.state import Outcome, RunState
 
 FOLLOW_S: Final = 1.0
+RATE_RECORDS: Final = 20
+"""The time left follows from so many of the newest records; --follow begins with them."""
 
 
-def describe_run(run: RunDir) -> dict[str, Any]:
-    """State, step, rate, time left and last metrics."""
-    plan, outcome, beat, records = run.read_plan(), run.read_outcome(), run.read_heartbeat(), run.read_metrics()
-    state = _state(run, outcome, beat)
-    waits = waiting_reason(run) if state == "pending" else None
-    recent = deque(((record["time"], record["step"]) for record in records[-20:]), maxlen=20)
-    left = seconds_left(recent, records[-1]["step"], plan.steps) if records and state == "running" else None
-    return {
-        "run": str(run.root),
-        "state": state,
-        "step": records[-1]["step"] if records else 0,
-        "steps": plan.steps,
-        "phase": beat["phase"] if beat and state == "running" else None,
-        "attempts": run.newest_attempt(),
-        "seconds_left": left,
-        "message": waits or (outcome.message if outcome else None),
-        "metrics": records[-1] if records else {},
-    }
+@final
+@dataclass(frozen=True)
+class RunStatus:
+    """What `trainer status --json` prints."""
+
+    run: str
+    state: str
+    step: int
+    steps: int
+    phase: str | None
+    attempts: int
+    seconds_left: float | None
+    message: str | None
+    metrics: dict[str, Any]
 
 
-def _state(run: RunDir, outcome: Outcome | None, beat: dict[str, Any] | None) -> str:
-    """The state for people, finer than a job's."""
-    if run.is_locked():
-        age = time.time() - beat["time"] if beat else float("inf")
-        return "running" if age < FRESH_S else "running, no heartbeat"
+def describe_run(run: RunDir) -> RunStatus:
+    """The status of a run now."""
+    plan, outcome, beat = run.read_plan(), run.read_outcome(), run.read_heartbeat()
+    state = _state(run)
+    records = run.newest_records(RATE_RECORDS)
+    recent = deque((record["time"], record["step"]) for record in records)
+    is_running = state is RunState.RUNNING
+    reason = waiting_reason(run) if state is RunState.QUEUED else None
+    return RunStatus(
+        run=str(run.root),
+        state=_shown(state, outcome),
+        step=records[-1]["step"] if records else 0,
+        steps=plan.steps,
+        phase=beat.phase if beat is not None and is_running else None,
+        attempts=run.newest_attempt(),
+        seconds_left=seconds_left(recent, records[-1]["step"], plan.steps) if records and is_running else None,
+        message=reason or (outcome.message if outcome is not None else None),
+        metrics=records[-1] if records else {},
+    )
+
+
+def _state(run: RunDir) -> RunState:
     try:
-        state: JobState = read_state(run)
-    except TrainerError:
-        state = "FAILED"  # nobody to ask: what the directory says must do
-    if state == "PENDING" and not run.is_launched():
-        return "pending"
-    if outcome is not None:
-        return outcome.state
-    if state in LIVE:
-        return "starting"
-    if state == "CANCELLED":
-        return "cancelled"
-    return "interrupted" if beat else "pending"
+        return observe(run)
+    except TrainerError:  # Slurm does not answer: what the run directory says
+        return observe(run, asks_slurm=False)
+
+
+def _shown(state: RunState, outcome: Outcome | None) -> str:
+    """The word for people. While no attempt holds the run, its last outcome says most."""
+    if outcome is None or state in {RunState.RUNNING, RunState.SILENT, RunState.QUEUED}:
+        return state.shown
+    return RunState(outcome.state).shown
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Print the state once, or follow it."""
+    """Print the status once, or follow it."""
     run = find_run(arguments.target)
     if arguments.follow:
         return _follow(run)
-    about = describe_run(run)
+    current = describe_run(run)
     if arguments.json:
-        sys.stdout.write(json.dumps(about) + "\n")
+        sys.stdout.write(json.dumps(asdict(current)) + "\n")
         return 0
-    left = f", {duration(about['seconds_left'])} left" if about["seconds_left"] is not None else ""
-    phase = f" ({about['phase']})" if about["phase"] else ""
-    sys.stdout.write(f"{about['run']}: {about['state']}{phase}, step {about['step']} of {about['steps']}{left}\n")
-    if about["metrics"]:
-        sys.stdout.write(f"  {describe(about['metrics'])}\n")
-    if about["message"]:
-        sys.stdout.write(f"  {about['message']}\n")
+    left = f", {duration(current.seconds_left)} left" if current.seconds_left is not None else ""
+    phase = f" ({current.phase})" if current.phase else ""
+    sys.stdout.write(f"{current.run}: {current.state}{phase}, step {current.step} of {current.steps}{left}\n")
+    if current.metrics:
+        sys.stdout.write(f"  {describe(current.metrics)}\n")
+    if current.message:
+        sys.stdout.write(f"  {current.message}\n")
     return 0
 
 
-def _goes_on(run: RunDir) -> bool:
-    """Whether somebody runs it, or is about to."""
-    try:
-        return read_state(run) in LIVE
-    except QueueError:
-        return True  # ask again
-
-
 def _follow(run: RunDir) -> int:
+    """Show metrics as they are written, until the run ends; returns the exit code of its outcome."""
     console = Console(run.read_plan().steps, sys.stdout)
-    seen = 0
+    metrics = run.metrics_reader(last=RATE_RECORDS)
     while True:
-        has_ended = not _goes_on(run)
+        has_ended = not _is_live(run)
         outcome = run.read_outcome()
-        records = run.read_metrics()
-        seen = min(seen, len(records))
-        for record in records[seen:]:
+        for record in metrics.poll():
             console.show(record)
-        seen = len(records)
         if has_ended:
-            console.say(f"{outcome.state}: {outcome.message}" if outcome else "not running")
-            return outcome.exit_code if outcome else 0
+            console.say(str(outcome) if outcome is not None else "not running")
+            return outcome.exit_code if outcome is not None else 0
         time.sleep(FOLLOW_S)
+
+
+def _is_live(run: RunDir) -> bool:
+    try:
+        return observe(run).is_live
+    except QueueError:
+        return True  # asked again at the next poll

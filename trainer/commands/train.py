@@ -1,4 +1,4 @@
-"""`trainer train` and `trainer export`: freeze the plan, launch, say how it ended."""
+"""`trainer train` and `trainer export`."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from trainer.launch.local import refuse_many_machines
 from trainer.launch.restarts import supervise
 from trainer.launch.supervisor import StopSignals
 from trainer.planning.plan import Plan, make_plan
-from trainer.run.directory import RunDir, open_run
-from trainer.run.find import find_run
+from trainer.run.directory import RunDir
+from trainer.run.find import find_run, open_run
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Freeze the plan, then launch, watch and restart until the run ends."""
+    """Freeze the plan, then launch, supervise and restart until the run ends."""
     run, plan = _run_and_plan(arguments)
     if run.is_finished(plan.steps):
         sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
         _print_weights(run, is_lora=plan.recipe.lora is not None)
         return EXIT_FINISHED
     if arguments.resubmitted and run.cancel_file.exists():
-        sys.stderr.write(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` goes on with it\n")
+        sys.stderr.write(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` resumes it\n")
         return EXIT_FAILED
     refuse_many_machines(plan)
     with StopSignals() as stop, run.supervised():
-        sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.root}/logs/\n")
+        sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.logs}/\n")
         if not arguments.resubmitted:
             run.cancel_file.unlink(missing_ok=True)
         outcome = supervise(plan, run, stop)
-    sys.stderr.write(f"{outcome.state}: {outcome.message}\n")
+    sys.stderr.write(f"{outcome}\n")
     if outcome.state == "preempted":
-        sys.stderr.write("run the same command again to go on\n")
+        sys.stderr.write("run the same command again to resume\n")
     if outcome.exit_code == EXIT_FINISHED:
         _print_weights(run, is_lora=plan.recipe.lora is not None)
     return outcome.exit_code
 
 
 def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
-    """A recipe's run, opened; or a run directory with the plan that it has."""
+    """The run of a recipe, created or opened; or an existing run directory with its plan."""
     target = Path(arguments.recipe)
-    if (target / "plan.json").is_file():
+    run = RunDir(target)
+    if run.is_run():
         if arguments.set or arguments.shape or arguments.name:
             raise LaunchError(f"{target} is a run with a plan; --set, --shape and --name go with a recipe")
-        run = RunDir(target)
         run.refuse_taken()
         return run, run.read_plan()
     plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
@@ -57,7 +57,7 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Start the exporter in a process of its own, which may import torch."""
+    """Run the exporter in a process of its own, which imports torch."""
     run = find_run(arguments.target)
     argv = [sys.executable, "-m", "trainer.export", str(run.root)]
     argv += ["--best"] if arguments.best else []

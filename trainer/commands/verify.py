@@ -1,4 +1,4 @@
-"""`trainer verify-resume`: runs a recipe whole, and again with kills, and compares the two."""
+"""`trainer verify-resume`: run a recipe undisturbed and again with kills, and compare the two."""
 
 from __future__ import annotations
 
@@ -19,49 +19,31 @@ from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, LaunchErr
 from trainer.files import write_atomically
 from trainer.launch.processes import kill_with_descendants
 from trainer.planning.plan import Plan, make_plan
-from trainer.run.directory import RunDir, open_run
+from trainer.run.directory import RunDir
+from trainer.run.find import RUNS, open_run
 
 POLL_S: Final = 0.002
-"""Saves of small models take milliseconds."""
+"""Short, since saving a small model takes milliseconds."""
 
 
 def verify_resume(arguments: argparse.Namespace) -> int:
-    """Run, run again with kills, compare, print the certificate."""
+    """Run the recipe, run it again with kills, compare, print the certificate."""
     overrides = [*arguments.set, "logging.wandb=off", "checkpoint.mirror=null"]
     if arguments.steps is not None:
         overrides += [f"steps={arguments.steps}", "epochs=null"]
     plan = make_plan(load_recipe(Path(arguments.recipe), overrides), arguments.shape)
     if not 0 <= arguments.kills < plan.steps:
-        raise LaunchError(f"--kills {arguments.kills}: the run has {plan.steps} steps, and there is one kill a step")
-    home = Path("runs") / f"{plan.recipe.name}.verify-{time.strftime('%Y%m%d-%H%M%S')}"
-    whole, interrupted = (open_run(plan, name, home) for name in ("whole", "interrupted"))
-    seconds = {}
-    begin = time.monotonic()
-    _say(f"{whole.root}: {plan.steps} steps, left alone")
-    _run_to_end(whole)
-    seconds["whole"] = time.monotonic() - begin
-    begin = time.monotonic()
-    number = signal.Signals[f"SIG{arguments.signal}"]
-    kills = [
-        kill
-        for at_step, kind in planned_kills(plan, arguments.kills, arguments.seed)
-        if (kill := _kill_once(interrupted, at_step, kind, number)) is not None
-    ]
-    _run_to_end(interrupted)
-    seconds["interrupted"] = time.monotonic() - begin
-    tolerance = 0.0 if plan.shape.device == "cpu" else GPU_TOLERANCE
-    certificate: dict[str, Any] = {
+        raise LaunchError(
+            f"--kills {arguments.kills}: must be below the number of steps ({plan.steps}): at most one kill a step"
+        )
+    home = RUNS / f"{plan.recipe.name}.verify-{time.strftime('%Y%m%d-%H%M%S')}"
+    certificate = {
         "recipe": arguments.recipe,
         "identity_hash": plan.identity_hash,
         "seed": arguments.seed,
         "signal": arguments.signal,
-        "kills": kills,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        **compare_runs(whole, interrupted, tolerance=tolerance),
+        **_run_and_compare(plan, home, arguments),
     }
-    if len(kills) < arguments.kills:
-        certificate["equal"] = False
-        certificate["problems"].append(f"only {len(kills)} of {arguments.kills} kills came before the end: proves less")
     file = home / "certificate.json"
     write_atomically(file, json.dumps(certificate, indent=1) + "\n")
     if arguments.json:
@@ -71,45 +53,76 @@ def verify_resume(arguments: argparse.Namespace) -> int:
     return EXIT_FINISHED if certificate["equal"] else EXIT_FAILED
 
 
+def _run_and_compare(plan: Plan, home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make both runs below `home`; returns kills, durations and the comparison."""
+    whole, interrupted = (open_run(plan, name, home) for name in ("whole", "interrupted"))
+    start = time.monotonic()
+    _say(f"{whole.root}: {plan.steps} steps, undisturbed")
+    _run_to_end(whole)
+    middle = time.monotonic()
+    signal_number = signal.Signals[f"SIG{arguments.signal}"]
+    attempted = [
+        _kill_once(interrupted, at_step, kind, signal_number)
+        for at_step, kind in planned_kills(plan, arguments.kills, arguments.seed)
+    ]
+    kills = [kill for kill in attempted if kill is not None]
+    _run_to_end(interrupted)
+    end = time.monotonic()
+    comparison = compare_runs(whole, interrupted, tolerance=0.0 if plan.shape.device == "cpu" else GPU_TOLERANCE)
+    if len(kills) < arguments.kills:
+        comparison["equal"] = False
+        comparison["problems"].append(
+            f"only {len(kills)} of {arguments.kills} kills happened before the run ended: increase --steps"
+        )
+    seconds = {"whole": round(middle - start, 1), "interrupted": round(end - middle, 1)}
+    return {"kills": kills, "seconds": seconds, **comparison}
+
+
 def planned_kills(plan: Plan, number: int, seed: int) -> Iterator[tuple[int, str]]:
-    """After which step each kill comes at the earliest, ascending, and what the run should be doing then."""
+    """The earliest step of each kill, ascending, and what the run should be doing at that moment.
+
+    Args:
+        plan: of both runs.
+        number: of kills, less than the plan's steps.
+        seed: of the choice.
+    """
     moments = random.Random(f"kills:{seed}")
     steps = sorted(moments.sample(range(plan.steps), number))
     kinds = ["saving"] if plan.recipe.dcp_save_interval else []
     kinds += ["sampling"] if plan.recipe.method == "rft" else []
     kinds += ["training"]
-    for place, step in enumerate(steps):
-        yield step, kinds[place % len(kinds)]
+    for index, step in enumerate(steps):
+        yield step, kinds[index % len(kinds)]
 
 
-def _kill_once(run: RunDir, at_step: int, kind: str, number: signal.Signals) -> dict[str, Any] | None:
-    """Start the run and kill it; None where it had ended before."""
+def _kill_once(run: RunDir, at_step: int, kind: str, signal_number: signal.Signals) -> dict[str, Any] | None:
+    """Start the run and kill it; None where it ended before the moment came."""
     is_now = _moment(run, at_step, kind)
     process = _start(run)
     while not is_now():
         if process.poll() is not None:
             if process.returncode != EXIT_FINISHED:
-                raise LaunchError(f"{run.root}: ended by itself with {process.returncode}: trainer status {run.root}")
+                raise LaunchError(f"{run.root}: failed by itself, exit code {process.returncode}. {_see(run)}")
             return None
         time.sleep(POLL_S)
     step = run.newest_logged_step()
     kept = max(0, run.newest_checkpoint_step())
-    if number == signal.SIGKILL:
+    if signal_number == signal.SIGKILL:
         kill_with_descendants(process.pid)
     else:
-        process.send_signal(number)
+        process.send_signal(signal_number)
     code = process.wait()
-    if number != signal.SIGKILL:
+    if signal_number != signal.SIGKILL:
         if code not in (EXIT_PREEMPTED, EXIT_FINISHED):
-            raise LaunchError(f"{run.root}: asked to stop, it ended with {code}: trainer status {run.root}")
+            raise LaunchError(f"{run.root}: did not stop cleanly when asked, exit code {code}. {_see(run)}")
         step, kept = run.newest_logged_step(), max(0, run.newest_checkpoint_step())
     run.wait_unlocked()
-    _say(f"{run.root}: SIG{number.name.removeprefix('SIG')} at step {step} while {kind}")
+    _say(f"{run.root}: {signal_number.name} at step {step} while {kind}")
     return {"at_step": step, "phase": kind, "newest_checkpoint": kept, "steps_repeated": step - kept}
 
 
 def _moment(run: RunDir, at_step: int, kind: str) -> Callable[[], bool]:
-    """Whether the moment for a kill has come."""
+    """A condition: whether the moment for a kill has come."""
     part_of_step = random.Random(f"{run.root.name}:{at_step}").random()
     reached: list[float] = []
 
@@ -119,9 +132,9 @@ def _moment(run: RunDir, at_step: int, kind: str) -> Callable[[], bool]:
         if step < at_step:
             return False
         if kind == "saving":
-            return any(run.checkpoints.glob(".step-*.tmp"))
+            return bool(run.unfinished_checkpoints())
         if kind == "sampling":
-            return any(run.journal(step).glob("chunk-*.jsonl"))  # one is written, the next is being sampled
+            return bool(run.journal_chunks(step))  # one chunk is written, the next is being sampled
         reached.append(time.monotonic())
         return reached[-1] - reached[0] > part_of_step * record.get("perf/step_s", 0.0)
 
@@ -133,12 +146,16 @@ def _run_to_end(run: RunDir) -> None:
         return
     code = _start(run).wait()
     if code != EXIT_FINISHED:
-        raise LaunchError(f"{run.root}: ended with {code}, so there is nothing to compare: trainer status {run.root}")
+        raise LaunchError(f"{run.root}: failed with exit code {code}; nothing to compare. {_see(run)}")
 
 
 def _start(run: RunDir) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-m", "trainer", "train", str(run.root)]
     return subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+
+
+def _see(run: RunDir) -> str:
+    return f"See: trainer status {run.root}"
 
 
 def _say(text: str) -> None:

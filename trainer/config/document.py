@@ -167,7 +167,7 @@ def apply_override(document: Document, assignment: str) -> None:
         return
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
     try:
-        value = yaml.load(text, Loader=_Loader) if text else None  # noqa: S506  (a subclass of SafeLoader)
+        value = yaml.load(text, Loader=_Loader) if text else None  # _Loader is a SafeLoader
     except (yaml.YAMLError, ValueError):
         value = text
     target: object = document.data

@@ -1,10 +1,10 @@
-"""Submit runs, wait for them, come back to them: the interface for driver scripts.
+"""Submit runs, wait for them, reconnect to them: the interface for driver scripts.
 
     job = submit("recipe.yaml")
     outcome = job.wait()
-    job = reconnect_and_wait("runs/my_run")     # in another process, whatever has happened meanwhile
+    job = reconnect_and_wait("runs/my_run")     # in any process, at any later time
 
-There is no daemon: the state of a job is what its run directory says, and Slurm's queue.
+There is no daemon: a job's state follows from its run directory and Slurm's queue.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeVar, final
+from typing import Final, TypeVar, final
 
 from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
-from trainer.jobs.state import LIVE, JobState, is_alive, read_record, read_state, waiting_reason
+from trainer.jobs.state import Launcher, is_alive, observe, read_record, read_state, waiting_reason
 from trainer.launch.local import refuse_many_machines
 from trainer.planning.plan import Plan, make_plan
-from trainer.run.directory import Outcome, RunDir, open_run
-from trainer.run.find import find_run
-
-__all__ = ["Job", "JobState", "Outcome", "SlurmOptions", "find_job", "jobs", "reconnect_and_wait", "submit"]
+from trainer.retry import retry
+from trainer.run.directory import RunDir
+from trainer.run.find import RUNS, all_runs, find_run, named_run, open_run
+from trainer.run.polling import pauses
+from trainer.run.state import JobState, Outcome, RunState
 
 T = TypeVar("T")
 UNREADABLE_S: Final = 120.0
-"""How long an unreadable state is asked for again."""
+"""How long reading a state is retried."""
 TAIL_LINES: Final = 20
 
 
@@ -44,7 +45,7 @@ class Job:
     """runs/<name>/."""
 
     def state(self) -> JobState:
-        """The state now.
+        """Its state now.
 
         Raises:
             QueueError: Slurm could not be asked.
@@ -53,30 +54,30 @@ class Job:
         return read_state(RunDir(self.run_dir))
 
     def wait(self, timeout_s: float | None = None, poll_interval_s: float = 1.0) -> Outcome:
-        """Wait until nobody runs it and nobody is about to; a requeued Slurm job is waited for further.
+        """Wait until the run ends; a job that Slurm requeues has not ended.
 
         Args:
-            timeout_s: seconds; without limit when None.
-            poll_interval_s: seconds between two looks.
+            timeout_s: seconds; no limit when None.
+            poll_interval_s: seconds between two checks.
 
         Raises:
-            JobTimeoutError: it goes on.
+            JobTimeoutError: it has not ended in time, and continues.
             QueueError: Slurm could not be asked for two minutes.
         """
         end = _deadline(timeout_s)
         while True:
-            state = _patiently(self.state, UNREADABLE_S, poll_interval_s)
-            if state not in LIVE:
+            state = _retried(lambda: observe(RunDir(self.run_dir)), UNREADABLE_S, poll_interval_s)
+            if not state.is_live:
                 return _outcome(RunDir(self.run_dir), state)
             if time.monotonic() > end:
-                raise JobTimeoutError(f"{self.id}: {state.lower()} after {timeout_s:g} s; it goes on")
+                raise JobTimeoutError(f"{self.id}: {state.job.lower()} after {timeout_s:g} s; it continues")
             time.sleep(poll_interval_s)
 
     def cancel(self) -> None:
         """Ask it to save and end. Only `reconnect_and_wait`, `submit` or `trainer train` starts it again.
 
         Raises:
-            LaunchError: it is not running, or goes on where it cannot be reached.
+            LaunchError: it is not running, or runs where it cannot be reached.
             QueueError: Slurm could not be asked.
         """
         stop_job(RunDir(self.run_dir))
@@ -84,56 +85,66 @@ class Job:
 
 def submit(
     recipe: str | Path,
-    launcher: Literal["local", "slurm"] = "local",
+    launcher: Launcher = "local",
     *,
     set: Sequence[str] = (),
     shape: str | None = None,
     name: str | None = None,
     slurm: SlurmOptions | None = None,
 ) -> Job:
-    """Freeze the plan and start the run; returns at once. A finished run is left as it is, an interrupted one goes on.
+    """Freeze the plan, start the run in the background, and return at once.
+
+    An interrupted run is resumed; a finished one is left as it is.
 
     Args:
-        recipe: file.
-        launcher: a process on this machine that outlives the caller, or Slurm.
-        set: overrides, `key=value`.
-        shape: training shape instead of the recipe's.
-        name: of the run instead of the recipe's.
+        recipe: path of the recipe.
+        launcher: `local`, a process on this machine that outlives the caller, or `slurm`.
+        set: overrides, such as `["steps=200"]`.
+        shape: name of a training shape; the recipe's when None.
+        name: name of the run; the recipe's when None.
         slurm: partition, time limit and other options of sbatch.
 
     Raises:
         RecipeError: the recipe cannot be used.
         RunConflictError: the run directory holds another run.
-        LaunchError: the run goes on already, or sbatch refuses it.
+        LaunchError: the run is running already, or sbatch refuses it.
         QueueError: Slurm is unreachable.
     """
     plan = make_plan(load_recipe(Path(recipe), set), shape)
     return submit_plan(plan, launcher, name=name, slurm=slurm)
 
 
-def submit_plan(
-    plan: Plan, launcher: Literal["local", "slurm"], *, name: str | None, slurm: SlurmOptions | None
-) -> Job:
-    """The same with a plan that is made already."""
+def submit_plan(plan: Plan, launcher: Launcher, *, name: str | None, slurm: SlurmOptions | None) -> Job:
+    """Like `submit`, with a plan that was made already.
+
+    Args:
+        plan: what to train.
+        launcher: as in `submit`.
+        name: as in `submit`.
+        slurm: as in `submit`.
+    """
     if launcher == "local":
         refuse_many_machines(plan)
-    there = RunDir(Path("runs") / (name or plan.recipe.name))
-    if there.plan_file.exists():
-        refuse_live(there)  # before its plan is replaced
+    existing = named_run(name or plan.recipe.name)
+    if existing.is_run():
+        refuse_live(existing)  # before its plan is replaced
     run = open_run(plan, name)
     if not run.is_finished(plan.steps):
         start_job(run, launcher, slurm)
+    return _job_of(run)
+
+
+def _job_of(run: RunDir) -> Job:
     return Job(str(run.root), run.root)
 
 
 def find_job(job_id: str) -> Job:
-    """The job of this id, run name or run directory, as it is; starts nothing.
+    """The job of this id, run name or run directory; starts nothing.
 
     Raises:
-        LaunchError: there is none; names those that are.
+        LaunchError: there is none; names those that exist.
     """
-    run = find_run(job_id)
-    return Job(str(run.root), run.root)
+    return _job_of(find_run(job_id))
 
 
 def reconnect_and_wait(
@@ -143,25 +154,26 @@ def reconnect_and_wait(
     max_wait_for_resumable_s: float = 120.0,
     pending_timeout_s: float | None = None,
 ) -> Job:
-    """Come back to a run after anything: join it where it goes on, resume it where it does not.
+    """Reconnect to a run: join it if it is running, resume it if it is not.
 
     A running job is joined once its heartbeat is fresh. A preempted, failed or cancelled one is resumed from its newest
-    valid checkpoint, as it was submitted, and awaited until it has made a step. Never is a second attempt started
-    beside a live one.
+    valid checkpoint, as it was submitted, and awaited until it has made a step. A second attempt is never started
+    beside a running one.
 
     Args:
         job_id: `Job.id`, or a run's name or directory.
-        poll_interval_s: seconds between two looks.
+        poll_interval_s: seconds between two checks.
         timeout_s: seconds in all.
-        max_wait_for_resumable_s: seconds for which a state that cannot be read is asked for again.
+        max_wait_for_resumable_s: seconds for which reading the state is retried.
         pending_timeout_s: seconds in the queue; `timeout_s` when None.
 
     Returns:
-        The job; COMPLETED at once where there is nothing left to do.
+        The job; at once when it is COMPLETED.
 
     Raises:
-        LaunchError: no such run; or the last attempt failed by what the user must change, or failed after the resume.
-        JobTimeoutError: it goes on, but did not get there in time.
+        LaunchError: no such run; or the last attempt failed with an error that the user must fix, or failed after the
+            resume.
+        JobTimeoutError: it was not joined in time, and continues.
         QueueError: Slurm could not be asked.
         OSError: the run directory could not be read.
     """
@@ -169,93 +181,89 @@ def reconnect_and_wait(
     run = RunDir(job.run_dir)
     run.read_plan()
     end, pending_end = _deadline(timeout_s), _deadline(timeout_s if pending_timeout_s is None else pending_timeout_s)
-    started: _Resumed | None = None
+    resumed_from: _Position | None = None
     while True:
-        state = _patiently(job.state, max_wait_for_resumable_s, poll_interval_s)
-        if state == "COMPLETED":
+        state = _retried(lambda: observe(run), max_wait_for_resumable_s, poll_interval_s)
+        if state is RunState.FINISHED:
             return job
-        if state == "RUNNING":
+        if state.job == "RUNNING":
             pending_end = _deadline(timeout_s if pending_timeout_s is None else pending_timeout_s)
-            if is_alive(run) and (started is None or started.has_made_a_step(run)):
+            if is_alive(run) and (resumed_from is None or resumed_from.is_passed(run)):
                 return job
-        elif state != "PENDING":
-            if started is not None and state != "PREEMPTED":
-                raise LaunchError(f"{job.id}: resumed, and ended before a step: {_outcome(run, state).message}")
-            started = _resume(run, state, max_wait_for_resumable_s, poll_interval_s)
+        elif not state.is_live:
+            if resumed_from is not None and state is not RunState.PREEMPTED:
+                raise LaunchError(f"{job.id}: resumed, but ended before a step: {_outcome(run, state).message}")
+            resumed_from = _resume(run, state, max_wait_for_resumable_s, poll_interval_s)
         now = time.monotonic()
-        if now > end or (state == "PENDING" and now > pending_end):
-            reason = waiting_reason(run) if state == "PENDING" else None
-            raise JobTimeoutError(f"{job.id}: still {state.lower()}{f' ({reason})' if reason else ''}; it goes on")
+        if now > end or (state.job == "PENDING" and now > pending_end):
+            reason = waiting_reason(run) if state.job == "PENDING" else None
+            detail = f" ({reason})" if reason else ""
+            raise JobTimeoutError(f"{job.id}: still {state.job.lower()}{detail}; it continues")
         time.sleep(min(poll_interval_s, max(0.0, end - now)))
 
 
-def jobs(runs_dir: Path = Path("runs")) -> list[Job]:
-    """Every submitted run here, the oldest submission first."""
-    found = []
-    for root in runs_dir.glob("*"):
-        record = read_record(RunDir(root)) if (root / "plan.json").is_file() else None
-        if record is not None:
-            found.append((record.time, Job(str(root), root)))
-    return [job for _, job in sorted(found, key=lambda entry: entry[0])]
+def jobs(runs_dir: Path = RUNS) -> list[Job]:
+    """Every submitted run of a directory, the oldest submission first."""
+    records = [(read_record(run), run) for run in all_runs(runs_dir)]
+    submitted = sorted((record.time, run.name, run) for record, run in records if record is not None)
+    return [_job_of(run) for _, _, run in submitted]
 
 
 @final
 @dataclass(frozen=True)
-class _Resumed:
-    """Where the run stood as it was started again."""
+class _Position:
+    """Where the run was when it was started again."""
 
     attempt: int
     step: int
 
-    def has_made_a_step(self, run: RunDir) -> bool:
+    def is_passed(self, run: RunDir) -> bool:
+        """Whether a later attempt has made a step."""
         beat = run.read_heartbeat()
-        return beat is not None and beat["attempt"] > self.attempt and beat["step"] > self.step
+        return beat is not None and beat.attempt > self.attempt and beat.step > self.step
 
 
-def _resume(run: RunDir, state: JobState, patience_s: float, poll_s: float) -> _Resumed | None:
-    """Start the run again; None where somebody else was faster."""
+def _resume(run: RunDir, state: RunState, retry_s: float, poll_s: float) -> _Position | None:
+    """Start the run again; None where another process did so first."""
     outcome = _outcome(run, state)
-    if state == "FAILED" and outcome.exit_code == EXIT_USER:
+    if state is RunState.FAILED and outcome.exit_code == EXIT_USER:
         raise LaunchError(
-            f"{run.root} cannot be resumed, since another attempt would end alike: {outcome.message}\n"
-            "Mend it, then submit or train the run again."
+            f"{run.root} cannot be resumed: another attempt would fail the same way: {outcome.message}\n"
+            "Fix the problem above, then submit or train the run again."
         )
-    stood = _Resumed(run.newest_attempt(), max(0, run.newest_checkpoint_step()))
+    position = _Position(run.newest_attempt(), max(0, run.newest_checkpoint_step()))
     try:
-        _patiently(lambda: restart_job(run), patience_s, poll_s)
+        _retried(lambda: restart_job(run), retry_s, poll_s)
     except LaunchError:
-        if read_state(run) in LIVE:
+        if observe(run).is_live:
             return None
         raise
-    return stood
+    return position
 
 
-def _outcome(run: RunDir, state: JobState) -> Outcome:
-    """What the run said at its end, or would have."""
+def _outcome(run: RunDir, state: RunState) -> Outcome:
+    """The outcome that the run wrote, or one that describes how it ended."""
     outcome = run.read_outcome()
     if outcome is not None:
         return outcome
     step = max(0, run.newest_checkpoint_step())
-    if state == "CANCELLED":
-        return Outcome("cancelled", step, "cancelled before it could say so", EXIT_PREEMPTED)
-    if state == "PREEMPTED":
-        return Outcome("preempted", step, "the machine was taken away without a word", EXIT_PREEMPTED)
+    if state is RunState.CANCELLED:
+        return Outcome("cancelled", step, "cancelled before it wrote an outcome", EXIT_PREEMPTED)
+    if state is RunState.PREEMPTED:
+        return Outcome("preempted", step, "the machine was taken away before the run wrote an outcome", EXIT_PREEMPTED)
     log = run.of_job("logs/supervisor.log")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]) if log.is_file() else ""
-    text = f"ended without a word; see {log.parent}/" + (f":\n{tail}" if tail else "")
+    text = f"ended without an outcome; see {run.logs}/" + (f":\n{tail}" if tail else "")
     return Outcome("failed", step, text, EXIT_FAILED, is_transient=True)
 
 
-def _patiently(ask: Callable[[], T], patience_s: float, poll_s: float) -> T:
-    """Ask again while the answer cannot be had, so long."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            return ask()
-        except (OSError, QueueError):
-            if time.monotonic() > end:
-                raise
-        time.sleep(poll_s)
+def _retried(operation: Callable[[], T], timeout_s: float, poll_s: float) -> T:
+    """Retry while the file system or Slurm's controller does not answer."""
+    return retry(
+        operation,
+        is_transient=lambda error: isinstance(error, OSError | QueueError),
+        pauses_s=pauses(poll_s, timeout_s),
+    )
 
 
 def _deadline(timeout_s: float | None) -> float:

@@ -1,4 +1,4 @@
-"""A run as a Slurm batch script; pure."""
+"""The Slurm batch script of a run, as text."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Final, final
 
 from trainer.config.shape import TrainingShape
 from trainer.planning.plan import Plan
-from trainer.run.directory import LAUNCHER, SHUTDOWN_TIMEOUT, RunDir
+from trainer.run.directory import RunDir
+from trainer.run.protocol import LAUNCHER, SHUTDOWN_TIMEOUT
 
 MARGIN_S: Final = 30
-"""Slurm signals so long before the time limit, and the grace period earlier."""
+"""Slurm signals the script this long plus the grace period before the time limit."""
 SIGNALS: Final = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What torchrun passes on; by SIGUSR1 it would die otherwise and leave its workers behind."""
+"""Signals that torchrun forwards; SIGUSR1 would otherwise kill it and orphan its workers."""
 
 
 @final
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What `sbatch` is told besides what follows from recipe and shape."""
+    """Options of `sbatch` that do not follow from recipe and shape."""
 
     partition: str | None = None
-    """Where to run; the cluster's default when None."""
+    """Partition; the cluster's default when None."""
     time_limit: str | None = None
     """As Slurm writes it: minutes, or `days-hours:minutes:seconds`."""
     extra: Mapping[str, str] = field(default_factory=dict)
@@ -34,19 +35,19 @@ class SlurmOptions:
 
 
 def batch_script(run: RunDir, plan: Plan, options: SlurmOptions, directory: Path, python: str = sys.executable) -> str:
-    """The script for `sbatch`: run, pass signals on, and ask for a requeue after a preemption.
+    """The script for `sbatch`: it runs the run, forwards signals, and requests a requeue after a preemption.
 
     Args:
         run: the run directory; relative to `directory`, or absolute.
-        plan: its plan.
-        options: of the user.
-        directory: where to run, absolute: relative paths of the recipe begin there.
+        plan: of the run.
+        options: of `sbatch`.
+        directory: absolute working directory; relative paths of the recipe start there.
         python: the interpreter, the same on every node.
     """
     sections = [
         "#!/bin/bash",
         *_directives(run, plan, options),
-        "# Written by `trainer submit`. A requeued job runs it again; the run goes on from its newest checkpoint.",
+        "# Written by `trainer submit`. A requeued job runs it again and resumes from the newest checkpoint.",
         f"cd {shlex.quote(str(directory))} || exit 1",
         _PROLOGUE.format(
             cancelled=shlex.quote(str(run.cancel_file)),
@@ -79,7 +80,7 @@ def _directives(run: RunDir, plan: Plan, options: SlurmOptions) -> list[str]:
 
 
 def _command(run: RunDir, plan: Plan, python: str) -> str:
-    """The step: the supervisor on one node, a rendezvous of torchruns on several."""
+    """The job step: the supervisor on one node, torchrun on each of several."""
     target = shlex.quote(str(run.root))
     srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
     if plan.shape.nodes == 1:
@@ -101,24 +102,24 @@ def _torchrun(shape: TrainingShape, python: str, grace_s: int) -> list[str]:
 _PROLOGUE: Final = """\
 cancelled={cancelled} outcome={outcome} asked= step=
 
-pass_on() {{   # to the step, as soon as it is there
+forward() {{   # to the job step, once it exists
   asked=$1
   echo "asked to stop by SIG$1" >&2
   while kill -0 "$step" 2>/dev/null && ! scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null; do sleep 1; done
 }}
-trap 'pass_on USR1' USR1   # the time limit is near, or a preemption where Slurm is set to say so
-trap 'pass_on TERM' TERM   # requeue or scancel
+trap 'forward USR1' USR1   # near the time limit; or at a preemption, where Slurm is configured to signal it
+trap 'forward TERM' TERM   # requeue or scancel
 
 progress() {{ ls -R {progress} 2>/dev/null | cksum; }}
-about_job() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n "s/.* $1=\\([^ ]*\\).*/\\1/p"; }}
+job_field() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n "s/.* $1=\\([^ ]*\\).*/\\1/p"; }}
 
 if [ -e "$cancelled" ]; then
-  echo "cancelled; \\`trainer reconnect\\` goes on with it" >&2
+  echo "cancelled; \\`trainer reconnect\\` resumes it" >&2
   exit 1
 fi
-grep -qs '"state": "finished"' "$outcome" || rm -f "$outcome"   # so that what is there later is of this start
+grep -qs '"state": "finished"' "$outcome" || rm -f "$outcome"   # an outcome that exists later was written by this start
 before=$(progress)
-[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it over
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not inherit it
 """
 
 _RENDEZVOUS: Final = f"""\
@@ -129,19 +130,19 @@ address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]
 
 _EPILOGUE: Final = """\
 step=$!
-[ -z "$asked" ] || pass_on "$asked"   # before there was a step
-while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done   # a signal ends a wait too soon
+[ -z "$asked" ] || forward "$asked"   # a signal that came before the job step existed
+while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done   # a signal interrupts wait
 
 ended=$(sed -n 's/.*"state": "\\([a-z]*\\)".*/\\1/p' "$outcome" 2>/dev/null)
-preempted_at=$(about_job PreemptTime)
+preempted_at=$(job_field PreemptTime)
 [ "$preempted_at" = None ] && preempted_at=
 was_stopped() { [ "$ended" = preempted ] || { [ -z "$ended" ] && [ -n "$asked$preempted_at" ]; }; }
-# Slurm requeues by itself only what still runs when its patience ends; and what was cancelled stays so.
-if was_stopped && [ ! -e "$cancelled" ] && [ "$(about_job JobState)" = RUNNING ]; then
+# Slurm requeues only jobs that still run when the grace time ends. A cancelled run is not requeued.
+if was_stopped && [ ! -e "$cancelled" ] && [ "$(job_field JobState)" = RUNNING ]; then
   if [ "$asked" = USR1 ] && [ -z "$preempted_at" ] && [ "$(progress)" = "$before" ]; then
-    echo "nothing was saved within the time limit: not requeued; give more --time" >&2
+    echo "nothing was saved within the time limit: not requeued; submit with a longer --time" >&2
   else
-    echo "preempted: asking for a requeue" >&2
+    echo "preempted: requesting a requeue" >&2
     scontrol requeue "$SLURM_JOB_ID"
   fi
 fi

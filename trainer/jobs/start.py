@@ -1,8 +1,7 @@
-"""Starts a run and leaves: a detached supervisor, or a job in Slurm's queue; and asks it to stop."""
+"""Start a run in the background, under a detached supervisor or in Slurm's queue; stop it."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,35 +16,27 @@ from trainer.errors import LaunchError
 from trainer.files import write_atomically
 from trainer.jobs.slurm_queue import ACTIVE, WAITING, ask_to_stop, submit_script
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
-from trainer.jobs.state import (
-    LIVE,
-    JobRecord,
-    Launcher,
-    directory_of,
-    read_record,
-    read_state,
-    slurm_job,
-    write_record,
-)
+from trainer.jobs.state import JobRecord, Launcher, directory_of, observe, read_record, slurm_job, write_record
 from trainer.run.directory import RunDir
+from trainer.run.state import RunState
 
 
 def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = None) -> None:
-    """Start the run where nobody runs it, cancelled or not.
+    """Start a run that is not live, cancelled or not.
 
     Args:
-        run: with its plan.
+        run: a directory with a plan.
         launcher: `local` or `slurm`.
-        options: of Slurm.
+        options: of sbatch.
 
     Raises:
-        LaunchError: it waits or goes on already, or cannot be started.
+        LaunchError: the run is live already, or cannot be started.
         QueueError: Slurm is unreachable.
     """
     directory = directory_of(run)
     with run.launching() as lock:
         refuse_live(run, is_launching=True)
-        with _end_forgotten(run):
+        with _cleared_outcome(run):
             if launcher == "local":
                 record = JobRecord(launcher, str(directory), time.time(), pid=_start_local(run, directory, lock))
             else:
@@ -54,26 +45,30 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
 
 
 def refuse_live(run: RunDir, *, is_launching: bool = False) -> None:
-    """Stop where the run waits or goes on already.
+    """Stop where the run is waiting or running already.
+
+    Args:
+        run: any run.
+        is_launching: the caller itself holds the launch lock.
 
     Raises:
-        LaunchError: it does.
+        LaunchError: it is.
         QueueError: Slurm could not be asked.
     """
-    state = read_state(run, is_launching=is_launching)
-    if state in LIVE:
-        raise LaunchError(f"{run.root} is {state.lower()} already; `trainer reconnect {run.root}` joins it")
+    state = observe(run, is_launching=is_launching)
+    if state.is_live:
+        raise LaunchError(f"{run.root} is {state.job.lower()} already; `trainer reconnect {run.root}` joins it")
 
 
 def restart_job(run: RunDir) -> None:
-    """Start the run again as it was submitted, here if it never was."""
+    """Start the run again as it was submitted; on this machine if it never was."""
     record = read_record(run)
     start_job(run, record.launcher if record else "local", record.slurm if record else None)
 
 
 @contextmanager
-def _end_forgotten(run: RunDir) -> Iterator[None]:
-    """Take away how the run ended: what is there later is of the next attempt. Put it back if that cannot start."""
+def _cleared_outcome(run: RunDir) -> Iterator[None]:
+    """Clear the last outcome; restore it if the start fails."""
     outcome, was_cancelled = run.read_outcome(), run.cancel_file.exists()
     run.cancel_file.unlink(missing_ok=True)
     run.outcome_file.unlink(missing_ok=True)
@@ -88,12 +83,12 @@ def _end_forgotten(run: RunDir) -> Iterator[None]:
 
 
 def _start_local(run: RunDir, directory: Path, lock: int) -> int:
-    """A supervisor in a session of its own; it keeps the lock, by its inherited handle, as long as it lives."""
+    """Start a supervisor in its own session; it inherits the handle and keeps the launch lock while it lives."""
     log = run.of_job("logs/supervisor.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "trainer", "train", str(_from(directory, run.root)), "--resubmitted"]
+    run.logs.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "trainer", "train", str(_relative(run.root, directory)), "--resubmitted"]
     done = subprocess.run(
-        # The shell ends at once, so that the supervisor is no child of ours that we would have to wait for.
+        # The shell ends at once, so the supervisor is not our child and leaves no zombie behind.
         ["/bin/sh", "-c", 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!', "sh", str(log.resolve()), *argv],
         cwd=directory,
         stdin=subprocess.DEVNULL,
@@ -107,29 +102,30 @@ def _start_local(run: RunDir, directory: Path, lock: int) -> int:
 
 
 def _start_slurm(run: RunDir, directory: Path, options: SlurmOptions) -> JobRecord:
-    shown = RunDir(_from(directory, run.root))
+    shown = RunDir(_relative(run.root, directory))
     script = run.of_job("job.sh")
     write_atomically(script, batch_script(shown, run.read_plan(), options, directory))
-    run.of_job("logs/slurm-%j.log").parent.mkdir(parents=True, exist_ok=True)
+    run.logs.mkdir(parents=True, exist_ok=True)
     slurm_id = submit_script(script.resolve(), directory)
     return JobRecord("slurm", str(directory), time.time(), slurm_id=slurm_id, slurm=options)
 
 
-def _from(directory: Path, path: Path) -> Path:
-    """The path as seen from a directory, where it lies below it."""
-    whole = path.resolve()
-    return whole.relative_to(directory) if whole.is_relative_to(directory) else whole
+def _relative(path: Path, directory: Path) -> Path:
+    """The path relative to a directory; absolute where it lies outside."""
+    absolute = path.resolve()
+    return absolute.relative_to(directory) if absolute.is_relative_to(directory) else absolute
 
 
 def stop_job(run: RunDir) -> None:
-    """Cancel the run: it saves and ends, and nobody starts it again but the user.
+    """Cancel the run: it saves and ends, and only the user starts it again.
 
     Raises:
-        LaunchError: it has ended already, or goes on where we cannot reach it.
+        LaunchError: it has ended already, or runs where we cannot reach it.
         QueueError: Slurm is unreachable.
     """
-    if read_state(run) not in LIVE:
-        raise LaunchError(f"{run.root} is not running: {read_state(run).lower()}")
+    state = observe(run)
+    if not state.may_become(RunState.CANCELLED):
+        raise LaunchError(f"{run.root} is not running: {state.job.lower()}")
     run.cancel_file.touch()
     record, job = read_record(run), slurm_job(run)
     if record is not None and record.slurm_id is not None and job is not None and job.state in WAITING | ACTIVE:
@@ -137,17 +133,19 @@ def stop_job(run: RunDir) -> None:
         return
     pid = _supervisor(run, record)
     if pid is None:
-        raise LaunchError(f"{run.root} runs under a launcher of its own or elsewhere; stop it there")
+        raise LaunchError(
+            f"{run.root} was not started by `trainer` on this machine. Stop it where it was started, with SIGTERM"
+        )
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
 
 
 def _supervisor(run: RunDir, record: JobRecord | None) -> int | None:
-    """Process id of a supervisor on this machine; a lock that is held says that it is still that process."""
+    """Process id of a supervisor on this machine; the lock that it holds proves that the id is still its own."""
     if record is not None and record.pid is not None and run.is_launched():
         return record.pid
-    with suppress(OSError, ValueError, IndexError):
-        attempt = json.loads(run.attempts_file.read_text().splitlines()[-1])
-        if run.is_supervised() and attempt["host"] == socket.gethostname():
-            return int(attempt["supervisor_pid"])
-    return None
+    attempts = run.read_attempts()
+    if not attempts or not run.is_supervised() or attempts[-1].get("host") != socket.gethostname():
+        return None
+    pid = attempts[-1].get("supervisor_pid")
+    return int(pid) if pid is not None else None

@@ -1,42 +1,41 @@
-"""A submitted run: how it was submitted, and the state it is in."""
+"""How a run was submitted, and which state it is in."""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal, final
 
 from trainer.errors import TrainerError
 from trainer.files import write_atomically
-from trainer.jobs.slurm_queue import ACTIVE, TAKEN_AWAY, WAITING, Queued, queued
+from trainer.jobs.slurm_queue import ACTIVE, TAKEN_AWAY, WAITING, QueuedJob, find_queued
 from trainer.jobs.slurm_script import SlurmOptions
-from trainer.run.directory import HEARTBEAT_S, Outcome, RunDir
+from trainer.run.directory import RunDir
+from trainer.run.find import RUNS
+from trainer.run.protocol import FRESH_S
+from trainer.run.state import Facts, JobState, QueueState, RunState, state_of
 
 Launcher = Literal["local", "slurm"]
-JobState = Literal["PENDING", "RUNNING", "PREEMPTED", "FAILED", "CANCELLED", "COMPLETED"]
-LIVE: Final = {"PENDING", "RUNNING"}
-"""States that go on by themselves."""
-FRESH_S: Final = 3 * HEARTBEAT_S
 
 
 @final
 @dataclass(frozen=True)
 class JobRecord:
-    """job.json: who started the run, where and when."""
+    """job.json: how, where and when the run was submitted."""
 
     launcher: Launcher
     directory: str
-    """Where it was submitted, absolute: relative paths of the recipe begin there."""
+    """Absolute working directory of the submission; relative paths of the recipe start there."""
     time: float
-    """When, in seconds since 1970."""
+    """Seconds since 1970."""
     pid: int | None = None
-    """The supervisor's, of the local launcher."""
+    """Process id of the supervisor, for the local launcher."""
     slurm_id: str | None = None
     """Slurm's job id."""
     slurm: SlurmOptions | None = None
-    """Options of the submission, for the next one."""
+    """Options of this submission, used again by the next one."""
 
 
 def read_record(run: RunDir) -> JobRecord | None:
@@ -50,67 +49,92 @@ def read_record(run: RunDir) -> JobRecord | None:
 
 
 def write_record(run: RunDir, record: JobRecord) -> None:
-    """Keep how the run was submitted."""
+    """Write how the run was submitted."""
     write_atomically(run.of_job("job.json"), json.dumps(asdict(record)) + "\n")
 
 
-def read_state(run: RunDir, *, is_launching: bool = False) -> JobState:
-    """Whether the run waits, goes on, or how it ended.
-
-    Args:
-        run: any run, submitted or not.
-        is_launching: the caller holds the lock of who starts it, which then says nothing.
+def read_state(run: RunDir) -> JobState:
+    """The public state of a run.
 
     Raises:
         QueueError: Slurm could not be asked.
         OSError: the run directory could not be read.
     """
-    if run.is_locked() or run.is_supervised():
-        return "RUNNING"
-    if run.is_finished(run.read_plan().steps):
-        return "COMPLETED"
-    job = slurm_job(run)
-    if job is not None and job.state in WAITING | ACTIVE:
-        return "PENDING" if job.state in WAITING else "RUNNING"
-    if not is_launching and run.is_launched():
-        return "PENDING"
-    return _ended(run.read_outcome(), job, is_cancelled=run.cancel_file.exists())
+    return observe(run).job
 
 
-def _ended(outcome: Outcome | None, job: Queued | None, *, is_cancelled: bool) -> JobState:
-    """How a run ended that nobody runs.
+def observe(run: RunDir, *, is_launching: bool = False, asks_slurm: bool = True) -> RunState:
+    """The state of a run now.
 
-    >>> _ended(None, Queued("NODE_FAIL", "", ""), is_cancelled=False)
-    'PREEMPTED'
+    Args:
+        run: any run, submitted or not.
+        is_launching: the caller itself holds the launch lock.
+        asks_slurm: whether the queue counts.
+
+    Raises:
+        QueueError: Slurm could not be asked.
+        OSError: the run directory could not be read.
     """
-    word = job.state if job is not None else ""
-    if is_cancelled or (outcome is not None and outcome.state == "cancelled"):
-        return "CANCELLED"
-    if outcome is not None:
-        return "FAILED" if outcome.state == "failed" else "PREEMPTED"
-    if word in TAKEN_AWAY:
-        return "PREEMPTED"
-    return "CANCELLED" if word == "CANCELLED" else "FAILED"
+    if run.is_locked():
+        return state_of(Facts(is_locked=True, is_alive=is_alive(run)))
+    if run.is_supervised():
+        return state_of(Facts(is_supervised=True))
+    steps = run.read_plan().steps
+    if run.is_finished(steps):
+        return state_of(Facts(outcome="finished", is_complete=True))
+    job = slurm_job(run) if asks_slurm else None
+    is_launched = not is_launching and run.is_launched()
+    outcome = run.read_outcome()  # last: who writes it may have ended since the lines above
+    return state_of(
+        Facts(
+            is_launched=is_launched,
+            has_begun=run.read_heartbeat() is not None,
+            outcome=outcome.state if outcome is not None else None,
+            is_complete=outcome is not None and outcome.is_finished(steps),
+            is_cancelled=run.cancel_file.exists(),
+            queue=queue_state(job.state) if job is not None else None,
+        )
+    )
+
+
+def queue_state(word: str) -> QueueState | None:
+    """What Slurm's word for a job means for its run; None where it leaves that to the run directory.
+
+    >>> queue_state("NODE_FAIL"), queue_state("CONFIGURING"), queue_state("COMPLETED")
+    ('taken away', 'waiting', None)
+    """
+    for words, state in _QUEUE_STATES.items():
+        if word in words:
+            return state
+    return None
+
+
+_QUEUE_STATES: Final[Mapping[frozenset[str], QueueState]] = {
+    WAITING: "waiting",
+    ACTIVE: "active",
+    TAKEN_AWAY: "taken away",
+    frozenset({"CANCELLED"}): "cancelled",
+}
 
 
 def is_alive(run: RunDir) -> bool:
-    """Whether the newest attempt has given a fresh sign of life."""
+    """Whether the newest attempt has a fresh heartbeat."""
     beat = run.read_heartbeat()
-    return beat is not None and beat["attempt"] == run.newest_attempt() and time.time() - beat["time"] < FRESH_S
+    return beat is not None and beat.attempt == run.newest_attempt() and beat.age_s() < FRESH_S
 
 
-def slurm_job(run: RunDir) -> Queued | None:
-    """What Slurm says of the run's last submission; None without one, or once it is forgotten.
+def slurm_job(run: RunDir) -> QueuedJob | None:
+    """Slurm's view of the run's last submission; None without one, or once Slurm has forgotten it.
 
     Raises:
         QueueError: Slurm could not be asked.
     """
     record = read_record(run)
-    return queued(record.slurm_id) if record is not None and record.slurm_id is not None else None
+    return find_queued(record.slurm_id) if record is not None and record.slurm_id is not None else None
 
 
 def waiting_reason(run: RunDir) -> str | None:
-    """Why Slurm lets the run wait, for people; None where it does not, or cannot be asked."""
+    """Why the run waits in Slurm's queue, for people; None where it does not, or Slurm cannot be asked."""
     try:
         job = slurm_job(run)
     except TrainerError:
@@ -119,9 +143,9 @@ def waiting_reason(run: RunDir) -> str | None:
 
 
 def directory_of(run: RunDir) -> Path:
-    """Where the run's relative paths begin."""
+    """The directory where the run's relative paths start."""
     record = read_record(run)
     if record is not None:
         return Path(record.directory)
-    runs = run.root.resolve().parent
-    return runs.parent if runs.name == "runs" else Path.cwd()
+    parent = run.root.resolve().parent
+    return parent.parent if parent.name == RUNS.name else Path.cwd()

@@ -1,1 +1,1 @@
-"""The commands and the supervisor; the worker is started by argv and never imported."""
+"""Start and supervise workers. Workers are started by argv and never imported."""

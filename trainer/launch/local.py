@@ -1,4 +1,4 @@
-"""The launch command of a shape on this machine, as argv; pure."""
+"""The launch command of a shape on this machine, as argv."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from trainer.planning.plan import Plan
 
 
 def accelerate_config(shape: TrainingShape) -> Path:
-    """The launcher configuration that the shape names.
+    """The accelerate configuration file that the shape names.
 
     Raises:
-        LaunchError: there is none of this name.
+        LaunchError: the file does not exist.
     """
-    for place in config_dirs("accelerate"):
-        file = place / f"{shape.accelerate}.yaml"
+    for directory in config_dirs("accelerate"):
+        file = directory / f"{shape.accelerate}.yaml"
         if file.is_file():
             return file
     raise LaunchError(f"shape {shape.name}: configs/accelerate/{shape.accelerate}.yaml does not exist")
 
 
 def launch_argv(shape: TrainingShape, target: Path, python: str = sys.executable) -> list[str]:
-    """`accelerate launch` for one node; on several nodes run it on each with its --machine_rank.
+    """`accelerate launch` for one node; on several nodes run it on each, with --machine_rank.
 
     Args:
         shape: ranks and nodes.
@@ -35,12 +35,12 @@ def launch_argv(shape: TrainingShape, target: Path, python: str = sys.executable
     argv = [python, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(shape))]
     argv += ["--num_processes", str(shape.num_ranks), "--num_machines", str(shape.nodes)]
     if shape.device == "cpu" and shape.num_ranks > 1:
-        argv += ["--multi_gpu"]  # with `use_cpu` alone accelerate starts one process, whatever the number
+        argv += ["--multi_gpu"]  # with `use_cpu` alone accelerate starts one process, whatever --num_processes
     return [*argv, "-m", "trainer.worker", str(target)]
 
 
 def shown_command(shape: TrainingShape, target: str) -> str:
-    """The same as a person would type it."""
+    """The launch command as a person would type it."""
     argv = launch_argv(shape, Path(target), "python")
     config = Path(argv[4])
     shown = config.relative_to(Path.cwd()) if config.is_relative_to(Path.cwd()) else config
@@ -48,13 +48,13 @@ def shown_command(shape: TrainingShape, target: str) -> str:
 
 
 def refuse_many_machines(plan: Plan) -> None:
-    """A supervisor starts processes on its own machine only.
+    """Refuse shapes of several machines: a supervisor starts processes on its own machine only.
 
     Raises:
-        LaunchError: the shape has several.
+        LaunchError: the shape has several machines.
     """
     if plan.shape.nodes > 1:
         raise LaunchError(
             f"shape {plan.shape.name} has {plan.shape.nodes} machines, and `trainer train` starts processes on one. "
-            "Run the torchrun line of `trainer check` on each, or `trainer submit --launcher slurm`."
+            "Run the torchrun line of `trainer check` on each machine, or use `trainer submit --launcher slurm`."
         )

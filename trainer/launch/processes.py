@@ -1,4 +1,4 @@
-"""Processes below one, read from /proc."""
+"""The process tree, read from /proc."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.run.directory import STACKS_SIGNAL
+from trainer.run.protocol import STACKS_SIGNAL
 
 
-def shows_stacks(pid: int) -> bool:
-    """Whether a process has a handler for STACKS_SIGNAL; one without would die of it."""
+def handles_stacks_signal(pid: int) -> bool:
+    """Whether a process has a handler for STACKS_SIGNAL; the signal would kill one without."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -21,21 +21,21 @@ def shows_stacks(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below one, where there is a /proc."""
+    """Child processes, their children, and so on; empty on systems without /proc."""
     children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
             children[int(parent)].append(int(stat.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        todo = [child for parent in todo for child in children[parent]]
-        found += todo
-    return found
+    below, level = [], [pid]
+    while level:
+        level = [child for parent in level for child in children[parent]]
+        below += level
+    return below
 
 
 def kill_with_descendants(pid: int) -> None:
-    """As a machine that dies: the process and everything below it, at once."""
+    """Kill a process and everything below it at once, as when its machine dies."""
     for each in [pid, *descendants(pid)]:
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)

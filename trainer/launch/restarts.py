@@ -1,4 +1,4 @@
-"""Attempt after attempt until the run ends; the only module that decides to start one again."""
+"""Restart attempts until the run ends."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Final
 from trainer.errors import EXIT_USER
 from trainer.launch.supervisor import StopSignals, Supervisor
 from trainer.planning.plan import Plan
-from trainer.run.directory import Outcome, RunDir
+from trainer.run.directory import RunDir
+from trainer.run.state import Outcome
 
 MAX_BACKOFF_S: Final = 60.0
 
 
 def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
-    """Start attempts until the run has ended, was stopped from outside, or goes no further.
+    """Start attempts until the run has ended, was stopped from outside, or makes no progress.
 
-    A preemption or a crash is followed by another attempt; after `recovery.max_restarts` in a row without a new
-    checkpoint the last outcome stands. What the user must mend is never tried again.
+    A preemption or a crash is followed by another attempt, up to `recovery.max_restarts` times in a row without a new
+    checkpoint. An error that the user must fix is not retried.
 
     Args:
         plan: of the run.
-        run: whose supervisor the caller is.
-        stop: what asks this process to stop.
+        run: its directory; the caller holds its supervisor lock.
+        stop: signals that ask this process to stop.
     """
     settings = plan.recipe.recovery
-    in_a_row, reached = 0, run.newest_checkpoint_step()
+    in_a_row, newest_checkpoint = 0, run.newest_checkpoint_step()
     while True:
         outcome = Supervisor(plan, run, stop).attempt()
-        now_at = run.newest_checkpoint_step()
-        in_a_row = 0 if now_at > reached else in_a_row
-        reached = max(now_at, reached)
+        checkpoint = run.newest_checkpoint_step()
+        in_a_row = 0 if checkpoint > newest_checkpoint else in_a_row
+        newest_checkpoint = max(checkpoint, newest_checkpoint)
         if not _may_restart(outcome, stop) or in_a_row >= settings.max_restarts:
             return outcome
         wait_s = min(MAX_BACKOFF_S, settings.restart_backoff_s * 2**in_a_row)
         in_a_row += 1
         sys.stderr.write(
-            f"{outcome.state}: {outcome.message}\n"
+            f"{outcome}\n"
             f"restart {in_a_row} of at most {settings.max_restarts} without a new checkpoint, in {wait_s:g} s\n"
         )
         if stop.wait(wait_s):
@@ -44,7 +45,7 @@ def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
 
 
 def _may_restart(outcome: Outcome, stop: StopSignals) -> bool:
-    """Whether another attempt could end otherwise, and nobody asked us to stop."""
+    """Whether another attempt may end differently, and nobody asked us to stop."""
     if stop.was_asked or outcome.state in {"finished", "cancelled"} or outcome.exit_code == EXIT_USER:
         return False
     return outcome.state == "preempted" or outcome.is_transient

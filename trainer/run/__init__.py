@@ -1,1 +1,1 @@
-"""The run directory: paths, locks, readers, the rollout journal, progress for people. No torch."""
+"""The run directory: paths, locks, readers, states, the rollout journal, progress for people. No torch."""

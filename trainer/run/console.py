@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on. No torch."""
+"""Show the progress of a run: a bar on a terminal, lines elsewhere. No torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ SHOWN: Final = {
     "eval/reward": ("held-out reward", "{:.3f}"),
 }
 QUIET_S: Final = 30.0
-"""Without a terminal, a line at most so often."""
+"""Without a terminal: shortest time between two lines."""
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """The record's numbers that people look at, on a line."""
+    """The most important values of a metrics record, on one line.
+
+    >>> describe({"step": 3, "train/loss": 0.71234, "perf/tokens_per_s": 244.2, "train/updates": 3})
+    'loss 0.7123  tok/s 244'
+    """
     return "  ".join(
         f"{label} {pattern.format(record[name])}" for name, (label, pattern) in SHOWN.items() if name in record
     )
@@ -48,10 +52,10 @@ def duration(seconds: float) -> str:
 
 @final
 class Console:
-    """A progress bar on a terminal, a line now and then elsewhere; always on stderr."""
+    """Progress on a stream, stderr by default; write errors never stop a run."""
 
     def __init__(self, steps: int, stream: TextIO = sys.stderr) -> None:
-        """Begin to show a run of so many steps."""
+        """Prepare for a run of `steps` steps."""
         self.steps, self.stream = steps, stream
         self.is_terminal = stream.isatty()
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
@@ -74,11 +78,11 @@ class Console:
             self._last_line = now
 
     def say(self, text: str) -> None:
-        """Say a sentence on a line of its own."""
+        """Write a message on a line of its own."""
         self._write(("\r\033[K" if self.is_terminal else "") + text + "\n")
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # a log on a full disk, or a pipe that nobody reads, ends no run
+        with suppress(OSError):  # a full disk, or a closed pipe
             self.stream.write(text)
             self.stream.flush()
 
@@ -88,10 +92,19 @@ class Console:
 
 
 def seconds_left(recent: deque[tuple[float, int]], step: int, steps: int) -> float | None:
-    """Time left at the rate of the last steps; None where there is no rate yet."""
+    """Time left at the rate of recent steps; None where there is no rate yet.
+
+    >>> seconds_left(deque([(100.0, 4), (106.0, 7)]), step=7, steps=10)
+    6.0
+
+    Args:
+        recent: time in seconds and step of recent records, ascending.
+        step: the current step.
+        steps: all steps.
+    """
     if len(recent) < 2 or recent[-1][1] <= recent[0][1]:
         return None
     (begin, first), (end, last) = recent[0], recent[-1]
-    if end < begin:  # the clock was set back meanwhile
+    if end < begin:  # the clock was set back
         return None
     return (end - begin) / (last - first) * (steps - step)

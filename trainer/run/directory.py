@@ -1,52 +1,50 @@
-"""The run directory: the only module that spells paths under runs/<name>/."""
+"""The run directory: every path under runs/<name>/, and the handle by which a run is read and locked.
+
+Tests hold other modules to these properties: none spells a file name of the run directory itself.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import signal
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
-from trainer.errors import LaunchError, RunConflictError, TrainerError
-from trainer.files import fsync_dir, make_directory, write_atomically
-from trainer.planning.plan import Plan, parse_plan
+from trainer.errors import LaunchError
+from trainer.planning.plan import Plan
+from trainer.run import lock, readers
+from trainer.run.metrics_reader import MetricsReader, Record, newest_records, read_records
+from trainer.run.polling import wait_until
+from trainer.run.readers import Heartbeat
+from trainer.run.state import Outcome
 
-State = Literal["finished", "preempted", "cancelled", "failed"]
-JobFile = Literal["job.json", "job.sh", "launch.lock", "logs/supervisor.log", "logs/slurm-%j.log"]
-HEARTBEAT_S = 10.0
-LAUNCHER = "TRAINER_LAUNCHER"
-"""Environment variable that names who started a worker."""
-SUPERVISOR = "trainer train"
-"""Its value where the run is supervised."""
-SUPERVISOR_PID = "TRAINER_SUPERVISOR_PID"
-"""Environment variable with the supervisor's process id."""
-SHUTDOWN_TIMEOUT = "TRAINER_SHUTDOWN_TIMEOUT_S"
-"""Environment variable of who gives torchrun another --shutdown-timeout."""
-STACKS_SIGNAL = signal.SIGUSR2
-"""A worker that gets it writes the stacks of its threads to its log, even one that holds the interpreter."""
-RECORD_BYTES = 2**16
-"""No record of metrics.jsonl is longer."""
-PROBE_S = 1.0
-"""Whoever looks whether a lock is taken holds it for a moment; taking it tries for so long."""
+JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
+WEIGHTS = ("adapter", "adapter-best", "model", "model-best")
 
 
-@final
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended; written last."""
+def step_name(step: int) -> str:
+    """Name of a step's directory.
 
-    state: State
-    step: int
-    message: str
-    exit_code: int
-    is_transient: bool = False
-    """Whether another attempt could end otherwise: a crash, not a mistake."""
+    >>> step_name(20)
+    'step-000020'
+    """
+    return f"step-{step:06d}"
+
+
+def step_number(name: str) -> int | None:
+    """The step of a directory; None for any other name.
+
+    >>> step_number("step-000020"), step_number("step-000020.broken-1")
+    (20, None)
+    """
+    digits = name.removeprefix("step-")
+    return int(digits) if digits != name and digits.isdigit() else None
+
+
+def _steps(directory: Path) -> list[int]:
+    numbers = (step_number(entry.name) for entry in directory.glob("*/"))
+    return sorted(number for number in numbers if number is not None)
 
 
 @final
@@ -55,6 +53,8 @@ class RunDir:
     """runs/<name>/ and everything in it."""
 
     root: Path
+
+    # ---- paths
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class RunDir:
 
     @property
     def cancel_file(self) -> Path:
-        """Exists where the user cancelled the run: nobody restarts it but the user."""
+        """Exists where the user cancelled the run: only the user starts it again."""
         return self.root / "cancelled"
 
     @property
@@ -108,289 +108,196 @@ class RunDir:
 
     @property
     def heartbeat_file(self) -> Path:
-        """Sign of life."""
+        """Heartbeat file."""
         return self.root / "heartbeat.json"
 
     @property
     def tracker_file(self) -> Path:
-        """What the W&B mirror has received."""
+        """What Weights & Biases has received."""
         return self.root / "wandb.json"
 
+    @property
+    def logs(self) -> Path:
+        """Directory of what attempts, supervisor and batch script printed."""
+        return self.root / "logs"
+
+    def log_file(self, attempt: int) -> Path:
+        """What one attempt printed."""
+        return self.logs / f"attempt-{attempt}.log"
+
     def of_job(self, name: JobFile) -> Path:
-        """What `submit` leaves: how it was submitted, batch script, lock of the process that it started, its output."""
+        """A file of `submit`: how the run was submitted, the batch script, what the submitted process printed."""
         return self.root / name
 
     def weights(self, *, is_lora: bool, best: bool = False) -> Path:
         """Directory of the last or the best trained weights."""
         return self.root / (("adapter" if is_lora else "model") + ("-best" if best else ""))
 
+    def all_weights(self) -> list[Path]:
+        """Every directory of trained weights that exists."""
+        return [directory for name in WEIGHTS if (directory := self.root / name).is_dir()]
+
+    def exported(self, *, is_merged: bool) -> Path:
+        """Where `trainer export` writes unless told otherwise."""
+        return self.root / ("merged" if is_merged else "export")
+
     def checkpoint(self, step: int) -> Path:
         """Directory of one checkpoint."""
-        return self.checkpoints / f"step-{step:06d}"
+        return self.checkpoints / step_name(step)
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a checkpoint directory, valid or not, ascending."""
-        return sorted(int(entry.name[5:]) for entry in self.checkpoints.glob("step-*/") if entry.name[5:].isdigit())
+        return _steps(self.checkpoints)
 
     def newest_checkpoint_step(self) -> int:
-        """The last of them; -1 where there is none."""
+        """Newest checkpoint step; -1 where there is none."""
         return max(self.checkpoint_steps(), default=-1)
+
+    def unfinished_checkpoints(self) -> list[Path]:
+        """Directories of checkpoints that are being written, or whose writer died."""
+        return list(self.checkpoints.glob(".step-*.tmp"))
 
     def journal(self, step: int) -> Path:
         """Directory of one step's rollouts."""
-        return self.rollouts / f"step-{step:06d}"
+        return self.rollouts / step_name(step)
+
+    def journal_steps(self) -> list[int]:
+        """Steps that have rollouts, ascending."""
+        return _steps(self.rollouts)
 
     def journal_chunk(self, step: int, number: int) -> Path:
-        """One chunk of it."""
+        """One chunk of a step's rollouts."""
         return self.journal(step) / f"chunk-{number:04d}.jsonl"
+
+    def journal_chunks(self, step: int) -> list[Path]:
+        """The chunks of a step that were written, in order."""
+        return sorted(self.journal(step).glob("chunk-*.jsonl"))
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""
-        return self.root / "evaluations" / f"step-{step:06d}.jsonl"
+        return self.root / "evaluations" / f"{step_name(step)}.jsonl"
 
-    def log_file(self, attempt: int) -> Path:
-        """What one attempt printed."""
-        return self.root / "logs" / f"attempt-{attempt}.log"
+    # ---- contents: readers.py, metrics_reader.py
+
+    def is_run(self) -> bool:
+        """Whether the directory holds a run."""
+        return self.plan_file.is_file()
 
     def read_plan(self) -> Plan:
-        """The frozen plan.
-
-        Raises:
-            LaunchError: this is no run directory.
-        """
-        try:
-            return parse_plan(self.plan_file.read_bytes())
-        except FileNotFoundError:
-            raise LaunchError(f"{self.root}: no plan.json, not a run directory") from None
-        except ValueError as error:
-            raise LaunchError(f"{self.plan_file}: not a plan of this version: {error}") from None
+        """The frozen plan."""
+        return readers.read_plan(self.plan_file)
 
     def read_outcome(self) -> Outcome | None:
         """How the last attempt ended; None while one runs or before the first."""
-        try:
-            return Outcome(**json.loads(self.outcome_file.read_text()))
-        except FileNotFoundError:
-            return None
-
-    def is_finished(self, steps: int) -> bool:
-        """Whether the run has come to its end, of so many steps."""
-        outcome = self.read_outcome()
-        return outcome is not None and outcome.state == "finished" and outcome.step >= steps
+        return readers.read_outcome(self.outcome_file)
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Say how this attempt ended."""
-        write_atomically(self.outcome_file, json.dumps(outcome.__dict__) + "\n")
+        """Write how this attempt ended."""
+        readers.write_outcome(self.outcome_file, outcome)
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run finished at least `steps` steps."""
+        outcome = self.read_outcome()
+        return outcome is not None and outcome.is_finished(steps)
+
+    def read_heartbeat(self) -> Heartbeat | None:
+        """The last heartbeat."""
+        return readers.read_heartbeat(self.heartbeat_file)
 
     def write_heartbeat(self, attempt: int, step: int, phase: str) -> None:
-        """Say that the run lives."""
-        beat = {"attempt": attempt, "step": step, "phase": phase, "time": time.time()}
-        write_atomically(self.heartbeat_file, json.dumps(beat) + "\n", durable=False)
-
-    def read_heartbeat(self) -> dict[str, Any] | None:
-        """The last sign of life."""
-        try:
-            return dict(json.loads(self.heartbeat_file.read_text()))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Every step's metrics; a half-written last line is left out."""
-        try:
-            lines = self.metrics_file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines[:-1] if line.strip()]
+        """Write a heartbeat of now."""
+        readers.write_heartbeat(self.heartbeat_file, attempt, step, phase)
 
     def read_excluded(self) -> frozenset[str]:
-        """File and line of each row that the run leaves out."""
-        try:
-            return frozenset(json.loads(self.excluded_file.read_text())["rows"])
-        except FileNotFoundError:
-            return frozenset()
+        """Source (file:line) of each row that the run leaves out."""
+        return readers.read_excluded(self.excluded_file)
 
     def write_excluded(self, rows: Iterable[str], step: int) -> None:
-        """Leave rows out from the newest checkpoint on.
+        """Leave rows out from the newest checkpoint on, as decided at a step."""
+        readers.write_excluded(self.excluded_file, rows, step)
 
-        Args:
-            rows: file and line of each.
-            step: at which that was decided.
-        """
-        write_atomically(self.excluded_file, json.dumps({"rows": sorted(rows), "decided_at_step": step}, indent=1))
+    def read_attempts(self) -> list[dict[str, Any]]:
+        """One record per process start, the oldest first."""
+        return readers.read_attempts(self.attempts_file)
 
-    def newest_record(self) -> dict[str, Any] | None:
-        """The last whole record of metrics.jsonl, read from its end; None before the first."""
-        try:
-            with self.metrics_file.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - RECORD_BYTES))
-                lines = file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return None
-        return dict(json.loads(lines[-1])) if lines else None
+    def read_metrics(self) -> list[Record]:
+        """Every step's metrics. Reads the whole file: to poll use `metrics_reader`."""
+        return read_records(self.metrics_file)
+
+    def metrics_reader(self, last: int = 0) -> MetricsReader:
+        """A cursor in the metrics that begins with the `last` newest records."""
+        return MetricsReader(self.metrics_file, last)
+
+    def newest_records(self, number: int) -> list[Record]:
+        """The last records of metrics.jsonl, in order, read from its end."""
+        return newest_records(self.metrics_file, number)
+
+    def newest_record(self) -> Record | None:
+        """The last record of metrics.jsonl; None before the first."""
+        return next(iter(self.newest_records(1)), None)
 
     def newest_logged_step(self) -> int:
-        """Step of the last whole record of metrics.jsonl; 0 before the first."""
-        return int((self.newest_record() or {"step": 0})["step"])
+        """Step of the last record of metrics.jsonl; 0 before the first."""
+        record = self.newest_record()
+        return 0 if record is None else int(record["step"])
 
-    def take_attempt(self, about: Mapping[str, Any]) -> int:
-        """Take the next attempt number; whoever creates its file has it.
+    # ---- locks and fence: lock.py
 
-        A commit or a metrics append by an attempt that is not the newest aborts, so that two attempts never mix.
-        """
-        fence = self.root / "fence"
-        make_directory(fence)
-        while True:
-            number = self.newest_attempt() + 1
-            try:
-                (fence / f"{number:06d}").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            fsync_dir(fence)
-            with self.attempts_file.open("a") as file:
-                file.write(json.dumps({"attempt": number, **about}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            return number
+    @property
+    def _fence(self) -> Path:
+        return self.root / "fence"
+
+    def _lock_file(self, kind: Literal["", "supervisor.", "launch."]) -> Path:
+        return self.root / f"{kind}lock"
+
+    def take_attempt(self, facts: Mapping[str, Any]) -> int:
+        """Take the next attempt number, and note facts about this process start."""
+        return lock.take_number(self._fence, self.attempts_file, facts)
 
     def newest_attempt(self) -> int:
         """Highest attempt number taken; 0 before the first."""
-        fence = self.root / "fence"
-        return max((int(file.name) for file in fence.iterdir()), default=0) if fence.is_dir() else 0
+        return lock.newest_number(self._fence)
 
     def refuse_stale(self, attempt: int) -> None:
-        """Stop an attempt that is no longer the newest.
+        """Stop an attempt that is no longer the newest, so that two attempts never mix."""
+        lock.refuse_stale(self._fence, attempt)
 
-        Raises:
-            TrainerError: another attempt has taken the run over.
-        """
-        newest = self.newest_attempt()
-        if newest != attempt:
-            raise TrainerError(f"{self.root}: attempt {newest} has taken over; attempt {attempt} stops")
+    def _taken(self) -> str:
+        return f"{self.root}: another attempt is running. See: trainer status {self.root}"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Own the run within the block.
+    def locked(self) -> AbstractContextManager[int]:
+        """Hold the run within the block, as its attempt; LaunchError where another process does."""
+        return lock.hold(self._lock_file(""), self._taken())
 
-        Raises:
-            LaunchError: another process owns it.
-        """
-        with self._holding("lock"):
-            yield
+    def supervised(self) -> AbstractContextManager[int]:
+        """Be the run's only supervisor within the block; its worker stops when the supervisor is gone."""
+        return lock.hold(self._lock_file("supervisor."), self._taken())
 
-    @contextmanager
-    def supervised(self) -> Iterator[None]:
-        """Be the run's only supervisor within the block; its worker stops when the supervisor is gone.
-
-        Raises:
-            LaunchError: another process supervises it.
-        """
-        with self._holding("supervisor.lock"):
-            yield
-
-    @contextmanager
-    def launching(self) -> Iterator[int]:
-        """Be the only one who starts the run, or raise; a process that inherits the file handle goes on being it."""
-        with self._holding("launch.lock") as handle:
-            yield handle
-
-    @contextmanager
-    def _holding(self, name: str) -> Iterator[int]:
-        with (self.root / name).open("a") as file:
-            end = time.monotonic() + PROBE_S
-            while not _try_lock(file.fileno(), fcntl.LOCK_EX):
-                if time.monotonic() > end:
-                    raise LaunchError(
-                        f"{self.root}: another attempt is running. "
-                        f"Wait for it, or stop it first (trainer status {self.root})"
-                    )
-                time.sleep(0.02)
-            yield file.fileno()
-
-    def wait_unlocked(self, poll_s: float = 0.05, timeout_s: float = float("inf")) -> bool:
-        """Wait until no process owns the run."""
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            if not self.is_locked():
-                return True
-            time.sleep(poll_s)
-        return False
+    def launching(self) -> AbstractContextManager[int]:
+        """Be the only process that starts the run; a child that inherits the yielded handle keeps the lock."""
+        return lock.hold(self._lock_file("launch."), self._taken())
 
     def is_locked(self) -> bool:
-        """Whether a process owns the run."""
-        return self._is_held("lock")
+        """Whether an attempt holds the run."""
+        return lock.is_held(self._lock_file(""))
 
     def is_supervised(self) -> bool:
-        """Whether a `trainer train` watches the run."""
-        return self._is_held("supervisor.lock")
+        """Whether a `trainer train` supervises the run."""
+        return lock.is_held(self._lock_file("supervisor."))
 
     def is_launched(self) -> bool:
         """Whether a process that `submit` started lives."""
-        return self._is_held("launch.lock")
+        return lock.is_held(self._lock_file("launch."))
+
+    def wait_unlocked(self, poll_s: float = 0.05, timeout_s: float = float("inf")) -> bool:
+        """Wait until no attempt holds the run; returns whether that came true in time."""
+        return wait_until(lambda: not self.is_locked(), timeout_s=timeout_s, poll_s=poll_s)
 
     def refuse_taken(self) -> None:
-        """Stop where another attempt runs.
+        """Stop where the run is running.
 
         Raises:
-            LaunchError: one does.
+            LaunchError: it is.
         """
         if self.is_locked() or self.is_supervised():
-            raise LaunchError(f"{self.root}: another attempt is running. See: trainer status {self.root}")
-
-    def _is_held(self, name: str) -> bool:
-        try:
-            with (self.root / name).open("rb") as file:
-                return not _try_lock(file.fileno(), fcntl.LOCK_SH)
-        except FileNotFoundError:
-            return False
-
-
-def _try_lock(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def open_run(plan: Plan, name: str | None = None, runs_dir: Path = Path("runs")) -> RunDir:
-    """The run directory of a plan: a new one, or the same run to go on with.
-
-    `steps`, intervals, evaluation, logging and the shape may differ; the new plan is kept.
-
-    Raises:
-        RunConflictError: the directory holds a run of another identity; shows the difference.
-        LaunchError: it is running now.
-    """
-    run = RunDir(runs_dir / (name or plan.recipe.name))
-    if not run.plan_file.exists():
-        make_directory(run.root)
-        write_atomically(run.plan_file, plan.dump())
-        return run
-    old = run.read_plan()
-    if old.identity_hash != plan.identity_hash:
-        lines = "\n".join(f"  {line}" for line in _differences(old.identity, plan.identity))
-        raise RunConflictError(
-            f"{run.root} holds another run; what differs:\n{lines}\n"
-            "Give another --name, undo the change, or move the directory away."
-        )
-    run.refuse_taken()
-    if old.dump() != plan.dump():
-        write_atomically(run.plan_file, plan.dump())
-    return run
-
-
-def plan_changes(old: Plan, new: Plan) -> list[str]:
-    """What differs between two plans of one identity."""
-    return list(_differences(old.recipe.model_dump(), new.recipe.model_dump()))
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            raise LaunchError(self._taken())

@@ -97,7 +97,7 @@ def read_chunk(
 
 def read_step(run: RunDir, step: int) -> list[list[dict[str, Any]]]:
     """The rollout records of each group of a step, for people; empty where there is none."""
-    chunks = [_whole(file) for file in sorted(run.journal(step).glob("chunk-*.jsonl"))]
+    chunks = [_whole(file) for file in run.journal_chunks(step)]
     return [of_group for records in chunks if records is not None for of_group in _by_group(records)]
 
 

@@ -31,7 +31,8 @@ from trainer.model.packing_check import verify_packing
 from trainer.model.policy import load_policy, warm_start
 from trainer.planning.plan import Plan
 from trainer.run.console import Console
-from trainer.run.directory import LAUNCHER, SUPERVISOR_PID, RunDir
+from trainer.run.directory import RunDir
+from trainer.run.protocol import LAUNCHER, SUPERVISOR_PID
 from trainer.training.learner import Learner
 from trainer.training.metrics import MetricsLog, peak_gib
 from trainer.training.watchdog import Watch

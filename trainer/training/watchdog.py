@@ -14,7 +14,9 @@ from typing import Final, final
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, TrainerError
-from trainer.run.directory import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, Outcome, RunDir, State
+from trainer.run.directory import RunDir
+from trainer.run.protocol import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR
+from trainer.run.state import EndState, Outcome
 
 WATCH_S: Final = 1.0
 """How often it looks."""
@@ -94,7 +96,7 @@ class Watch:
             "failed", f"hung while {phase} after step {step}; the stacks of all ranks are in the log", EXIT_FAILED
         )
 
-    def _end(self, state: State, message: str, exit_code: int) -> None:
+    def _end(self, state: EndState, message: str, exit_code: int) -> None:
         """End this process at once: the training thread cannot be interrupted."""
         if self.world.is_main:
             self.say(message)

@@ -20,7 +20,7 @@ import torch  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 import trl  # noqa: F401
 
-from trainer import worker  # noqa: F401
+from trainer import worker
 from trainer.training import rft, sft  # noqa: F401
 
 

@@ -41,7 +41,7 @@ def _has_own_equality(kind: type) -> bool:
 class _Comparisons(ast.NodeTransformer):
     """Replaces `a == b` and `a != b` by calls of `is_same`; chains such as `a == b == c` stay as they are."""
 
-    def visit_Compare(self, node: ast.Compare) -> ast.AST:  # noqa: N802  the name that ast looks for
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
         """Replace a single comparison."""
         self.generic_visit(node)
         if len(node.ops) != 1 or not isinstance(node.ops[0], (ast.Eq, ast.NotEq)):

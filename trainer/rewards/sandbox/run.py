@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # -I keeps the working directory off the path
 
-from trainer.rewards.sandbox import fences, harness  # noqa: E402
+from trainer.rewards.sandbox import fences, harness
 
 del sys.path[0]
 
