@@ -14,10 +14,11 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from trainer.checkpoints.local import Checkpoints, Saved, TrainState, file_sha256
+from trainer.checkpoints.local import Checkpoints, Saved, TrainState
 from trainer.config.recipe import Recipe
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
+from trainer.files import file_sha256
 from trainer.run.directory import RunDir
 
 ONE_RANK = World(0, 1, torch.device("cpu"))

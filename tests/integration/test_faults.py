@@ -130,7 +130,7 @@ class TestFullDisk:
         assert done.code == 1, done.said
         assert "runs/disk/adapter: not written: " in done.stderr
         assert "No space left on device" in done.stderr
-        assert "the checkpoint of step 4 is kept. Mend it and run the same command." in done.stderr
+        assert "the checkpoint of step 4 is kept. Fix the problem above and run the same command again." in done.stderr
         assert "Traceback" not in done.stderr
         assert run.outcome()["state"] == "failed"
         assert run.checkpoints() == [4]

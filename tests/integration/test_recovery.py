@@ -47,7 +47,7 @@ class TestNumbersThatBreak:
         recipe = project.recipe("bad.yaml", name="bad", data__train="poisoned.jsonl", **SFT)
         done = project.worker(recipe)
         assert done.code == 0, done.said
-        assert "their updates were skipped. Rows: poisoned.jsonl:17, poisoned.jsonl:5. Going back" in done.stderr
+        assert "their updates were skipped. Rows: poisoned.jsonl:17, poisoned.jsonl:5. Returning" in done.stderr
         return project.run("bad")
 
     def test_rows_are_named_and_left_out_once_too_many_updates_were_skipped(self, run: Run) -> None:
@@ -78,7 +78,7 @@ class TestNumbersThatBreak:
         recipe = project.recipe("hot.yaml", name="hot", **SFT | HOT)
         done = project.trainer("train", recipe)
         assert done.code == 1, done.said
-        assert "Rows were left out once already. Lower optimizer.learning_rate, or mend the rows." in done.stderr
+        assert "Rows were excluded once already. Lower optimizer.learning_rate, or correct the rows." in done.stderr
         assert "restart" not in done.stderr
         assert project.run("hot").outcome()["state"] == "failed"
 

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import register_implementation
 from mirrored import IDENTITY, files_under, save_step, saved_run, write_metrics
 
-from trainer.checkpoints.mirror import Mirror, _hold
+from trainer.checkpoints.mirror import Mirror, take_snapshot
 from trainer.errors import MirrorAccessError, MirrorError, UserError
 from trainer.files import replaced_directory
 from trainer.run.directory import RunDir
@@ -328,7 +328,7 @@ def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here:
         found = []
         for _ in range(300):
             held = tmp_path / "held"
-            _hold(target, held)
+            take_snapshot(target, held)
             found.append(files_under(held))
             shutil.rmtree(held)
     finally:
