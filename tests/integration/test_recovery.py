@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from project import Project, Run, is_at_step, wait_for
+from project import Project, Run, Running, is_at_step, wait_for
 from rft_project import NO_EVALUATION, RECIPE, journal, prepare
 from safetensors.torch import load_file, save_file
+
+from trainer.run.directory import STACKS_SIGNAL
 
 SFT: dict[str, Any] = {
     "eval_interval": 0, "data__eval": None, "steps": 12, "dcp_save_interval": 4, "model__path": "poisoned",
@@ -108,6 +110,8 @@ class TestGracePeriod:
 
     def test_when_it_runs_out_the_worker_exits_with_the_last_checkpoint_intact(self, project: Project) -> None:
         run, started = blocked(project, "overdue", recovery__grace_period_s=2)
+        # A signal that comes before the worker opens the pipe would be seen at the end of the step, and saved.
+        wait_for(lambda: "in write_chunk" in stacks(run, started), started, poll_s=0.2)
         started.signal(signal.SIGTERM)
         done = started.wait(60)
         assert done.code == 75, done.said
@@ -152,7 +156,13 @@ def phase(run: Run) -> str:
         return ""
 
 
-def blocked(project: Project, name: str, *, supervised: bool = False, **changes: Any) -> tuple[Run, Any]:
+def stacks(run: Run, started: Running) -> str:
+    """What the worker has said, after it was asked to write the stacks of its threads there."""
+    os.kill(run.worker_pid(), STACKS_SIGNAL)
+    return started.err.read_text()
+
+
+def blocked(project: Project, name: str, *, supervised: bool = False, **changes: Any) -> tuple[Run, Running]:
     """A run whose worker waits forever for a file system: its journal's next file is a pipe that nobody reads."""
     recipe = project.recipe(
         f"{name}.yaml", **{**RECIPE, **NO_EVALUATION, "dcp_save_interval": 2, **changes, "name": name}

@@ -1,9 +1,9 @@
 """Writes checkpoints in the background, and loads the newest valid one.
 
-The format is torch Distributed Checkpoint (DCP). The DCP files hold tensors only; scalars are in manifest.json, which is
-written last: a directory without a valid manifest is not a checkpoint. A save blocks the training only while it copies
-the tensors. A thread then writes the copies into a temporary directory, hashes them and renames the directory; it has a
-process group of its own. Only one save is in progress at a time.
+The format is torch Distributed Checkpoint (DCP). The DCP files hold tensors only. Scalars are in manifest.json, which
+is written last: a directory without a valid manifest is not a checkpoint. A save blocks the training only while it
+copies the tensors. A thread then writes the copies into a temporary directory, hashes them and renames the directory;
+it has a process group of its own. Only one save is in progress at a time.
 """
 
 from __future__ import annotations
