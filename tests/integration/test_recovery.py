@@ -111,7 +111,7 @@ class TestGracePeriod:
     def test_when_it_runs_out_the_worker_exits_with_the_last_checkpoint_intact(self, project: Project) -> None:
         run, started = blocked(project, "overdue", recovery__grace_period_s=2)
         # A signal that comes before the worker opens the pipe would be seen at the end of the step, and saved.
-        wait_for(lambda: "in write_chunk" in stacks(run, started), started, poll_s=0.2)
+        wait_for(lambda: "in write_chunk" in stacks(run, started), started)
         started.signal(signal.SIGTERM)
         done = started.wait(60)
         assert done.code == 75, done.said
@@ -157,9 +157,19 @@ def phase(run: Run) -> str:
 
 
 def stacks(run: Run, started: Running) -> str:
-    """What the worker has said, after it was asked to write the stacks of its threads there."""
+    """The stacks of the worker's threads, which it writes to stderr when it is asked to.
+
+    One request at a time: while one is pending, the kernel gives a further signal to another thread, and a main thread
+    that waits in a system call would not notice it.
+    """
+    before = len(started.err.read_text())
     os.kill(run.worker_pid(), STACKS_SIGNAL)
-    return started.err.read_text()
+
+    def written() -> str:
+        text = started.err.read_text()[before:]
+        return text if "in _run_module_as_main" in text else ""  # the outermost frame of the main thread
+
+    return wait_for(written, started)
 
 
 def blocked(project: Project, name: str, *, supervised: bool = False, **changes: Any) -> tuple[Run, Running]:

@@ -52,7 +52,10 @@ def slow() -> Iterator[type[Slow]]:
     Slow.may_end.set()
 
 
-def test_steps_held_for_the_mirror_are_kept_until_they_are_uploaded(slow: type[Slow], tmp_path: Path) -> None:
+def test_steps_held_for_the_mirror_are_kept_until_they_are_uploaded(
+    slow: type[Slow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
     warnings: list[str] = []
