@@ -1,4 +1,4 @@
-"""What ends an attempt from within: numbers that break, a grace period that runs out, a worker that hangs."""
+"""Ends of an attempt from within: non-finite numbers, an overrun grace period, a worker that hangs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BAD_LINES = (5, 17)
 
 @pytest.fixture(scope="module")
 def project(shared: Project) -> Project:
-    """Two rows hold a letter whose embedding is not a number."""
+    """Two rows contain a letter whose embedding is NaN."""
     prepare(shared)
     shutil.copytree(shared.root / "model", shared.root / "poisoned")
     tokens = json.loads((shared.root / "model" / "tokenizer.json").read_text())["model"]["vocab"]
@@ -58,7 +58,7 @@ class TestNumbersThatBreak:
         }
         assert run.steps() == list(range(1, 13))
         skipped = [record for record in run.values() if "train/skipped" in record]
-        assert [record["step"] for record in skipped] == [1], "the one after the checkpoint was made again without it"
+        assert [record["step"] for record in skipped] == [1], "the second skipped step was repeated without its row"
         assert skipped[0]["train/skipped_rows"] == ["poisoned.jsonl:17"] or skipped[0]["train/skipped_rows"] == [
             "poisoned.jsonl:5"
         ]
@@ -110,7 +110,7 @@ class TestGracePeriod:
 
     def test_when_it_runs_out_the_worker_exits_with_the_last_checkpoint_intact(self, project: Project) -> None:
         run, started = blocked(project, "overdue", recovery__grace_period_s=2)
-        # A signal that comes before the worker opens the pipe would be seen at the end of the step, and saved.
+        # A signal that comes before the worker opens the FIFO would be seen at the end of the step, and saved.
         wait_for(lambda: "in write_chunk" in stacks(run, started), started)
         started.signal(signal.SIGTERM)
         done = started.wait(60)
@@ -137,7 +137,7 @@ def test_a_worker_that_hangs_shows_its_stacks_and_is_started_again(project: Proj
 
 
 def test_a_stopped_process_is_ended_by_the_supervisor(project: Project) -> None:
-    """SIGSTOP: not even the watching thread runs."""
+    """SIGSTOP stops the watchdog thread too."""
     recipe = project.recipe("stopped.yaml", name="stopped", recovery__hang_timeout_s=1, steps=2000, dcp_save_interval=5)
     started = project.start_trainer("train", recipe)
     run = project.run("stopped")
@@ -173,7 +173,7 @@ def stacks(run: Run, started: Running) -> str:
 
 
 def blocked(project: Project, name: str, *, supervised: bool = False, **changes: Any) -> tuple[Run, Running]:
-    """A run whose worker waits forever for a file system: its journal's next file is a pipe that nobody reads."""
+    """A run whose worker blocks on its file system: the next journal file is a FIFO without a reader."""
     recipe = project.recipe(
         f"{name}.yaml", **{**RECIPE, **NO_EVALUATION, "dcp_save_interval": 2, **changes, "name": name}
     )

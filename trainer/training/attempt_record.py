@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -17,7 +18,7 @@ from trainer.distributed.world import World
 from trainer.planning.plan import Plan, plan_memory
 from trainer.run.directory import LAUNCHER, SUPERVISOR_PID
 
-GIT_TIMEOUT_S = 5
+GIT_TIMEOUT_S: Final = 5
 
 
 def describe_attempt(plan: Plan, world: World) -> dict[str, object]:

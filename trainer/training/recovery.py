@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Final, final
 
 from trainer.distributed.world import World
 from trainer.errors import NumericalError, RolledBackError
 from trainer.run.directory import RunDir
 from trainer.training.saver import Saver
 
-SHOWN_ROWS = 5
+SHOWN_ROWS: Final = 5
 
 
 @final

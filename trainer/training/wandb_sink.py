@@ -6,13 +6,13 @@ import json
 import sys
 import uuid
 from collections.abc import Mapping
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 from trainer.files import write_atomically
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 
-INIT_TIMEOUT_S = 30
+INIT_TIMEOUT_S: Final = 30
 
 
 class _WandbRun(Protocol):
