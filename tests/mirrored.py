@@ -1,4 +1,4 @@
-"""A run directory as training leaves it after a step, for tests of mirrors; no training."""
+"""Writes a run directory as training would leave it, for tests of the mirror."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDENTITY: Final = "a" * 64
 
 
 def saved_run(root: Path, steps: int, *, identity: str = IDENTITY, name: str = "small") -> RunDir:
-    """A run of so many steps with a checkpoint after each second; the held-out value was best at step 1."""
+    """A run of `steps` steps with a checkpoint after every second one, and best weights of step 1."""
     run = RunDir(root / name)
     for step in range(2, steps + 1, 2):
         save_step(run, step, identity=identity)
@@ -27,7 +27,7 @@ def saved_run(root: Path, steps: int, *, identity: str = IDENTITY, name: str = "
 
 
 def save_step(run: RunDir, step: int, *, identity: str = IDENTITY) -> None:
-    """One checkpoint, as trainer/checkpoints/local.py lays it out."""
+    """Write one checkpoint in the format of trainer/checkpoints/local.py."""
     directory = run.checkpoint(step)
     directory.mkdir(parents=True)
     contents = {"__0_0.distcp": f"tensors of {step}".encode() * 100, ".metadata": f"metadata of {step}".encode()}
@@ -47,11 +47,11 @@ def save_step(run: RunDir, step: int, *, identity: str = IDENTITY) -> None:
 
 
 def write_metrics(run: RunDir, steps: int, *, loss: float = 0.1) -> None:
-    """metrics.jsonl up to a step."""
+    """Write metrics.jsonl up to a step."""
     records = [{"step": step, "time": 1.5, "train/loss": loss * step} for step in range(steps + 1)]
     run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def files_under(directory: Path) -> dict[str, bytes]:
-    """Every file's bytes by its path, hidden ones too."""
+    """Contents of every file by relative path, hidden files included."""
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}

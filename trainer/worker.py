@@ -1,4 +1,4 @@
-"""What every rank runs: `accelerate launch -m trainer.worker RECIPE_OR_RUN_DIR`."""
+"""Runs one rank of an attempt: `accelerate launch -m trainer.worker RECIPE_OR_RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -25,45 +25,47 @@ from trainer.errors import (
     TrainerError,
 )
 from trainer.planning.plan import Plan, RFTPlan, make_plan
+from trainer.run.best import best_value
 from trainer.run.directory import RunDir
 from trainer.run.find import named_run, open_run
 from trainer.run.protocol import SHUTDOWN_TIMEOUT
 from trainer.run.state import EndState, Outcome
 
 if TYPE_CHECKING:
-    from trainer.training.attempt import Session
+    from trainer.training.attempt import Attempt
 
 TORCHRUN_GRACE_S: Final = 30.0
-"""From its SIGTERM to its SIGKILL."""
+"""How long torchrun waits between SIGTERM and SIGKILL."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one rank of one attempt; the exit code is the outcome's."""
+    """Run one rank of one attempt; returns the exit code of its outcome."""
     arguments = _parse(argv)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait without spinning: on a busy machine a spinning one takes the core it waits for (docs/log.md).
+    # Idle OpenMP threads sleep: spinning ones would take a core from other processes (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Packs differ in length, and oneDNN keeps a kernel of about a megabyte for each shape, 1,024 of them by default.
+    # oneDNN caches up to 1,024 kernels by default, about 1 MB for each length of a pack.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
         plan, run = _plan_and_run(arguments)
         if run.is_finished(plan.steps):
             sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
             return EXIT_FINISHED
-        return _attempt(plan, run)
+        return _run_attempt(plan, run)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
 
 
-def _attempt(plan: Plan, run: RunDir) -> int:
+def _run_attempt(plan: Plan, run: RunDir) -> int:
     from contextlib import ExitStack
 
     from trainer.distributed.preemption import StopFlag
     from trainer.distributed.world import join_world, leave_world
-    from trainer.training.attempt import Session, about_attempt
+    from trainer.training.attempt import Attempt
+    from trainer.training.attempt_record import describe_attempt
 
     _quiet_libraries()
     try:
@@ -73,69 +75,77 @@ def _attempt(plan: Plan, run: RunDir) -> int:
             with run.locked():
                 run.write_outcome(Outcome("failed", 0, str(error), error.exit_code))
         raise
-    stop = StopFlag(_grace_s(plan))  # not before: a signal must be able to end a rank that waits for the others
+    stop = StopFlag(_grace_s(plan))  # only now: until here a signal must end a rank that waits for the others
     with ExitStack() as stack:
         stack.callback(leave_world, world)
         if world.is_main:
             stack.enter_context(run.locked())
             run.outcome_file.unlink(missing_ok=True)
-        number = world.from_main(run.take_attempt(about_attempt(plan, world)) if world.is_main else None)
-        session = Session(plan, run, world, number, stop)
-        stack.enter_context(session.watch.watching())
-        outcome = _train(session)
-        session.close()
-        session.log.close(outcome.exit_code)
+        number = world.from_main(run.take_attempt(describe_attempt(plan, world)) if world.is_main else None)
+        attempt = Attempt(plan, run, world, number, stop)
+        stack.enter_context(attempt.watchdog.watching())
+        outcome = _train(attempt)
+        attempt.close(outcome.exit_code)
         if world.is_main:
-            session.say(outcome.message)
-            try:
-                if run.newest_attempt() == number:  # or else it is the other attempt's to say
-                    run.write_outcome(outcome)
-            except OSError as error:
-                session.say(f"{run.outcome_file}: not written: {error}")
+            _report(attempt, outcome)
         if outcome.state == "failed" and world.size > 1:
             sys.stderr.flush()
-            os._exit(outcome.exit_code)  # other ranks wait in a collective that this one will never join
+            os._exit(outcome.exit_code)  # other ranks may wait in a collective that this one will never join
         return outcome.exit_code
 
 
+def _report(attempt: Attempt, outcome: Outcome) -> None:
+    """Print the outcome and write outcome.json, unless a newer attempt owns that file."""
+    attempt.say(outcome.message)
+    try:
+        if attempt.run.newest_attempt() == attempt.number:
+            attempt.run.write_outcome(outcome)
+    except OSError as error:
+        attempt.say(f"{attempt.run.outcome_file}: not written: {error}")
+
+
 def _grace_s(plan: Plan) -> float:
-    """What the machine grants, or the launcher where that is less: torchrun kills its workers half a minute after."""
+    """The grace period of the machine, or of torchrun if that is shorter."""
     grace_s = plan.recipe.recovery.grace_period_s
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return grace_s
     return min(grace_s, float(os.environ.get(SHUTDOWN_TIMEOUT, TORCHRUN_GRACE_S)))
 
 
-def _train(session: Session) -> Outcome:
-    """Run the method's loop; a second time where the first one went back to its checkpoint."""
+def _train(attempt: Attempt) -> Outcome:
+    """Run the training loop of the method, and once more after a return to the checkpoint."""
     from trainer.training import rft, sft
 
-    plan, run = session.plan, session.run
+    plan, run = attempt.plan, attempt.run
     train = partial(rft.train, plan=plan) if isinstance(plan, RFTPlan) else sft.train
     try:
-        if not _trained(train, session):
-            train(session)
+        if _is_rolled_back(train, attempt):
+            # Not guarded again: RolledBackError is raised only while no row is excluded, and now some are.
+            train(attempt)
     except TrainerError as error:
-        kept = _kept(session.saved_step) if isinstance(error, CheckpointError) else ""
+        remedy = _remedy(attempt) if isinstance(error, CheckpointError) else ""
         is_transient = isinstance(error, CheckpointError | MirrorError) and error.exit_code == EXIT_FAILED
-        return Outcome(_state_of(error, run), session.step, f"{error}{kept}", error.exit_code, is_transient)
+        return Outcome(_state_of(error, run), attempt.step, f"{error}{remedy}", error.exit_code, is_transient)
     except OSError as error:
-        message = f"{error.filename or run.root}: {error.strerror or error}{_kept(session.saved_step)}"
-        return Outcome("failed", session.step, message, EXIT_FAILED, is_transient=True)
+        message = f"{error.filename or run.root}: {error.strerror or error}{_remedy(attempt)}"
+        return Outcome("failed", attempt.step, message, EXIT_FAILED, is_transient=True)
     except Exception as error:
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
-        return Outcome("failed", session.step, text, EXIT_FAILED, is_transient=True)
-    return Outcome("finished", plan.steps, _summary(session), EXIT_FINISHED)
+        return Outcome("failed", attempt.step, text, EXIT_FAILED, is_transient=True)
+    return Outcome("finished", plan.steps, _summary(attempt), EXIT_FINISHED)
 
 
-def _trained(train: Callable[[Session], None], session: Session) -> bool:
-    """Whether it came to its end; False where it goes on from its checkpoint. Frees what the first try held."""
+def _is_rolled_back(train: Callable[[Attempt], None], attempt: Attempt) -> bool:
+    """Train; True if the run must continue from its checkpoint.
+
+    A function of its own, so that the model of the first try is freed before the second one loads it.
+    """
     try:
-        train(session)
+        train(attempt)
     except RolledBackError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _state_of(error: TrainerError, run: RunDir) -> EndState:
@@ -144,22 +154,25 @@ def _state_of(error: TrainerError, run: RunDir) -> EndState:
     return "failed"
 
 
-def _kept(saved_step: int | None) -> str:
+def _remedy(attempt: Attempt) -> str:
+    saved_step = attempt.saver.saved_step
     kept = "" if saved_step is None else f"; the checkpoint of step {saved_step} is kept"
-    return f"{kept}. Mend it and run the same command."
+    return f"{kept}. Fix the problem above and run the same command again."
 
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _summary(session: Session) -> str:
-    text = f"finished {session.plan.steps} steps of {session.run.root}"
-    best = session.best() if session.world.is_main else None
+def _summary(attempt: Attempt) -> str:
+    """Message of a finished run, with its first and its best held-out value."""
+    text = f"finished {attempt.plan.steps} steps of {attempt.run.root}"
+    records = attempt.run.read_metrics() if attempt.world.is_main else []
+    best = best_value(records)
     if best is not None:
-        first = next((record for record in session.run.read_metrics() if best[1] in record), {})
-        text += f"; {best[1]} {first.get(best[1], float('nan')):.4f} at step {first.get('step')}, "
-        text += f"best {best[2]:.4f} at step {best[0]}"
+        first = next(record for record in records if best.name in record)
+        text += f"; {best.name} {first[best.name]:.4f} at step {first['step']}, "
+        text += f"best {best.value:.4f} at step {best.step}"
     return text
 
 
@@ -183,7 +196,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars of loaders are noise here, and advice for their callers is not for our users."""
+    """Turn off progress bars and warnings that are meant for callers of transformers, not for our users."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, hostile, foreign or too many: called in process, on real files of torch DCP."""
+"""Checkpoints that are damaged, malicious, of another run, or too many: real torch DCP files, in process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from trainer.checkpoints.local import Checkpoints, Saved, TrainState, file_sha256
+from trainer.checkpoints.local import Checkpoints, Saved, TrainState
 from trainer.config.recipe import SFTRecipe
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
+from trainer.files import file_sha256
 from trainer.run.directory import RunDir
 
 ONE_RANK = World(0, 1, torch.device("cpu"))
@@ -52,7 +53,7 @@ def saved(root: Path, *steps: int, **settings: object) -> Checkpoints:
 
 
 def sign_again(directory: Path) -> None:
-    """Make the manifest correct for whatever the files are, as an attacker would."""
+    """Make the manifest match the files as they are now, as an attacker would."""
     file = directory / "manifest.json"
     manifest = json.loads(file.read_text())
     for name, about in manifest["files"].items():
@@ -133,7 +134,7 @@ def test_broken_newest_is_put_aside_and_the_one_before_is_taken(tmp_path: Path, 
     assert torch.equal(target["masters/a"], torch.full((64, 8), 2.0))
     assert torch.equal(target["optimizer/a/exp_avg"], torch.full((64, 8), -2.0))
     assert checkpoints.steps() == [2]
-    assert (tmp_path / "checkpoints" / "step-000004.broken-1").is_dir(), "put aside, not deleted"
+    assert (tmp_path / "checkpoints" / "step-000004.broken-1").is_dir(), "renamed, not deleted"
 
 
 def test_undamaged_newest_is_taken(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ class Evil:
 
 
 def test_malicious_metadata_runs_nothing(tmp_path: Path) -> None:
-    """The pickle is planted with a correct manifest, so that no hash gives it away."""
+    """The manifest matches the planted pickle, so no hash reveals it."""
     checkpoints = saved(tmp_path, 2, 4)
     trace = tmp_path / "trace"
     newest = tmp_path / "checkpoints" / "step-000004"
@@ -184,7 +185,7 @@ def test_malicious_metadata_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_malicious_shard_runs_nothing(tmp_path: Path) -> None:
-    """A shard that is a pickle in torch's clothes, under metadata and a manifest that fit."""
+    """A shard that is a `torch.save` pickle, with metadata and a manifest that match it."""
     checkpoints = saved(tmp_path, 4)
     trace = tmp_path / "trace"
     newest = tmp_path / "checkpoints" / "step-000004"
@@ -209,7 +210,7 @@ def checkpoints_metadata(directory: Path) -> dict[object, object]:
 
 
 def test_bytes_are_refused(tmp_path: Path) -> None:
-    """DCP stores what is no tensor as a pickle of its own."""
+    """DCP stores values that are no tensors as pickles."""
     checkpoints = saved(tmp_path, 2, 4)
     newest = tmp_path / "checkpoints" / "step-000004"
     shutil.copy(newest / "manifest.json", tmp_path)
@@ -238,7 +239,7 @@ def test_step_behind_the_best_weights_is_kept(tmp_path: Path) -> None:
 
 
 def test_only_checkpoint_stays_when_the_next_save_fails(tmp_path: Path) -> None:
-    """The staging place is taken by a file, so nothing can be written; root ignores permissions."""
+    """A file has the name of the staging directory, so nothing can be written; permissions would not stop root."""
     checkpoints = saved(tmp_path, 2, keep_last=1)
     (tmp_path / "checkpoints" / ".step-000004.tmp").write_text("in the way")
     assert "step-000004: not written: " in str(save(checkpoints, TrainState(4), tensors(4)).problem)
@@ -247,7 +248,7 @@ def test_only_checkpoint_stays_when_the_next_save_fails(tmp_path: Path) -> None:
 
 
 def test_stale_attempt_commits_nothing(tmp_path: Path) -> None:
-    """An attempt that believed itself dead comes back after another has taken the run."""
+    """An attempt that was frozen continues after another one has taken over."""
     run = RunDir(tmp_path)
     old = open_checkpoints(tmp_path, attempt=run.take_attempt({}))
     save(old, TrainState(2), tensors(2))
@@ -257,7 +258,7 @@ def test_stale_attempt_commits_nothing(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    """What is saved is the state at `begin`; tensors may change at once."""
+    """The state at `begin` is saved; the tensors may change right after it."""
     checkpoints = open_checkpoints(tmp_path)
     values = tensors(2)
     checkpoints.begin(TrainState(2), values)

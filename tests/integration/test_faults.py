@@ -1,4 +1,4 @@
-"""What goes wrong, and what is said about it: bad input, full disks, processes that vanish."""
+"""Faults and their messages: bad input, full disks, processes that are killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def assert_is_for_people(done: Done, *words: str) -> None:
-    """Exit code 2, no traceback, and the words."""
+    """Exit code 2, no traceback, and these words in the message."""
     assert done.code == 2, done.said
     assert "Traceback" not in done.said
     for word in words:
@@ -59,7 +59,9 @@ def test_bad_rows_are_named(shared: Project, content: bytes, words: tuple[str, .
     (shared.root / "bad.jsonl").write_bytes(good + content)
     file = shared.recipe("bad.yaml", name=f"bad{len(content)}", data__train="bad.jsonl")
     is_first = b"hal" in content
-    done = shared.trainer("train", file) if is_first else shared.worker(file)  # the same without three seconds more
+    done = (
+        shared.trainer("train", file) if is_first else shared.worker(file)
+    )  # the same code without the launcher's three seconds
     assert_is_for_people(done, *words)
     assert shared.run(f"bad{len(content)}").outcome()["exit_code"] == 2
 
@@ -86,7 +88,7 @@ def test_model_without_weights(project: Project) -> None:
 
 
 class TestFullDisk:
-    """runs/ is a small file system that fills up; one run through all of it."""
+    """runs/ is a small file system that fills up; all tests continue one run."""
 
     @pytest.fixture(scope="class")
     def disk(self, shared: Project) -> Iterator[Path]:
@@ -130,15 +132,15 @@ class TestFullDisk:
         assert done.code == 1, done.said
         assert "runs/disk/adapter: not written: " in done.stderr
         assert "No space left on device" in done.stderr
-        assert "the checkpoint of step 4 is kept. Mend it and run the same command." in done.stderr
+        assert "the checkpoint of step 4 is kept. Fix the problem above and run the same command again." in done.stderr
         assert "Traceback" not in done.stderr
         assert run.outcome()["state"] == "failed"
         assert run.checkpoints() == [4]
-        assert run.adapter() == adapter, "the old one stays whole"
+        assert run.adapter() == adapter, "the old one is intact"
         assert not list(run.root.rglob(".adapter*"))
 
     def test_failed_save_is_a_warning_and_the_next_one_works(self, project: Project) -> None:
-        """Goes on with the run above, on a disk still full until the first warning."""
+        """Continues the run above; the disk is full until the second warning."""
         run = project.run("disk")
         started = project.start_trainer("train", "recipe.yaml", "--set", "steps=200")
         ballast = project.root / "runs" / "ballast"
@@ -153,7 +155,7 @@ class TestFullDisk:
 
 
 class TestVanishingProcesses:
-    """One long run; each test goes on with it."""
+    """One long run; each test continues it."""
 
     @pytest.fixture(scope="class")
     def run(self, shared: Project) -> Run:
@@ -161,7 +163,7 @@ class TestVanishingProcesses:
         return shared.run("long")
 
     def test_second_attempt_is_refused(self, shared: Project, run: Run) -> None:
-        """Also in the seconds before the first one's worker is up."""
+        """Also while the worker of the first one is starting."""
         first = shared.start_trainer("train", "long.yaml")
         wait_for(lambda: (run.root / "supervisor.lock").exists(), first)
         assert not (run.root / "attempts.jsonl").exists(), "the worker is not up yet"

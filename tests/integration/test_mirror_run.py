@@ -1,4 +1,4 @@
-"""A run whose directory is lost goes on from its mirror and equals one that never was interrupted, bit for bit."""
+"""A run whose directory is lost continues from its mirror and equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECIPE: Final = LONG | {"lora__dropout": 0.1}
 
 @pytest.fixture(scope="module")
 def whole(shared: Project) -> Run:
-    """The run that nobody interrupts, without a mirror: a mirror is no part of its identity."""
+    """The uninterrupted run, without a mirror: the mirror is not part of a run's identity."""
     done = shared.worker(shared.recipe("whole.yaml", **RECIPE), "--name", "whole")
     assert done.code == 0, done.said
     return shared.run("whole")
@@ -41,7 +41,7 @@ def test_a_lost_run_directory_is_fetched(shared: Project, whole: Run) -> None:
 
 
 def test_a_foreign_mirror_is_a_warning_and_the_run_goes_on(shared: Project, whole: Run) -> None:
-    """The name on the mirror is another run's: nothing of it is fetched or touched."""
+    """The name on the mirror belongs to another run: its copies are neither fetched nor touched."""
     backup = shared.root / "backup"
     before = sorted(path.read_bytes() for path in backup.glob("mirrored/*/complete.json"))
     assert before, "the test above has left copies"

@@ -67,7 +67,7 @@ def _is_open(port: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/mirror.md tells a user, and none of the machine's own settings."""
+    """The environment that docs/mirror.md describes, without the settings of this machine."""
     import fsspec
     from fsspec.config import conf
 
@@ -77,7 +77,7 @@ def environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    # fsspec reads its environment when it is imported, which in this process has happened.
+    # fsspec reads its environment when it is imported, and this process has imported it.
     monkeypatch.setitem(conf, "s3", {"endpoint_url": server.url})
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
@@ -139,7 +139,7 @@ def test_a_bucket_that_does_not_exist_is_not_made(server: Server, tmp_path: Path
 
 
 def test_the_environment_alone_is_enough(server: Server, tmp_path: Path) -> None:
-    """In a process of its own: `FSSPEC_S3_ENDPOINT_URL` as docs/mirror.md has it; no warning as it ends."""
+    """In a separate process: `FSSPEC_S3_ENDPOINT_URL` as in docs/mirror.md; no warning at exit."""
     run = saved_run(tmp_path, 2, name="fresh-process")
     code = (
         "import sys; from pathlib import Path; from trainer.checkpoints.mirror import Mirror\n"

@@ -1,4 +1,4 @@
-"""What ends an attempt from within: numbers that break, a grace period that runs out, a worker that hangs."""
+"""Ends of an attempt from within: non-finite numbers, an overrun grace period, a worker that hangs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from project import Project, Run, is_at_step, wait_for
+from project import Project, Run, Running, is_at_step, wait_for
 from rft_project import NO_EVALUATION, RECIPE, journal, prepare
 from safetensors.torch import load_file, save_file
+
+from trainer.run.directory import STACKS_SIGNAL
 
 SFT: dict[str, Any] = {
     "eval_interval": 0, "data__eval": None, "steps": 12, "dcp_save_interval": 4, "model__path": "poisoned",
@@ -26,7 +28,7 @@ BAD_LINES = (5, 17)
 
 @pytest.fixture(scope="module")
 def project(shared: Project) -> Project:
-    """Two rows hold a letter whose embedding is not a number."""
+    """Two rows contain a letter whose embedding is NaN."""
     prepare(shared)
     shutil.copytree(shared.root / "model", shared.root / "poisoned")
     tokens = json.loads((shared.root / "model" / "tokenizer.json").read_text())["model"]["vocab"]
@@ -47,7 +49,7 @@ class TestNumbersThatBreak:
         recipe = project.recipe("bad.yaml", name="bad", data__train="poisoned.jsonl", **SFT)
         done = project.worker(recipe)
         assert done.code == 0, done.said
-        assert "their updates were skipped. Rows: poisoned.jsonl:17, poisoned.jsonl:5. Going back" in done.stderr
+        assert "their updates were skipped. Rows: poisoned.jsonl:17, poisoned.jsonl:5. Returning" in done.stderr
         return project.run("bad")
 
     def test_rows_are_named_and_left_out_once_too_many_updates_were_skipped(self, run: Run) -> None:
@@ -56,7 +58,7 @@ class TestNumbersThatBreak:
         }
         assert run.steps() == list(range(1, 13))
         skipped = [record for record in run.values() if "train/skipped" in record]
-        assert [record["step"] for record in skipped] == [1], "the one after the checkpoint was made again without it"
+        assert [record["step"] for record in skipped] == [1], "the second skipped step was repeated without its row"
         assert skipped[0]["train/skipped_rows"] == ["poisoned.jsonl:17"] or skipped[0]["train/skipped_rows"] == [
             "poisoned.jsonl:5"
         ]
@@ -78,7 +80,7 @@ class TestNumbersThatBreak:
         recipe = project.recipe("hot.yaml", name="hot", **SFT | HOT)
         done = project.trainer("train", recipe)
         assert done.code == 1, done.said
-        assert "Rows were left out once already. Lower optimizer.learning_rate, or mend the rows." in done.stderr
+        assert "Rows were excluded once already. Lower optimizer.learning_rate, or correct the rows." in done.stderr
         assert "restart" not in done.stderr
         assert project.run("hot").outcome()["state"] == "failed"
 
@@ -108,6 +110,8 @@ class TestGracePeriod:
 
     def test_when_it_runs_out_the_worker_exits_with_the_last_checkpoint_intact(self, project: Project) -> None:
         run, started = blocked(project, "overdue", recovery__grace_period_s=2)
+        # A signal that comes before the worker opens the FIFO would be seen at the end of the step, and saved.
+        wait_for(lambda: "in write_chunk" in stacks(run, started), started)
         started.signal(signal.SIGTERM)
         done = started.wait(60)
         assert done.code == 75, done.said
@@ -133,7 +137,7 @@ def test_a_worker_that_hangs_shows_its_stacks_and_is_started_again(project: Proj
 
 
 def test_a_stopped_process_is_ended_by_the_supervisor(project: Project) -> None:
-    """SIGSTOP: not even the watching thread runs."""
+    """SIGSTOP stops the watchdog thread too."""
     recipe = project.recipe("stopped.yaml", name="stopped", recovery__hang_timeout_s=1, steps=2000, dcp_save_interval=5)
     started = project.start_trainer("train", recipe)
     run = project.run("stopped")
@@ -152,8 +156,24 @@ def phase(run: Run) -> str:
         return ""
 
 
-def blocked(project: Project, name: str, *, supervised: bool = False, **changes: Any) -> tuple[Run, Any]:
-    """A run whose worker waits forever for a file system: its journal's next file is a pipe that nobody reads."""
+def stacks(run: Run, started: Running) -> str:
+    """The stacks of the worker's threads, which it writes to stderr when it is asked to.
+
+    One request at a time: while one is pending, the kernel gives a further signal to another thread, and a main thread
+    that waits in a system call would not notice it.
+    """
+    before = len(started.err.read_text())
+    os.kill(run.worker_pid(), STACKS_SIGNAL)
+
+    def written() -> str:
+        text = started.err.read_text()[before:]
+        return text if "in _run_module_as_main" in text else ""  # the outermost frame of the main thread
+
+    return wait_for(written, started)
+
+
+def blocked(project: Project, name: str, *, supervised: bool = False, **changes: Any) -> tuple[Run, Running]:
+    """A run whose worker blocks on its file system: the next journal file is a FIFO without a reader."""
     recipe = project.recipe(
         f"{name}.yaml", **{**RECIPE, **NO_EVALUATION, "dcp_save_interval": 2, **changes, "name": name}
     )

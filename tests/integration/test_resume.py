@@ -1,4 +1,4 @@
-"""A run interrupted anywhere equals one that never was, bit for bit."""
+"""A run that was interrupted anywhere equals one that never was, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from project import LONG, Done, Project, Run, is_at_step, wait_for
 
 SEED: Final = 20
 RECIPE: Final = LONG | {"lora__dropout": 0.1, "model__compute_dtype": "bfloat16"}
-"""With dropout, and with masters that are not what the model computes with: state that a resume could lose."""
+"""With dropout, and with masters in another precision than the model: state that a resume could lose."""
 
 
 @pytest.fixture(scope="module")
 def whole(shared: Project) -> Run:
-    """The run that nobody interrupts."""
+    """The uninterrupted run."""
     done = shared.worker(shared.recipe("long.yaml", **RECIPE), "--name", "whole")
     assert done.code == 0, done.said
     return shared.run("whole")
@@ -39,7 +39,7 @@ def test_killed_at_random_moments(shared: Project, whole: Run) -> None:
         started = shared.start_trainer("train", "long.yaml", "--name", "killed")
         wait_for(is_at_step(run, step), started, poll_s=moments.uniform(0.001, 0.1))
         shared.kill_all()
-        assert not (run.root / "outcome.json").exists(), "died without a word"
+        assert not (run.root / "outcome.json").exists(), "killed before it could write an outcome"
     done = shared.trainer("train", "long.yaml", "--name", "killed")
     assert done.code == 0, done.said
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3]
@@ -54,7 +54,7 @@ def test_killed_while_saving_and_newest_checkpoint_damaged(shared: Project, whol
     def is_saving() -> bool:
         return any(checkpoints.glob(".step-*.tmp/__0_0.distcp"))
 
-    while not is_saving():  # the first kill may come too late by a hair
+    while not is_saving():  # the first kill may come a moment too late
         started = shared.start_worker("long.yaml", "--name", "saving")
         wait_for(is_at_step(run, next(wanted)), started)
         wait_for(is_saving, started, poll_s=0)
@@ -71,7 +71,7 @@ def test_killed_while_saving_and_newest_checkpoint_damaged(shared: Project, whol
 
 
 class TestSignals:
-    """One run is stopped in every way that is polite, and once rudely; each test goes on with it."""
+    """One run is stopped by each signal, and once by two Ctrl-C; each test continues it."""
 
     def stop(self, project: Project, number: signal.Signals, after: int) -> tuple[Run, Done]:
         run = project.run("stopped")
@@ -87,7 +87,7 @@ class TestSignals:
         step = run.steps()[-1]
         assert 11 <= step < 60
         assert run.outcome()["state"] == "preempted"
-        assert run.checkpoints()[-1] == step, "saved off the interval"
+        assert run.checkpoints()[-1] == step, "saved outside the interval"
         assert "run the same command again to go on" in done.stderr
         wait_for(lambda: not shared.processes())
 
@@ -134,7 +134,7 @@ class TestSignals:
         wait_for(lambda: not shared.processes())
 
     def test_ctrl_c_to_a_plain_launcher_saves(self, shared: Project, whole: Run) -> None:
-        """A terminal sends it to the whole group; the worker is what must hear it."""
+        """A terminal signals the whole process group; the worker must save."""
         run = shared.run("stopped")
         step = run.steps()[-1]
         started = shared.start_worker("long.yaml", "--name", "stopped")

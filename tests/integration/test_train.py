@@ -1,4 +1,4 @@
-"""`trainer train` from a recipe to an adapter that others can use."""
+"""`trainer train` from a recipe to an adapter that plain PEFT loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN_LOSS = Path(__file__).with_name("plain_loss.py")
 
 @pytest.fixture(scope="module")
 def first(shared: Project) -> Done:
-    """The run that most tests look at: six steps, evaluated and saved at every second."""
+    """The run that most tests inspect: six steps, evaluated and saved at every second step."""
     return shared.trainer("train", "recipe.yaml", "--name", "first")
 
 
@@ -65,7 +65,7 @@ def test_run_directory_is_as_the_contract_says(shared: Project, first: Done) -> 
         "plan.json", "attempts.jsonl", "lock", "heartbeat.json", "metrics.jsonl", "checkpoints", "adapter",
         "adapter-best", "outcome.json", "logs",
     }  # fmt: skip
-    assert not list(run.root.rglob("*.tmp")), "nothing half-written stays"
+    assert not list(run.root.rglob("*.tmp")), "no unfinished file is left"
     assert run.outcome()["state"] == "finished"
     assert run.outcome()["step"] == 6
     (attempt,) = run.attempts()
@@ -161,7 +161,7 @@ def test_merged_export_is_verified_and_is_the_adapter(merged: Done, plain_losses
 
 
 def test_best_is_kept_when_later_steps_are_worse(shared: Project) -> None:
-    """At a learning rate that overshoots, the best is an early step; its weights and its checkpoint stay."""
+    """At too high a learning rate an early step is the best; its weights and its checkpoint are kept."""
     changes = {"optimizer__learning_rate": 0.1, "eval_interval": 1, "dcp_save_interval": 1, "keep_last": 1}
     file = shared.recipe("ruin.yaml", name="ruin", logging__wandb="offline", **changes)
     done = shared.worker(file, "--set", "steps=4", "--set", "optimizer.schedule=constant")
@@ -176,13 +176,13 @@ def test_best_is_kept_when_later_steps_are_worse(shared: Project) -> None:
 
 
 def test_wandb_offline_keeps_one_id_over_a_resume(shared: Project) -> None:
-    """Goes on with the run above, which mirrors into W&B."""
+    """Continues the run above, which logs to W&B."""
     run = shared.run("ruin")
     identifier = json.loads((run.root / "wandb.json").read_text())["id"]
     done = shared.worker("ruin.yaml", "--set", "steps=6", "--set", "optimizer.schedule=constant")
     assert done.code == 0, done.said
     assert json.loads((run.root / "wandb.json").read_text()) == {"id": identifier, "step": 6}
-    mirrors = [path.name for path in (run.root / "wandb").glob("offline-run-*")]
-    assert len(mirrors) == 2
-    assert all(name.endswith(f"-{identifier}") for name in mirrors)
+    wandb_runs = [path.name for path in (run.root / "wandb").glob("offline-run-*")]
+    assert len(wandb_runs) == 2
+    assert all(name.endswith(f"-{identifier}") for name in wandb_runs)
     assert run.steps() == [0, 1, 2, 3, 4, 5, 6]

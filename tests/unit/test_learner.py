@@ -226,7 +226,7 @@ def test_a_skipped_update_names_its_rows(model_dir, bad, named):
 
     learner.forward_backward(Batch.pack(rows, CPU), poisoned)
     assert learner.optim_step(RATE, 1.0, ())["skipped"] == 1.0
-    assert learner.skipped_rows == [f"rows.jsonl:{number}" for number in named]
+    assert learner.take_skipped_rows() == [f"rows.jsonl:{number}" for number in named]
 
 
 def test_an_abandoned_update_changes_nothing(model_dir):

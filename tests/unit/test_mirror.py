@@ -1,4 +1,4 @@
-"""The mirror of checkpoints: what is whole comes back bit for bit, and nothing else does."""
+"""The mirror returns complete checkpoints bit for bit, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import register_implementation
 from mirrored import IDENTITY, files_under, save_step, saved_run, write_metrics
 
-from trainer.checkpoints.mirror import Mirror, _hold
+from trainer.checkpoints.mirror import Mirror, take_snapshot
 from trainer.errors import MirrorAccessError, MirrorError, UserError
 from trainer.files import replaced_directory
 from trainer.run.directory import RunDir
 
 
 class Flaky(LocalFileSystem):
-    """The local disk behind a network that fails so many times before an operation comes through."""
+    """The local disk behind a network on which each operation fails `failures` times before it succeeds."""
 
     protocol = "flaky"
     failures: ClassVar[int] = 0
-    """Of each operation that follows."""
     error: ClassVar[type[Exception]] = ConnectionResetError
     seen: ClassVar[dict[str, int]] = {}
 
@@ -147,7 +146,7 @@ def test_what_a_run_killed_before_its_first_save_left_is_replaced(here: RunDir, 
     pushed(here, address, 2)
     assert mirror_of(there, address).fetch() == 2
     assert there.read_metrics() == here.read_metrics()[:3]
-    assert not there.excluded_file.exists(), "the fetched run has left out no rows"
+    assert not there.excluded_file.exists(), "the fetched run has excluded no rows"
     assert files_under(stale) == files_under(here.weights(is_lora=True, best=True))
 
 
@@ -170,14 +169,14 @@ def test_the_one_before_is_fetched_where_the_newest_is_damaged(
     assert [path.name for path in there.checkpoints.iterdir()] == ["step-000002"]
     assert [record["step"] for record in there.read_metrics()] == [0, 1, 2]
 
-    save_step(there, 4)  # the run goes on from 2 and comes to 4 again
+    save_step(there, 4)  # the run continues from step 2 and reaches step 4 again
     write_metrics(there, 4)
     mirror.push(4)
     assert file.read_bytes() == content, "the damaged copy is replaced by a whole one"
 
 
 def test_a_cut_off_upload_is_no_checkpoint(here: RunDir, there: RunDir, tmp_path: Path) -> None:
-    """As a machine that dies before the marker, or within it."""
+    """The machine dies before it writes the marker, or while it writes it."""
     address = f"file://{tmp_path}/backup"
     pushed(here, address, 2, 4, 6, keep_last=3)
     directory = tmp_path / "backup" / "small"
@@ -254,7 +253,7 @@ def test_a_damaged_copy_does_not_count_as_kept(here: RunDir, there: RunDir, tmp_
 
 
 def test_newer_copies_survive_a_push_of_an_older_step(here: RunDir, tmp_path: Path) -> None:
-    """As on a machine that has an old checkpoint of its own, while another has gone further."""
+    """A machine with an old local checkpoint resumes after another machine has made more steps."""
     mirror = pushed(here, f"file://{tmp_path}/backup", 4, 6)
     mirror.push(2)
     assert steps_at(mirror) == ["step-000002", "step-000004", "step-000006"]
@@ -275,7 +274,7 @@ def test_an_operation_that_fails_twice_is_tried_again(
     assert mirror_of(there, f"flaky://{tmp_path}/backup").fetch() == 2
     assert files_under(there.checkpoint(2)) == files_under(here.checkpoint(2))
     uploads = [count for operation, count in flaky.seen.items() if operation.startswith("put")]
-    assert set(uploads) == {3}, "each file failed twice and then came through"
+    assert set(uploads) == {3}, "each file failed twice and then succeeded"
 
 
 def test_a_lasting_outage_leaves_the_older_copy_whole(
@@ -308,7 +307,7 @@ def test_a_checkpoint_that_is_gone_is_said(here: RunDir, address: str) -> None:
 
 
 def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here: RunDir, tmp_path: Path) -> None:
-    """A thread replaces adapter-best as the training loop does, while another holds it for a push."""
+    """One thread replaces adapter-best as the training does, while another takes snapshots as a push does."""
     target, ended = here.weights(is_lora=True, best=True), threading.Event()
 
     def replace() -> None:
@@ -328,15 +327,15 @@ def test_better_weights_that_arrive_meanwhile_are_never_mixed_with_the_old(here:
         found = []
         for _ in range(300):
             held = tmp_path / "held"
-            _hold(target, held)
+            take_snapshot(target, held)
             found.append(files_under(held))
             shutil.rmtree(held)
     finally:
         ended.set()
         thread.join()
-    assert {len(set(copy.values())) for copy in found} == {1}, "each copy is of one moment"
+    assert {len(set(copy.values())) for copy in found} == {1}, "each snapshot has the files of a single version"
     assert {len(copy) for copy in found} == {100}
-    assert len({copy["0"] for copy in found}) > 1, "it did change meanwhile"
+    assert len({copy["0"] for copy in found}) > 1, "there were several versions"
 
 
 def test_a_missing_package_is_named_with_its_remedy(there: RunDir) -> None:

@@ -1,4 +1,4 @@
-"""Reads torch DCP checkpoints without trusting their pickles: tensors only, and no code."""
+"""Reads torch DCP checkpoints without executing code from their pickles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import CheckpointError
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows DCP's records of tensors and torch's plain value types, and refuses every other name."""
+    """Loads only DCP's metadata records of tensors and torch's value types."""
 
     ALLOWED: Final = frozenset(
         {
@@ -44,18 +44,18 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader with the restricted unpickler, tensors only."""
+    """DCP's file reader with the restricted unpickler."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's own records of the tensors.
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        """Load DCP's metadata of the tensors.
 
         Raises:
-            CheckpointError: the pickle holds anything else.
+            CheckpointError: the pickle contains anything else.
         """
         data = (Path(self.path) / ".metadata").read_bytes()
         try:
             metadata = _RestrictedUnpickler(io.BytesIO(data)).load()
-        except Exception as error:  # hostile bytes may raise whatever they like
+        except Exception as error:  # a crafted pickle can raise any error
             raise CheckpointError(f"{self.path}/.metadata: refused: {error}") from None
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{self.path}/.metadata: holds {type(metadata).__name__}")

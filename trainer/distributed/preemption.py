@@ -27,8 +27,7 @@ class StopFlag:
         """
         self.reason: str | None = None
         self.grace_s = grace_s
-        self.save_s = 0.0
-        """What the last save took, in seconds: so much of the grace period is kept for the next one."""
+        self._save_s = 0.0
         self._since: float | None = None
         self._moved = time.monotonic()
         for number in SIGNALS:
@@ -54,10 +53,14 @@ class StopFlag:
         self.moved()
         return world.max_of([float(self.reason is not None)])[0] > 0
 
+    def expect_save(self, seconds: float) -> None:
+        """Assume that the next save takes as long as the last one did."""
+        self._save_s = seconds
+
     def is_urgent(self) -> bool:
         """Whether what is left of the grace period is needed for a save (twice its last time, and a second)."""
         self.moved()
-        return self._waited() + 2 * self.save_s + 1.0 > self.grace_s
+        return self._waited() + 2 * self._save_s + 1.0 > self.grace_s
 
     def is_overdue(self) -> bool:
         """Whether the grace period has run out."""

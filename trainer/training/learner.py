@@ -80,8 +80,7 @@ class Learner:
             fused=True,
         )
         self.updates = 0
-        self.skipped_rows: list[str] = []
-        """File and line of the rows behind updates that were skipped; whoever reports them empties the list."""
+        self._skipped_rows: list[str] = []
         self._sums: dict[str, float] = {}
         self._rows: set[str] = set()
         self._bad_rows: set[str] = set()
@@ -121,6 +120,16 @@ class Learner:
             owners = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
             self._bad_rows |= {batch.where[owner] for owner in owners}
 
+    def take_skipped_rows(self) -> list[str]:
+        """File and line of the rows of the updates skipped since the last call."""
+        rows, self._skipped_rows = self._skipped_rows, []
+        return rows
+
+    def restore(self, updates: int) -> None:
+        """Continue with this number of updates and the masters that were loaded into `state_tensors`."""
+        self.updates = updates
+        self.refresh()
+
     def must_abandon(self) -> bool:
         """Whether this rank goes no further with the update; the others learn of it in `optim_step`."""
         self._is_abandoned = self._is_abandoned or self.is_urgent()
@@ -137,7 +146,7 @@ class Learner:
         Returns:
             `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, and the means of `names` over tokens.
             Where loss or gradient is not finite on any rank, nothing is updated, and it is `learning_rate`, `tokens`
-            and `skipped` 1; `skipped_rows` names the rows.
+            and `skipped` 1; `take_skipped_rows` names the rows.
 
         Raises:
             PreemptedError: a rank abandoned the update; nothing was updated.
@@ -181,7 +190,7 @@ class Learner:
         """Make no update, and remember whose fault it is: the rows with a loss that is not finite, else all."""
         of_ranks = self.world.gather((sorted(self._bad_rows), sorted(self._rows)))
         bad = {row for of_rank, _ in of_ranks for row in of_rank} or {row for _, of_rank in of_ranks for row in of_rank}
-        self.skipped_rows += sorted(bad)
+        self._skipped_rows += sorted(bad)
         self._forget()
 
     def _forget(self) -> None:

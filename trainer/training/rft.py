@@ -14,31 +14,32 @@ from trainer.planning.plan import RFTPlan
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.training import policy_update
-from trainer.training.attempt import Session, Values
+from trainer.training.attempt import Attempt
 from trainer.training.evaluate import RewardEvaluation
 from trainer.training.memory_preflight import probe_memory, probe_sampling
+from trainer.training.metrics import Values
 from trainer.training.rollouts import Prompt, Rollouts, sampling_params, summarize
 
 
-def train(session: Session, plan: RFTPlan) -> None:
+def train(attempt: Attempt, plan: RFTPlan) -> None:
     """Train from the newest checkpoint to the end.
 
     Raises:
         UserError: rows, model or rewards cannot be trained with.
         PreemptedError: asked to stop; the state is saved.
     """
-    recipe, rollout, world = plan.recipe, plan.recipe.rollout, session.world
+    recipe, rollout, world = plan.recipe, plan.recipe.rollout, attempt.world
     tokenizer = load_tokenizer(recipe.model)
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
-    prompts = _prompts(session, encoder, recipe.data.train, None, rollout.max_completion_tokens)
+    prompts = _prompts(attempt, encoder, recipe.data.train, None, rollout.max_completion_tokens)
     held_out: list[Prompt] = []
     if recipe.data.eval is not None:
-        held_out = _prompts(session, encoder, recipe.data.eval, recipe.data.eval_rows, rollout.max_completion_tokens)
-    learner = session.open_learner()
+        held_out = _prompts(attempt, encoder, recipe.data.eval, recipe.data.eval_rows, rollout.max_completion_tokens)
+    learner = attempt.open_learner()
     policy = learner.policy
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
     reference = Reference(policy, plan.algorithm.reference, is_fresh=is_fresh)
-    state = session.resume(learner)
+    attempt.resume(learner)
     probe_memory(learner, plan, reference)
     with ExitStack() as stack:
         limits = recipe.reward_limits
@@ -54,29 +55,27 @@ def train(session: Session, plan: RFTPlan) -> None:
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
-        rollouts = Rollouts(plan, prompts, sampler, rewards, session.run, world, session.stop, params)
-        answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, session.stop.moved)
+        rollouts = Rollouts(plan, prompts, sampler, rewards, attempt.run, world, attempt.stop, params)
+        answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, attempt.stop.moved)
 
         def evaluate() -> Values:
-            sampler.publish(policy, state.step)
-            return answer(session.run.evaluation(state.step))
+            sampler.publish(policy, attempt.step)
+            return answer(attempt.run.evaluation(attempt.step))
 
-        if state.step == 0 and session.saved_step is None and held_out:
-            session.log.write(0, session.evaluated(learner, evaluate))
-        while state.step < plan.steps:
+        attempt.evaluate_at_start(learner, evaluate)
+        while attempt.step < plan.steps:
             clock = Clock()
-            with session.stoppable(state, learner):
-                sampler.publish(policy, state.step)
-                drawn = rollouts.of_step(state.step)
+            with attempt.abandonable(learner):
+                sampler.publish(policy, attempt.step)
+                drawn = rollouts.of_step(attempt.step)
                 sampled_s = clock.lap()
                 parts = policy_update.minibatches(drawn, plan, world.device)
-                learned = policy_update.learn(learner, parts, reference, plan, state.step)
+                learned = policy_update.learn(learner, parts, reference, plan, attempt.step)
             values = {f"train/{name}": value for name, value in learned.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
-            values |= session.performance(tokens=values["rollout/tokens"], step_s=clock.total())
-            state.step += 1
-            session.after_step(state, learner, values, evaluate)
-    session.finish(learner)
+            values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
+            attempt.end_step(learner, values, evaluate)
+    attempt.finish(learner)
 
 
 class Clock:
@@ -97,9 +96,9 @@ class Clock:
         return time.perf_counter() - self.begin
 
 
-def _prompts(session: Session, encoder: ChatEncoder, source: DataSource, limit: int | None, room: int) -> list[Prompt]:
+def _prompts(attempt: Attempt, encoder: ChatEncoder, source: DataSource, limit: int | None, room: int) -> list[Prompt]:
     rows = read_rows(source, encoder.data, limit)
     prompts = [Prompt(row, encoder.encode_prompt(row, room)) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    session.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
+    attempt.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts

@@ -10,60 +10,57 @@ import torch
 from trainer.algorithms import sft
 from trainer.algorithms.terms import PolicyTerms
 from trainer.config.recipe import DataSource
-from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
+from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.data.order import rows_of_step
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
 from trainer.model.policy import Policy, Scores
-from trainer.training.attempt import Session, Values
+from trainer.training.attempt import Attempt
+from trainer.training.dropout import seed_dropout
 from trainer.training.memory_preflight import probe_memory
+from trainer.training.metrics import Values
 from trainer.training.schedule import learning_rate
 
 
-def train(session: Session) -> None:
-    """Train from the newest checkpoint to the end.
+def train(attempt: Attempt) -> None:
+    """Train from the newest checkpoint to the last step.
 
     Raises:
         UserError: rows or model cannot be trained on.
         PreemptedError: asked to stop; the state is saved.
     """
-    plan, recipe, world = session.plan, session.plan.recipe, session.world
-    tokenizer = load_tokenizer(recipe.model)
-    encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
-    rows = _encoded(session, encoder, recipe.data.train, "train")
-    held_out = _encoded(session, encoder, recipe.data.eval, "held-out") if recipe.data.eval else None
-    learner = session.open_learner()
-    state = session.resume(learner)
+    plan, recipe, world = attempt.plan, attempt.plan.recipe, attempt.world
+    encoder = ChatEncoder(load_tokenizer(recipe.model), recipe.model, recipe.data)
+    rows = _encode(attempt, encoder, recipe.data.train, "train")
+    held_out = _encode(attempt, encoder, recipe.data.eval, "held-out") if recipe.data.eval else ()
+    learner = attempt.open_learner()
+    attempt.resume(learner)
     probe_memory(learner, plan)
-    excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
+    excluded = {index for index, row in enumerate(rows) if row.where in attempt.bad_rows.excluded}
 
     def evaluate() -> Values:
-        assert held_out is not None
-        return held_out_loss(session, learner.policy, held_out.sequences)
+        return {"eval/loss": _held_out_loss(attempt, learner.policy, held_out)}
 
-    if state.step == 0 and session.saved_step is None and held_out is not None:
-        session.log.write(0, session.evaluated(learner, evaluate))
-    while state.step < plan.steps:
-        begin = time.perf_counter()
-        chosen = rows_of_step(recipe.seed, state.step, recipe.rows_per_step, len(rows.sequences), excluded)
-        step_rows = [rows.sequences[index] for index in chosen]
-        mine = of_rank(session, step_rows)
-        if recipe.lora is not None and recipe.lora.dropout > 0:
-            torch.manual_seed(hash((recipe.seed, state.step, world.rank)))
-        with session.stoppable(state, learner):
+    attempt.evaluate_at_start(learner, evaluate)
+    while attempt.step < plan.steps:
+        start = time.perf_counter()
+        chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, len(rows), excluded)
+        step_rows = [rows[index] for index in chosen]
+        rank_rows = _rows_of_rank(attempt, step_rows)
+        seed_dropout(recipe, attempt.step, world.rank)
+        with attempt.abandonable(learner):
             learned = learner.learn(
-                packs(session, mine),
+                _packs(attempt, rank_rows),
                 sft_terms,
-                learning_rate=learning_rate(recipe.optimizer, state.step, plan.steps),
-                denominator=sum(sum(row.inputs["weights"]) for row in mine),
+                learning_rate=learning_rate(recipe.optimizer, attempt.step, plan.steps),
+                denominator=sum(sum(row.inputs["weights"]) for row in rank_rows),
             )
-        state.step += 1
         tokens = sum(len(row.token_ids) for row in step_rows)
         values = {f"train/{name}": value for name, value in learned.items()}
-        values |= session.performance(tokens=tokens, step_s=time.perf_counter() - begin)
-        session.after_step(state, learner, values, evaluate)
-    session.finish(learner)
+        values |= attempt.performance(tokens=tokens, step_s=time.perf_counter() - start)
+        attempt.end_step(learner, values, evaluate)
+    attempt.finish(learner)
 
 
 def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
@@ -72,40 +69,39 @@ def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
 
 
 @torch.no_grad()
-def held_out_loss(session: Session, policy: Policy, sequences: Sequence[TokenSequence]) -> Values:
-    """Mean loss of held-out rows over all ranks, weighted as in training."""
+def _held_out_loss(attempt: Attempt, policy: Policy, sequences: Sequence[TokenSequence]) -> float:
+    """Mean loss over the held-out rows of all ranks, weighted as in training."""
     policy.eval()
     total = weight = 0.0
-    for batch in packs(session, of_rank(session, sequences)):
-        weights = batch.inputs["weights"]
-        total += float((sft_terms(policy(batch), batch).loss).sum(dtype=torch.float64))
-        weight += float(weights.sum(dtype=torch.float64))
-    total, weight = session.world.sum_of([total, weight])
-    return {"eval/loss": total / weight}
+    for batch in _packs(attempt, _rows_of_rank(attempt, sequences)):
+        total += float(sft_terms(policy(batch), batch).loss.sum(dtype=torch.float64))
+        weight += float(batch.inputs["weights"].sum(dtype=torch.float64))
+    total, weight = attempt.world.sum_of([total, weight])
+    return total / weight
 
 
-def packs(session: Session, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
-    """Micro-batches within the shape's token budget, equally many on all ranks where they must be."""
-    groups = micro_batches(sequences, session.plan.shape.micro_batch_tokens)
+def _packs(attempt: Attempt, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
+    """Micro-batches within the shape's token budget; as many on each rank as on the others if the base is sharded."""
+    groups = micro_batches(sequences, attempt.plan.shape.micro_batch_tokens)
     for group in groups:
-        session.stop.moved()
-        yield Batch.pack(group, session.world.device)
-    for _ in range(*session.world.fillers([len(groups)])):
-        yield Batch.filler(session.world.device, ("weights",))
+        attempt.stop.moved()
+        yield Batch.pack(group, attempt.world.device)
+    for _ in range(*attempt.world.fillers([len(groups)])):
+        yield Batch.filler(attempt.world.device, ("weights",))
 
 
-def of_rank(session: Session, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """The part of a step that belongs to this rank, balanced by tokens."""
-    parts = split_evenly([len(sequence.token_ids) for sequence in sequences], session.world.size)
-    return [sequences[index] for index in parts[session.world.rank]]
+def _rows_of_rank(attempt: Attempt, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """The rows of a step that this rank trains on, balanced by tokens."""
+    parts = split_evenly([len(sequence.token_ids) for sequence in sequences], attempt.world.size)
+    return [sequences[index] for index in parts[attempt.world.rank]]
 
 
-def _encoded(session: Session, encoder: ChatEncoder, source: DataSource, what: str) -> EncodedRows:
-    limit = session.plan.recipe.data.eval_rows if what == "held-out" else None
+def _encode(attempt: Attempt, encoder: ChatEncoder, source: DataSource, name: str) -> Sequence[TokenSequence]:
+    limit = attempt.plan.recipe.data.eval_rows if name == "held-out" else None
     encoded = encoder.encode(read_rows(source, encoder.data, limit))
     tokens = sum(len(sequence.token_ids) for sequence in encoded.sequences)
     trained = sum(sequence.num_trained for sequence in encoded.sequences)
     cut = f", {encoded.num_truncated} truncated" if encoded.num_truncated else ""
     cut += f", {encoded.num_dropped} dropped" if encoded.num_dropped else ""
-    session.say(f"{what}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
-    return encoded
+    attempt.say(f"{name}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
+    return encoded.sequences

@@ -1,4 +1,4 @@
-"""The thread beside the training: heartbeat, grace period, hangs, and whether the supervisor still lives."""
+"""A thread beside the training: writes the heartbeat, and ends the attempt on hangs and overrun grace periods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, final
+from typing import Final, NoReturn, final
 
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
@@ -17,16 +17,16 @@ from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, TrainerError
 from trainer.run.directory import RunDir
 from trainer.run.protocol import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR
 from trainer.run.state import EndState, Outcome
+from trainer.training.position import Position
 
-WATCH_S: Final = 1.0
-"""How often it looks."""
+CHECK_INTERVAL_S: Final = 1.0
 STACKS_S: Final = 3.0
-"""Every rank gets so long to write its stacks before the first one ends."""
+"""How long a hung rank waits before it exits, so that the other ranks can write their stacks too."""
 
 
 @final
-class Watch:
-    """Sees what the training thread cannot see while it computes or waits."""
+class Watchdog:
+    """Notices what the training thread cannot notice while it computes or waits for other ranks."""
 
     def __init__(
         self,
@@ -36,21 +36,31 @@ class Watch:
         stop: StopFlag,
         *,
         hang_timeout_s: float,
-        position: Callable[[], tuple[int, str]],
+        position: Position,
         say: Callable[[str], None],
     ) -> None:
-        """Prepare; `position` gives step and phase, `say` tells a person."""
+        """Prepare; `watching` starts the thread.
+
+        Args:
+            run: the run directory.
+            attempt: number of this process start.
+            world: the ranks; the main one writes heartbeat and outcome.
+            stop: the stop flag, which also knows when this rank last made progress.
+            hang_timeout_s: how long a rank may make no progress.
+            position: step and phase of the training.
+            say: prints a message to the user.
+        """
         self.run, self.attempt, self.world, self.stop = run, attempt, world, stop
         self.hang_timeout_s, self.position, self.say = hang_timeout_s, position, say
-        self._beating = threading.Lock()
+        self._writing_heartbeat = threading.Lock()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch within the block; every rank does."""
+        """Run the thread within the block; every rank has one."""
         faulthandler.register(STACKS_SIGNAL, all_threads=True)
         ended = threading.Event()
         self.beat()
-        thread = threading.Thread(target=self._watch, args=(ended,), daemon=True, name="watch")
+        thread = threading.Thread(target=self._watch, args=(ended,), daemon=True, name="watchdog")
         thread.start()
         try:
             yield
@@ -59,50 +69,49 @@ class Watch:
             thread.join()
 
     def beat(self) -> None:
-        """Say that the run lives."""
+        """Write the heartbeat."""
         if self.world.is_main:
-            with self._beating, suppress(OSError):  # no sign of life is no reason to die
-                self.run.write_heartbeat(self.attempt, *self.position())
+            with self._writing_heartbeat, suppress(OSError):  # a failed heartbeat must not stop the training
+                self.run.write_heartbeat(self.attempt, self.position.step, self.position.phase)
 
     def _watch(self, ended: threading.Event) -> None:
         is_supervised = self.world.is_main and os.environ.get(LAUNCHER) == SUPERVISOR
-        last = time.monotonic()
-        while not ended.wait(WATCH_S):
+        last_beat = time.monotonic()
+        while not ended.wait(CHECK_INTERVAL_S):
             if is_supervised and self.stop.reason is None and not self.run.is_supervised():
                 self.say("the supervisor is gone: saving after this step")
                 self.stop.request("supervisor gone")
             if self.stop.is_overdue():
-                self._end(
+                self._exit(
                     "preempted",
                     f"the grace period of {self.stop.grace_s:g} s ran out before the step was saved; "
                     "the last checkpoint and the journal are intact",
                     EXIT_PREEMPTED,
                 )
             if self.stop.still_for() > self.hang_timeout_s:
-                self._end_hang()
-            if time.monotonic() - last >= HEARTBEAT_S:
+                self._exit_hung()
+            if time.monotonic() - last_beat >= HEARTBEAT_S:
                 self.beat()
-                last = time.monotonic()
+                last_beat = time.monotonic()
 
-    def _end_hang(self) -> None:
-        step, phase = self.position()
+    def _exit_hung(self) -> NoReturn:
+        phase = self.position.phase
         sys.stderr.write(
             f"\nrank {self.world.rank} has not moved for {self.hang_timeout_s:g} s while {phase}. Stacks:\n"
         )
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(STACKS_S)
-        self._end(
-            "failed", f"hung while {phase} after step {step}; the stacks of all ranks are in the log", EXIT_FAILED
-        )
+        message = f"hung while {phase} after step {self.position.step}; the stacks of all ranks are in the log"
+        self._exit("failed", message, EXIT_FAILED)
 
-    def _end(self, state: EndState, message: str, exit_code: int) -> None:
-        """End this process at once: the training thread cannot be interrupted."""
+    def _exit(self, state: EndState, message: str, exit_code: int) -> NoReturn:
+        """Write the outcome and exit without cleanup: the training thread cannot be interrupted."""
         if self.world.is_main:
             self.say(message)
             if state == "preempted" and self.run.cancel_file.exists():
                 state = "cancelled"
             with suppress(OSError, TrainerError):
                 self.run.refuse_stale(self.attempt)
-                self.run.write_outcome(Outcome(state, self.position()[0], message, exit_code, state == "failed"))
+                self.run.write_outcome(Outcome(state, self.position.step, message, exit_code, state == "failed"))
         os._exit(exit_code)

@@ -152,9 +152,10 @@ class Saboteur:
 
             RunDir.refuse_stale = lambda *_: None  # type: ignore[method-assign]
         if self.mutant == "manifest trusted":
-            from trainer.checkpoints.local import MANIFEST, Checkpoints
+            from trainer.checkpoints.local import Checkpoints
+            from trainer.checkpoints.manifest import MANIFEST, Manifest
 
-            Checkpoints._verified = lambda _self, directory, _tensors: json.loads(  # type: ignore[method-assign]
+            Checkpoints._verified = lambda _self, directory, _tensors: Manifest.parse(  # type: ignore[method-assign]
                 (directory / MANIFEST).read_text()
             )
 

@@ -1,0 +1,71 @@
+"""Describes a process start for attempts.jsonl: shape, host, versions."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from trainer.distributed.world import World
+from trainer.planning.plan import Plan
+from trainer.run.protocol import LAUNCHER, SUPERVISOR_PID
+
+GIT_TIMEOUT_S: Final = 5
+
+
+def describe_attempt(plan: Plan, world: World) -> dict[str, object]:
+    """The record of this process start, without its number."""
+    import accelerate
+    import peft
+    import transformers
+
+    import trainer
+
+    versions = {module.__name__: module.__version__ for module in (trainer, torch, transformers, peft, accelerate)}
+    return {
+        "time": math.floor(time.time()),
+        "shape": plan.shape.name,
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "launcher": os.environ.get(LAUNCHER, "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
+        "supervisor_pid": int(os.environ.get(SUPERVISOR_PID, "0")) or None,
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "processor": _processor_name(world.device),
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "steps": plan.steps,
+        "predicted_gib": plan.memory.total_gib if plan.memory is not None else None,
+        "argv": sys.argv[1:],
+    }
+
+
+def _processor_name(device: torch.device) -> str:
+    """Model name of the GPU or CPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory's repository; None outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
