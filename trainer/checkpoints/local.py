@@ -114,7 +114,7 @@ class Checkpoints:
         """Write, hash, fsync and rename; never raises, since nobody waits for it."""
         target = self.run.checkpoint(state.step)
         staging = target.with_name(f".{target.name}.tmp")
-        problem = self._on_main(lambda: self._prepare(staging))
+        _, problem = self._apart.on_main(lambda: self._prepare(staging), (OSError, TrainerError))
         if problem is None:
             try:
                 with warnings.catch_warnings():
@@ -128,7 +128,7 @@ class Checkpoints:
                 problem = _root_cause(error)
             problem = self._any_problem(problem)
         if problem is None:
-            problem = self._on_main(lambda: self._commit(staging, target, state))
+            _, problem = self._apart.on_main(lambda: self._commit(staging, target, state), (OSError, TrainerError))
         if self.world.is_main:
             if problem is None:
                 self.copier.offer(state.step)
@@ -136,16 +136,6 @@ class Checkpoints:
             else:
                 shutil.rmtree(staging, ignore_errors=True)
         return Saved(state.step, time.perf_counter() - begun, problem and f"{target}: not written: {problem}")
-
-    def _on_main(self, act: Any) -> str | None:
-        """Do something on the main rank; every rank learns what went wrong."""
-        problem = None
-        if self.world.is_main:
-            try:
-                act()
-            except (OSError, TrainerError) as error:
-                problem = str(error)
-        return self._any_problem(problem)
 
     def _any_problem(self, problem: str | None) -> str | None:
         found = [text for text in self._apart.gather(problem) if text]

@@ -40,8 +40,9 @@ from trainer.planning.plan import Plan, make_plan, plan_memory
 from trainer.planning.remedies import remedy_lines
 from trainer.training import policy_update
 from trainer.training.learner import Learner
+from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import longest_batch
-from trainer.training.sft import sft_terms
+from trainer.training.schedule import adam_params
 
 CPU: Final = torch.device("cpu")
 
@@ -131,7 +132,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
     begin, recipe = time.perf_counter(), plan.recipe
     lengths = longest_pack(recipe, plan.shape)
     if plan.shape.device == "cuda":  # its kernel keeps no scores at any length; the CPU's does so only above this one
-        lengths = [max(length, attention.EXPLICIT_MAX_TOKENS + 1) for length in lengths]
+        lengths = [max(length, attention.EAGER_MAX_TOKENS + 1) for length in lengths]
     real = longest_batch(lengths, config.get_text_config().vocab_size, recipe, CPU)
     policy = _made_of_nothing(plan, config)
     storages = LiveStorages()
@@ -139,7 +140,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         _give_sizes(policy)
         batch = _faked(real, fake)
         weights = storages.now
-        learner = Learner(policy, recipe.optimizer, World(0, 1, CPU))
+        learner = Learner(policy, World(0, 1, CPU))
         learner.state_tensors()
         is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
         kind = recipe.algorithm.reference if recipe.algorithm is not None else "base"
@@ -147,7 +148,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         state = storages.now
         storages.peak = storages.now
         if reference is None:
-            learner.learn([batch], sft_terms, learning_rate=1.0, denominator=1.0)
+            learner.learn([batch], sft_loss, adam_params(recipe.optimizer, 0, plan.steps), denominator=1.0)
         else:
             policy_update.learn(learner, [policy_update.Minibatch([batch], 1.0)], reference, plan, 0)
         seconds = time.perf_counter() - begin

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +108,7 @@ class Session:
                 policy.shard(world.mesh, world.device)
         verify_packing(policy, world.device)
         is_urgent = self.stop.is_urgent if world.mesh is None else _never  # sharded passes are run by all ranks or none
-        learner = Learner(policy, recipe.optimizer, world, is_urgent)
+        learner = Learner(policy, world, is_urgent)
         warm_start(recipe.lora, policy, learner.masters)
         learner.refresh()
         return learner
@@ -130,8 +130,7 @@ class Session:
                     f"set `steps` to that or more (got {self.plan.steps})"
                 )
             self.saved_step = state.step
-            learner.updates = int(state.counters.get("updates", 0))
-            learner.refresh()
+            learner.restore(updates=int(state.counters.get("updates", 0)))
             self.say(f"resumed {self.run.root} at step {state.step} of {self.plan.steps}")
         self.excluded = self.world.from_main(self.run.read_excluded())
         self.log.rewind(state.step if self.saved_step is not None else -1)
@@ -141,7 +140,14 @@ class Session:
             raise PreemptedError(f"stopped at step {state.step} of {self.plan.steps}, before another; nothing is lost")
         return state
 
-    def after_step(self, state: TrainState, learner: Learner, values: Values, evaluate: Callable[[], Values]) -> None:
+    def after_step(
+        self,
+        state: TrainState,
+        learner: Learner,
+        values: Values,
+        evaluate: Callable[[], Values],
+        skipped_rows: Sequence[str],
+    ) -> None:
         """What is due after a step: evaluation, the log, a checkpoint, a stop; in this order.
 
         Raises:
@@ -154,15 +160,14 @@ class Session:
         if recipe.data.eval is not None and (last or (recipe.eval_interval and state.step % recipe.eval_interval == 0)):
             values |= self.evaluated(learner, evaluate)
         self._collect_save(wait=False)
-        rows, learner.skipped_rows = learner.skipped_rows, []
         record: dict[str, Any] = values | self._to_log | {"train/updates": learner.updates}
         self._to_log = {}
-        self.log.write(state.step, record | ({"train/skipped_rows": rows} if rows else {}))
+        self.log.write(state.step, record | ({"train/skipped_rows": list(skipped_rows)} if skipped_rows else {}))
         must_stop = self.stop.agreed(self.world)
         if must_stop or (recipe.dcp_save_interval and (last or state.step % recipe.dcp_save_interval == 0)):
             self.save(state, learner, must=must_stop)
         self.watch.beat()
-        if rows:
+        if skipped_rows:
             self._answer_bad_steps(state.step)
         if must_stop and not last:
             raise PreemptedError(f"stopped after step {state.step} of {self.plan.steps}; the state is saved")
@@ -245,7 +250,7 @@ class Session:
         saved = self.checkpoints.collect(wait=wait)
         if saved is None:
             return None
-        self.stop.save_s = saved.seconds
+        self.stop.note_save(saved.seconds)
         if saved.problem is None:
             self.saved_step = saved.step
             return None

@@ -70,12 +70,12 @@ def train(session: Session) -> None:
                 drawn = rollouts.of_step(state.step)
                 sampled_s = clock.lap()
                 parts = policy_update.minibatches(drawn, plan, world.device)
-                learned = policy_update.learn(learner, parts, reference, plan, state.step)
-            values = {f"train/{name}": value for name, value in learned.items()}
+                update = policy_update.learn(learner, parts, reference, plan, state.step)
+            values = {f"train/{name}": value for name, value in update.metrics.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
             values |= session.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             state.step += 1
-            session.after_step(state, learner, values, evaluate)
+            session.after_step(state, learner, values, evaluate, update.skipped_rows)
     session.finish(learner)
 
 

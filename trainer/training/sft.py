@@ -7,18 +7,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from trainer.algorithms import sft
-from trainer.algorithms.terms import PolicyTerms
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.data.order import rows_of_step
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
-from trainer.model.policy import Policy, Scores
+from trainer.model.policy import Policy
 from trainer.training.attempt import Session, Values
+from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import probe_memory
-from trainer.training.schedule import learning_rate
+from trainer.training.schedule import adam_params
 
 
 def train(session: Session) -> None:
@@ -36,7 +35,7 @@ def train(session: Session) -> None:
     learner = session.open_learner()
     state = session.resume(learner)
     probe_memory(learner, plan)
-    excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
+    excluded = {index for index, row in enumerate(rows.sequences) if row.source in session.excluded}
 
     def evaluate() -> Values:
         assert held_out is not None
@@ -52,23 +51,18 @@ def train(session: Session) -> None:
         if recipe.lora is not None and recipe.lora.dropout > 0:
             torch.manual_seed(hash((recipe.seed, state.step, world.rank)))
         with session.stoppable(state, learner):
-            learned = learner.learn(
+            update = learner.learn(
                 packs(session, mine),
-                sft_terms,
-                learning_rate=learning_rate(recipe.optimizer, state.step, plan.steps),
-                denominator=sum(sum(row.inputs["weights"]) for row in mine),
+                sft_loss,
+                adam_params(recipe.optimizer, state.step, plan.steps),
+                denominator=sum(sum(row.inputs.weights) for row in mine),
             )
         state.step += 1
         tokens = sum(len(row.token_ids) for row in step_rows)
-        values = {f"train/{name}": value for name, value in learned.items()}
+        values = {f"train/{name}": value for name, value in update.metrics.items()}
         values |= session.performance(tokens=tokens, step_s=time.perf_counter() - begin)
-        session.after_step(state, learner, values, evaluate)
+        session.after_step(state, learner, values, evaluate, update.skipped_rows)
     session.finish(learner)
-
-
-def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
-    """The SFT loss of a pack."""
-    return sft(scores.logprobs, batch.inputs["weights"])
 
 
 @torch.no_grad()
@@ -77,8 +71,8 @@ def held_out_loss(session: Session, policy: Policy, sequences: Sequence[TokenSeq
     policy.eval()
     total = weight = 0.0
     for batch in packs(session, of_rank(session, sequences)):
-        weights = batch.inputs["weights"]
-        total += float((sft_terms(policy(batch), batch).loss).sum(dtype=torch.float64))
+        weights = batch.inputs.weights
+        total += float((sft_loss(policy(batch), batch).loss).sum(dtype=torch.float64))
         weight += float(weights.sum(dtype=torch.float64))
     total, weight = session.world.sum_of([total, weight])
     return {"eval/loss": total / weight}
@@ -90,8 +84,8 @@ def packs(session: Session, sequences: Sequence[TokenSequence]) -> Iterator[Batc
     for group in groups:
         session.stop.moved()
         yield Batch.pack(group, session.world.device)
-    for _ in range(*session.world.fillers([len(groups)])):
-        yield Batch.filler(session.world.device, ("weights",))
+    for _ in range(*session.world.num_dummies([len(groups)])):
+        yield Batch.dummy(session.world.device)
 
 
 def of_rank(session: Session, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

@@ -76,7 +76,7 @@ class Watch:
                     "the last checkpoint and the journal are intact",
                     EXIT_PREEMPTED,
                 )
-            if self.stop.still_for() > self.hang_timeout_s:
+            if self.stop.idle_s() > self.hang_timeout_s:
                 self._end_hang()
             if time.monotonic() - last >= HEARTBEAT_S:
                 self.beat()
