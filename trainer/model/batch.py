@@ -184,7 +184,7 @@ class Batch:
         return cls(
             token_ids=torch.tensor(token_ids).to(device),
             positions=torch.tensor(positions).to(device),
-            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device),
+            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters),
             scored=scored_positions,
             targets=targets,
             sequence_ids=sequence_ids,

@@ -63,12 +63,21 @@ class PackedLayout:
         return cls.of_trees([(length, ()) for length in lengths], device)
 
     @classmethod
-    def of_trees(cls, trees: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> PackedLayout:
-        """The layout of trees, each a prefix length and the lengths of its branches, in the order of the pack."""
+    def of_trees(
+        cls, trees: Sequence[tuple[int, Sequence[int]]], device: torch.device, owners: Sequence[str] | None = None
+    ) -> PackedLayout:
+        """The layout of trees, in the order of the pack.
+
+        Args:
+            trees: prefix length and branch lengths of each.
+            device: of the result.
+            owners: of each tree; trees of different owners share no bucket, so that the padding of a tree, and with it
+                the rounding of its attention, does not depend on other owners. None: all have the same owner.
+        """
         start = 0
-        plain: list[tuple[int, int]] = []
+        plain: dict[str, list[tuple[int, int]]] = {}
         branched: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
-        for prefix, branches in trees:
+        for (prefix, branches), owner in zip(trees, owners or [""] * len(trees), strict=True):
             trunk = (start, prefix)
             start += prefix
             spans = []
@@ -78,8 +87,8 @@ class PackedLayout:
             if spans:
                 branched.append((trunk, spans))
             else:
-                plain.append(trunk)
-        buckets = [_bucket(group, device) for group in _of_similar_length(plain)]
+                plain.setdefault(owner, []).append(trunk)
+        buckets = [_bucket(group, device) for of_owner in plain.values() for group in _of_similar_length(of_owner)]
         for trunk, spans in branched:
             index = len(buckets)
             buckets.append(_bucket([trunk], device))
