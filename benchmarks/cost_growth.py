@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from machine import conditions
 
-from trainer.algorithms import sft
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch, Tree, grow_trees, micro_batches, tree_batches
 from trainer.model.policy import load_policy
 from trainer.training.learner import Learner
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams
 
 MODEL = "models/SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +40,7 @@ class Bench:
     def __init__(self, repeats: int, rank: int = 16) -> None:
         settings = ModelSettings(path=MODEL)
         policy = load_policy(settings, LoraSettings(rank=rank, alpha=2.0 * rank), 0, CPU)
-        self.learner = Learner(policy, OptimizerSettings(), World(0, 1, CPU))
+        self.learner = Learner(policy, World(0, 1, CPU))
         self.repeats = repeats
 
     def rate(self, packs: list[Batch], tokens: int) -> float:
@@ -48,10 +49,7 @@ class Bench:
         for _ in range(self.repeats):
             clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
             begin = clock()
-            self.learner.learn(
-                packs, lambda scores, batch: sft(scores.logprobs, batch.inputs["weights"]), learning_rate=1e-6,
-                denominator=float(tokens),
-            )  # fmt: skip
+            self.learner.learn(packs, sft_loss, AdamParams.of(OptimizerSettings(), 1e-6), denominator=float(tokens))
             best = min(best, clock() - begin)
         return tokens / best
 
@@ -61,7 +59,7 @@ def sequence(length: int, prompt: int, generator: random.Random, head: tuple[int
     ids = (head or tuple(generator.randrange(3, 40_000) for _ in range(prompt)))[:prompt]
     ids += tuple(generator.randrange(3, 40_000) for _ in range(length - prompt))
     trained = (False,) * prompt + (True,) * (length - prompt)
-    return TokenSequence(ids, trained, {"weights": (1.0,) * (length - max(1, prompt))})
+    return TokenSequence(ids, trained, TokenInputs(weights=(1.0,) * (length - max(1, prompt))))
 
 
 def plain(lengths: list[int], budget: int) -> tuple[list[Batch], int]:

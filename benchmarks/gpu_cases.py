@@ -24,7 +24,7 @@ from random_models import (
 
 from trainer.config.load import load_recipe
 from trainer.config.recipe import LoraSettings, OptimizerSettings
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import Reference
@@ -33,8 +33,9 @@ from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.training import policy_update
 from trainer.training.learner import Learner
+from trainer.training.losses import sft_loss
 from trainer.training.rollouts import StepRollouts
-from trainer.training.sft import sft_terms
+from trainer.training.schedule import AdamParams
 from trainer.types import Group, Rollout, Row
 
 RATE = 1e-6
@@ -102,7 +103,7 @@ def sft_rows(scale: Scale, seed: int) -> list[TokenSequence]:
         untrained = max(1, length // 4)
         trained = (False,) * untrained + (True,) * (length - untrained)
         tokens = tuple(draw.randrange(3, vocab) for _ in range(length))
-        rows.append(TokenSequence(tokens, trained, {"weights": (1.0,) * (length - untrained)}))
+        rows.append(TokenSequence(tokens, trained, TokenInputs(weights=(1.0,) * (length - untrained))))
     return rows
 
 
@@ -119,12 +120,13 @@ class Sft:
         self.flops = training_flops(model_facts(scale.model), lengths, self.num_trained, is_lora=is_lora)
         self.predicted_gib = allocated_gib(predicted_memory(scale.model, device, lora, scale.pack_tokens))
         policy = random_policy(scale.model, device, lora)
-        self.learner = Learner(policy, OptimizerSettings(), World(0, 1, device))
+        self.learner = Learner(policy, World(0, 1, device))
+        self.adam = AdamParams.of(OptimizerSettings(), RATE)
 
     def step(self) -> None:
         """Pack, learn, update."""
         pack = Batch.pack(self.rows, self.device)
-        self.learner.learn([pack], sft_terms, learning_rate=RATE, denominator=float(self.num_trained))
+        self.learner.learn([pack], sft_loss, self.adam, denominator=float(self.num_trained))
 
 
 class Rft:
@@ -146,7 +148,7 @@ class Rft:
         assert memory is not None
         self.predicted_gib = memory.weights_gib + memory.state_gib + memory.phases["learning"]
         policy = random_policy(scale.model, device, self.plan.recipe.lora)
-        self.learner = Learner(policy, self.plan.recipe.optimizer, World(0, 1, device))
+        self.learner = Learner(policy, World(0, 1, device))
         self.reference = Reference(policy, "initial", is_fresh=True)
 
     def step(self) -> None:
@@ -288,7 +290,7 @@ def _labelled(rows: Sequence[TokenSequence]) -> list[dict[str, list[int]]]:
         {
             "input_ids": list(row.token_ids),
             "labels": [
-                token if is_trained else -100 for token, is_trained in zip(row.token_ids, row.trained, strict=True)
+                token if is_trained else -100 for token, is_trained in zip(row.token_ids, row.loss_mask, strict=True)
             ],
         }
         for row in rows

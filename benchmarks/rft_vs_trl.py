@@ -84,7 +84,7 @@ class Ours:
         prompts = [Prompt(row, encoder.encode_prompt(row)) for row in rows]
         self.world = World(0, 1, CPU)
         self.policy = load_policy(settings, self.plan.recipe.lora, 0, CPU)
-        self.learner = Learner(self.policy, self.plan.recipe.optimizer, self.world)
+        self.learner = Learner(self.policy, self.world)
         self.reference = Reference(self.policy, "initial", is_fresh=True)
         self.sampler = make_sampler(rollout, self.policy, tokenizer, self.world)
         self.rewards = RewardRunner(self.plan.recipe.rewards, base_dir=folder).__enter__()

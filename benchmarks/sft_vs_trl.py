@@ -33,7 +33,8 @@ from trainer.distributed.world import World
 from trainer.model.batch import Batch, micro_batches
 from trainer.model.policy import load_policy
 from trainer.training.learner import Learner
-from trainer.training.sft import sft_terms
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams
 
 MODEL = "models/SmolLM2-135M-Instruct"
 ROWS = "datasets/extract_train.jsonl"
@@ -53,7 +54,8 @@ class Ours:
         rows = encoder.encode(read_rows(data.train, data, steps * ROWS_PER_STEP)).sequences
         self.steps = [rows[start : start + ROWS_PER_STEP] for start in range(0, len(rows), ROWS_PER_STEP)]
         self.tokens = [sum(len(row.token_ids) for row in step) for step in self.steps]
-        self.learner = Learner(load_policy(settings, LoraSettings(), 0, CPU), OptimizerSettings(), World(0, 1, CPU))
+        self.adam = AdamParams.of(OptimizerSettings(), 2e-4)
+        self.learner = Learner(load_policy(settings, LoraSettings(), 0, CPU), World(0, 1, CPU))
 
     def run(self) -> list[float]:
         """Seconds of each step."""
@@ -61,9 +63,7 @@ class Ours:
         for rows in self.steps:
             begin = time.perf_counter()
             packs = [Batch.pack(group, CPU) for group in micro_batches(rows, BUDGET)]
-            self.learner.learn(
-                packs, sft_terms, learning_rate=2e-4, denominator=sum(sum(row.inputs["weights"]) for row in rows)
-            )
+            self.learner.learn(packs, sft_loss, self.adam, denominator=sum(sum(row.inputs.weights) for row in rows))
             seconds.append(time.perf_counter() - begin)
         return seconds
 

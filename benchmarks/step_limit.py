@@ -31,7 +31,8 @@ from trainer.model.batch import Batch
 from trainer.model.policy import load_policy
 from trainer.planning.model_facts import ModelFacts
 from trainer.training.learner import Learner
-from trainer.training.sft import sft_terms
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams
 
 MODEL: Final = "models/SmolLM2-135M-Instruct"
 ROWS: Final = "datasets/extract_train.jsonl"
@@ -88,14 +89,15 @@ def main() -> None:
     rows = encoder.encode(read_rows(data.train, data, NUM_ROWS)).sequences
     batch = Batch.pack(rows, CPU)
     policy = load_policy(settings, LoraSettings(rank=16), 0, CPU)
-    learner = Learner(policy, OptimizerSettings(), World(0, 1, CPU))
+    learner = Learner(policy, World(0, 1, CPU))
+    adam = AdamParams.of(OptimizerSettings(), 1e-6)
 
     def step() -> None:
-        learner.learn([batch], sft_terms, learning_rate=1e-6, denominator=float(batch.num_trained))
+        learner.learn([batch], sft_loss, adam, denominator=float(batch.num_trained))
 
     step()
     with Recorder() as recorder:
-        learner.forward_backward(batch, sft_terms)
+        learner.forward_backward(batch, sft_loss)
 
     def products() -> None:
         for func, args, kwargs in recorder.calls:

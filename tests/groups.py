@@ -16,10 +16,10 @@ from trainer.config.shape import TrainingShape
 from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
-from trainer.model.policy import Policy, Reference, load_policy
+from trainer.model.policy import Policy, Reference, load_policy, score
 from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
-from trainer.training.policy_update import learn, minibatches, score
+from trainer.training.policy_update import learn, minibatches
 from trainer.training.rollouts import StepRollouts
 from trainer.types import Group, Rollout, Row
 
@@ -60,7 +60,7 @@ def make_learner(model_dir: Path, plan: RFTPlan, *, perturbed: bool = True) -> L
     policy = load_policy(plan.recipe.model.model_copy(update={"path": str(model_dir)}), plan.recipe.lora, 0, CPU)
     if perturbed:
         perturb(policy)
-    return Learner(policy, plan.recipe.optimizer, WORLD)
+    return Learner(policy, WORLD)
 
 
 @torch.no_grad()
@@ -113,4 +113,4 @@ def run_step(
 ) -> dict[str, float]:
     """Make one step, by default measured against the base."""
     reference = reference or Reference(learner.policy, "base", is_fresh=False)
-    return learn(learner, minibatches(drawn(groups), plan, CPU), reference, plan, 0)
+    return learn(learner, minibatches(drawn(groups), plan, CPU), reference, plan, 0).metrics

@@ -20,6 +20,7 @@ from trainer.data.jsonl import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, TrainerError
 from trainer.files import replaced_directory
+from trainer.model.own_forward import own_logprobs
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.types import Row
@@ -147,12 +148,7 @@ def _held_out(plan: Plan, encoder: ChatEncoder) -> list[TokenSequence]:
 @torch.inference_mode()
 def _logprobs(model: torch.nn.Module, sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """[N] logprob of every token but the first of each sequence."""
-    logprobs = []
-    for sequence in sequences:
-        ids = torch.tensor(sequence.token_ids)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        logprobs.append(logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1))
-    return torch.cat(logprobs)
+    return torch.cat([own_logprobs(model, sequence.token_ids, torch.device("cpu")) for sequence in sequences])
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:

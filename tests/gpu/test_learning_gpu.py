@@ -12,20 +12,20 @@ from integration.project import LONG, Done, Project, Run, Running, is_at_step, w
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.packing_check import verify_packing
-from trainer.model.policy import Policy, Reference, load_policy
+from trainer.model.policy import Policy, Reference, load_policy, score
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
-from trainer.training import policy_update
 from trainer.training.learner import Learner
-from trainer.training.sft import sft_terms
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams
 
 CPU = torch.device("cpu")
 LENGTHS: Final = ((40, 7, 90, 3), (200, 31), (12,))
-SMOOTH: Final = OptimizerSettings(epsilon=1e-2)
+ADAM: Final = AdamParams.of(OptimizerSettings(epsilon=1e-2), 1e-2)
 """With the usual epsilon AdamW's first update is the gradient's sign, which rounding may turn where it is near zero."""
 WORKER: Final = [sys.executable, str(Path(__file__).with_name("deterministic_worker.py"))]
 RECIPE: Final[dict[str, Any]] = LONG | {"lora__dropout": 0.1, "model__compute_dtype": "bfloat16", "shape": "gpu.yaml"}
@@ -49,7 +49,7 @@ def make_rows(lengths: tuple[int, ...], seed: int) -> list[TokenSequence]:
     for number, length in enumerate(lengths):
         tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
         trained = (False, False) + (True,) * (length - 2)
-        rows.append(TokenSequence(tokens, trained, {"weights": (1.0 + number,) * (length - 2)}))
+        rows.append(TokenSequence(tokens, trained, TokenInputs(weights=(1.0 + number,) * (length - 2))))
     return rows
 
 
@@ -58,21 +58,20 @@ def learned(learner: Learner, device: torch.device, steps: int) -> list[dict[str
     found = []
     for step in range(steps):
         groups = [make_rows(lengths, 10 * step + number) for number, lengths in enumerate(LENGTHS)]
-        denominator = sum(sum(row.inputs["weights"]) for group in groups for row in group)
+        denominator = sum(sum(row.inputs.weights) for group in groups for row in group)
         packs = [Batch.pack(group, device) for group in groups]
-        found.append(learner.learn(packs, sft_terms, learning_rate=1e-2, denominator=denominator))
+        found.append(learner.learn(packs, sft_loss, ADAM, denominator=denominator).metrics)
     return found
 
 
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 def test_steps_equal_those_of_the_cpu(cuda, model_dir, is_lora):
     ours, theirs = (
-        Learner(make_policy_on(device, model_dir, is_lora=is_lora), SMOOTH, World(0, 1, device))
-        for device in (cuda, CPU)
+        Learner(make_policy_on(device, model_dir, is_lora=is_lora), World(0, 1, device)) for device in (cuda, CPU)
     )
     for learner in (ours, theirs):
         for number, lengths in enumerate(LENGTHS):
-            learner.forward_backward(Batch.pack(make_rows(lengths, number), learner.world.device), sft_terms)
+            learner.forward_backward(Batch.pack(make_rows(lengths, number), learner.world.device), sft_loss)
     for name, master in theirs.masters.items():
         assert master.grad is not None
         mine = ours.masters[name].grad
@@ -80,7 +79,7 @@ def test_steps_equal_those_of_the_cpu(cuda, model_dir, is_lora):
         distance = (mine.cpu() - master.grad).abs().max() / master.grad.abs().max()
         assert distance < 1e-4, f"gradient of {name}: {distance:.2e}"
     for learner in (ours, theirs):
-        learner.optim_step(1e-2, 100.0, ())
+        learner.optim_step(ADAM, 100.0)
     for record, other in zip(learned(ours, cuda, 4), learned(theirs, CPU, 4), strict=True):
         assert record == pytest.approx(other, rel=1e-4)
     for name, master in theirs.masters.items():
@@ -97,7 +96,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_policy(cuda, model_dir):
     policy = load_policy(ModelSettings(path=str(model_dir)), LoraSettings(rank=4), 0, cuda)
     pack = Batch.pack(make_rows((60, 9), 0), cuda)
     reference = Reference(policy, "initial", is_fresh=True).logprobs(pack, 0.7)
-    distance = (reference - policy_update.score(policy, pack, 0.7)).abs().max()
+    distance = (reference - score(policy, pack, 0.7)).abs().max()
     assert distance == 0.0, "ref_kld is exactly 0 at step 0"
 
 
@@ -121,7 +120,7 @@ def test_the_sampler_reports_the_trainers_logprobs(cuda, model_dir, dtype, toler
         for request, group in zip(asked, groups, strict=True)
         for completion in group
     ]
-    trainers = policy_update.score(policy, Batch.pack(sequences, cuda), 0.8).cpu()
+    trainers = score(policy, Batch.pack(sequences, cuda), 0.8).cpu()
     samplers = torch.tensor([value for completion in drawn for value in completion.logprobs])
     distance = (trainers - samplers).abs()
     assert (distance.max() if dtype == "float32" else distance.mean()) < tolerance

@@ -9,11 +9,12 @@ import torch
 from random_models import allocated_gib, predicted_memory, random_policy
 
 from trainer.config.recipe import LoraSettings, OptimizerSettings
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.training.learner import Learner
-from trainer.training.sft import sft_terms
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams
 
 TOKENS = 4096
 ROWS = (1024, 700, 700, 600, 500, 300, 200, 72)
@@ -26,7 +27,7 @@ def rows() -> list[TokenSequence]:
         TokenSequence(
             tuple(3 + position % 1000 for position in range(length)),
             (False,) + (True,) * (length - 1),
-            {"weights": (1.0,) * (length - 1)},
+            TokenInputs(weights=(1.0,) * (length - 1)),
         )
         for length in ROWS
     ]
@@ -51,13 +52,11 @@ def test_predicted_memory_is_the_measured(cuda, model, kind, checkpointing, reco
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
 
-    learner = Learner(
-        random_policy(model, cuda, lora, checkpointing=checkpointing), OptimizerSettings(), World(0, 1, cuda)
-    )
+    learner = Learner(random_policy(model, cuda, lora, checkpointing=checkpointing), World(0, 1, cuda))
     torch.cuda.reset_peak_memory_stats()  # the peak of training; making random weights is another matter
     for _ in range(STEPS):
         pack = Batch.pack(rows(), cuda)
-        learner.learn([pack], sft_terms, learning_rate=1e-6, denominator=float(pack.num_trained))
+        learner.learn([pack], sft_loss, AdamParams.of(OptimizerSettings(), 1e-6), denominator=float(pack.num_trained))
 
     measured = (torch.cuda.max_memory_allocated() - before) / 2**30
     reserved = torch.cuda.max_memory_reserved() / 2**30

@@ -34,7 +34,7 @@ def sharded_learner(model_dir: Path, plan: RFTPlan, world: World, *, is_checkpoi
     assert world.mesh is not None
     policy.shard(world.mesh, world.device)
     verify_packing(policy, world.device)
-    return Learner(policy, plan.recipe.optimizer, world)
+    return Learner(policy, world)
 
 
 def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> None:
@@ -47,7 +47,7 @@ def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> None:
     for step in range(STEPS):
         mine = SHARES[step][world.rank]
         drawn = StepRollouts(tuple(groups[place] for place in mine), mine, tuple(groups), num_replayed=0)
-        ours = learn(sharded, minibatches(drawn, plan, world.device), references[1], plan, step)
+        ours = learn(sharded, minibatches(drawn, plan, world.device), references[1], plan, step).metrics
         theirs = run_step(whole, plan, groups, reference=references[0])
         metrics.append({name: (ours[name], theirs[name]) for name in theirs})
     masters, wanted = sharded.whole_masters(), whole.masters

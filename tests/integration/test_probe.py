@@ -27,7 +27,7 @@ from trainer.training.memory_preflight import probe_memory
 plan = make_plan(load_recipe(Path("recipe.yaml")))
 world = World(0, 1, torch.device("cpu"))
 policy = load_policy(plan.recipe.model, plan.recipe.lora, 0, world.device)
-learner = Learner(policy, plan.recipe.optimizer, world)
+learner = Learner(policy, world)
 smaller = plan.shape.model_copy(update={"micro_batch_tokens": 512})
 probe_memory(learner, plan.model_copy(update={"shape": smaller}))
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.algorithms import (
     ALGORITHMS,
     PRESETS,
-    PolicyTerms,
+    LossTerms,
     PolicyTokens,
     ResolvedAlgorithm,
     denominator,
@@ -75,6 +75,14 @@ def one_token(*, ratio: float, advantage: float, logprob: float = -2.0) -> Polic
     )
 
 
+def terms_of(
+    name: str, tokens: PolicyTokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str
+) -> LossTerms:
+    """Loss and metrics of a formula with these numbers."""
+    numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
+    return policy_terms(tokens, replace(PRESETS[name], **numbers))
+
+
 def gradient(loss: Tensor, logprobs: Tensor) -> Tensor:
     (result,) = torch.autograd.grad(loss.sum(), logprobs)
     return result
@@ -119,7 +127,7 @@ def test_the_batch_of_these_tests_is_partly_clipped(preset):
 def test_on_policy_gradient_is_minus_the_advantage(name):
     tokens = make_tokens()
     tokens = replace(tokens, old_logprobs=tokens.logprobs.detach(), sampler_weights=None)
-    terms = ALGORITHMS[name](tokens, clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_estimator="k3")
+    terms = terms_of(name, tokens, clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_estimator="k3")
     torch.testing.assert_close(gradient(terms.loss, tokens.logprobs), -tokens.advantages)
 
 
@@ -137,7 +145,7 @@ def test_on_policy_gradient_is_minus_the_advantage(name):
 )
 def test_clip_is_pessimistic(name, ratio, advantage, loss, slope):
     tokens = one_token(ratio=ratio, advantage=advantage)
-    terms = ALGORITHMS[name](tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3")
+    terms = terms_of(name, tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3")
     assert terms.loss.item() == pytest.approx(loss)
     assert gradient(terms.loss, tokens.logprobs).item() == pytest.approx(slope)
     assert bool(terms.metrics["clip_frac"]) is (slope == 0.0 and advantage != 0.0)
@@ -154,7 +162,7 @@ def test_clip_is_pessimistic(name, ratio, advantage, loss, slope):
 )
 def test_cispo_bounds_the_weight_and_keeps_the_gradient(ratio, advantage, weight):
     tokens = one_token(ratio=ratio, advantage=advantage, logprob=-2.0)
-    terms = ALGORITHMS["cispo"](tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3")
+    terms = terms_of("cispo", tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3")
     assert terms.loss.item() == pytest.approx(2.0 * weight * advantage)
     assert gradient(terms.loss, tokens.logprobs).item() == pytest.approx(-weight * advantage)
     assert bool(terms.metrics["clip_frac"]) is (weight != ratio)
@@ -162,8 +170,8 @@ def test_cispo_bounds_the_weight_and_keeps_the_gradient(ratio, advantage, weight
 
 def test_grpo_bounds_are_separate():
     clip = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.0, "kl_estimator": "k3"}
-    assert ALGORITHMS["grpo"](one_token(ratio=1.5, advantage=1.0), **clip).loss.item() == pytest.approx(-1.28)
-    assert ALGORITHMS["grpo"](one_token(ratio=0.5, advantage=-1.0), **clip).loss.item() == pytest.approx(0.8)
+    assert terms_of("grpo", one_token(ratio=1.5, advantage=1.0), **clip).loss.item() == pytest.approx(-1.28)
+    assert terms_of("grpo", one_token(ratio=0.5, advantage=-1.0), **clip).loss.item() == pytest.approx(0.8)
 
 
 def test_gspo_ratio_is_the_geometric_mean_over_the_completion():
@@ -176,14 +184,14 @@ def test_gspo_ratio_is_the_geometric_mean_over_the_completion():
         advantages=torch.ones(3, dtype=torch.float64),
         sequence_ids=torch.tensor([0, 0, 1]),
     )
-    terms = ALGORITHMS["gspo"](tokens, clip_low=0.9, clip_high=0.9, kl_coef=0.0, kl_estimator="k3")
+    terms = terms_of("gspo", tokens, clip_low=0.9, clip_high=0.9, kl_coef=0.0, kl_estimator="k3")
     mean = math.sqrt(1.1 * 1.2)
     torch.testing.assert_close(terms.loss.detach(), torch.tensor([-mean, -mean, -0.5], dtype=torch.float64))
 
 
 def test_gspo_has_the_gradient_of_the_sequence_form():
     tokens = replace(make_tokens(), sampler_weights=None)
-    terms = ALGORITHMS["gspo"](tokens, clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_estimator="k3")
+    terms = terms_of("gspo", tokens, clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_estimator="k3")
     token_form = token_weights("sequence", tokens.sequence_ids) * terms.loss
 
     log_ratios = (tokens.logprobs - tokens.old_logprobs).split(LENGTHS)
@@ -199,7 +207,7 @@ def test_gspo_has_the_gradient_of_the_sequence_form():
 def test_flat_group_has_no_gradient_without_penalty(name):
     tokens = make_tokens()
     tokens = replace(tokens, advantages=torch.zeros_like(tokens.advantages))
-    terms = ALGORITHMS[name](tokens, clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_estimator="k3")
+    terms = terms_of(name, tokens, clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_estimator="k3")
     assert torch.count_nonzero(gradient(terms.loss, tokens.logprobs)) == 0
 
 
@@ -263,7 +271,7 @@ def test_metrics_are_the_contracts_estimates(name):
         advantages=torch.ones(1, dtype=torch.float64),
         sequence_ids=torch.tensor([0]),
     )
-    metrics = ALGORITHMS[name](tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3").metrics
+    metrics = terms_of(name, tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3").metrics
     assert {key: value.item() for key, value in metrics.items()} == pytest.approx(
         {
             "ppo_kl": math.exp(0.5) - 1 - 0.5,
@@ -281,7 +289,7 @@ def test_metrics_are_exactly_zero_where_the_policies_are_equal(name):
     tokens = make_tokens(dtype=torch.float32)
     same = tokens.logprobs.detach()
     tokens = replace(tokens, old_logprobs=same, ref_logprobs=same)
-    metrics = ALGORITHMS[name](tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3").metrics
+    metrics = terms_of(name, tokens, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3").metrics
     assert all(torch.count_nonzero(metric) == 0 for metric in metrics.values())
 
 
@@ -291,7 +299,7 @@ def test_sampler_weights_scale_the_policy_part_and_not_the_penalty(name):
     numbers = {"clip_low": 0.2, "clip_high": 0.3, "kl_estimator": "k3"}
 
     def loss(weights: Tensor | None, kl_coef: float) -> Tensor:
-        return ALGORITHMS[name](replace(tokens, sampler_weights=weights), kl_coef=kl_coef, **numbers).loss
+        return terms_of(name, replace(tokens, sampler_weights=weights), kl_coef=kl_coef, **numbers).loss
 
     policy_part = loss(None, 0.0)
     penalty = loss(None, 0.5) - policy_part
@@ -348,7 +356,7 @@ def test_sequence_weights_of_a_completion_sum_to_one(lengths):
 def test_sft_is_the_weighted_negative_log_likelihood():
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     terms = sft(logprobs, torch.tensor([1.0, 0.0, 0.5]))
-    assert isinstance(terms, PolicyTerms)
+    assert isinstance(terms, LossTerms)
     assert terms.loss.tolist() == [1.0, 0.0, 1.5]
     assert gradient(terms.loss, logprobs).tolist() == [-1.0, 0.0, -0.5]
 

@@ -10,14 +10,14 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from trainer.errors import ModelError
 from trainer.model import attention
-from trainer.model.attention import EXPLICIT_MAX_TOKENS, PACKED_ATTENTION, packed_attention
-from trainer.model.eager_attention import AttentionForm
+from trainer.model.attention import EAGER_MAX_TOKENS, PACKED_ATTENTION, packed_attention
+from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import BUCKET_RATIO, PackedLayout
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SHORT = (5, 1, 9, 3, 9)
-LONG = (EXPLICIT_MAX_TOKENS + 40, 30, EXPLICIT_MAX_TOKENS + 1)
+LONG = (EAGER_MAX_TOKENS + 40, 30, EAGER_MAX_TOKENS + 1)
 FORMS = {
     "plain": {},
     "window": {"sliding_window": 4},
@@ -85,7 +85,7 @@ def test_packed_equals_each_sequence_alone_in_value_and_gradient(form, lengths):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [EXPLICIT_MAX_TOKENS, EXPLICIT_MAX_TOKENS + 1])
+@pytest.mark.parametrize("length", [EAGER_MAX_TOKENS, EAGER_MAX_TOKENS + 1])
 def test_both_sides_of_the_kernel_border_agree_with_float64(length):
     pack = make_pack((length,))
     torch.testing.assert_close(attend(*pack, (length,)).double(), naive_alone(*pack, (length,)), rtol=1e-5, atol=1e-5)
@@ -101,7 +101,7 @@ def test_only_long_plain_sequences_take_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(attention, "scaled_dot_product_attention", kernel)
     attend(*make_pack(LONG), LONG)
     attend(*make_pack(LONG), LONG, softcap=2.0)  # the kernel knows no soft cap
-    assert taken == [EXPLICIT_MAX_TOKENS + 40]  # the two long ones are one bucket
+    assert taken == [EAGER_MAX_TOKENS + 40]  # the two long ones are one bucket
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (4, 1)])
@@ -148,7 +148,7 @@ def test_padding_is_bounded_by_the_bucket_ratio():
 def test_the_gpu_path_computes_what_the_cpu_path_does(form):
     query, key, value = make_pack(SHORT)
     layout = PackedLayout.of_lengths(SHORT, CPU)
-    settings = AttentionForm(0.3, form.get("sliding_window"), form.get("softcap"), None)
+    settings = AttentionOptions(0.3, form.get("sliding_window"), form.get("softcap"), None)
     try:
         flex = attention._flex(query, key, value, layout, settings)
     except (RuntimeError, NotImplementedError) as error:
@@ -189,7 +189,7 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
     monkeypatch.setattr(attention, "_flex_kernel", lambda _device: kernel)
     lengths = [(200, 70), (300, 5, 129), (150, 151, 99), (131,)]
     for number, form in enumerate(({}, {"sliding_window": 50}, {"sliding_window": 50, "softcap": 1.5})):
-        settings = AttentionForm(0.3, form.get("sliding_window"), form.get("softcap"), None)
+        settings = AttentionOptions(0.3, form.get("sliding_window"), form.get("softcap"), None)
         for own in lengths:
             pack = make_pack(own)
             with torch.no_grad():
@@ -205,11 +205,11 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
 def test_sinks_on_gpu_are_refused():
     layout = PackedLayout.of_lengths(SHORT, CPU)
     with pytest.raises(ModelError, match="sinks are not supported on GPU"):
-        attention._flex(*make_pack(SHORT), layout, AttentionForm(0.3, None, None, torch.zeros(HEADS)))
+        attention._flex(*make_pack(SHORT), layout, AttentionOptions(0.3, None, None, torch.zeros(HEADS)))
 
 
 def test_a_module_that_passes_no_layout_is_refused():
-    with pytest.raises(ModelError, match="Module does not hand the pack's layout to attention"):
+    with pytest.raises(ModelError, match="Module does not pass the pack's layout to attention"):
         packed_attention(torch.nn.Module(), *make_pack((3,)), None)
 
 
@@ -276,5 +276,5 @@ def test_a_window_known_only_to_the_mask_is_refused_where_it_matters():
         model.model(input_ids=ids, position_ids=ids, use_cache=False, packed=PackedLayout.of_lengths((length,), CPU))
 
     run(8)
-    with pytest.raises(ModelError, match="Qwen2MoeAttention does not hand its window of 8 tokens to attention"):
+    with pytest.raises(ModelError, match="Qwen2MoeAttention does not pass its window of 8 tokens to attention"):
         run(9)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.order import epoch_order, rows_of_step
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ def sequence_of(length: int, first: int = 0) -> TokenSequence:
 
 
 def test_a_pack_lies_end_to_end_and_scores_what_is_trained():
-    first = TokenSequence((10, 11, 12, 13), (False, False, True, True), {"weights": (0.5, 0.25)}, "a.jsonl:1")
-    second = TokenSequence((20, 21, 22), (True, True, False), {"weights": (2.0,)}, "a.jsonl:2")
+    first = TokenSequence((10, 11, 12, 13), (False, False, True, True), TokenInputs(weights=(0.5, 0.25)), "a.jsonl:1")
+    second = TokenSequence((20, 21, 22), (True, True, False), TokenInputs(weights=(2.0,)), "a.jsonl:2")
     batch = Batch.pack([first, second], CPU)
     assert batch.token_ids.tolist() == [10, 11, 12, 13, 20, 21, 22]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
@@ -30,15 +30,15 @@ def test_a_pack_lies_end_to_end_and_scores_what_is_trained():
     assert batch.scored.tolist() == [1, 2, 4]
     assert batch.targets.tolist() == [12, 13, 21]
     assert batch.sequence_ids.tolist() == [0, 0, 1]
-    assert batch.inputs["weights"].tolist() == [0.5, 0.25, 2.0]
+    assert batch.inputs.weights.tolist() == [0.5, 0.25, 2.0]
     assert (batch.num_tokens, batch.num_trained, batch.num_sequences) == (7, 3, 2)
 
 
 def test_a_pack_without_a_trained_token_is_a_pack():
-    batch = Batch.pack([TokenSequence((1, 2), (True, False), {"weights": ()})], CPU)
+    batch = Batch.pack([TokenSequence((1, 2), (True, False), TokenInputs(weights=()))], CPU)
     assert (batch.num_tokens, batch.num_trained) == (2, 0)
     assert batch.targets.dtype == batch.scored.dtype == torch.long
-    assert batch.inputs["weights"].shape == (0,)
+    assert batch.inputs.weights.shape == (0,)
 
 
 def test_no_target_crosses_a_border():
@@ -47,9 +47,9 @@ def test_no_target_crosses_a_border():
 
 
 def test_truncation_keeps_the_inputs_of_what_it_keeps():
-    whole = TokenSequence((1, 2, 3, 4, 5), (True, False, True, True, True), {"weights": (3.0, 4.0, 5.0)}, "x:1")
+    whole = TokenSequence((1, 2, 3, 4, 5), (True, False, True, True, True), TokenInputs(weights=(3.0, 4.0, 5.0)), "x:1")
     cut = whole.truncated(4)
-    assert cut == TokenSequence((1, 2, 3, 4), (True, False, True, True), {"weights": (3.0, 4.0)}, "x:1")
+    assert cut == TokenSequence((1, 2, 3, 4), (True, False, True, True), TokenInputs(weights=(3.0, 4.0)), "x:1")
     assert (whole.num_trained, cut.num_trained, whole.truncated(1).num_trained) == (3, 2, 0)
 
 

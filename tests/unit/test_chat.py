@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from trainer.config.recipe import DataSettings, DataSource, ModelSettings
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.errors import DataError
 from trainer.types import Row
 
@@ -54,7 +54,7 @@ def encode(encoder: ChatEncoder, fields: dict) -> TokenSequence:
 def read(encoder: ChatEncoder, fields: dict) -> tuple[str, str]:
     """The whole row and its trained tokens, decoded."""
     sequence = encode(encoder, fields)
-    trained = [token for token, is_trained in zip(sequence.token_ids, sequence.trained, strict=True) if is_trained]
+    trained = [token for token, is_trained in zip(sequence.token_ids, sequence.loss_mask, strict=True) if is_trained]
     return encoder.tokenizer.decode(sequence.token_ids), encoder.tokenizer.decode(trained)
 
 
@@ -93,7 +93,7 @@ def test_the_weight_of_a_row_is_the_weight_of_each_trained_token():
     assert encode(make_encoder(), {"prompt": "a", "completion": "b", "weight": 0.25}).inputs == {
         "weights": (0.25, 0.25)
     }
-    assert encode(make_encoder(), {"prompt": "a", "completion": "b"}).inputs == {"weights": (1.0, 1.0)}
+    assert encode(make_encoder(), {"prompt": "a", "completion": "b"}).inputs == TokenInputs(weights=(1.0, 1.0))
 
 
 def test_the_system_message_of_the_recipe_replaces_the_default_of_the_template():
@@ -119,7 +119,7 @@ def test_rows_encoded_together_are_the_rows_encoded_alone(monkeypatch):
     encoded = encoder.encode(rows_of(*fields))
     assert encoded.num_rows == 7
     assert [sequence.token_ids for sequence in encoded.sequences] == [encode(encoder, row).token_ids for row in fields]
-    assert [sequence.where for sequence in encoded.sequences] == [f"rows.jsonl:{line}" for line in range(1, 8)]
+    assert [sequence.source for sequence in encoded.sequences] == [f"rows.jsonl:{line}" for line in range(1, 8)]
 
 
 def test_tools_and_calls_are_rendered_and_the_call_is_trained():
@@ -215,7 +215,7 @@ def test_a_row_that_is_too_long_is_an_error_by_default(short_length):
 
 def test_overlong_rows_are_dropped_and_counted(short_length):
     encoded = make_encoder(max_seq_tokens=short_length, overlong="drop").encode(rows_of(LONG, SHORT, LONG))
-    assert [sequence.where for sequence in encoded.sequences] == ["rows.jsonl:2"]
+    assert [sequence.source for sequence in encoded.sequences] == ["rows.jsonl:2"]
     assert (encoded.num_rows, encoded.num_dropped, encoded.num_truncated) == (3, 2, 0)
 
 
@@ -227,7 +227,7 @@ def test_overlong_rows_are_truncated_and_counted(short_length):
     cut, whole = encoded.sequences
     assert len(cut.token_ids) == short_length
     assert encoder.tokenizer.decode(cut.token_ids).endswith("assistant\nb c")  # and no stop token
-    assert len(cut.inputs["weights"]) == cut.num_trained == 3
+    assert len(cut.inputs.weights) == cut.num_trained == 3
     assert encoder.tokenizer.decode(whole.token_ids).endswith("b<|im_end|>\n")
 
 

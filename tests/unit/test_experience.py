@@ -37,7 +37,7 @@ def tokens_of(pack: Batch, name: str) -> dict[int, list[float]]:
     """A pack's values by the length of the completion that they are of; all lengths here differ."""
     found: dict[int, list[float]] = {}
     for owner in range(pack.num_sequences):
-        values = pack.inputs[name][pack.sequence_ids == owner].tolist()
+        values = getattr(pack.inputs, name)[pack.sequence_ids == owner].tolist()
         found[len(values)] = values
     return found
 

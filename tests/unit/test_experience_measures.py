@@ -12,10 +12,10 @@ from tiny import tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import NumericalError
-from trainer.model.policy import Reference, load_policy, warm_start
+from trainer.model.policy import Reference, load_policy, score, warm_start
 from trainer.planning.plan import Plan
 from trainer.training.learner import Learner
-from trainer.training.policy_update import learn, minibatches, score
+from trainer.training.policy_update import learn, minibatches
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_ppo_kl_is_0_on_the_first_minibatch_and_above_0_on_the_second(model_dir)
     parts = minibatches(drawn(groups), plan, CPU)
     learner = make_learner(model_dir, plan)
     reference = Reference(learner.policy, "base", is_fresh=False)
-    first = learn(make_learner(model_dir, plan), parts[:1], reference, plan, 0)
-    both = learn(learner, minibatches(drawn(groups), plan, CPU), reference, plan, 0)
+    first = learn(make_learner(model_dir, plan), parts[:1], reference, plan, 0).metrics
+    both = learn(learner, minibatches(drawn(groups), plan, CPU), reference, plan, 0).metrics
     assert (first["ppo_kl"], first["ppo_kl_k1"]) == (0.0, 0.0)
     assert both["ppo_kl"] > 1e-6
     assert learner.updates == 2
@@ -47,7 +47,7 @@ def test_old_logprobs_are_those_before_the_step(model_dir):
     learn(learner, parts, Reference(learner.policy, "base", is_fresh=False), plan, 0)
     for part, of_part in zip(parts, before, strict=True):
         for pack, wanted in zip(part.packs, of_part, strict=True):
-            torch.testing.assert_close(pack.inputs["old_logprobs"], wanted, rtol=0, atol=1e-5)
+            torch.testing.assert_close(pack.inputs.old_logprobs, wanted, rtol=0, atol=1e-5)
             moved = (score(learner.policy, pack, 1.0) - wanted).abs().max()
             assert moved > 1e-2  # so that old and new could not be mistaken for each other
 
@@ -92,7 +92,7 @@ def test_after_a_warm_start_initial_is_the_adapter_that_was_loaded_and_base_is_n
     lora = LoraSettings(rank=4, warm_start=str(adapter_of(model_dir, tmp_path / "adapter", plan)))
     for kind, is_zero in (("initial", True), ("base", False)):
         policy = load_policy(ModelSettings(path=str(model_dir), compute_dtype=compute_dtype), lora, 0, CPU)
-        learner = Learner(policy, plan.recipe.optimizer, WORLD)
+        learner = Learner(policy, WORLD)
         warm_start(lora, policy, learner.masters)
         learner.refresh()
         kld, reference = first_kld(learner, plan, kind, is_fresh=False)
@@ -133,8 +133,8 @@ def test_mismatch_cap_weighs_the_loss_by_the_capped_ratio(model_dir, cap):
     learner = make_learner(model_dir, plan)
     groups = four_groups()
     (part,) = minibatches(drawn(groups), plan, CPU)
-    raw = torch.cat([score(learner.policy, pack, 1.0) - pack.inputs["sampler_logprobs"] for pack in part.packs])
-    advantages = torch.cat([pack.inputs["advantages"] for pack in part.packs])
+    raw = torch.cat([score(learner.policy, pack, 1.0) - pack.inputs.sampler_logprobs for pack in part.packs])
+    advantages = torch.cat([pack.inputs.advantages for pack in part.packs])
     weights = raw.exp().clamp(max=cap)
     assert weights.min() < 0.9 * cap
     assert (weights == cap).any()

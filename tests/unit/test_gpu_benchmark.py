@@ -90,4 +90,4 @@ def test_rows_of_a_step_fill_its_pack() -> None:
     assert len(set(row_lengths(4096, 8, 0))) > 4
     rows = sft_rows(TINY, 0)
     assert sum(len(row.token_ids) for row in rows) == TINY.pack_tokens
-    assert all(len(row.inputs["weights"]) == row.num_trained for row in rows)
+    assert all(len(row.inputs.weights) == row.num_trained for row in rows)

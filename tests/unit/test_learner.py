@@ -9,23 +9,22 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_model, tiny_model_dir
 
-from trainer.algorithms import PolicyTerms
+from trainer.algorithms import LossTerms
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError
 from trainer.model import attention
 from trainer.model.batch import Batch
-from trainer.model.policy import Policy, load_policy
-from trainer.training.learner import Learner
-from trainer.training.schedule import learning_rate
-from trainer.training.sft import sft_terms
+from trainer.model.policy import Policy, load_policy, score
+from trainer.training.learner import Learner, Update
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams, learning_rate
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)
 LENGTHS = (12, 5, 9, 3, 17)
 RATE = 1e-2
-NEVER_CLIPPED = OptimizerSettings(max_grad_norm=None)
 
 
 def make_rows(seed: int = 0) -> list[TokenSequence]:
@@ -35,7 +34,7 @@ def make_rows(seed: int = 0) -> list[TokenSequence]:
     for number, length in enumerate(LENGTHS):
         tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
         trained = (False, False) + (True,) * (length - 2)
-        rows.append(TokenSequence(tokens, trained, {"weights": (1.0 + 0.5 * number,) * (length - 2)}))
+        rows.append(TokenSequence(tokens, trained, TokenInputs(weights=(1.0 + 0.5 * number,) * (length - 2))))
     return rows
 
 
@@ -62,15 +61,19 @@ def full_policy() -> Policy:
     return Policy(model, None, "tiny")
 
 
-def step(learner: Learner, groups: list[list[TokenSequence]], rate: float = RATE) -> dict[str, float]:
-    denominator = sum(sum(row.inputs["weights"]) for group in groups for row in group)
+def adam(rate: float = RATE, **settings) -> AdamParams:
+    return AdamParams.of(OptimizerSettings(**settings), rate)
+
+
+def step(learner: Learner, groups: list[list[TokenSequence]], rate: float = RATE, **settings) -> dict[str, float]:
+    denominator = sum(sum(row.inputs.weights) for group in groups for row in group)
     batches = [Batch.pack(group, CPU) for group in groups]
-    return learner.learn(batches, sft_terms, learning_rate=rate, denominator=denominator)
+    return learner.learn(batches, sft_loss, adam(rate, **settings), denominator=denominator).metrics
 
 
 def summed_gradient(learner: Learner, groups: list[list[TokenSequence]]) -> dict[str, torch.Tensor]:
     for group in groups:
-        learner.forward_backward(Batch.pack(group, CPU), sft_terms)
+        learner.forward_backward(Batch.pack(group, CPU), sft_loss)
     return {name: master.grad.clone() for name, master in learner.masters.items()}
 
 
@@ -84,7 +87,7 @@ def assert_same_gradient(ours: dict[str, torch.Tensor], other: dict[str, torch.T
 @pytest.mark.parametrize("make", [lora_policy, lambda _: full_policy()], ids=["lora", "full"])
 def test_one_micro_batch_and_five_agree(model_dir, make):
     rows = make_rows()
-    one, five = (Learner(make(model_dir), NEVER_CLIPPED, WORLD) for _ in range(2))
+    one, five = (Learner(make(model_dir), WORLD) for _ in range(2))
     together = summed_gradient(one, [rows])
     apart = summed_gradient(five, [[row] for row in rows])
     assert_same_gradient(together, apart, 1e-5)
@@ -92,7 +95,7 @@ def test_one_micro_batch_and_five_agree(model_dir, make):
 
 def test_an_update_from_one_micro_batch_and_from_five_agree(model_dir):
     rows = make_rows()
-    one, five = (Learner(lora_policy(model_dir), OptimizerSettings(), WORLD) for _ in range(2))
+    one, five = (Learner(lora_policy(model_dir), WORLD) for _ in range(2))
     whole, parts = step(one, [rows]), step(five, [[row] for row in rows])
     assert whole == pytest.approx(parts, rel=1e-5)
     assert whole["tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
@@ -102,7 +105,7 @@ def test_an_update_from_one_micro_batch_and_from_five_agree(model_dir):
 
 def test_row_order_changes_nothing(model_dir):
     rows = make_rows()
-    forward, backward = (Learner(lora_policy(model_dir), NEVER_CLIPPED, WORLD) for _ in range(2))
+    forward, backward = (Learner(lora_policy(model_dir), WORLD) for _ in range(2))
     assert_same_gradient(summed_gradient(forward, [rows]), summed_gradient(backward, [rows[::-1]]), 1e-5)
 
 
@@ -115,15 +118,15 @@ def test_loss_and_gradient_are_those_of_autograd_written_out(model_dir):
         ids = torch.tensor(row.token_ids)
         logprobs = plain.causal_lm(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         picked = logprobs.gather(1, ids[1:, None]).squeeze(1)[1:]  # the first two tokens are not trained
-        total = total - row.inputs["weights"][0] * picked.sum()
-        weight += sum(row.inputs["weights"])
+        total = total - row.inputs.weights[0] * picked.sum()
+        weight += sum(row.inputs.weights)
     loss = total / weight
     loss.backward()
     expected = {name: parameter.grad for name, parameter in plain.trained_parameters().items()}
 
-    learner = Learner(policy, NEVER_CLIPPED, WORLD)
+    learner = Learner(policy, WORLD)
     gradient = {name: value / weight for name, value in summed_gradient(learner, [rows]).items()}
-    values = learner.optim_step(RATE, weight, ())
+    values = learner.optim_step(adam(max_grad_norm=None), weight).metrics
     assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert values["grad_norm"] == pytest.approx(
         math.sqrt(sum(float(g.square().sum()) for g in expected.values())), rel=1e-5
@@ -133,7 +136,7 @@ def test_loss_and_gradient_are_those_of_autograd_written_out(model_dir):
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_gradients_are_summed_in_float32_and_freed(model_dir, compute_dtype):
-    learner = Learner(lora_policy(model_dir, compute_dtype), NEVER_CLIPPED, WORLD)
+    learner = Learner(lora_policy(model_dir, compute_dtype), WORLD)
     first = summed_gradient(learner, [make_rows()])
     twice = summed_gradient(learner, [make_rows()])
     for name, master in learner.masters.items():
@@ -145,7 +148,7 @@ def test_gradients_are_summed_in_float32_and_freed(model_dir, compute_dtype):
 
 
 def test_updates_too_small_for_bfloat16_accumulate_in_the_masters(model_dir):
-    learner = Learner(lora_policy(model_dir, "bfloat16"), OptimizerSettings(), WORLD)
+    learner = Learner(lora_policy(model_dir, "bfloat16"), WORLD)
     name = next(name for name in learner.masters if "lora_A" in name)
     before = learner.masters[name].clone()
     assert torch.equal(before, learner.parameters[name].float())
@@ -158,16 +161,15 @@ def test_updates_too_small_for_bfloat16_accumulate_in_the_masters(model_dir):
 
 
 def test_float32_parameters_are_their_own_masters(model_dir):
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    learner = Learner(lora_policy(model_dir), WORLD)
     assert all(learner.masters[name] is parameter for name, parameter in learner.parameters.items())
 
 
 def test_the_gradient_is_clipped_to_the_norm_and_reported_before(model_dir):
-    free = Learner(lora_policy(model_dir), NEVER_CLIPPED, WORLD)
-    clipped = Learner(lora_policy(model_dir), OptimizerSettings(max_grad_norm=1e-3), WORLD)
-    norm = step(free, [make_rows()])["grad_norm"]
+    free, clipped = (Learner(lora_policy(model_dir), WORLD) for _ in range(2))
+    norm = step(free, [make_rows()], max_grad_norm=None)["grad_norm"]
     assert norm > 1e-3
-    assert step(clipped, [make_rows()])["grad_norm"] == norm
+    assert step(clipped, [make_rows()], max_grad_norm=1e-3)["grad_norm"] == norm
     # After one step Adam's first moment is 0.1 times the gradient.
     for learner, wanted in ((free, norm), (clipped, 1e-3)):
         moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
@@ -177,12 +179,10 @@ def test_the_gradient_is_clipped_to_the_norm_and_reported_before(model_dir):
 
 
 def test_weight_decay_is_on_matrices_only():
-    decayed, plain = (
-        Learner(full_policy(), OptimizerSettings(weight_decay=weight_decay), WORLD) for weight_decay in (0.5, 0.0)
-    )
+    decayed, plain = (Learner(full_policy(), WORLD) for _ in range(2))
     before = {name: master.detach().clone() for name, master in decayed.masters.items()}
-    for learner in (decayed, plain):
-        step(learner, [make_rows()])
+    for learner, weight_decay in ((decayed, 0.5), (plain, 0.0)):
+        step(learner, [make_rows()], weight_decay=weight_decay)
     kinds = set()
     for name, master in decayed.masters.items():
         shrinkage = plain.masters[name] - master
@@ -196,17 +196,19 @@ def test_weight_decay_is_on_matrices_only():
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 def test_a_loss_that_is_not_finite_updates_nothing(model_dir, poison):
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    learner = Learner(lora_policy(model_dir), WORLD)
     step(learner, [make_rows()])
     before = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
     batch = Batch.pack(make_rows(), CPU)
 
     def poisoned(scores, batch):
-        terms = sft_terms(scores, batch)
-        return PolicyTerms(loss=terms.loss * poison, metrics={})
+        terms = sft_loss(scores, batch)
+        return LossTerms(loss=terms.loss * poison, metrics={})
 
     learner.forward_backward(batch, poisoned)
-    assert learner.optim_step(RATE, 1.0, ()) == {"learning_rate": RATE, "tokens": batch.num_trained, "skipped": 1.0}
+    rows = tuple(sorted(set(batch.sources)))
+    skipped = {"learning_rate": RATE, "tokens": batch.num_trained, "skipped": 1.0}
+    assert learner.optim_step(adam(), 1.0) == Update(skipped, rows)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state_tensors().items())
     assert learner.updates == 1
     assert math.isfinite(step(learner, [make_rows()])["loss"])  # and no poison is left in the sums
@@ -215,59 +217,80 @@ def test_a_loss_that_is_not_finite_updates_nothing(model_dir, poison):
 @pytest.mark.parametrize(("bad", "named"), [(1, [2]), (None, [1, 2, 3])])
 def test_a_skipped_update_names_its_rows(model_dir, bad, named):
     """The rows whose loss is not finite; where each loss is and the gradient is not, all rows of the update."""
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
-    rows = [replace(row, where=f"rows.jsonl:{number}") for number, row in enumerate(make_rows()[:3], start=1)]
+    learner = Learner(lora_policy(model_dir), WORLD)
+    rows = [replace(row, source=f"rows.jsonl:{number}") for number, row in enumerate(make_rows()[:3], start=1)]
 
     def poisoned(scores, batch):
-        loss = sft_terms(scores, batch).loss
+        loss = sft_loss(scores, batch).loss
         if bad is None:
-            return PolicyTerms(loss=loss + (scores.logprobs - scores.logprobs.detach()).abs().sqrt(), metrics={})
-        return PolicyTerms(loss=loss.where(batch.sequence_ids != bad, float("inf")), metrics={})
+            return LossTerms(loss=loss + (scores.logprobs - scores.logprobs.detach()).abs().sqrt(), metrics={})
+        return LossTerms(loss=loss.where(batch.sequence_ids != bad, float("inf")), metrics={})
 
     learner.forward_backward(Batch.pack(rows, CPU), poisoned)
-    assert learner.optim_step(RATE, 1.0, ())["skipped"] == 1.0
-    assert learner.take_skipped_rows() == [f"rows.jsonl:{number}" for number in named]
+    update = learner.optim_step(adam(), 1.0)
+    assert update.metrics["skipped"] == 1.0
+    assert update.skipped_rows == tuple(f"rows.jsonl:{number}" for number in named)
 
 
 def test_an_abandoned_update_changes_nothing(model_dir):
     """Once the grace period is nearly over no micro-batch is begun, and the update is no update."""
     asked = iter([False, True])
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD, lambda: next(asked))
+    learner = Learner(lora_policy(model_dir), WORLD, lambda: next(asked))
     before = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
     for row in make_rows()[:3]:  # the third is not even asked about
-        learner.forward_backward(Batch.pack([row], CPU), sft_terms)
+        learner.forward_backward(Batch.pack([row], CPU), sft_loss)
     with pytest.raises(PreemptedError, match="the step begun is abandoned"):
-        learner.optim_step(RATE, 1.0, ())
+        learner.optim_step(adam(), 1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state_tensors().items())
     assert learner.updates == 0
 
 
 def test_metrics_are_means_over_trained_tokens(model_dir):
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    learner = Learner(lora_policy(model_dir), WORLD)
 
     def with_metric(scores, batch):
-        return PolicyTerms(loss=sft_terms(scores, batch).loss, metrics={"owner": batch.sequence_ids.double() + 1})
+        return LossTerms(loss=sft_loss(scores, batch).loss, metrics={"owner": batch.sequence_ids.double() + 1})
 
     for row in make_rows():
         learner.forward_backward(Batch.pack([row, row], CPU), with_metric)
     # Each pack has its row twice, of owners 1 and 2.
-    assert learner.optim_step(RATE, 1.0, ("owner",))["owner"] == pytest.approx(1.5)
+    assert learner.optim_step(adam(), 1.0).metrics["owner"] == pytest.approx(1.5)
 
 
-def test_an_unknown_metric_of_a_rank_without_work_is_zero(model_dir):
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
-    learner.forward_backward(Batch.pack(make_rows(), CPU), sft_terms)
-    assert learner.optim_step(RATE, 1.0, ("never_measured",))["never_measured"] == 0.0
+def test_a_pack_gives_its_own_logprobs_and_sums(model_dir):
+    """And not those of the packs before it, which are in the update's sums."""
+    learner, rows = Learner(lora_policy(model_dir), WORLD), make_rows()
+    packs = [Batch.pack(part, CPU) for part in (rows[:2], rows[2:])]
+    results = learner.accumulate(packs, sft_loss)
+    for pack, result in zip(packs, results, strict=True):
+        expected = score(learner.policy, pack, 1.0)
+        torch.testing.assert_close(result.logprobs, expected, rtol=0, atol=1e-6)
+        assert not result.logprobs.requires_grad
+        assert result.sums["tokens"] == pack.num_trained
+        assert result.sums["loss"] == pytest.approx(-float((expected * pack.inputs.weights).sum()), rel=1e-5)
+    total = learner.optim_step(adam(), 1.0).metrics
+    assert total["loss"] == pytest.approx(sum(result.sums["loss"] for result in results))
+    assert total["tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
+
+
+def test_a_dummy_pack_changes_nothing(model_dir):
+    ours, theirs = (Learner(lora_policy(model_dir), WORLD) for _ in range(2))
+    rows = make_rows()
+    results = ours.accumulate([Batch.pack(rows, CPU), Batch.dummy(CPU)], sft_loss)
+    theirs.accumulate([Batch.pack(rows, CPU)], sft_loss)
+    assert results[1].sums == {}
+    assert ours.optim_step(adam(), 1.0) == theirs.optim_step(adam(), 1.0)
+    assert all(torch.equal(master, theirs.masters[name]) for name, master in ours.masters.items())
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_state_goes_round_and_learning_goes_on_bit_for_bit(model_dir, compute_dtype):
-    first = Learner(lora_policy(model_dir, compute_dtype), OptimizerSettings(), WORLD)
+    first = Learner(lora_policy(model_dir, compute_dtype), WORLD)
     step(first, [make_rows(0)])
     saved = {name: tensor.clone() for name, tensor in first.state_tensors().items()}
     expected = step(first, [make_rows(1)])
 
-    second = Learner(lora_policy(model_dir, compute_dtype), OptimizerSettings(), WORLD)
+    second = Learner(lora_policy(model_dir, compute_dtype), WORLD)
     target = second.state_tensors()  # before any update
     assert {name: tensor.shape for name, tensor in target.items()} == {
         name: tensor.shape for name, tensor in saved.items()
@@ -282,7 +305,7 @@ def test_state_goes_round_and_learning_goes_on_bit_for_bit(model_dir, compute_dt
 
 
 def test_state_names_masters_and_both_moments(model_dir):
-    learner = Learner(lora_policy(model_dir), OptimizerSettings(), WORLD)
+    learner = Learner(lora_policy(model_dir), WORLD)
     kinds = {
         name.split("/")[0] + "/" + name.rsplit("/", 1)[1] for name in learner.state_tensors() if "optimizer" in name
     }
@@ -319,12 +342,12 @@ def test_dropout_is_on_while_learning_and_off_after(model_dir):
     policy = load_policy(
         ModelSettings(path=str(model_dir), compute_dtype="float32"), LoraSettings(rank=2, dropout=0.5), 0, CPU
     )
-    learner = Learner(policy, OptimizerSettings(), WORLD)
+    learner = Learner(policy, WORLD)
 
     def watching(scores, batch):
         seen.append(policy.training)
-        return sft_terms(scores, batch)
+        return sft_loss(scores, batch)
 
-    learner.learn([Batch.pack(make_rows(), CPU)], watching, learning_rate=RATE, denominator=1.0)
+    learner.learn([Batch.pack(make_rows(), CPU)], watching, adam(), denominator=1.0)
     assert seen == [True]
     assert not policy.training

@@ -43,7 +43,7 @@ class RoundingByNeighbour(Policy):
 
 def rounding(path) -> Policy:
     policy = load(path)
-    return RoundingByNeighbour(policy.causal_lm, policy.adapted, policy.model_path)
+    return RoundingByNeighbour(policy.causal_lm, policy.adapters, policy.model_path)
 
 
 def test_rounding_by_the_neighbour_is_no_leak_where_there_are_experts(tmp_path):
@@ -67,7 +67,9 @@ class OwnAttention(Policy):
         )
         hidden = output.last_hidden_state[0].index_select(0, batch.scored)
         head = self.causal_lm.get_output_embeddings()
-        scores = tiled_logprobs(hidden, head.weight, head.bias, batch.targets, self.form, with_entropy=with_entropy)
+        scores = tiled_logprobs(
+            hidden, head.weight, head.bias, batch.targets, self.logit_transform, with_entropy=with_entropy
+        )
         return Scores(*scores)
 
 
@@ -99,8 +101,9 @@ def test_state_that_runs_over_the_border_is_refused(tmp_path, arch, compute_dtyp
 
 def test_what_packing_leaves_out_is_refused(tmp_path, monkeypatch):
     policy = load(tiny_model_dir(tmp_path, "gemma2"))
-    form = policy.form
-    monkeypatch.setattr(policy, "form", type(form)(scale=form.scale * 1.1, softcap=form.softcap))
+    transform = policy.logit_transform
+    other = type(transform)(scale=transform.scale * 1.1, softcap=transform.softcap)
+    monkeypatch.setattr(policy, "logit_transform", other)
     with pytest.raises(NumericalError, match="differ from the model's own forward pass by"):
         verify_packing(policy, CPU)
 
@@ -126,5 +129,5 @@ def test_code_that_needs_a_mask_is_refused_by_name(tmp_path):
 
 def test_a_model_that_passes_no_layout_is_refused_by_the_layer(tmp_path):
     policy = load(tiny_model_dir(tmp_path, "stablelm"))
-    with pytest.raises(ModelError, match="StableLmAttention does not hand the pack's layout"):
+    with pytest.raises(ModelError, match="StableLmAttention does not pass the pack's layout"):
         verify_packing(policy, CPU)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCAB_SIZE, tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
+from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ModelError
@@ -47,7 +47,7 @@ def make_batch() -> Batch:
 
 def shake(policy: Policy) -> dict[str, torch.Tensor]:
     """Masters away from where they began, in the model too."""
-    learner = Learner(policy, OptimizerSettings(), WORLD)
+    learner = Learner(policy, WORLD)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for master in learner.masters.values():
@@ -207,7 +207,7 @@ def test_a_saved_full_model_is_the_policy_in_plain_transformers(tmp_path, tied):
 def start_from(path, directory, *, compute_dtype: str = "float32", **lora) -> Policy:
     settings = LoraSettings(warm_start=str(directory), **{"rank": 4, **lora})
     policy = load(path, settings, compute_dtype=compute_dtype)
-    learner = Learner(policy, OptimizerSettings(), WORLD)
+    learner = Learner(policy, WORLD)
     warm_start(settings, policy, learner.masters)
     learner.refresh()
     return policy

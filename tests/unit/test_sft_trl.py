@@ -25,7 +25,8 @@ from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import load_policy
 from trainer.training.learner import Learner
-from trainer.training.sft import sft_terms
+from trainer.training.losses import sft_loss
+from trainer.training.schedule import AdamParams
 from trainer.types import Row
 
 CPU = torch.device("cpu")
@@ -125,14 +126,14 @@ def test_loss_and_gradient_of_a_batch_are_those_of_trl(tmp_path, case):
 
     # Ours: two packs.
     sequences = our_sequences(case, model)
-    learner = Learner(policy, OptimizerSettings(max_grad_norm=None), World(rank=0, size=1, device=CPU))
+    learner = Learner(policy, World(rank=0, size=1, device=CPU))
     for group in (sequences[:1], sequences[1:]):
-        learner.forward_backward(Batch.pack(group, CPU), sft_terms)
+        learner.forward_backward(Batch.pack(group, CPU), sft_loss)
     tokens = sum(sequence.num_trained for sequence in sequences)
     gradient = {name: master.grad / tokens for name, master in learner.masters.items()}
-    loss = learner.optim_step(1e-3, tokens, ())["loss"]
+    loss = learner.optim_step(AdamParams.of(OptimizerSettings(max_grad_norm=None), 1e-3), tokens).metrics["loss"]
 
-    assert trained_tokens_of(padded) == {sequence.token_ids: (False, *sequence.trained[1:]) for sequence in sequences}
+    assert trained_tokens_of(padded) == {sequence.token_ids: (False, *sequence.loss_mask[1:]) for sequence in sequences}
     assert len({len(sequence.token_ids) for sequence in sequences}) == len(sequences)
     assert loss == pytest.approx(expected_loss.item(), rel=1e-4)
     assert gradient.keys() == expected.keys()

@@ -36,7 +36,7 @@ def make_encoder(template=None, *, tokenizer=None, path: str = "nowhere", overri
 
 def trained_text(encoder: ChatEncoder) -> str:
     (sequence,) = encoder.encode([Row({"prompt": "a", "completion": "b"})]).sequences
-    trained = [token for token, is_trained in zip(sequence.token_ids, sequence.trained, strict=True) if is_trained]
+    trained = [token for token, is_trained in zip(sequence.token_ids, sequence.loss_mask, strict=True) if is_trained]
     return encoder.tokenizer.decode(trained)
 
 

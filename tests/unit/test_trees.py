@@ -13,7 +13,7 @@ from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.model import attention
 from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
-from trainer.model.eager_attention import AttentionForm
+from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import PackedLayout
 from trainer.model.policy import load_policy
 from trainer.training.policy_update import minibatches
@@ -72,7 +72,7 @@ def test_the_gpu_path_sees_the_same_trees(window):
     total = sum(prefix + sum(branches) for prefix, branches in TREES)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 4, total, 16, generator=generator) for _ in range(3))
-    form = AttentionForm(0.25, window, None, None)
+    form = AttentionOptions(0.25, window, None, None)
     try:
         flex = attention._flex(query, key, value, layout, form)
     except (RuntimeError, NotImplementedError) as error:
@@ -127,9 +127,9 @@ class TestStill:
 
     def test_they_stand_in_packs_of_their_own(self, tmp_path):
         packs = [pack for part in minibatches(drawn(four_groups()), make_plan(kl_coef=0.0), CPU) for pack in part.packs]
-        assert [pack.is_still for pack in packs] == [False, True]
-        assert not packs[1].inputs["advantages"].any()
-        assert all(not pack.is_still for part in minibatches(drawn(four_groups()), make_plan(kl_coef=0.1), CPU)
+        assert [pack.is_forward_only for pack in packs] == [False, True]
+        assert not packs[1].inputs.advantages.any()
+        assert all(not pack.is_forward_only for part in minibatches(drawn(four_groups()), make_plan(kl_coef=0.1), CPU)
                    for pack in part.packs)  # fmt: skip
 
     def test_leaving_out_their_backward_pass_changes_no_number(self, tmp_path, monkeypatch):
@@ -143,7 +143,9 @@ class TestStill:
                 monkeypatch.setattr(
                     learner,
                     "forward_backward",
-                    lambda batch, *args, f=forward_backward, **kw: f(replace(batch, is_still=False), *args, **kw),
+                    lambda batch, *args, f=forward_backward, **kw: f(
+                        replace(batch, is_forward_only=False), *args, **kw
+                    ),
                 )
             found.append((run_step(learner, plan, four_groups()), {k: v.clone() for k, v in learner.masters.items()}))
         (ours, our_masters), (theirs, their_masters) = found

@@ -5,25 +5,20 @@ A file is a formula. A paper without a new formula is a row of `PRESETS`. Nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final
-
 from trainer.algorithms.advantages import group_advantages
-from trainer.algorithms.cispo import cispo
-from trainer.algorithms.grpo import grpo
-from trainer.algorithms.gspo import gspo
 from trainer.algorithms.mismatch import sampler_kl, truncated_weights
 from trainer.algorithms.normalize import denominator, token_weights
+from trainer.algorithms.policy import ALGORITHMS, policy_terms
 from trainer.algorithms.sft import sft
-from trainer.algorithms.terms import Algorithm, PolicyTerms, PolicyTokens
-from trainer.config.presets import PRESETS, LossName, ResolvedAlgorithm
+from trainer.algorithms.terms import Algorithm, LossTerms, PolicyLossTerms, PolicyTokens
+from trainer.config.presets import PRESETS, ResolvedAlgorithm
 
 __all__ = [
     "ALGORITHMS",
     "PRESETS",
     "Algorithm",
-    "PolicyTerms",
+    "LossTerms",
+    "PolicyLossTerms",
     "PolicyTokens",
     "ResolvedAlgorithm",
     "denominator",
@@ -34,17 +29,3 @@ __all__ = [
     "token_weights",
     "truncated_weights",
 ]
-
-ALGORITHMS: Final[Mapping[LossName, Algorithm]] = MappingProxyType({"grpo": grpo, "gspo": gspo, "cispo": cispo})
-"""The formulas by name."""
-
-
-def policy_terms(tokens: PolicyTokens, preset: ResolvedAlgorithm) -> PolicyTerms:
-    """Return the terms of every trained token."""
-    return ALGORITHMS[preset.loss](
-        tokens,
-        clip_low=preset.clip_low,
-        clip_high=preset.clip_high,
-        kl_coef=preset.kl_coef,
-        kl_estimator=preset.kl_estimator,
-    )

@@ -1,4 +1,4 @@
-"""How a reward compares with the other rewards of its group.
+"""Advantages: how a reward compares with the other rewards of its group.
 
 With r the rewards of one prompt's scored rollouts, G of them:
 
@@ -6,7 +6,7 @@ With r the rewards of one prompt's scored rollouts, G of them:
     mean_only       A = r - mean(r)                        Dr. GRPO (arXiv:2503.20783)
     leave_one_out   A = r - mean of the others' rewards    RLOO (arXiv:2402.14740); G / (G - 1) times mean_only
 
-Plain Python floats with exactly rounded sums: the order of rollouts changes no bit, and no device is needed.
+Plain Python floats with exactly rounded sums: the result does not depend on the order of the rollouts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final, assert_never
 from trainer.config.presets import AdvantageEstimator
 
 STD_EPSILON: Final = 1e-4
-"""Added to the standard deviation; bounds the advantage of nearly equal rewards."""
+"""Added to the standard deviation; it bounds the advantages of nearly equal rewards."""
 
 
 def group_advantages(
@@ -26,14 +26,15 @@ def group_advantages(
 ) -> list[list[float | None]]:
     """Return the advantage of every rollout, in the form of `rewards`; None where there is no reward.
 
-    A group whose scored rewards are all equal, or that has only one, gets exactly 0.
+    A group whose scored rewards are all equal, or that has only one, gets exactly 0. A failed rollout is left
+    out of its group.
 
     >>> group_advantages([[1.0, 0.0, None], [0.3, 0.3]], "leave_one_out")
     [[1.0, -1.0, None], [0.0, 0.0]]
 
     Args:
-        rewards: One sequence per group, None for a failed rollout, which its group is judged without.
-        estimator: How to compare.
+        rewards: One sequence per group; None for a failed rollout.
+        estimator: Which formula of the module's docstring.
     """
     return [_advantages_of_one_group(group, estimator) for group in rewards]
 
@@ -42,7 +43,7 @@ def _advantages_of_one_group(group: Sequence[float | None], estimator: Advantage
     scored = [reward for reward in group if reward is not None]
     assert all(math.isfinite(reward) for reward in scored)
     if len(set(scored)) < 2:
-        # Said apart, for the mean of equal floats can differ from them by a rounding, which epsilon would magnify.
+        # Special case: rounding would leave a mean that differs from the rewards, and STD_EPSILON would magnify it.
         return [None if reward is None else 0.0 for reward in group]
     mean = math.fsum(scored) / len(scored)
     scale = _scale([reward - mean for reward in scored], estimator)

@@ -1,9 +1,9 @@
 """Group-relative policy optimization (arXiv:2402.03300), with DAPO's separate clip bounds (arXiv:2503.14476).
 
-    L(theta) = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * KL(policy || reference)
+    L(theta) = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
     ratio    = policy / old, of the token
 
-Everything here is per token; how tokens are averaged is the normalizer's business.
+Terms are per token; `normalize` says how they are averaged, `policy` adds the KL penalty.
 """
 
 from __future__ import annotations
@@ -11,24 +11,18 @@ from __future__ import annotations
 import torch
 
 from trainer.algorithms.kl import bounded_ratio
-from trainer.algorithms.terms import PolicyTerms, PolicyTokens, is_clipped_pessimistically, penalize
-from trainer.config.presets import KLEstimator
+from trainer.algorithms.terms import PolicyLossTerms, PolicyTokens, is_clipped_pessimistically
 
 
-def grpo(
-    tokens: PolicyTokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: KLEstimator
-) -> PolicyTerms:
-    """Return the GRPO terms of every trained token.
+def grpo(tokens: PolicyTokens, *, clip_low: float, clip_high: float) -> PolicyLossTerms:
+    """Return the GRPO loss of every trained token.
 
     Args:
-        tokens: What is known of each token.
-        clip_low: A ratio below 1 - clip_low gains nothing more from a bad token.
-        clip_high: A ratio above 1 + clip_high gains nothing more from a good token.
-        kl_coef: Weight of the penalty on KL(policy || reference).
-        kl_estimator: Which penalty, see `kl`.
+        tokens: Logprobs, advantages and completion of each token.
+        clip_low: With a negative advantage, a ratio below 1 - clip_low has no gradient.
+        clip_high: With a positive advantage, a ratio above 1 + clip_high has no gradient.
     """
     ratio = bounded_ratio(tokens.logprobs, tokens.old_logprobs)
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * tokens.advantages, bounded * tokens.advantages)
-    is_clipped = is_clipped_pessimistically(ratio, tokens.advantages, clip_low, clip_high)
-    return penalize(tokens, -surrogate, is_clipped, kl_coef=kl_coef, kl_estimator=kl_estimator)
+    return PolicyLossTerms(-surrogate, is_clipped_pessimistically(ratio, tokens.advantages, clip_low, clip_high))

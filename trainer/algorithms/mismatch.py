@@ -1,7 +1,7 @@
-"""Correction for a sampler whose probabilities are not the trainer's.
+"""Importance weights for a sampler whose probabilities differ from the trainer's.
 
-An inference engine computes other logprobs than the trainer from the same weights, so tokens are drawn from `sampler`,
-not from `old`. Truncated importance sampling weighs the policy's part of the loss, not the KL penalty, by
+An inference engine computes slightly different logprobs from the same weights, so tokens are drawn from `sampler`, not
+from `old`. Truncated importance sampling multiplies the policy loss, not the KL penalty, by
 
     w = min(old / sampler, cap)          of the token, without gradient
 
@@ -21,8 +21,8 @@ def truncated_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, *, cap: fl
     """Return the weight of every token, [N], detached: `PolicyTokens.sampler_weights`.
 
     Args:
-        old_logprobs: [N] under the policy as the step began, by the trainer.
-        sampler_logprobs: [N] as the sampler recorded them when it drew the token.
+        old_logprobs: [N] under the policy as the step began, computed by the trainer.
+        sampler_logprobs: [N] as recorded by the sampler.
         cap: The largest weight, above 0.
     """
     assert cap > 0

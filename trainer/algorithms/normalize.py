@@ -1,4 +1,4 @@
-"""How a step's per-token terms become one loss.
+"""Normalizers: how the per-token terms of a step become one loss.
 
     loss of the step = sum of weight * term over all ranks / sum of denominators over all ranks
 
@@ -7,7 +7,8 @@
     sequence     1 / tokens of its completion   completions                     GRPO (arXiv:2402.03300), GSPO
     constant     1                              completions * the token limit   Dr. GRPO (arXiv:2503.20783)
 
-Weights depend on the token's own completion only and denominators add up: micro-batches and ranks change no loss.
+A weight depends on the token's own completion only and denominators add up, so the split into micro-batches and ranks
+does not change the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def token_weights(normalizer: Normalizer, sequence_ids: Tensor) -> Tensor:
 
     Args:
         normalizer: What to average over.
-        sequence_ids: [N] which completion each token is in, from 0; completions must be whole.
+        sequence_ids: [N] completion of each token, from 0; completions must be whole.
     """
     if normalizer == "sequence":
         return torch.bincount(sequence_ids)[sequence_ids].float().reciprocal()
@@ -33,13 +34,13 @@ def token_weights(normalizer: Normalizer, sequence_ids: Tensor) -> Tensor:
 
 
 def denominator(normalizer: Normalizer, *, num_tokens: int, num_sequences: int, max_completion_tokens: int) -> int:
-    """Return what this part of the step adds to the denominator.
+    """Return the contribution of a part of the step to the denominator.
 
     Args:
         normalizer: What to average over.
         num_tokens: Trained tokens in this part.
         num_sequences: Completions in this part, including any without a trained token.
-        max_completion_tokens: The limit under which completions were drawn.
+        max_completion_tokens: The sampling limit of the recipe.
     """
     match normalizer:
         case "token":

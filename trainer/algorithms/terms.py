@@ -1,4 +1,4 @@
-"""What goes into a loss formula and what comes out."""
+"""Inputs and outputs of the loss formulas."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from trainer.algorithms.kl import k1, k3, kl_penalty
-from trainer.config.presets import KLEstimator
-
 
 @final
 @dataclass(frozen=True)
 class PolicyTokens:
-    """The trained tokens of whole completions, packed: every tensor is [N], nothing is padding."""
+    """The trained tokens of whole completions, packed: every tensor is [N], nothing is padding.
+
+    Two completions of 2 and 3 tokens, the first better than its group, as the policy begins to move:
+
+        sequence_ids   [0, 0, 1, 1, 1]
+        advantages     [0.7, 0.7, -0.7, -0.7, -0.7]
+        logprobs       [-1.1, -0.3, -2.0, -0.9, -0.1]
+        old_logprobs   [-1.2, -0.3, -1.9, -0.9, -0.1]
+    """
 
     logprobs: Tensor
     """Under the policy, with gradient."""
@@ -24,69 +29,61 @@ class PolicyTokens:
     ref_logprobs: Tensor
     """Under the reference, without gradient."""
     advantages: Tensor
-    """Of the rollout that the token is in."""
+    """Advantage of the token's rollout."""
     sequence_ids: Tensor
-    """Which completion the token is in, a long from 0; a completion is never split over calls."""
+    """Long, from 0: the completion of each token. All tokens of a completion are in one call."""
     sampler_weights: Tensor | None = None
-    """Factor of the policy's part of the loss, see `mismatch`; None is 1."""
+    """Factor of the policy loss, see `mismatch`; None is 1."""
 
     def __post_init__(self) -> None:
         tensors = [self.logprobs, self.old_logprobs, self.ref_logprobs, self.advantages, self.sequence_ids]
         tensors += [] if self.sampler_weights is None else [self.sampler_weights]
-        # [N] against [N, 1] would broadcast to [N, N] and train on nonsense.
+        # [N] with [N, 1] would broadcast to [N, N] and give a wrong loss without an error.
         assert all(tensor.ndim == 1 and tensor.shape == self.logprobs.shape for tensor in tensors)
 
 
 @final
 @dataclass(frozen=True)
-class PolicyTerms:
-    """One loss and its measurements per token, unreduced."""
+class PolicyLossTerms:
+    """What a formula returns, per token."""
+
+    loss: Tensor
+    """[N] with gradient: the policy loss, without KL penalty."""
+    is_clipped: Tensor
+    """[N] bool: where a bound on the ratio took effect."""
+
+
+@final
+@dataclass(frozen=True)
+class LossTerms:
+    """Loss and metrics per token, unreduced."""
 
     loss: Tensor
     """[N] with gradient."""
     metrics: Mapping[str, Tensor]
-    """[N] each, detached; to be averaged over the step's trained tokens."""
+    """[N] each, detached; logged as means over the step's trained tokens."""
 
 
 class Algorithm(Protocol):
-    """A policy loss: a formula of its own, selectable by name."""
+    """A policy loss formula."""
 
-    def __call__(
-        self, tokens: PolicyTokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: KLEstimator
-    ) -> PolicyTerms:
-        """Return the terms of every token."""
+    def __call__(self, tokens: PolicyTokens, *, clip_low: float, clip_high: float) -> PolicyLossTerms:
+        """Return the policy loss of every token.
 
-
-def penalize(
-    tokens: PolicyTokens, policy_loss: Tensor, is_clipped: Tensor, *, kl_coef: float, kl_estimator: KLEstimator
-) -> PolicyTerms:
-    """Add the penalty on the distance from the reference, and measure; the same for every algorithm.
-
-    Args:
-        tokens: The inputs of the algorithm.
-        policy_loss: [N] the algorithm's own part of the loss.
-        is_clipped: [N] bool, where the bounds on the ratio changed the gradient.
-        kl_coef: Weight of the penalty.
-        kl_estimator: Which penalty, see `kl`.
-    """
-    if tokens.sampler_weights is not None:
-        policy_loss = policy_loss * tokens.sampler_weights
-    penalty = kl_penalty(tokens.logprobs, tokens.old_logprobs, tokens.ref_logprobs, kl_estimator)
-    logprobs = tokens.logprobs.detach()
-    old_to_policy = logprobs - tokens.old_logprobs
-    policy_to_ref = tokens.ref_logprobs - logprobs
-    return PolicyTerms(
-        loss=policy_loss + kl_coef * penalty,
-        metrics={
-            "ppo_kl": k3(old_to_policy),
-            "ppo_kl_k1": k1(old_to_policy),
-            "ref_kld": k3(policy_to_ref),
-            "ref_kld_k1": k1(policy_to_ref),
-            "clip_frac": is_clipped.to(logprobs.dtype),
-        },
-    )
+        Args:
+            tokens: Logprobs, advantages and completion of each token.
+            clip_low: The ratio is bounded below by 1 - clip_low.
+            clip_high: The ratio is bounded above by 1 + clip_high.
+        """
 
 
 def is_clipped_pessimistically(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Return where min(ratio * A, clip(ratio) * A) takes its constant side, without gradient: [N] bool."""
+    """Return where min(ratio * A, clip(ratio) * A) is the constant side, which has no gradient: [N] bool.
+
+    Args:
+        ratio: [N] policy / old.
+        advantages: [N].
+        clip_low: The ratio is bounded below by 1 - clip_low.
+        clip_high: The ratio is bounded above by 1 + clip_high.
+    """
     return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -121,7 +121,7 @@ class Checkpoints:
         """Write, hash, fsync and rename. Returns problems instead of raising, since it runs in a thread."""
         target = self.run.checkpoint(state.step)
         staging = target.with_name(f".{target.name}.tmp")
-        problem = self._on_main(lambda: self._prepare(staging))
+        _, problem = self._writer_world.on_main(lambda: self._prepare(staging), (OSError, TrainerError))
         if problem is None:
             try:
                 with warnings.catch_warnings():
@@ -135,7 +135,9 @@ class Checkpoints:
                 problem = _root_cause(error)
             problem = self._any_problem(problem)
         if problem is None:
-            problem = self._on_main(lambda: self._commit(staging, target, state))
+            _, problem = self._writer_world.on_main(
+                lambda: self._commit(staging, target, state), (OSError, TrainerError)
+            )
         if self.world.is_main:
             if problem is None:
                 self.uploader.offer(state.step)
@@ -143,16 +145,6 @@ class Checkpoints:
             else:
                 shutil.rmtree(staging, ignore_errors=True)
         return Saved(state.step, time.perf_counter() - start, problem and f"{target}: not written: {problem}")
-
-    def _on_main(self, action: Callable[[], None]) -> str | None:
-        """Run an action on the main rank; every rank returns its problem, if any."""
-        problem = None
-        if self.world.is_main:
-            try:
-                action()
-            except (OSError, TrainerError) as error:
-                problem = str(error)
-        return self._any_problem(problem)
 
     def _any_problem(self, problem: str | None) -> str | None:
         """The first problem of any rank."""

@@ -158,10 +158,10 @@ class _Counts:
         """Count sft rows."""
         by_place = {str(row): row for row in rows}
         for sequence in self._encoded(rows):
-            self._note_length(len(sequence.token_ids), sequence.where)
+            self._note_length(len(sequence.token_ids), sequence.source)
             note = ""
             if len(sequence.token_ids) > self.data.max_seq_tokens:
-                kept, note = self._overlong(by_place[sequence.where])
+                kept, note = self._overlong(by_place[sequence.source])
                 if kept is None:
                     continue
                 sequence = kept
@@ -181,7 +181,7 @@ class _Counts:
             self.num_tokens += len(ids)
             room = self.data.max_seq_tokens - len(ids)
             self.num_cramped += room < max_completion_tokens
-            self._show(TokenSequence(ids, (False,) * len(ids), where=str(row)), f", room for {room:,} more")
+            self._show(TokenSequence(ids, (False,) * len(ids), source=str(row)), f", room for {room:,} more")
 
     def survey(self, file: str, num_rows: int) -> Survey:
         """What was counted."""
@@ -241,10 +241,10 @@ class _Counts:
         cut = f", the first {SHOWN_TOKENS:,} shown" if len(kept.token_ids) < len(sequence.token_ids) else ""
         pieces = tuple(
             Piece(text, is_trained)
-            for text, is_trained in zip(token_texts(self.tokenizer, kept.token_ids), kept.trained, strict=True)
+            for text, is_trained in zip(token_texts(self.tokenizer, kept.token_ids), kept.loss_mask, strict=True)
         )
         num_tokens = len(sequence.token_ids)
-        self.shown.append(ShownRow(sequence.where, num_tokens, sequence.num_trained, note + cut, pieces))
+        self.shown.append(ShownRow(sequence.source, num_tokens, sequence.num_trained, note + cut, pieces))
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:

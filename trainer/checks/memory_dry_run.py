@@ -41,8 +41,9 @@ from trainer.planning.plan import Plan, RFTPlan, make_plan
 from trainer.planning.remedies import find_remedies, remedy_lines
 from trainer.training import policy_update
 from trainer.training.learner import Learner
+from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import longest_batch
-from trainer.training.sft import sft_terms
+from trainer.training.schedule import adam_params
 
 CPU: Final = torch.device("cpu")
 
@@ -132,7 +133,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
     begin, recipe = time.perf_counter(), plan.recipe
     lengths = longest_pack(recipe, plan.shape)
     if plan.shape.device == "cuda":  # GPU kernels never keep scores; on the CPU only sequences above this length do not
-        lengths = [max(length, attention.EXPLICIT_MAX_TOKENS + 1) for length in lengths]
+        lengths = [max(length, attention.EAGER_MAX_TOKENS + 1) for length in lengths]
     real = longest_batch(lengths, config.get_text_config().vocab_size, recipe, CPU)
     policy = _on_meta(plan, config)
     storages = LiveStorages()
@@ -140,7 +141,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         _materialize_fake(policy)
         batch = _faked(real, fake)
         weights = storages.now
-        learner = Learner(policy, recipe.optimizer, World(0, 1, CPU))
+        learner = Learner(policy, World(0, 1, CPU))
         learner.state_tensors()
         is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
         reference = None
@@ -151,7 +152,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         if isinstance(plan, RFTPlan) and reference is not None:
             policy_update.learn(learner, [policy_update.Minibatch([batch], 1.0)], reference, plan, 0)
         else:
-            learner.learn([batch], sft_terms, learning_rate=1.0, denominator=1.0)
+            learner.learn([batch], sft_loss, adam_params(recipe.optimizer, 0, plan.steps), denominator=1.0)
         seconds = time.perf_counter() - begin
         return Measured(weights / GIB, (state - weights) / GIB, (storages.peak - state) / GIB, seconds)
 

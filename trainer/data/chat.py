@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from trainer.config.recipe import DataSettings, ModelSettings
 from trainer.data.jsonl import row_messages, row_weight
 from trainer.data.template import Rendered, render, training_template
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.errors import DataError, ModelError
 from trainer.types import Row
 
@@ -79,7 +79,7 @@ class ChatEncoder:
                 if length > self.data.max_seq_tokens:
                     if self.data.overlong == "error":
                         raise DataError(
-                            f"{sequence.where}: {length:,} tokens are more than data.max_seq_tokens "
+                            f"{sequence.source}: {length:,} tokens are more than data.max_seq_tokens "
                             f"({self.data.max_seq_tokens:,}). Raise it, or set data.overlong to drop or truncate."
                         )
                     if self.data.overlong == "drop":
@@ -174,7 +174,9 @@ class ChatEncoder:
             if not any(trained[1:]) or item.weight == 0:
                 raise DataError(f"{item.row}: no token would be trained (weight 0)")
             result.append(
-                TokenSequence(tuple(ids), tuple(trained), {"weights": (item.weight,) * sum(trained[1:])}, str(item.row))
+                TokenSequence(
+                    tuple(ids), tuple(trained), TokenInputs(weights=(item.weight,) * sum(trained[1:])), str(item.row)
+                )
             )
         return result
 
@@ -189,7 +191,7 @@ class ChatEncoder:
         sequence = self._tokenize([self._render(row)])[0]
         ends: list[int] = []
         for token, trained, before in zip(
-            sequence.token_ids, sequence.trained, (False, *sequence.trained), strict=False
+            sequence.token_ids, sequence.loss_mask, (False, *sequence.loss_mask), strict=False
         ):
             if trained and not before:
                 ends.append(token)

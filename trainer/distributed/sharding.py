@@ -1,8 +1,8 @@
-"""FSDP2 (torch `fully_shard`): parameters split over ranks; the only module that knows sharded tensors.
+"""Parameters split over ranks with FSDP2 (torch `fully_shard`).
 
-Frozen bases are gathered layer by layer for each pass, in the compute dtype. With full parameters the shards are the
-float32 masters themselves, cast to the compute dtype as they are gathered. Gradients are summed over ranks, never
-averaged: the learner divides by the whole step.
+A frozen base is gathered layer by layer for each pass, in the compute dtype. With full parameters the shards are the
+float32 masters; they are cast to the compute dtype when gathered. Gradients are summed over ranks, not averaged: the
+learner divides by the denominator of the whole step. No other module uses `DTensor` (tests/unit/test_boundaries.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def shard_module(
     """Split a module's parameters over the ranks, layer by layer; every rank calls it with equal values.
 
     Args:
-        root: the module that alone is called from outside.
-        layer_names: class names of the layers that are gathered one at a time.
+        root: the module whose forward is called.
+        layer_names: class names of the layers, which are gathered one at a time.
         mesh: the ranks.
         ignored: parameters that stay whole on every rank.
         compute_dtype: of the gathered parameters.
     """
-    wanted = set(layer_names)
-    layers = [module for module in root.modules() if type(module).__name__ in wanted]
+    names = set(layer_names)
+    layers = [module for module in root.modules() if type(module).__name__ in names]
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for module in (*layers, root):
         trained = [
@@ -45,25 +45,30 @@ def shard_module(
         with torch.no_grad():
             for parameter in trained:
                 if not isinstance(parameter, DTensor):
-                    parameter.data = parameter.data.float()  # the shard is its own master
+                    parameter.data = parameter.data.float()  # the shard is the float32 master
         fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=ignored, reshard_after_forward=True)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other, and a factor alone raises there
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports only SUM, and raises on a factor without it
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this rank holds a part of it only."""
+    """Whether this rank holds only a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of this rank, of the same storage; a whole tensor is its own part."""
+    """The part of this rank, sharing storage; an unsharded tensor is returned as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A rank's part as a tensor that is split like another; whole where the other is."""
+    """Wrap a rank's part as a tensor that is sharded like another one.
+
+    Args:
+        local: this rank's part.
+        tensor: gives mesh, placements and shape; if it is unsharded, `local` is returned as it is.
+    """
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(
@@ -72,24 +77,24 @@ def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copied_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU, split like the tensor."""
+    """A copy on the CPU, sharded like the tensor."""
     return placed_like(local_of(tensor.detach()).to("cpu", copy=True), tensor)
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor from all its parts; every rank calls it."""
+    """The full tensor, gathered from all ranks; every rank calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def exchange(parameters: Mapping[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
-    """Swap the parameters' values with others; of sharded ones, this rank's parts.
+    """Swap parameter values with others; for sharded parameters, this rank's parts.
 
     Args:
         parameters: by name.
-        values: by the same names; holds the parameters' values afterwards.
+        values: by the same names; afterwards it holds the previous values of the parameters.
     """
     for name, parameter in parameters.items():
-        if is_sharded(parameter):  # FSDP gathers from this storage, so the contents move
+        if is_sharded(parameter):  # FSDP gathers from this storage, so contents are exchanged, not storages
             part = local_of(parameter.detach())
             before = part.clone()
             part.copy_(values[name])
@@ -100,7 +105,7 @@ def exchange(parameters: Mapping[str, nn.Parameter], values: dict[str, torch.Ten
 
 @contextmanager
 def root_gathered(root: nn.Module) -> Iterator[None]:
-    """Within the block the root's own parameters are whole, so that a submodule can be called; every rank enters it."""
+    """Gather the root's own parameters within the block, to call a submodule directly; every rank enters it."""
     if not isinstance(root, FSDPModule):
         yield
         return
@@ -112,5 +117,5 @@ def root_gathered(root: nn.Module) -> Iterator[None]:
 
 
 def register_output(kind: type, field_names: list[str]) -> None:
-    """Let FSDP see the tensors of a dataclass that a sharded module returns; it hooks their gradients."""
+    """Register a dataclass that a sharded module returns, so that FSDP finds its tensors and hooks their gradients."""
     _pytree.register_dataclass(kind, field_names=field_names, drop_field_names=[])

@@ -1,13 +1,13 @@
-"""Ranks: who we are, and the few collectives that training needs."""
+"""The ranks of an attempt and the collectives that training needs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import distributed
@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.errors import LaunchError
 
+T = TypeVar("T")
+
 LOCAL: Final = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-"""What launchers set, and what holds without one."""
+"""Variables that launchers set, and their values without a launcher."""
 
 
 @final
@@ -28,29 +30,30 @@ class World:
     size: int
     device: torch.device
     group: distributed.ProcessGroup | None = None
-    """None: the group of the training's own collectives."""
+    """None: torch's default process group."""
     mesh: DeviceMesh | None = None
-    """Over which the base model's parameters are split; None where every rank has them whole."""
+    """The mesh that the base model is sharded over; None: every rank has the whole model."""
     local_rank: int = 0
-    """Among the ranks of this machine."""
+    """Rank on this machine."""
     local_size: int = 1
+    """Number of ranks on this machine."""
 
     def apart(self) -> World:
-        """The same ranks on a gloo group of their own, for a thread beside the training; every rank calls it."""
+        """The same ranks with a gloo group of their own, for a thread beside the training; every rank calls it."""
         return self if self.size == 1 else replace(self, group=distributed.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to people."""
+        """Whether this rank writes files and prints messages."""
         return self.rank == 0
 
     def sum_in_place(self, tensor: torch.Tensor) -> None:
-        """Sum over ranks; every rank gets the same bits."""
+        """Sum a tensor over ranks; every rank gets the same bits."""
         if self.size > 1:
             distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM, group=self.group)
 
     def max_of(self, values: Sequence[float]) -> list[float]:
-        """Elementwise maximum over ranks of small host-side numbers."""
+        """Elementwise maximum over ranks of a few numbers on the host."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -58,18 +61,26 @@ class World:
         return tensor.tolist()
 
     def sum_of(self, values: Sequence[float]) -> list[float]:
-        """Elementwise sum over ranks of small host-side numbers."""
+        """Elementwise sum over ranks of a few numbers on the host."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM, group=self.group)
         return tensor.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def sum_by_name(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum over ranks of named numbers; a rank that lacks a name counts as 0. Every rank gets all names.
+
+        With {"loss": 1.0, "tokens": 3.0} on one rank and {"tokens": 0.0} on another: {"loss": 1.0, "tokens": 3.0}.
+        """
+        names = list(dict.fromkeys(name for part in self.gather(list(values)) for name in part))
+        return dict(zip(names, self.sum_of([values.get(name, 0.0) for name in names]), strict=True))
+
+    def gather(self, value: T) -> list[T]:
         """The value of every rank, in order of ranks, on every rank."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[T] = [value] * self.size
         distributed.all_gather_object(values, value, group=self.group)
         return values
 
@@ -81,19 +92,40 @@ class World:
         distributed.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def fillers(self, counts: Sequence[int]) -> list[int]:
-        """How many forward passes this rank lacks beside the one with the most, for each count.
+    def on_main(self, act: Callable[[], T], errors: tuple[type[Exception], ...]) -> tuple[T | None, str | None]:
+        """Call a function on the main rank only; every rank gets its result or its error, and none waits for ever.
 
-        Sharded parameters are gathered by all ranks together, so all run equally many passes; elsewhere none lacks.
+        Args:
+            act: called on the main rank.
+            errors: exceptions that become a message; others are raised on the main rank only.
+
+        Returns:
+            The result, and None; or None, and the message of the error.
+        """
+        result: T | None = None
+        problem: str | None = None
+        if self.is_main:
+            try:
+                result = act()
+            except errors as error:
+                problem = str(error)
+        shared: tuple[T | None, str | None] = self.from_main((result, problem))
+        return shared
+
+    def num_dummies(self, counts: Sequence[int]) -> list[int]:
+        """Number of dummy passes that this rank must add to match the busiest rank, for each count.
+
+        Sharded parameters are gathered by all ranks together, so all ranks must run the same number of passes. Without
+        sharding it is 0. With counts of 3 here and 5 on another rank: 2 here, 0 there.
         """
         if self.mesh is None:
             return [0] * len(counts)
         most = self.max_of([float(count) for count in counts])
-        return [int(wanted) - count for wanted, count in zip(most, counts, strict=True)]
+        return [int(maximum) - count for maximum, count in zip(most, counts, strict=True)]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """One rank of a machine after another; for what needs much memory for a while."""
+        """Run the block on one rank of each machine after another, to limit peak host memory."""
         for turn in range(self.local_size):
             if turn == self.local_rank:
                 yield
@@ -114,7 +146,7 @@ def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> 
         is_sharded: whether the shape splits the base model over them.
 
     Raises:
-        LaunchError: the launcher started another number of ranks than the shape has.
+        LaunchError: the number of ranks that the launcher started is not the shape's.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -128,18 +160,18 @@ def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> 
             raise LaunchError("the shape needs GPUs and torch sees none here; choose `--shape cpu` or another machine")
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
-        where = torch.device("cuda", local)
+        place = torch.device("cuda", local)
     else:
-        where = torch.device("cpu")
+        place = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     mesh = init_device_mesh(device, (size,), mesh_dim_names=("ranks",)) if is_sharded and size > 1 else None
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in LOCAL)
-    return World(rank, size, where, mesh=mesh, local_rank=local_rank, local_size=min(size, local_size))
+    return World(rank, size, place, mesh=mesh, local_rank=local_rank, local_size=min(size, local_size))
 
 
 def leave_world(world: World) -> None:
-    """Leave the process group, where there is one."""
+    """Destroy the process group, if there is one."""
     if world.size > 1:
         distributed.destroy_process_group()

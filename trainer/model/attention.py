@@ -1,17 +1,17 @@
-"""Attention over packed sequences: the only module that knows kernels and masks.
+"""Attention over packed sequences.
 
-A pack is a flat row of T tokens holding S sequences end to end, or behind one copy of what they begin with (layout.py).
-A token attends to itself and to what came before it in its own sequence, nothing else. The model is told to use
-`PACKED_ATTENTION`, which transformers calls in every layer; the layout of the pack travels as the keyword `packed`. No
-mask is registered for the name, so transformers builds none.
+A pack is a flat row of T tokens: S sequences end to end, or behind one copy of their common prefix (layout.py). A token
+attends to itself and to earlier tokens of its own sequence. The model's attention implementation is set to
+`PACKED_ATTENTION`, which transformers calls in every layer; the layout of the pack is passed as the keyword `packed`.
+No mask function is registered for the name, so transformers builds no mask.
 
-CPU: sequences are gathered into right-padded rows of like length, which a causal kernel handles without a mask. Up to
-`EXPLICIT_MAX_TOKENS` the formula written out (explicit.py) beats the fused kernel (docs/log.md), above it SDPA runs.
-GPU: FlexAttention with a document block mask; a dense mask is never built there.
+CPU: sequences are gathered into right-padded rows of similar length, which a causal kernel handles without a mask.
+Up to `EAGER_MAX_TOKENS` eager attention (eager_attention.py) is faster than SDPA (docs/log.md), above it SDPA runs.
+GPU: FlexAttention with a document block mask; no dense mask is built.
 
-Sampling hands a `CachedLayout` instead: first with the pack of the prompts, whose keys and values are kept, then for
-one token of each row at a time. Rows of one prompt read its keys and values together, as one matrix product, and their
-own beside it; the two parts meet in one softmax, so nothing is approximate.
+Sampling passes a `CachedLayout`: first with the pack of the prompts, whose keys and values are stored, then for one
+token of each row at a time. The rows of a prompt read its keys and values in one matrix product, and their own in a
+second one; one softmax covers both parts, so the result is exact.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trainer.errors import ModelError
-from trainer.model.eager_attention import AttentionForm, causal_mask, explicit_attention
+from trainer.model.eager_attention import AttentionOptions, causal_mask, eager_attention
 from trainer.model.kv_cache import KeyValueCache, LayerCache
 from trainer.model.layout import CachedLayout, PackedLayout
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
-EXPLICIT_MAX_TOKENS: Final = 384
+EAGER_MAX_TOKENS: Final = 384
 MASK_BLOCK: Final = 128
-"""Queries and keys of a block of FlexAttention's mask."""
+"""Block size of FlexAttention's mask."""
 
 
 def packed_attention(
@@ -46,32 +46,35 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer.
+    """The attention function that transformers calls in every layer.
 
     Args:
         module: the layer's attention module.
         query: [1, H, T, D].
         key: [1, H_kv, T, D].
         value: [1, H_kv, T, D].
-        attention_mask: None, or the model builds masks of its own and is refused.
+        attention_mask: must be None; a model that builds its own masks is refused.
         scaling: factor of the scores; 1 / sqrt(D) when None.
-        dropout: attention dropout, which packed attention does not have.
-        **kwargs: `packed`, and the layer's `sliding_window`, `softcap`, `s_aux` where it has them.
+        dropout: attention dropout, not supported.
+        **kwargs: `packed`, and the layer's `sliding_window`, `softcap` and `s_aux` (sinks), if any.
 
     Returns:
-        [1, T, H, D] and no weights.
+        [1, T, H, D], and None for the weights.
+
+    Raises:
+        ModelError: the layer needs what packed attention does not support.
     """
     layout = kwargs.get("packed")
     if not isinstance(layout, PackedLayout | CachedLayout):
-        raise ModelError(f"{type(module).__name__} does not hand the pack's layout to attention: model not supported")
+        raise ModelError(f"{type(module).__name__} does not pass the pack's layout to attention: model not supported")
     if attention_mask is not None or query.shape[0] != 1:
         raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
     if dropout:
         raise ModelError("attention dropout is not supported; set attention_dropout to 0 in the model's config.json")
     window = kwargs.get("sliding_window")
     if window is None:
-        _refuse_unsaid_window(module, layout.max_len)
-    form = AttentionForm(
+        _refuse_hidden_window(module, layout.max_len)
+    options = AttentionOptions(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=window,
         softcap=kwargs.get("softcap"),
@@ -80,16 +83,16 @@ def packed_attention(
     if isinstance(layout, CachedLayout):
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layout.prompts is None:
-            return _cached(query, layout.cache.append(layer, key, value), layout.cache, form), None
+            return _cached(query, layout.cache.append(layer, key, value), layout.cache, options), None
         layout.cache.keep_prompts(layer, key, value)
         layout = layout.prompts
     if query.device.type == "cpu":
-        return _bucketed(query, key, value, layout, form), None
-    return _flex(query, key, value, layout, form), None
+        return _bucketed(query, key, value, layout, options), None
+    return _flex(query, key, value, layout, options), None
 
 
-def _refuse_unsaid_window(module: torch.nn.Module, longest: int) -> None:
-    """Some models put a layer's window only into the mask, which packed attention never sees."""
+def _refuse_hidden_window(module: torch.nn.Module, longest: int) -> None:
+    """Some models encode a layer's window only in the mask, which packed attention does not use."""
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[module.layer_idx] if kinds else "sliding_attention"
@@ -97,13 +100,13 @@ def _refuse_unsaid_window(module: torch.nn.Module, longest: int) -> None:
     window = getattr(config, field, None) if field else None
     if window is not None and longest > window:
         raise ModelError(
-            f"{type(module).__name__} does not hand its window of {window:,} tokens to attention: "
+            f"{type(module).__name__} does not pass its window of {window:,} tokens to attention: "
             f"sequences longer than that cannot be trained; set data.max_seq_tokens to {window}"
         )
 
 
 def _bucketed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: AttentionForm
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> torch.Tensor:
     rows = [_ToRows.apply(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]  # type: ignore[no-untyped-call]
     outputs = []
@@ -111,27 +114,27 @@ def _bucketed(
         q, k, v = (tensor.transpose(1, 2) for tensor in padded)
         if bucket.prefix is not None:
             before = rows[1][bucket.prefix].transpose(1, 2), rows[2][bucket.prefix].transpose(1, 2)
-            outputs.append(explicit_attention(q, k, v, before, form).transpose(1, 2))
+            outputs.append(eager_attention(q, k, v, before, options).transpose(1, 2))
             continue
         longest = q.shape[2]
-        is_plain = form.softcap is None and form.sinks is None
-        if longest > EXPLICIT_MAX_TOKENS and is_plain:
-            windowed = form.window is not None and form.window < longest
-            mask = causal_mask(longest, longest, form.window, q.device) if windowed else None
+        is_plain = options.softcap is None and options.sinks is None
+        if longest > EAGER_MAX_TOKENS and is_plain:
+            windowed = options.window is not None and options.window < longest
+            mask = causal_mask(longest, longest, options.window, q.device) if windowed else None
             out = scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=options.scaling, enable_gqa=True
             )
         else:
-            out = explicit_attention(q, k, v, None, form)
+            out = eager_attention(q, k, v, None, options)
         outputs.append(out.transpose(1, 2))
     return _ToPack.apply(layout, *outputs)[None]  # type: ignore[no-untyped-call]
 
 
 class _ToRows(torch.autograd.Function):
-    """[T, ...] of the pack to [R, L, ...] of each bucket. Written by hand because the backward of indexing adds up.
+    """[T, ...] of the pack to [R, L, ...] of each bucket.
 
-    Real cells are a permutation of the tokens, so the gradient is a gather too. Padding cells carry no gradient: what
-    comes after a sequence is seen by nobody.
+    Has its own backward because autograd's backward of indexing is a slow scatter-add. Real cells are a permutation of
+    the tokens, so the gradient is a gather. Padding cells have no gradient: no token attends to them.
     """
 
     @staticmethod
@@ -145,7 +148,7 @@ class _ToRows(torch.autograd.Function):
 
 
 class _ToPack(torch.autograd.Function):
-    """The way back: real cells only; their padding gets a gradient of zero."""
+    """The inverse of `_ToRows`: real cells only; padding gets a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, layout: PackedLayout, *padded: torch.Tensor) -> torch.Tensor:
@@ -154,12 +157,12 @@ class _ToPack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = []
+        grads = []
         for bucket in ctx.layout.buckets:
             spread = grad[bucket.gather]
             spread.flatten(0, 1)[bucket.padding] = 0.0
-            found.append(spread)
-        return None, *found
+            grads.append(spread)
+        return None, *grads
 
 
 def _pick(layout: PackedLayout, padded: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -167,12 +170,19 @@ def _pick(layout: PackedLayout, padded: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(flat)[layout.order]
 
 
-def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: AttentionForm) -> torch.Tensor:
-    """[1, R, H, D] attention of one token of each row, [1, H, R, D], to its prompt and to what it has drawn."""
+def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, options: AttentionOptions) -> torch.Tensor:
+    """[1, R, H, D] attention of one token of each row, [1, H, R, D], to its prompt and to its own tokens.
+
+    Args:
+        query: [1, H, R, D].
+        layer: keys and values of this layer, with the token's own appended.
+        cache: which rows belong to each prompt, and which prompt tokens are hidden.
+        options: of the layer's attention.
+    """
     _, heads, rows, width = query.shape
     kv_heads, longest = layer.prompt_keys.shape[1:3]
     folded = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, width)
-    start = 0 if form.window is None else max(0, cache.num_own + 1 - form.window)
+    start = 0 if options.window is None else max(0, cache.num_own + 1 - options.window)
     own = slice(start, cache.num_own + 1)
 
     def of_prompts(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -181,18 +191,18 @@ def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: 
         in_slots = in_slots.transpose(1, 2)
         out = in_slots.flatten(2, 3) @ matrix
         out = out.view(*in_slots.shape[:-1], -1).transpose(1, 2).flatten(0, 1)
-        return out if cache.slots is None else out[cache.places]
+        return out if cache.slots is None else out[cache.slot_of_row]
 
     prompt_scores = of_prompts(folded, layer.prompt_keys.transpose(-1, -2))
     own_scores = folded @ layer.keys[:rows, ..., own]
-    scores = torch.cat([prompt_scores, own_scores], -1) * form.scaling
-    if form.softcap is not None:
-        scores = torch.tanh(scores / form.softcap) * form.softcap
-    hidden = cache.hidden(form.window)
+    scores = torch.cat([prompt_scores, own_scores], -1) * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    hidden = cache.hidden(options.window)
     if hidden is not None:
         scores[..., :longest].masked_fill_(hidden, float("-inf"))
-    if form.sinks is not None:
-        column = form.sinks.to(scores.dtype).view(1, kv_heads, -1, 1).expand(rows, -1, -1, -1)
+    if options.sinks is not None:
+        column = options.sinks.to(scores.dtype).view(1, kv_heads, -1, 1).expand(rows, -1, -1, -1)
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(layer.values.dtype)
     out = of_prompts(weights[..., :longest], layer.prompt_values)
@@ -201,13 +211,11 @@ def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, form: 
 
 
 def _flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, form: AttentionForm
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> torch.Tensor:
-    if form.sinks is not None:
-        raise ModelError(
-            "attention sinks are not supported on GPU yet; train this model on the CPU shape or not at all"
-        )
-    softcap = form.softcap or 1.0
+    if options.sinks is not None:
+        raise ModelError("attention sinks are not supported on GPU yet; use a CPU shape for this model")
+    softcap = options.softcap or 1.0
 
     def capped(score: torch.Tensor, _b: Any, _h: Any, _q: Any, _k: Any) -> torch.Tensor:
         return torch.tanh(score / softcap) * softcap
@@ -216,9 +224,9 @@ def _flex(
         query,
         key,
         value,
-        score_mod=capped if form.softcap is not None else None,
-        block_mask=_block_mask(layout, form.window),
-        scale=form.scaling,
+        score_mod=capped if options.softcap is not None else None,
+        block_mask=_block_mask(layout, options.window),
+        scale=options.scaling,
         enable_gqa=True,
     )
     return out.transpose(1, 2)
@@ -226,40 +234,47 @@ def _flex(
 
 @cache
 def _flex_kernel(device: str, backend: Any = "inductor") -> Any:
-    """Compiled where it matters: uncompiled FlexAttention writes the whole score matrix."""
+    """FlexAttention, compiled on GPU: uncompiled, it writes the whole score matrix to memory."""
     if device != "cuda":
         return flex_attention
-    torch._dynamo.config.specialize_float = True  # or scale and soft cap become inputs, which the kernel cannot read
-    torch._dynamo.config.recompile_limit = 64  # windows, short packs, with and without gradient; then it gives up
+    torch._dynamo.config.specialize_float = (
+        True  # otherwise scale and soft cap become inputs, which the kernel cannot read
+    )
+    torch._dynamo.config.recompile_limit = (
+        64  # windows, short packs, with and without gradient: more variants than the default
+    )
     return torch.compile(flex_attention, dynamic=True, backend=backend)
 
 
 def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
-    """Which blocks of a pack see each other; made once for all layers with this window.
+    """The block mask of a pack; computed once for all layers with this window.
 
-    Computed block by block from the ends of each: `create_block_mask` writes all T x T cells to look at them.
+    Computed from the first and last token of each block: `create_block_mask` would evaluate all T x T cells.
     """
     if window not in layout.block_masks:
-        tree, branch, position = (row.clone() for row in layout.coordinates())  # a view's offset would be compiled in
+        tree, branch, position = (
+            row.clone() for row in layout.coordinates()
+        )  # a view's offset would be compiled into the kernel
 
         def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             is_near = position[q] - position[k] < window if window is not None else q >= k
             is_behind = (branch[k] == 0) | (branch[q] == branch[k])
             return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
 
-        some, every = _visible_blocks(tree, branch, window)
+        some, full = _visible_blocks(tree, branch, window)
         made: BlockMask = BlockMask.from_kv_blocks(
-            *_by_row(some & ~every), *_by_row(every), MASK_BLOCK, is_visible, (len(tree), len(tree))
+            *_by_row(some & ~full), *_by_row(full), MASK_BLOCK, is_visible, (len(tree), len(tree))
         )
         layout.block_masks[window] = made
     return layout.block_masks[window]
 
 
 def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, B] of query and key blocks: whether some query sees some key, and whether every one sees every one.
+    """[B, B] bool of query and key blocks: whether any query attends to any key, and whether all attend to all.
 
-    Prefixes and branches stand in order, so their numbers only grow. A key before the query block is seen where it is
-    of the part that the first query is in, or of that query's prefix. Branches under a window count as seen in part.
+    Prefixes and branches are numbered in the order of the pack. A key before the query block is visible if it belongs
+    to the same part (prefix or branch) as the first query, or to that query's prefix. With a window, blocks of branches
+    are always treated as partly visible.
     """
     total = len(tree)
     part = torch.stack([tree, branch]).diff(dim=1, prepend=tree.new_full((2, 1), -1)).ne(0).any(0).cumsum(0)
@@ -277,18 +292,18 @@ def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None
         is_whole |= (key_begin == trunk) & (key_end == trunk) & (tree[first] == tree[last])[:, None]
     else:
         is_whole &= last[:, None] - first[None, :] < window
-    every = is_past & is_whole
-    every &= (last - first + 1 == MASK_BLOCK)[:, None]  # a query block that is cut off is never full
+    full = is_past & is_whole
+    full &= (last - first + 1 == MASK_BLOCK)[:, None]  # the last query block, if incomplete, is never full
     some |= torch.eye(len(first), dtype=torch.bool, device=tree.device)
-    return some, every
+    return some, full
 
 
 def _by_row(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[1, 1, B] number of blocks in each row, and [1, 1, B, B] their indices first."""
+    """[1, 1, B] number of marked blocks in each row, and [1, 1, B, B] block indices, marked ones first."""
     indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
 
 
 def register() -> None:
-    """Make `PACKED_ATTENTION` known to transformers; calling it again changes nothing."""
+    """Register `PACKED_ATTENTION` with transformers; idempotent."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)

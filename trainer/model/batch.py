@@ -1,4 +1,4 @@
-"""Packed batches: sequences end to end, nothing padded."""
+"""Packed batches: sequences end to end, without padding."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from typing import Final, TypeVar, final
 
 import torch
 
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.model.layout import PackedLayout
 
 T = TypeVar("T")
 
 MIN_SAVED_FRAC: Final = 0.05
-"""A tree that saves less of its tokens is not worth its two-part attention."""
+"""Sequences are packed as a tree only if it saves this fraction of their tokens; its attention takes two parts."""
 
 
 @final
 @dataclass(frozen=True)
 class Tree:
-    """Sequences that begin with the same tokens; in a pack these stand once."""
+    """Sequences with a common prefix, which is packed once.
+
+    Prompt (1, 2, 3) with the completions (4, 5) and (6,): `prefix` is 3, `lengths` is (3, (2, 1)), and the pack holds
+    1 2 3 4 5 6, 6 tokens instead of 9.
+    """
 
     sequences: tuple[TokenSequence, ...]
     prefix: int
-    """How many tokens they share; none of them is trained but by the first of a tree of one."""
+    """Number of tokens in the prefix; untrained, unless the tree has one sequence."""
 
     @classmethod
     def of_one(cls, sequence: TokenSequence) -> Tree:
-        """A sequence that shares nothing."""
+        """A tree of one sequence: all of it is prefix."""
         return cls((sequence,), len(sequence.token_ids))
 
     @property
@@ -46,47 +50,122 @@ class Tree:
 
 @final
 @dataclass(frozen=True)
+class LossInputs:
+    """Inputs of the loss, [N] float32 each; empty where the method does not use them."""
+
+    weights: torch.Tensor
+    """SFT: weight of each token in the loss."""
+    advantages: torch.Tensor
+    """RFT: advantage of the token's rollout."""
+    sampler_logprobs: torch.Tensor
+    """RFT: as recorded by the sampler."""
+    ref_logprobs: torch.Tensor | None = None
+    """RFT: under the reference; measured before the update."""
+    old_logprobs: torch.Tensor | None = None
+    """RFT: under the policy as the step began. None in the first minibatch, whose own pass gives them."""
+
+    @classmethod
+    def of(cls, inputs: Sequence[TokenInputs], device: torch.device) -> LossInputs:
+        """Join the inputs of sequences."""
+
+        def joined(parts: Sequence[tuple[float, ...]]) -> torch.Tensor:
+            return torch.tensor([value for part in parts for value in part]).to(device)
+
+        return cls(
+            weights=joined([each.weights for each in inputs]),
+            advantages=joined([each.advantages for each in inputs]),
+            sampler_logprobs=joined([each.sampler_logprobs for each in inputs]),
+        )
+
+
+@final
+@dataclass(frozen=True)
+class TokenOwners:
+    """Which adapter each token of a pack belongs to.
+
+    Adapter "a" owns a sequence of 3 tokens, "b" the one of 2 behind it: {"a": [0, 1, 2], "b": [3, 4]}.
+    """
+
+    rows: Mapping[str, torch.Tensor]
+    """Positions in the pack by name of the adapter, long, ascending; every token is in one of them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(len(rows) for rows in self.rows.values())
+
+
+@final
+@dataclass(frozen=True)
 class Batch:
-    """Sequences packed flat; T tokens, S sequences, N trained tokens."""
+    """Sequences packed flat: T tokens, S sequences, N trained tokens.
+
+    Two SFT rows, (10, 11, 12, 13) with the last two tokens trained and (20, 21, 22) with the second one trained:
+
+        token_ids      [10, 11, 12, 13, 20, 21, 22]     T = 7
+        positions      [ 0,  1,  2,  3,  0,  1,  2]
+        scored         [1, 2, 4]                        12 and 13 are predicted at 1 and 2, 21 at 4: N = 3
+        targets        [12, 13, 21]
+        sequence_ids   [0, 0, 1]
+        inputs.weights [0.5, 0.5, 2.0]
+        sources        ("a.jsonl:1", "a.jsonl:2")       S = 2
+    """
 
     token_ids: torch.Tensor
     """[T] long."""
     positions: torch.Tensor
     """[T] long, from 0 in each sequence."""
     layout: PackedLayout
+    """Where each sequence lies, for attention."""
     scored: torch.Tensor
     """[N] long: positions in the pack whose next token is trained."""
     targets: torch.Tensor
     """[N] long: that next token."""
     sequence_ids: torch.Tensor
     """[N] long: the sequence of each trained token, from 0."""
-    inputs: Mapping[str, torch.Tensor]
+    inputs: LossInputs
     """[N] float32 each."""
-    where: tuple[str, ...]
+    sources: tuple[str, ...]
     """File and line of each sequence."""
-    is_still: bool = False
-    """Measured only: no loss of it has a gradient."""
-    is_filler: bool = False
-    """Learned from with weight zero, so that this rank runs as many passes as the others."""
+    owners: TokenOwners | None = None
+    """The adapter of each token; None: all tokens use the active one."""
+    is_forward_only: bool = False
+    """Contributes metrics, but no gradient: runs without backward."""
+    is_dummy: bool = False
+    """Zero-weight batch that keeps ranks with a sharded base in lockstep."""
 
     @property
     def num_sequences(self) -> int:
         """S."""
-        return len(self.where)
+        return len(self.sources)
 
     @classmethod
-    def pack(cls, sequences: Sequence[TokenSequence], device: torch.device) -> Batch:
-        """Pack sequences in the order given; all carry the same inputs."""
-        return cls.pack_trees([Tree.of_one(sequence) for sequence in sequences], device)
+    def pack(
+        cls, sequences: Sequence[TokenSequence], device: torch.device, *, adapters: Sequence[str] | None = None
+    ) -> Batch:
+        """Pack sequences in the order given; all have the same kind of inputs.
+
+        Args:
+            sequences: at least one.
+            device: where the tensors go.
+            adapters: name of the adapter of each sequence; None: the active one for all.
+        """
+        return cls.pack_trees([Tree.of_one(sequence) for sequence in sequences], device, adapters=adapters)
 
     @classmethod
-    def pack_trees(cls, trees: Sequence[Tree], device: torch.device) -> Batch:
-        """Pack trees in the order given: what the sequences of a tree begin with stands there once."""
+    def pack_trees(cls, trees: Sequence[Tree], device: torch.device, *, adapters: Sequence[str] | None = None) -> Batch:
+        """Pack trees in the order given; the prefix of a tree is stored once.
+
+        Args:
+            trees: at least one.
+            device: where the tensors go.
+            adapters: name of the adapter of each tree; None: the active one for all.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
         scored: list[tuple[int, int, int]] = []
         sequences = [sequence for tree in trees for sequence in tree.sequences]
-        owner = 0
+        sequence_id = 0
         for tree in trees:
             trunk, prefix = len(token_ids), tree.prefix
             token_ids += tree.sequences[0].token_ids[:prefix]
@@ -95,32 +174,30 @@ class Batch:
                 branch = len(token_ids) - prefix
                 token_ids += sequence.token_ids[prefix:]
                 positions += range(prefix, len(sequence.token_ids))
-                for offset, is_trained in enumerate(sequence.trained[1:]):
+                for offset, is_trained in enumerate(sequence.loss_mask[1:]):
                     if is_trained:
-                        place = (trunk if offset < prefix else branch) + offset
-                        scored.append((place, sequence.token_ids[offset + 1], owner))
-                owner += 1
-        places, targets, owners = torch.tensor(scored, dtype=torch.long).reshape(-1, 3).T.contiguous().to(device)
-        inputs = {
-            name: torch.tensor([value for sequence in sequences for value in sequence.inputs[name]]).to(device)
-            for name in sequences[0].inputs
-        }
+                        position = (trunk if offset < prefix else branch) + offset
+                        scored.append((position, sequence.token_ids[offset + 1], sequence_id))
+                sequence_id += 1
+        scores = torch.tensor(scored, dtype=torch.long).reshape(-1, 3).T.contiguous().to(device)
+        scored_positions, targets, sequence_ids = scores
         return cls(
             token_ids=torch.tensor(token_ids).to(device),
             positions=torch.tensor(positions).to(device),
-            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device),
-            scored=places,
+            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters),
+            scored=scored_positions,
             targets=targets,
-            sequence_ids=owners,
-            inputs=inputs,
-            where=tuple(sequence.where for sequence in sequences),
+            sequence_ids=sequence_ids,
+            inputs=LossInputs.of([sequence.inputs for sequence in sequences], device),
+            sources=tuple(sequence.source for sequence in sequences),
+            owners=None if adapters is None else _owners([tree.num_tokens for tree in trees], adapters, device),
         )
 
     @classmethod
-    def filler(cls, device: torch.device, inputs: Sequence[str] = ()) -> Batch:
-        """The smallest pack there is, with zeros for each of the inputs."""
-        sequence = TokenSequence((0, 0), (False, True), dict.fromkeys(inputs, (0.0,)))
-        return replace(cls.pack([sequence], device), is_filler=True)
+    def dummy(cls, device: torch.device) -> Batch:
+        """The smallest possible pack: one trained token of weight 0."""
+        inputs = TokenInputs(weights=(0.0,), advantages=(0.0,), sampler_logprobs=(0.0,))
+        return replace(cls.pack([TokenSequence((0, 0), (False, True), inputs)], device), is_dummy=True)
 
     @property
     def num_tokens(self) -> int:
@@ -132,17 +209,34 @@ class Batch:
         """N."""
         return len(self.targets)
 
+    def with_logprobs(self, *, ref: torch.Tensor | None = None, old: torch.Tensor | None = None) -> Batch:
+        """The same pack with logprobs that were measured before the update; None leaves what is there."""
+        inputs = self.inputs
+        inputs = inputs if ref is None else replace(inputs, ref_logprobs=ref)
+        inputs = inputs if old is None else replace(inputs, old_logprobs=old)
+        return replace(self, inputs=inputs)
+
+
+def _owners(lengths: Sequence[int], adapters: Sequence[str], device: torch.device) -> TokenOwners:
+    """Positions of each adapter's tokens, from the adapter and the length of each part of a pack."""
+    rows: dict[str, list[int]] = {}
+    start = 0
+    for name, length in zip(adapters, lengths, strict=True):
+        rows.setdefault(name, []).extend(range(start, start + length))
+        start += length
+    return TokenOwners({name: torch.tensor(positions, device=device) for name, positions in rows.items()})
+
 
 def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[TokenSequence]]:
-    """Fill micro-batches up to a budget of tokens; a sequence is never split, a longer one stands alone.
+    """Fill micro-batches up to a budget of tokens; a sequence is never split, a longer one is alone.
 
-    Sequences of like length stay together, so that attention pads little; the result is a function of the arguments.
+    Sequences of similar length are put together, so that attention needs little padding.
     """
     return _filled(sequences, [len(sequence.token_ids) for sequence in sequences], budget)
 
 
 def tree_batches(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
-    """The same of trees, none of which is split."""
+    """`micro_batches` for trees; a tree is never split."""
     return _filled(trees, [tree.num_tokens for tree in trees], budget)
 
 
@@ -160,15 +254,17 @@ def _filled(items: Sequence[T], sizes: Sequence[int], budget: int) -> list[list[
 
 
 def grow_trees(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
-    """Trees of sequences that begin alike, each within a budget of tokens; plain ones where little would be saved.
+    """Pack sequences with a common prefix as trees, each within a budget of tokens.
+
+    Where a tree would save less than `MIN_SAVED_FRAC`, each sequence becomes a tree of its own.
 
     Args:
-        sequences: such as the completions of a prompt; what is trained comes after what they share.
-        budget: tokens of a tree.
+        sequences: such as the completions of a prompt; trained tokens are not shared.
+        budget: maximum tokens of a tree.
     """
     prefix = _common_prefix(sequences)
-    whole = sum(len(sequence.token_ids) for sequence in sequences)
-    if prefix * (len(sequences) - 1) < MIN_SAVED_FRAC * whole:
+    total = sum(len(sequence.token_ids) for sequence in sequences)
+    if prefix * (len(sequences) - 1) < MIN_SAVED_FRAC * total:
         return [Tree.of_one(sequence) for sequence in sequences]
     longest_first = sorted(sequences, key=lambda sequence: -len(sequence.token_ids))
     grown: list[list[TokenSequence]] = [[]]
@@ -184,18 +280,24 @@ def grow_trees(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
 
 
 def _common_prefix(sequences: Sequence[TokenSequence]) -> int:
-    """Leading tokens that all share and of which none is trained or last."""
+    """Length of the common prefix; it ends before the first trained token and before the last token of a sequence."""
     first = sequences[0]
-    longest = min((*sequence.trained, True).index(True) for sequence in sequences)
+    longest = min((*sequence.loss_mask, True).index(True) for sequence in sequences)
     longest = min(longest, *(len(sequence.token_ids) - 1 for sequence in sequences))
-    alike = (
-        all(sequence.token_ids[place] == first.token_ids[place] for sequence in sequences) for place in range(longest)
+    are_equal = (
+        all(sequence.token_ids[index] == first.token_ids[index] for sequence in sequences) for index in range(longest)
     )
-    return next((place for place, is_alike in enumerate(alike) if not is_alike), longest)
+    return next((index for index, is_equal in enumerate(are_equal) if not is_equal), longest)
 
 
 def split_evenly(sizes: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Indices of the items of each part, so that sums of sizes are nearly equal: largest first to the lightest part."""
+    """Indices of the items of each part, with nearly equal sums of sizes.
+
+    The largest items are assigned first, each to the part with the smallest sum.
+
+    >>> split_evenly([7, 5, 4, 3, 1], 2)
+    [[0, 3], [1, 2, 4]]
+    """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     loads = [0] * num_parts
     for index in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):

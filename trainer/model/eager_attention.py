@@ -1,10 +1,11 @@
-"""Attention written out, over rows of one length: for CPUs, where it beats the fused kernel on short rows.
+"""Eager attention over rows of one length, faster than SDPA for short rows on a CPU.
 
     S = s Q [K_before, K]^T + mask,  P = softmax(S),  O = P [V_before, V]
     dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP)),  dQ = s dS K,  dK = s dS^T Q       (arXiv 2205.14135, B)
 
-`before` is what all rows go on from, once: a prompt that stands before each of its completions. The softmax is float32,
-and P is kept in the compute dtype for the backward pass, where autograd keeps both. Soft caps and sinks are autograd's.
+`before` is the shared prefix of all rows, stored once: the prompt of several completions. The softmax is float32; P is
+kept for the backward pass in the compute dtype only, where autograd would keep both. Layers with soft caps or sinks use
+autograd.
 """
 
 from __future__ import annotations
@@ -20,44 +21,47 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 @final
 @dataclass(frozen=True)
-class AttentionForm:
-    """What a layer's attention has besides softmax(QK)V."""
+class AttentionOptions:
+    """Properties of a layer's attention."""
 
     scaling: float
+    """Factor of the scores."""
     window: int | None = None
+    """A token attends to this many tokens, itself included."""
     softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
     sinks: torch.Tensor | None = None
-    """[H] learned logits that take weight and give nothing."""
+    """[H] learned logits in the softmax that have no value."""
 
 
-def explicit_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: KeysValues | None, form: AttentionForm
+def eager_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: KeysValues | None, options: AttentionOptions
 ) -> torch.Tensor:
-    """Causal attention of each row to itself and to what stands before all rows.
+    """Causal attention of each row to itself and to the shared prefix.
 
     Args:
         query: [R, H, L, D].
         key: [R, H_kv, L, D].
         value: [R, H_kv, L, D].
-        before: keys and values of the common prefix, [1, H_kv, P, D] each; None where rows begin by themselves.
-        form: what the layer's attention has.
+        before: keys and values of the shared prefix, [1, H_kv, P, D] each; None if there is none.
+        options: properties of the layer's attention.
 
     Returns:
         [R, H, L, D].
     """
-    if form.softcap is None and form.sinks is None:
-        output: torch.Tensor = _Attention.apply(query, key, value, *(before or (None, None)), form)  # type: ignore[no-untyped-call]
+    if options.softcap is None and options.sinks is None:
+        output: torch.Tensor = _Attention.apply(query, key, value, *(before or (None, None)), options)  # type: ignore[no-untyped-call]
         return output
     heads, length = query.shape[1:3]
     folded = _folded(query, key.shape[1])
-    scores = _scores(folded, key, before) * form.scaling
-    if form.softcap is not None:
-        scores = torch.tanh(scores / form.softcap) * form.softcap
-    scores = scores.unflatten(2, (-1, length)) + _mask(length, scores, form.window)
-    if form.sinks is not None:
-        column = form.sinks.to(scores.dtype).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    scores = _scores(folded, key, before) * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores.unflatten(2, (-1, length)) + _mask(length, scores, options.window)
+    if options.sinks is not None:
+        column = options.sinks.to(scores.dtype).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
-    num_keys = scores.shape[-1] - (form.sinks is not None)
+    num_keys = scores.shape[-1] - (options.sinks is not None)
     weights = _softmax(scores)[..., :num_keys].flatten(2, 3)
     return _read(weights, value, before).view(len(query), heads, length, -1)
 
@@ -71,16 +75,16 @@ class _Attention(torch.autograd.Function):
         value: torch.Tensor,
         before_key: torch.Tensor | None,
         before_value: torch.Tensor | None,
-        form: AttentionForm,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         rows, heads, length, _ = query.shape
         folded = _folded(query, key.shape[1])
         before = None if before_key is None or before_value is None else (before_key, before_value)
-        scores = _scores(folded, key, before).mul_(form.scaling)
-        scores.unflatten(2, (-1, length)).add_(_mask(length, scores, form.window))
+        scores = _scores(folded, key, before).mul_(options.scaling)
+        scores.unflatten(2, (-1, length)).add_(_mask(length, scores, options.window))
         weights = _softmax(scores)
         ctx.save_for_backward(folded, key, value, before_key, before_value, weights)
-        ctx.scaling = form.scaling
+        ctx.scaling = options.scaling
         return _read(weights, value, before).view(rows, heads, length, -1)
 
     @staticmethod
@@ -89,8 +93,10 @@ class _Attention(torch.autograd.Function):
         folded, key, value, before_key, before_value, weights = ctx.saved_tensors
         shape, scaling = grad.shape, ctx.scaling
         grad = _folded(grad, key.shape[1])
+        # dP = dO V^T has the form of the scores S = Q K^T, so `_scores` computes it with V in the place of K. It reads
+        # the first of the pair `before` only: the second is there to fill the slot.
         before = None if before_key is None else (before_value, before_value)
-        grad_weights = _scores(grad, value, before)  # dO V^T is a product of the same form
+        grad_weights = _scores(grad, value, before)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         split = weights.shape[-1] - key.shape[2]
         own = grad_scores[..., split:]
@@ -108,7 +114,17 @@ class _Attention(torch.autograd.Function):
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[L, n] bool: what each query may see of the keys, of which the last L are its own."""
+    """[L, n] bool: which keys each query attends to; the last L keys are those of the queries.
+
+    >>> causal_mask(2, 3, None, torch.device("cpu")).tolist()
+    [[True, True, False], [True, True, True]]
+
+    Args:
+        num_queries: L.
+        num_keys: n, at least L.
+        window: of the attention; None is no window.
+        device: of the result.
+    """
     position = torch.arange(num_keys, device=device)
     distance = position[num_keys - num_queries :, None] - position[None, :]
     allowed = distance >= 0
@@ -116,7 +132,7 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
 
 
 def _folded(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[R, H, L, D] to [R, H_kv, q, D]: the query heads of a key head below each other."""
+    """[R, H, L, D] to [R, H_kv, q, D]: the queries of all heads that share a key head, one after another."""
     return tensor.reshape(len(tensor), kv_heads, -1, tensor.shape[-1])
 
 
@@ -138,7 +154,7 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _mask(length: int, scores: torch.Tensor, window: int | None) -> torch.Tensor:
-    """[L, P + L] zero where a query sees, minus infinity elsewhere; the window reaches back over the prefix."""
+    """[L, P + L] zero where a query attends, minus infinity elsewhere; the window includes the prefix."""
     num_keys = scores.shape[-1]
     hidden = ~causal_mask(length, num_keys, window, scores.device)
     return scores.new_zeros(length, num_keys).masked_fill_(hidden, float("-inf"))

@@ -1,4 +1,4 @@
-"""Where the sequences of a pack lie: end to end, or several behind one copy of what they begin with."""
+"""Positions of the sequences in a pack: end to end, or several behind one copy of their common prefix."""
 
 from __future__ import annotations
 
@@ -12,66 +12,87 @@ from torch.nn.attention.flex_attention import BlockMask
 from trainer.model.kv_cache import KeyValueCache
 
 BUCKET_RATIO: Final = 1.6
-"""A bucket's longest row is at most so many times its shortest (tiny ones ride along)."""
+"""Maximum ratio of the longest to the shortest row of a bucket; 16 tokens more are allowed."""
 
 
 @final
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences or branches of like length, as rows of one padded matrix."""
+    """Sequences or branches of similar length, as rows of one padded matrix.
+
+    Sequences of 3 and 2 tokens at the positions 0 to 4 of a pack, the row of 2 padded to 3:
+
+        gather    [[0, 1, 2], [3, 4, 3]]
+        cells     [0, 1, 2, 3, 4]
+        padding   [5]
+    """
 
     gather: torch.Tensor
-    """[R, L] index of each padded cell into the pack; padding cells repeat index of the row's first token."""
+    """[R, L] position in the pack of each cell; padding cells have the position of the row's first token."""
     cells: torch.Tensor
-    """[n] flat index of the real cells."""
+    """[n] flat indices of the cells that hold a token."""
     padding: torch.Tensor
-    """[m] flat index of the cells that hold no token."""
+    """[m] flat indices of the padding cells."""
     prefix: int | None = None
-    """The bucket whose one row stands before each row of this one; None where nothing does."""
+    """Index of the bucket whose single row is the prefix of every row of this one; None if there is no prefix."""
 
 
 @final
 @dataclass(frozen=True)
 class PackedLayout:
-    """A row of trees: a prefix and the branches that go on from it. A plain sequence is a prefix without branches."""
+    """The trees of a pack: each a prefix and the branches that continue it; a plain sequence has no branches.
+
+    Two sequences of 4 and 3 tokens: `trees` is ((4, ()), (3, ())), `max_len` 4, one bucket of 2 rows. A prompt of 4
+    with completions of 3 and 2 tokens: ((4, (3, 2)),), `max_len` 7, one bucket for the prompt and one for the
+    completions; the pack has 9 tokens.
+    """
 
     trees: tuple[tuple[int, tuple[int, ...]], ...]
-    """Tokens of each prefix, and of each of its branches; in the pack in this order."""
+    """Length of each prefix and of each of its branches, in the order of the pack."""
     max_len: int
-    """Tokens of the longest sequence, from the beginning of its prefix."""
+    """Tokens of the longest sequence, its prefix included."""
     buckets: tuple[Bucket, ...]
     order: torch.Tensor
-    """[T] position of each token of the pack in the concatenation of the buckets' real cells."""
+    """[T] index of each token in the concatenation of the real cells of all buckets."""
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
-    """GPU only: by window, filled when a layer first asks."""
+    """GPU only: cache by window, filled by the first layer that needs it."""
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
-        """Lay out sequences of these lengths, which stand in the pack in this order."""
+        """The layout of sequences of these lengths, in the order of the pack."""
         return cls.of_trees([(length, ()) for length in lengths], device)
 
     @classmethod
-    def of_trees(cls, trees: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> PackedLayout:
-        """Lay out trees, each a prefix and the lengths of its branches, which stand in the pack in this order."""
+    def of_trees(
+        cls, trees: Sequence[tuple[int, Sequence[int]]], device: torch.device, owners: Sequence[str] | None = None
+    ) -> PackedLayout:
+        """The layout of trees, in the order of the pack.
+
+        Args:
+            trees: prefix length and branch lengths of each.
+            device: of the result.
+            owners: of each tree; trees of different owners share no bucket, so that the padding of a tree, and with it
+                the rounding of its attention, does not depend on other owners. None: all have the same owner.
+        """
         start = 0
-        plain: list[tuple[int, int]] = []
+        plain: dict[str, list[tuple[int, int]]] = {}
         branched: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
-        for prefix, branches in trees:
+        for (prefix, branches), owner in zip(trees, owners or [""] * len(trees), strict=True):
             trunk = (start, prefix)
             start += prefix
-            found = []
+            spans = []
             for length in branches:
-                found.append((start, length))
+                spans.append((start, length))
                 start += length
-            if found:
-                branched.append((trunk, found))
+            if spans:
+                branched.append((trunk, spans))
             else:
-                plain.append(trunk)
-        buckets = [_bucket(group, device) for group in _of_like_length(plain)]
-        for trunk, found in branched:
-            number = len(buckets)
+                plain.setdefault(owner, []).append(trunk)
+        buckets = [_bucket(group, device) for of_owner in plain.values() for group in _of_similar_length(of_owner)]
+        for trunk, spans in branched:
+            index = len(buckets)
             buckets.append(_bucket([trunk], device))
-            buckets += [_bucket(group, device, prefix=number) for group in _of_like_length(found)]
+            buckets += [_bucket(group, device, prefix=index) for group in _of_similar_length(spans)]
         order = torch.argsort(torch.cat([bucket.gather.flatten()[bucket.cells] for bucket in buckets]))
         return cls(
             trees=tuple((prefix, tuple(branches)) for prefix, branches in trees),
@@ -81,21 +102,21 @@ class PackedLayout:
         )
 
     def coordinates(self) -> torch.Tensor:
-        """[3, T] of each token: its tree, its branch (0 is the prefix), and its position in its sequence."""
+        """[3, T]: the tree, the branch (0 is the prefix) and the position in its sequence of each token."""
         trees: list[int] = []
         branches: list[int] = []
         positions: list[int] = []
-        for number, (prefix, lengths) in enumerate(self.trees):
+        for tree, (prefix, lengths) in enumerate(self.trees):
             for branch, length in enumerate((prefix, *lengths)):
                 begin = prefix if branch else 0
-                trees += [number] * length
+                trees += [tree] * length
                 branches += [branch] * length
                 positions += range(begin, begin + length)
         return torch.tensor([trees, branches, positions], device=self.order.device)
 
 
-def _of_like_length(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Spans of (start, length), longest first, in groups that pad little."""
+def _of_similar_length(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Spans of (start, length), longest first, in groups that need little padding."""
     groups: list[list[tuple[int, int]]] = []
     for span in sorted(spans, key=lambda each: -each[1]):
         if groups and groups[-1][0][1] <= BUCKET_RATIO * span[1] + 16:
@@ -118,13 +139,13 @@ def _bucket(spans: Sequence[tuple[int, int]], device: torch.device, prefix: int 
 @final
 @dataclass(frozen=True)
 class CachedLayout:
-    """What sampling hands to attention: the pack of the prompts first, then one token of each row."""
+    """The layout that sampling passes to attention: the pack of the prompts first, then one token of each row."""
 
     cache: KeyValueCache
     prompts: PackedLayout | None
-    """The prompts' layout when they are read; None ever after."""
+    """The layout of the prompts in the first pass; None in all later ones."""
 
     @property
     def max_len(self) -> int:
-        """Tokens of the longest sequence, for models that hide their window."""
+        """Tokens of the longest sequence; checked against windows that a model does not pass to attention."""
         return self.cache.longest_prompt + self.cache.num_own + 1

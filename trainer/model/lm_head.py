@@ -1,12 +1,12 @@
-"""The LM head in tiles: logprobs of given targets without keeping [N, V] logits.
+"""The LM head in tiles: logprobs of targets without [N, V] logits in memory.
 
     logprob_i = z_i[y_i] - logsumexp(z_i),  z_i = softcap(W h_i * scale) / temperature
     d logprob_i / d h_i = (onehot(y_i) - softmax(z_i)) W        (times scale, softcap's slope, 1 / temperature)
 
-The derivative by h_i does not depend on what the loss does with logprob_i, so with a frozen head the forward pass
-computes it while the tile is at hand, and the backward pass is one multiplication: two matrix products in all, where
-recomputing takes three. A trained head recomputes each tile, since its gradient needs the loss's own factor.
-Products run in the weights' dtype, statistics in float32.
+The derivative with respect to h_i does not depend on the loss. With a frozen head, the forward pass computes it while
+the tile's logits are in memory, and the backward pass is one multiplication: two matrix products in all, where
+recomputation takes three. A trained head recomputes each tile, because the gradient of its weights needs the gradient
+of logprob_i. Products run in the weights' dtype, statistics in float32.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 TILE_CELLS: Final = 256 * 49_152
-"""Logits in a tile: rows enough for an efficient product, a sliver of a GPU's memory."""
+"""Logits in a tile: enough rows for an efficient product, and little of a GPU's memory."""
 CPU_BLOCK_ROWS: Final = 32
-"""Rows whose float32 statistics are computed together on a CPU, so that they stay in its cache (docs/log.md)."""
+"""On a CPU, statistics are computed for this many rows at a time, which fit into its cache (docs/log.md)."""
 
 
 @final
 @dataclass(frozen=True)
-class HeadForm:
-    """What a model does to its logits."""
+class LogitTransform:
+    """Scale, soft cap and temperature between the LM head's product and the softmax."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -44,7 +44,7 @@ def tiled_logprobs(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    form: HeadForm,
+    transform: LogitTransform,
     *,
     with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,40 +55,40 @@ def tiled_logprobs(
         weight: [V, H] of the head.
         bias: [V] or None.
         targets: [N] long.
-        form: scale, soft cap, temperature.
+        transform: scale, soft cap, temperature.
         with_entropy: whether to compute the entropy; zeros otherwise.
 
     Returns:
         [N] float32 logprobs with gradient, [N] float32 entropy without.
     """
-    logprobs, entropy = _TiledLogprobs.apply(hidden, weight, bias, targets, form, with_entropy)  # type: ignore[no-untyped-call]
+    logprobs, entropy = _TiledLogprobs.apply(hidden, weight, bias, targets, transform, with_entropy)  # type: ignore[no-untyped-call]
     return logprobs, entropy
 
 
-def _log_softmax(logits: torch.Tensor, form: HeadForm) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[n, V] float32 log-softmax of raw logits, and the softcap's slope."""
+def _log_softmax(logits: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[n, V] float32 log-softmax of raw logits, and the derivative of the soft cap."""
     logits = logits.float()
     slope = None
-    if form.scale != 1.0:
-        logits = logits * form.scale
-    if form.softcap is not None:
-        capped = torch.tanh(logits / form.softcap)
+    if transform.scale != 1.0:
+        logits = logits * transform.scale
+    if transform.softcap is not None:
+        capped = torch.tanh(logits / transform.softcap)
         slope = 1 - capped.square()
-        logits = capped * form.softcap
-    if form.temperature != 1.0:
-        logits = logits / form.temperature
+        logits = capped * transform.softcap
+    if transform.temperature != 1.0:
+        logits = logits / transform.temperature
     return torch.log_softmax(logits, -1), slope
 
 
 def _residual(
-    log_softmax: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor | None, form: HeadForm
+    log_softmax: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor | None, transform: LogitTransform
 ) -> torch.Tensor:
-    """[n, V] d logprob / d (W h): onehot - softmax times the chain; consumes its first argument."""
+    """[n, V] d logprob / d (W h): (onehot - softmax) * d z / d (W h); overwrites its first argument."""
     probabilities = log_softmax.exp_()
     probabilities.scatter_add_(1, targets[:, None], probabilities.new_full((len(targets), 1), -1.0))
     if slope is not None:
         probabilities.mul_(slope)
-    factor = -form.scale / form.temperature
+    factor = -transform.scale / transform.temperature
     return probabilities.mul_(factor) if factor != -1.0 else probabilities.neg_()
 
 
@@ -109,7 +109,7 @@ class _TiledLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        form: HeadForm,
+        transform: LogitTransform,
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -121,15 +121,15 @@ class _TiledLogprobs(torch.autograd.Function):
             logits = torch.nn.functional.linear(hidden[tile], weight, bias)
             for block in _slices(len(logits), _block_rows(logits)):
                 rows = slice(tile.start + block.start, tile.start + block.stop)
-                log_softmax, slope = _log_softmax(logits[block], form)
+                log_softmax, slope = _log_softmax(logits[block], transform)
                 logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
                 if with_entropy:
                     entropy[rows] = -(log_softmax.exp() * log_softmax).sum(-1)
-                if derivative is not None:  # the logits are not needed any more: their memory takes the residual
-                    logits[block] = _residual(log_softmax, targets[rows], slope, form)
+                if derivative is not None:  # the logits are not needed any more: reuse their memory
+                    logits[block] = _residual(log_softmax, targets[rows], slope, transform)
             if derivative is not None:
                 derivative[tile] = logits @ weight
-        ctx.form, ctx.is_head_trained = form, is_head_trained
+        ctx.transform, ctx.is_head_trained = transform, is_head_trained
         if is_head_trained:
             ctx.save_for_backward(hidden, weight, bias, targets)
         elif derivative is not None:
@@ -151,8 +151,8 @@ class _TiledLogprobs(torch.autograd.Function):
             logits = torch.nn.functional.linear(hidden[tile], weight, bias)
             for block in _slices(len(logits), _block_rows(logits)):
                 rows = slice(tile.start + block.start, tile.start + block.stop)
-                log_softmax, slope = _log_softmax(logits[block], ctx.form)
-                residual = _residual(log_softmax, targets[rows], slope, ctx.form).mul_(grad[rows, None])
+                log_softmax, slope = _log_softmax(logits[block], ctx.transform)
+                residual = _residual(log_softmax, targets[rows], slope, ctx.transform).mul_(grad[rows, None])
                 if grad_bias is not None:
                     grad_bias += residual.sum(0)
                 logits[block] = residual

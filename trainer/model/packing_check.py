@@ -1,6 +1,8 @@
-"""Stops a run whose packed neighbours leak, before step 1."""
+"""Check before step 1 that packed sequences do not affect each other."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 
@@ -8,39 +10,44 @@ from trainer.data.tokens import TokenSequence
 from trainer.distributed.sharding import root_gathered
 from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch
-from trainer.model.policy import Policy, has_experts
+from trainer.model.own_forward import own_logprobs
+from trainer.model.policy import Policy
 
-LENGTH = 12
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of the mean distance of logprobs between our packed pass and the model's own; rounding stays far below."""
+LENGTH: Final = 12
+"""Tokens of each test sequence."""
+TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Limit of the mean difference of logprobs between the packed pass and the model's own; rounding is far below it."""
 
 
 @torch.no_grad()
 def verify_packing(policy: Policy, device: torch.device) -> None:
-    """Score short sequences packed, with other neighbours, and by the model's own forward pass.
+    """Compare logprobs of short sequences: packed, packed with another neighbour, and by the model's own forward pass.
+
+    Args:
+        policy: to check.
+        device: of the policy.
 
     Raises:
-        ModelError: the model's code cannot run a pack.
-        NumericalError: they differ: a neighbour leaks, or the model computes something that packing leaves out.
+        ModelError: the model's code does not support packs.
+        NumericalError: they differ: packed sequences affect each other, or packing omits a part of the model.
     """
-    vocab = policy.causal_lm.get_output_embeddings().weight.shape[0]
-    first, other, second = (_sequence(offset, vocab) for offset in (3, 5, 7))
+    first, other, second = (_sequence(offset, policy.vocab_size) for offset in (3, 5, 7))
     try:
         packed = policy(Batch.pack([first, second], device)).logprobs
-    except (AttributeError, TypeError, ValueError) as error:  # it was written for other callers
+    except (AttributeError, TypeError, ValueError) as error:  # its signature or body does not fit the call
         name = type(policy.causal_lm).__name__
         raise ModelError(f"{name} cannot run packed sequences ({type(error).__name__}: {error})") from error
     swapped = policy(Batch.pack([other, second], device)).logprobs
-    tolerance = TOLERANCE.get(policy.causal_lm.dtype, 1e-3)
+    tolerance = TOLERANCE.get(policy.compute_dtype, 1e-3)
     leak = (packed - swapped)[LENGTH - 1 :].abs().mean().item()
-    # Equal numbers of rows give equal bits, except where the neighbour's experts change how many rows each expert has.
-    if not leak <= (tolerance if has_experts(policy.causal_lm) else 0.0):
+    # Equal numbers of rows give equal bits. With experts, the neighbour changes the number of rows of each expert.
+    if not leak <= (tolerance if policy.has_experts else 0.0):
         raise NumericalError(
             f"packed neighbours leak: logprobs move by {leak:.3g} on average when the sequence before changes. "
             "This model keeps state that packing does not separate; it cannot be trained here."
         )
     with root_gathered(policy):
-        own = torch.cat([_own_logprobs(policy, sequence, device) for sequence in (first, second)])
+        own = torch.cat([_eager_logprobs(policy, sequence, device) for sequence in (first, second)])
     distance = (packed - own).abs().mean().item()
     if not distance < tolerance:
         raise NumericalError(
@@ -54,14 +61,12 @@ def _sequence(offset: int, vocab: int) -> TokenSequence:
     return TokenSequence(tokens, (True,) * LENGTH)
 
 
-def _own_logprobs(policy: Policy, sequence: TokenSequence, device: torch.device) -> torch.Tensor:
-    """The model as its authors wrote it: one sequence, eager attention, its own head."""
+def _eager_logprobs(policy: Policy, sequence: TokenSequence, device: torch.device) -> torch.Tensor:
+    """By the model's own forward pass with eager attention."""
     model = policy.causal_lm
-    ours = model.config._attn_implementation
+    packed = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        ids = torch.tensor(sequence.token_ids, device=device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        return own_logprobs(model, sequence.token_ids, device)
     finally:
-        model.set_attn_implementation(ours)
+        model.set_attn_implementation(packed)

@@ -13,10 +13,10 @@ from trainer.errors import ModelError
 
 
 def quantized_loading(model: ModelSettings, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantize linear layers as they are loaded.
+    """Arguments of `from_pretrained` that quantize linear layers while loading.
 
     Raises:
-        ModelError: bitsandbytes is missing, or has nothing for the device.
+        ModelError: bitsandbytes is missing, or does not support the device.
     """
     field = f"model.quantization: {model.quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -37,9 +37,9 @@ def quantized_loading(model: ModelSettings, device: torch.device) -> dict[str, A
 
 
 def keep_differentiable(causal_lm: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights on a CPU in the first pass of evaluation.
+    """Keep bitsandbytes from repacking weights in the first evaluation pass on a CPU.
 
-    The repacked ones have no backward: layers below would learn nothing from then on, without a word.
+    Repacked weights have no backward, so the layers below would silently receive no gradient from then on.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -1,10 +1,12 @@
-"""RMS norm as one operation that keeps its input and a number per token; autograd's keeps float32 copies of the input.
+"""RMS norm as one fused operation that saves memory.
+
+It keeps its input and one number per token, where autograd keeps float32 copies of the input:
 
     y = w * round(x r),  r = (mean(x^2) + eps)^(-1/2)
     d x = r (u - n mean(u n)),  n = x r,  u = w dy                                (arXiv 1910.07467)
 
-Statistics are float32, and the product is rounded to the compute dtype before the weight, as Llama's is. Which classes
-compute that is not a list: an instance of each is asked once, and replaced where every bit is the same.
+Statistics are float32, and the product is rounded to the compute dtype before the weight is applied, as in Llama. An
+instance of each norm class of a model is compared with ours once; the class is replaced if all bits are equal.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 WIDTH: Final = 64
-"""Of the instance that is asked."""
+"""Hidden size of the trial instance."""
 
 
 @final
 class RmsNorm(nn.Module):
-    """In place of a norm of a model: the same parameter, the same values."""
+    """Replaces a norm of a model: same parameter, same values."""
 
     def __init__(self, source: Any) -> None:
-        """Stand in for a module that `is_same` accepts."""
+        """Take the weight and epsilon of a module whose class `is_same` accepts."""
         super().__init__()
         self.weight = source.weight
         self.variance_epsilon = float(source.variance_epsilon)
@@ -41,17 +43,17 @@ class RmsNorm(nn.Module):
 
 
 def use_fused_norms(model: nn.Module) -> None:
-    """Replace every norm of a model that computes the formula above; its values stay the same to the bit."""
+    """Replace every norm of a model that computes the formula above; values stay identical to the bit."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if is_same(type(child)):  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+            if is_same(type(child)):  # type: ignore[arg-type]  # mypy takes the class for an instance, which is not hashable
                 setattr(module, name, RmsNorm(child))
 
 
 @cache
 @torch.no_grad()
 def is_same(kind: type[nn.Module]) -> bool:
-    """Whether a class of norms computes the formula above, in float32 and in bfloat16."""
+    """Whether a norm class computes the formula above with the same bits, in float32 and in bfloat16."""
     if not kind.__name__.endswith("RMSNorm"):
         return False
     with torch.device("cpu"):

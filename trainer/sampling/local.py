@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import ModelError, NumericalError
 from trainer.model.kv_cache import KeyValueCache
 from trainer.model.layout import CachedLayout, PackedLayout
-from trainer.model.lm_head import HeadForm
+from trainer.model.lm_head import LogitTransform
 from trainer.model.policy import Policy
 from trainer.sampling import noise
 from trainer.sampling.decoder import CopiedDecoder, Decoder
@@ -40,9 +39,9 @@ class LocalSampler:
             ModelError: the policy's weights are sharded.
         """
         self.tokenizer = tokenizer
-        self.form = policy.form
+        self.form = policy.logit_transform
         self.decoder = _decoder_of(policy)
-        self.device = next(policy.causal_lm.parameters()).device
+        self.device = policy.device
         self.policy, self.version = policy, -1
 
     @torch.no_grad()
@@ -165,13 +164,13 @@ class _Ends:
 
 
 def _decoder_of(policy: Policy) -> Decoder:
-    if any(isinstance(parameter, DTensor) for parameter in policy.causal_lm.parameters()):
+    if policy.is_sharded:
         raise ModelError("a sharded model cannot be sampled in process; set rollout.sampler to vllm")
     return FusedDecoder(policy) if is_fusible(policy) else CopiedDecoder(policy)
 
 
 def _draw(
-    logits: torch.Tensor, form: HeadForm, params: SamplingParams, uniform: torch.Tensor
+    logits: torch.Tensor, form: LogitTransform, params: SamplingParams, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[R] tokens and [R] their untruncated logprobs at the sampling temperature, from [R, V] products of the head."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

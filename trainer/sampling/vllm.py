@@ -17,15 +17,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, TypeVar, cast, final
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.tokens import TokenSequence
+from trainer.distributed.sharding import whole_of
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
+from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy
 from trainer.sampling.sampler import SampleRequest, SamplingParams
@@ -80,7 +81,7 @@ class VllmSampler:
             NumericalError: the server computes something else than the policy.
         """
         _refuse_unservable(policy)
-        weights = {name: _whole(parameter) for name, parameter in policy.trained_parameters().items()}
+        weights = {name: whole_of(parameter).detach() for name, parameter in policy.trained_parameters().items()}
         expected = self._canary_logprobs(policy)
         self.world.barrier()  # no rank samples any more with the adapter that is unloaded now
         self.num_published += 1
@@ -117,25 +118,17 @@ class VllmSampler:
 
     def _on_main(self, act: Callable[[], T]) -> T:
         """Act on the main rank; every rank gets the result, or raises the error, so that none waits for ever."""
-        result: T | None = None
-        problem: str | None = None
-        if self.world.is_main:
-            try:
-                result = act()
-            except (SamplerError, RefusedError, OSError) as error:
-                problem = str(error)
-        result, problem = self.world.from_main((result, problem))
+        result, problem = self.world.on_main(act, (SamplerError, RefusedError, OSError))
         if problem is not None:
             raise SamplerError(problem)
-        return result
+        return cast(T, result)
 
     @torch.no_grad()
     def _canary_logprobs(self, policy: Policy) -> list[float]:
         """Under the policy, of each token of the canary but the first."""
         policy.eval()
         sequence = TokenSequence(self.canary, (True,) * len(self.canary))
-        device = next(policy.causal_lm.parameters()).device
-        logprobs: list[float] = policy(Batch.pack([sequence], device)).logprobs.tolist()
+        logprobs: list[float] = policy(Batch.pack([sequence], policy.device)).logprobs.tolist()
         return logprobs
 
     def _load(self, policy: Policy, weights: dict[str, torch.Tensor], name: str) -> list[float]:
@@ -245,17 +238,12 @@ def request_seed(seed: int, step: int, row: int) -> int:
 
 
 def _refuse_unservable(policy: Policy) -> None:
-    if policy.adapted is None:
+    if policy.adapters is None:
         raise SamplerError(
             "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
         )
-    if policy.adapted.peft_config["default"].use_dora:
+    if policy.adapters.config(RUN_ADAPTER).use_dora:
         raise SamplerError("vLLM serves no DoRA adapters: set lora.dora to false, or rollout.sampler to local")
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return value.detach()
 
 
 def _retire(client: VllmClient, loaded: list[str], directory: Path) -> None:

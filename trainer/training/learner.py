@@ -1,64 +1,90 @@
-"""Two verbs that learn: forward_backward accumulates sums, optim_step makes one update over all ranks.
+"""The learner: forward_backward accumulates sums, optim_step makes one update over all ranks.
 
-Terms are per token and unreduced; their sums are divided by the denominator of the whole step over all ranks. So
-micro-batching, packing and ranks change no gradient beyond rounding. Trained parameters, gradient sums and optimizer
-state are float32; where the model computes in bfloat16, its parameters are a rounded copy of the float32 masters.
+Loss terms are per token and unreduced; their sums are divided by the denominator of the whole step over all ranks, so
+the split into micro-batches, packs and ranks changes gradients only by rounding. Gradient sums and optimizer state are
+float32. Where the model computes in bfloat16, its trained parameters are a rounded copy of float32 masters.
 
-All ranks see the sums, so they decide alike: an update whose loss or gradient is not finite is skipped by all, and a
-step that one of them must abandon is abandoned by all.
+All ranks get the same sums and decide alike: an update whose loss or gradient is not finite is skipped by all ranks,
+and an update that one rank abandons is abandoned by all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import final
 
 import torch
 
-from trainer.algorithms.terms import PolicyTerms
-from trainer.config.recipe import OptimizerSettings
+from trainer.algorithms import LossTerms
 from trainer.distributed.sharding import is_sharded, local_of, placed_like, whole_of
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError
+from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Scores
+from trainer.training.schedule import AdamParams
 
-Loss = Callable[[Scores, Batch], PolicyTerms]
-"""From scores of a pack to unreduced terms."""
+Loss = Callable[[Scores, Batch], LossTerms]
+"""From the scores of a pack to unreduced terms."""
+
+
+@final
+@dataclass(frozen=True)
+class PackResult:
+    """What `forward_backward` returns for a pack of N trained tokens."""
+
+    logprobs: torch.Tensor
+    """[N] under the policy, detached."""
+    sums: Mapping[str, float]
+    """Sums over the pack's trained tokens: `loss`, each metric of the loss, `entropy` if asked for, and `tokens`, which
+    is N. Empty for a dummy batch."""
+
+
+@final
+@dataclass(frozen=True)
+class Update:
+    """What `optim_step` returns."""
+
+    metrics: dict[str, float]
+    """`loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, and the mean of each metric over tokens. Of a
+    skipped update: `learning_rate`, `tokens`, and `skipped`, which is 1."""
+    skipped_rows: tuple[str, ...] = ()
+    """File and line of the rows behind a skipped update."""
 
 
 @final
 class Learner:
-    """Owns the float32 masters, their gradients and the optimizer."""
+    """Owns the float32 masters of one adapter (or of the full model), their gradients and the optimizer."""
 
     def __init__(
         self,
         policy: Policy,
-        settings: OptimizerSettings,
         world: World,
         is_urgent: Callable[[], bool] = lambda: False,
+        *,
+        adapter: str = RUN_ADAPTER,
     ) -> None:
-        """Take the policy's trained parameters over.
+        """Take over the trained parameters.
 
         Args:
-            policy: what learns.
-            settings: of AdamW.
+            policy: the model.
             world: the ranks.
-            is_urgent: asked before each micro-batch; once it is true, the update is abandoned.
+            is_urgent: checked before each micro-batch; once it is true, the update is abandoned.
+            adapter: the adapter to train; with full parameters there is none.
         """
         self.policy = policy
-        self.is_urgent = is_urgent
-        self.settings = settings
         self.world = world
-        self.parameters = policy.trained_parameters()
+        self._is_urgent = is_urgent
+        self.parameters = policy.trained_parameters(adapter)
         self.is_sharded = any(is_sharded(parameter) for parameter in self.parameters.values())
         parts = {name: local_of(parameter.detach()) for name, parameter in self.parameters.items()}
         self.masters = {
             name: (part if self.is_sharded else self.parameters[name]) if part.dtype == torch.float32 else part.float()
             for name, part in parts.items()
         }
-        """This rank's part of each where the base is sharded, and else the whole."""
+        """By parameter name; where the base is sharded with full parameters, this rank's part of each."""
         sizes = [part.numel() for part in parts.values()]
         self._gradient = torch.zeros(sum(sizes), device=world.device)
         for (name, parameter), view in zip(self.parameters.items(), self._gradient.split(sizes), strict=True):
@@ -71,149 +97,159 @@ class Learner:
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(shaped, is_master=is_master))
         decayed = [master for master in self.masters.values() if master.ndim >= 2]
         plain = [master for master in self.masters.values() if master.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            fused=True,
-        )
-        self.updates = 0
-        self._skipped_rows: list[str] = []
+        groups = [{"params": decayed, "is_decayed": True}, {"params": plain, "is_decayed": False}]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+        self._updates = 0
         self._sums: dict[str, float] = {}
         self._rows: set[str] = set()
         self._bad_rows: set[str] = set()
         self._is_abandoned = False
 
-    def forward_backward(
-        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
-    ) -> None:
-        """Add a micro-batch's gradient and measurements to the sums.
+    @property
+    def updates(self) -> int:
+        """Updates made since the run began, without skipped ones."""
+        return self._updates
+
+    def restore(self, *, updates: int) -> None:
+        """Continue from a checkpoint, after its tensors were read into `state_tensors`.
 
         Args:
-            batch: a pack; its loss terms are summed, not averaged.
+            updates: made until the checkpoint.
+        """
+        self._updates = updates
+        self.refresh()
+
+    def forward_backward(
+        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> PackResult | None:
+        """Add the gradient and the metric sums of a pack to those of the update.
+
+        Args:
+            batch: the pack; its loss terms are summed, not averaged.
             loss: from scores to terms.
             temperature: of the scored distribution.
             with_entropy: whether to measure the policy's entropy.
+
+        Returns:
+            The pack's own logprobs and sums; None once the update is abandoned.
         """
         if self.must_abandon():
-            return
-        with torch.set_grad_enabled(not batch.is_still):
+            return None
+        with torch.set_grad_enabled(not batch.is_forward_only):
             scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
-            if batch.is_filler:
+            if batch.is_dummy:
                 (scores.logprobs.sum() * 0.0).backward()
-                return
+                return PackResult(scores.logprobs.detach(), {})
             terms = loss(scores, batch)
             total = terms.loss.sum()
-            if not batch.is_still:
+            if not batch.is_forward_only:
                 total.backward()
         measured = {"loss": total.detach(), **{name: values.sum() for name, values in terms.metrics.items()}}
         if with_entropy:
             measured["entropy"] = scores.entropy.sum()
-        stacked = torch.stack([value.double() for value in measured.values()]).tolist()
-        for name, value in zip(measured, stacked, strict=True):
+        values = torch.stack([value.double() for value in measured.values()]).tolist()
+        sums = {**dict(zip(measured, values, strict=True)), "tokens": float(batch.num_trained)}
+        for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._sums["tokens"] = self._sums.get("tokens", 0.0) + batch.num_trained
-        self._rows |= set(batch.where)
-        if not math.isfinite(stacked[0]):
-            owners = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
-            self._bad_rows |= {batch.where[owner] for owner in owners}
+        self._rows |= set(batch.sources)
+        if not math.isfinite(sums["loss"]):
+            bad = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
+            self._bad_rows |= {batch.sources[sequence] for sequence in bad}
+        return PackResult(scores.logprobs.detach(), sums)
 
-    def take_skipped_rows(self) -> list[str]:
-        """File and line of the rows of the updates skipped since the last call."""
-        rows, self._skipped_rows = self._skipped_rows, []
-        return rows
-
-    def restore(self, updates: int) -> None:
-        """Continue with this number of updates and the masters that were loaded into `state_tensors`."""
-        self.updates = updates
-        self.refresh()
-
-    def must_abandon(self) -> bool:
-        """Whether this rank goes no further with the update; the others learn of it in `optim_step`."""
-        self._is_abandoned = self._is_abandoned or self.is_urgent()
-        return self._is_abandoned
-
-    def optim_step(self, learning_rate: float, denominator: float, names: tuple[str, ...]) -> dict[str, float]:
-        """Make one update from the sums of all ranks, and forget them.
+    def accumulate(
+        self, batches: Iterable[Batch], loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> list[PackResult]:
+        """`forward_backward` of each pack, in training mode; stops early once the update is abandoned.
 
         Args:
-            learning_rate: of this update.
-            denominator: this rank's part of what the summed loss is divided by.
-            names: the loss's metrics; ranks without a micro-batch do not know them.
+            batches: packs.
+            loss: from scores to terms.
+            temperature: of the scored distribution.
+            with_entropy: whether to measure the policy's entropy.
+        """
+        results = []
+        self.policy.train()
+        for batch in batches:
+            result = self.forward_backward(batch, loss, temperature=temperature, with_entropy=with_entropy)
+            if result is None:
+                break
+            results.append(result)
+        self.policy.eval()
+        return results
 
-        Returns:
-            `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, and the means of `names` over tokens.
-            Where loss or gradient is not finite on any rank, nothing is updated, and it is `learning_rate`, `tokens`
-            and `skipped` 1; `take_skipped_rows` names the rows.
+    def learn(self, batches: Iterable[Batch], loss: Loss, adam: AdamParams, *, denominator: float) -> Update:
+        """One update from packs: `accumulate`, then `optim_step`.
+
+        Args:
+            batches: packs.
+            loss: from scores to terms.
+            adam: parameters of the update.
+            denominator: this rank's part of the divisor of the summed loss.
+        """
+        self.accumulate(batches, loss)
+        return self.optim_step(adam, denominator)
+
+    def must_abandon(self) -> bool:
+        """Whether this rank abandons the update; `optim_step` tells the other ranks."""
+        self._is_abandoned = self._is_abandoned or self._is_urgent()
+        return self._is_abandoned
+
+    def optim_step(self, adam: AdamParams, denominator: float) -> Update:
+        """Make one update from the sums of all ranks, and clear them.
+
+        Where loss or gradient is not finite on any rank, nothing is updated, on all ranks.
+
+        Args:
+            adam: parameters of the update.
+            denominator: this rank's part of the divisor of the summed loss.
 
         Raises:
             PreemptedError: a rank abandoned the update; nothing was updated.
         """
-        keys = ("loss", "tokens", *names)
-        sums = [self._sums.get(key, 0.0) for key in keys]
-        *sums, whole, abandoned = self.world.sum_of([*sums, denominator, float(self._is_abandoned)])
-        totals = dict(zip(keys, sums, strict=True))
+        divisor, abandoned = self.world.sum_of([denominator, float(self._is_abandoned)])
         if abandoned:
-            self._forget()
+            self.discard()
             raise PreemptedError("the grace period is nearly over: the step begun is abandoned")
+        totals = self.world.sum_by_name({"loss": 0.0, "tokens": 0.0, **self._sums})
+        loss, tokens = totals.pop("loss") / divisor, totals.pop("tokens")
         if not self.is_sharded:
             self.world.sum_in_place(self._gradient)
-        self._gradient.div_(whole)
+        self._gradient.div_(divisor)
         norm = float(torch.linalg.vector_norm(self._gradient))
         if self.is_sharded:
             norm = math.sqrt(self.world.sum_of([norm * norm])[0])
-        loss = totals["loss"] / whole
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            self._skip()
-            return {"learning_rate": learning_rate, "tokens": totals["tokens"], "skipped": 1.0}
-        limit = self.settings.max_grad_norm
-        if limit is not None and norm > limit:
-            self._gradient.mul_(limit / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self._forget()
+            metrics = {"learning_rate": adam.learning_rate, "tokens": tokens, "skipped": 1.0}
+            rows = self._rows_to_blame()
+            self.discard()
+            return Update(metrics, rows)
+        if adam.max_grad_norm is not None and norm > adam.max_grad_norm:
+            self._gradient.mul_(adam.max_grad_norm / norm)
+        self._step(adam)
+        self.discard()
         self.refresh()
-        self.updates += 1
-        means = {name: totals[name] / totals["tokens"] for name in names}
-        return {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": learning_rate,
-            "tokens": totals["tokens"],
-            **means,
-        }
+        self._updates += 1
+        means = {name: total / tokens for name, total in totals.items()}
+        return Update({"loss": loss, "grad_norm": norm, "learning_rate": adam.learning_rate, "tokens": tokens, **means})
 
-    def _skip(self) -> None:
-        """Make no update, and remember whose fault it is: the rows with a loss that is not finite, else all."""
+    def _step(self, adam: AdamParams) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"], group["betas"], group["eps"] = adam.learning_rate, (adam.beta1, adam.beta2), adam.epsilon
+            group["weight_decay"] = adam.weight_decay if group["is_decayed"] else 0.0
+        self.optimizer.step()
+
+    def _rows_to_blame(self) -> tuple[str, ...]:
+        """The rows of all ranks whose loss is not finite; all rows of the update where there are none."""
         of_ranks = self.world.gather((sorted(self._bad_rows), sorted(self._rows)))
-        bad = {row for of_rank, _ in of_ranks for row in of_rank} or {row for _, of_rank in of_ranks for row in of_rank}
-        self._skipped_rows += sorted(bad)
-        self._forget()
+        bad = {row for bad_rows, _ in of_ranks for row in bad_rows}
+        return tuple(sorted(bad or {row for _, rows in of_ranks for row in rows}))
 
-    def _forget(self) -> None:
+    def discard(self) -> None:
+        """Clear the sums and gradients accumulated since the last update."""
         self._gradient.zero_()
         self._sums = {}
         self._rows, self._bad_rows, self._is_abandoned = set(), set(), False
-
-    def learn(
-        self, batches: Iterable[Batch], loss: Loss, *, learning_rate: float, denominator: float
-    ) -> dict[str, float]:
-        """One update from micro-batches: the two verbs in a row."""
-        self.policy.train()
-        for batch in batches:
-            self.forward_backward(batch, loss)
-            if self._is_abandoned:
-                break
-        self.policy.eval()
-        return self.optim_step(learning_rate, denominator, ())
-
-    def mean_so_far(self, name: str) -> float:
-        """A metric's mean over the tokens accumulated since the last update, over all ranks."""
-        total, tokens = self.world.sum_of([self._sums.get(name, 0.0), self._sums.get("tokens", 0.0)])
-        return total / tokens if tokens else 0.0
 
     def refresh(self) -> None:
         """Round the masters into the model, after an update or a load."""
@@ -223,11 +259,11 @@ class Learner:
                     parameter.copy_(self.masters[name])
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a resumed run needs, as tensors that a load may write into."""
+        """The state of masters and optimizer, as tensors that a load may write into."""
         tensors = {}
         for name, master in self.masters.items():
             state = self.optimizer.state[master]
-            if not state:  # before the first update AdamW has none
+            if not state:  # AdamW creates it at the first update
                 state["step"] = torch.zeros((), device=master.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
             tensors[f"masters/{name}"] = placed_like(master.detach(), self.parameters[name])
@@ -237,17 +273,17 @@ class Learner:
         return tensors
 
     def whole_masters(self) -> dict[str, torch.Tensor]:
-        """The masters on the CPU, whole, on the main rank; empty on others. Every rank calls it."""
-        found = {}
+        """The unsharded masters on the CPU of the main rank; empty on other ranks. Every rank calls it."""
+        masters = {}
         for name, master in self.masters.items():
             whole = whole_of(placed_like(master.detach(), self.parameters[name]))
             if self.world.is_main:
-                found[name] = whole.cpu()
-        return found
+                masters[name] = whole.cpu()
+        return masters
 
 
 def _accumulate_into(view: torch.Tensor, *, is_master: bool) -> Callable[[torch.Tensor], None]:
-    """Move a parameter's fresh gradient into its float32 sum, and free it."""
+    """A hook that adds a parameter's new gradient to its float32 sum, and frees it."""
 
     def hook(parameter: torch.Tensor) -> None:
         if is_master:  # autograd already added into the view

@@ -1,4 +1,4 @@
-"""The longest micro-batch and chunk once before step 1: memory that is too small is met before time is spent."""
+"""Run the largest micro-batch and sampling chunk before step 1, to fail early on out-of-memory."""
 
 from __future__ import annotations
 
@@ -11,98 +11,91 @@ from typing import Final
 
 import torch
 
-from trainer.algorithms import sft
-from trainer.algorithms.terms import PolicyTerms
 from trainer.config.load import all_shapes
 from trainer.config.recipe import Recipe, RFTRecipe
-from trainer.data.tokens import TokenSequence
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ShapeError
 from trainer.model.batch import Batch
-from trainer.model.policy import Policy, Reference, Scores
+from trainer.model.policy import Policy, Reference
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.plan import Plan, RFTPlan
 from trainer.planning.remedies import find_remedies, remedy_lines
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 from trainer.training.learner import Learner
-from trainer.training.policy_update import PolicyLoss
+from trainer.training.losses import PolicyLoss, sft_loss
 
-SIGNS: Final = ("out of memory", "can't allocate memory", "not enough memory", "defaultcpuallocator")
-"""In the messages of torch's allocators."""
+OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory", "defaultcpuallocator")
+"""Parts of the messages of torch's allocators, in lower case."""
 
 
 def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = None) -> None:
-    """Run the longest possible micro-batch forward and backward, and forget it; changes no bit of the run.
+    """Run the longest possible micro-batch forward and backward, and discard it; the run's results do not change.
 
     Args:
-        learner: whose policy learns, and whose gradient sums take the gradients and are zero again afterwards. Where
-            the model is sharded all ranks probe together.
-        plan: says the longest micro-batch.
-        reference: of rft.
+        learner: its gradient sums are used and zeroed afterwards. With a sharded model, all ranks call it together.
+        plan: gives the longest micro-batch.
+        reference: rft only.
 
     Raises:
-        ShapeError: the device's memory does not hold it.
+        ShapeError: it does not fit into the device's memory.
     """
     if not is_probed(plan):
         return
     policy, world = learner.policy, learner.world
     lengths = longest_pack(plan.recipe, plan.shape)
-    head = policy.causal_lm.get_output_embeddings().weight
-    with _in_words(plan, f"the longest micro-batch ({sum(lengths):,} tokens)"), _generators_kept(world):
-        learner.state_tensors()  # the optimizer's state is there from here on
-        batch = longest_batch(lengths, head.shape[0], plan.recipe, world.device)
+    with _explained(plan, f"the longest micro-batch ({sum(lengths):,} tokens)"), _generators_kept(world):
+        learner.state_tensors()  # allocates the optimizer's state
+        batch = longest_batch(lengths, policy.vocab_size, plan.recipe, world.device)
         try:
             _run(policy, batch, plan, reference)
         finally:
             policy.eval()
-            for master in learner.masters.values():
-                if master.grad is not None:
-                    master.grad.zero_()
+            learner.discard()
 
 
 def probe_sampling(sampler: Sampler, params: SamplingParams, plan: RFTPlan, policy: Policy, world: World) -> None:
-    """Draw one chunk of the longest prompts and completions, and forget it; the journal does not see it.
+    """Sample one chunk of the longest prompts and completions, and discard it; the journal is not written.
 
     Args:
-        sampler: which has the policy's weights; a server has memory of its own and is not asked.
-        params: of training; nothing ends a completion early.
-        plan: says the size of a chunk.
-        policy: what answers.
+        sampler: of the run; a server has memory of its own and is not probed.
+        params: of training, but no stop token or string ends a completion early.
+        plan: gives the size of a chunk.
+        policy: its weights are published to the sampler.
         world: the ranks.
 
     Raises:
-        ShapeError: the device's memory does not hold it.
+        ShapeError: it does not fit into the device's memory.
     """
     rollout = plan.recipe.rollout
     if rollout.sampler != "local" or not is_probed(plan):
         return
-    vocab = policy.causal_lm.get_output_embeddings().weight.shape[0]
     length = max(1, plan.recipe.data.max_seq_tokens - rollout.max_completion_tokens)
     num_prompts = min(rollout.chunk_prompts, -(-plan.recipe.rows_per_step // world.size))
     requests = [
-        SampleRequest(tuple(_token_ids(length, vocab, number)), number, rollout.group_size)
+        SampleRequest(tuple(_token_ids(length, policy.vocab_size, number)), number, rollout.group_size)
         for number in range(num_prompts)
     ]
     endless = replace(params, stop=(), stop_ids=frozenset())
     what = f"a chunk of {num_prompts * rollout.group_size:,} completions of {rollout.max_completion_tokens:,} tokens"
-    with _in_words(plan, what), _generators_kept(world):
+    with _explained(plan, what), _generators_kept(world):
         sampler.publish(policy, 0)
         sampler.sample(requests, endless)
 
 
 def is_probed(plan: Plan) -> bool:
-    """Whether the recipe asks for it; `auto` is yes on GPUs, where it takes seconds."""
+    """Whether the recipe enables the probe; `auto` enables it on GPUs, where it takes seconds."""
     choice = plan.recipe.recovery.probe_memory
     return choice == "on" or (choice == "auto" and plan.shape.device == "cuda")
 
 
 def longest_batch(lengths: Sequence[int], vocab: int, recipe: Recipe, device: torch.device) -> Batch:
-    """A pack of sequences of these lengths, of random tokens, with what the recipe's loss reads.
+    """A pack of random tokens with the inputs of the recipe's loss.
 
     Args:
-        lengths: in tokens.
-        vocab: token ids are below.
-        recipe: its method decides what is trained.
+        lengths: of the sequences, in tokens.
+        vocab: token ids are below it.
+        recipe: its method decides which tokens are trained.
         device: where the pack goes.
     """
     sequences = []
@@ -111,9 +104,10 @@ def longest_batch(lengths: Sequence[int], vocab: int, recipe: Recipe, device: to
         count = min(trained, length - 1)
         mask = (False,) * (length - trained) + (True,) * trained
         if not isinstance(recipe, RFTRecipe):
-            inputs = {"weights": (1.0,) * count}
+            inputs = TokenInputs(weights=(1.0,) * count)
         else:
-            inputs = {"advantages": (1.0 - number % 2 * 2.0,) * count, "sampler_logprobs": (0.0,) * count}
+            advantage = -1.0 if number % 2 else 1.0
+            inputs = TokenInputs(advantages=(advantage,) * count, sampler_logprobs=(0.0,) * count)
         sequences.append(TokenSequence(tuple(_token_ids(length, vocab, number)), mask, inputs, f"probe:{number}"))
     return Batch.pack(sequences, device)
 
@@ -126,34 +120,31 @@ def _token_ids(length: int, vocab: int, seed: int) -> list[int]:
 def _run(policy: Policy, batch: Batch, plan: Plan, reference: Reference | None) -> None:
     if not isinstance(plan, RFTPlan):
         policy.train()
-        _sft_terms(policy(batch), batch).loss.sum().backward()
+        sft_loss(policy(batch), batch).loss.sum().backward()
         return
     temperature = plan.recipe.rollout.temperature
     if reference is not None:
-        batch = replace(batch, inputs={**batch.inputs, "ref_logprobs": reference.logprobs(batch, temperature)})
+        batch = batch.with_logprobs(ref=reference.logprobs(batch, temperature))
     loss = PolicyLoss(plan.algorithm)
     policy.train()
     loss(policy(batch, temperature=temperature, with_entropy=True), batch).loss.sum().backward()
 
 
-def _sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
-    return sft(scores.logprobs, batch.inputs["weights"])
-
-
 @contextmanager
 def _generators_kept(world: World) -> Iterator[None]:
-    """Dropout draws from torch's generators; they are as before afterwards."""
+    """Restore torch's random generators afterwards: dropout draws from them."""
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         yield
 
 
 @contextmanager
-def _in_words(plan: Plan, what: str) -> Iterator[None]:
+def _explained(plan: Plan, what: str) -> Iterator[None]:
+    """Turn an out-of-memory error within the block into a message with remedies."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and not any(sign in str(error).lower() for sign in SIGNS):
+        if not is_memory and not any(text in str(error).lower() for text in OUT_OF_MEMORY):
             raise
         text = out_of_memory(plan, what)
     else:
@@ -162,7 +153,7 @@ def _in_words(plan: Plan, what: str) -> Iterator[None]:
 
 
 def out_of_memory(plan: Plan, what: str) -> str:
-    """What to say when a probe did not fit."""
+    """The message of a probe that did not fit."""
     predicted = f"; {plan.memory.total_gib:.1f} GiB were predicted" if plan.memory is not None else ""
     free = _available_gib(plan.shape.device)
     lines = [
@@ -173,9 +164,9 @@ def out_of_memory(plan: Plan, what: str) -> str:
 
 
 def _available_gib(device: str) -> float:
-    """Memory that nobody uses on this device, or on this machine for the CPU."""
+    """Free memory of the device, or of this machine for the CPU."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] / 2**30
     lines = Path("/proc/meminfo").read_text().splitlines()
-    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), "0")
-    return int(found) / 2**20
+    available_kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), "0")
+    return int(available_kib) / 2**20

@@ -36,7 +36,7 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
             policy.shard(world.mesh, world.device)
     verify_packing(policy, world.device)
     # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
-    learner = Learner(policy, recipe.optimizer, world, _never if is_sharded else stop.is_urgent)
+    learner = Learner(policy, world, _never if is_sharded else stop.is_urgent)
     warm_start(recipe.lora, policy, learner.masters)
     learner.refresh()
     return learner

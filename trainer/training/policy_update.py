@@ -1,46 +1,35 @@
-"""From scored groups to packed minibatches, and the loss over them."""
+"""From the scored groups of a step to packed minibatches and their updates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import final
 
 import torch
 
-from trainer.algorithms import (
-    PolicyTerms,
-    PolicyTokens,
-    ResolvedAlgorithm,
-    denominator,
-    group_advantages,
-    policy_terms,
-    sampler_kl,
-    token_weights,
-    truncated_weights,
-)
-from trainer.data.tokens import TokenSequence
+from trainer.algorithms import ResolvedAlgorithm, denominator, group_advantages
+from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
 from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
-from trainer.model.policy import Policy, Reference, Scores
+from trainer.model.policy import Reference, score
 from trainer.planning.plan import RFTPlan
-from trainer.training.learner import Learner
+from trainer.training.learner import Learner, PackResult, Update
+from trainer.training.losses import PolicyLoss
 from trainer.training.rollouts import StepRollouts
-from trainer.training.schedule import learning_rate
+from trainer.training.schedule import adam_params
 from trainer.types import Group, Rollout
-
-METRICS: Final = ("ppo_kl", "ppo_kl_k1", "ref_kld", "ref_kld_k1", "clip_frac", "sampler_kl", "entropy")
 
 
 @final
 @dataclass
 class Minibatch:
-    """What one optimizer update learns from, on this rank."""
+    """The data of one optimizer update, on this rank."""
 
     packs: list[Batch]
     denominator: float
-    """This rank's part of what the summed loss is divided by."""
+    """This rank's part of the divisor of the summed loss."""
 
     @property
     def num_trained(self) -> int:
@@ -57,179 +46,159 @@ def minibatches(drawn: StepRollouts, plan: RFTPlan, device: torch.device) -> lis
         device: where the packs go.
     """
     algorithm = plan.algorithm
-    found = []
+    result = []
     for part in _split(drawn, algorithm.minibatches_per_step):
-        packs = _packs([_sequences(group, algorithm) for group in part], plan, device)
+        packs = _packs(
+            [_sequences(group, algorithm) for group in part], algorithm, plan.shape.micro_batch_tokens, device
+        )
         divisor = denominator(
             algorithm.normalizer,
             num_tokens=sum(pack.num_trained for pack in packs),
             num_sequences=sum(len(group.scored) for group in part),
             max_completion_tokens=plan.recipe.rollout.max_completion_tokens,
         )
-        found.append(Minibatch(packs, float(divisor)))
-    return found
+        result.append(Minibatch(packs, float(divisor)))
+    return result
 
 
-def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: RFTPlan, step: int) -> dict[str, float]:
-    """Make the step's updates; returns means over them.
+def learn(learner: Learner, parts: list[Minibatch], reference: Reference, plan: RFTPlan, step: int) -> Update:
+    """Make the step's updates; returns the means of their metrics.
 
-    A minibatch without a trained token on any rank makes no update: all its completions failed or are masked. A step
-    of such minibatches has no means, and changes nothing.
+    A minibatch without a trained token on any rank (all its completions failed or are masked) makes no update. A step
+    of such minibatches changes nothing and has no means.
 
     Args:
-        learner: whose policy learns.
-        parts: the step's minibatches, from `minibatches`.
+        learner: trains the policy.
+        parts: the step's minibatches, from `minibatches`; their packs get the logprobs measured here.
         reference: what `ref_kld` is measured against.
         plan: algorithm and optimizer.
         step: steps made so far.
 
     Raises:
-        NumericalError: the sampler drew from other weights than the policy's; nothing was updated by it.
+        NumericalError: the sampler's weights were not the policy's; nothing was updated.
     """
     algorithm, rollout = plan.algorithm, plan.recipe.rollout
     loss = PolicyLoss(algorithm)
     temperature = rollout.temperature
-    rate = learning_rate(plan.recipe.optimizer, step, plan.steps)
+    adam = adam_params(plan.recipe.optimizer, step, plan.steps)
     num_trained = learner.world.sum_of([float(part.num_trained) for part in parts])
     parts = [part for part, tokens in zip(parts, num_trained, strict=True) if tokens]
     if not parts:
-        return {"tokens": 0.0, "learning_rate": rate}
-    _even_out(parts, learner.world)
-    is_on_policy = algorithm.epochs_per_batch * len(parts) == 1
+        return Update({"tokens": 0.0, "learning_rate": adam.learning_rate})
+    _add_dummies(parts, learner.world)
     _score_before(parts, learner, reference, temperature)
     updates = []
     for epoch in range(algorithm.epochs_per_batch):
-        for number, part in enumerate(parts):
-            learner.policy.train()
-            for index, pack in enumerate(part.packs):
-                learner.forward_backward(pack, loss, temperature=temperature, with_entropy=True)
-                if not is_on_policy and "old_logprobs" not in pack.inputs:
-                    part.packs[index] = replace(pack, inputs={**pack.inputs, "old_logprobs": loss.last_logprobs})
-            learner.policy.eval()
-            if epoch == 0 and number == 0:
-                _refuse_stale_sampler(learner, rollout.max_sampler_kl)
-            updates.append(learner.optim_step(rate, part.denominator, METRICS))
-    return _means(updates, algorithm.epochs_per_batch)
+        for index, part in enumerate(parts):
+            results = learner.accumulate(part.packs, loss, temperature=temperature, with_entropy=True)
+            if epoch == index == 0:
+                _refuse_stale_sampler(results, learner.world, rollout.max_sampler_kl)
+                _keep_old_logprobs(part, results)
+            updates.append(learner.optim_step(adam, part.denominator))
+    return _mean(updates, algorithm.epochs_per_batch)
 
 
-def _even_out(parts: list[Minibatch], world: World) -> None:
-    """Where ranks gather a sharded base together, all run the same passes, forward and backward."""
-    for part, lacking in zip(parts, world.fillers([len(part.packs) for part in parts]), strict=True):
-        part.packs += [Batch.filler(world.device) for _ in range(lacking)]
+def _add_dummies(parts: list[Minibatch], world: World) -> None:
+    """With a sharded base, give all ranks the same number of passes, forward and backward."""
+    for part, count in zip(parts, world.num_dummies([len(part.packs) for part in parts]), strict=True):
+        part.packs += [Batch.dummy(world.device) for _ in range(count)]
         if world.mesh is not None:
-            part.packs = [replace(pack, is_still=False) for pack in part.packs]
+            part.packs = [replace(pack, is_forward_only=False) for pack in part.packs]
 
 
 def _score_before(parts: list[Minibatch], learner: Learner, reference: Reference, temperature: float) -> None:
-    """Add what is measured before an update: the reference, and the old policy of all but the first minibatch."""
+    """Add reference logprobs to all packs, and old logprobs to those of all minibatches but the first.
+
+    The old logprobs of the first minibatch are those of its own first pass, see `PolicyLoss`.
+    """
     for number, part in enumerate(parts):
         for index, pack in enumerate(part.packs):
             if learner.must_abandon():
                 break
-            extra = {"ref_logprobs": reference.logprobs(pack, temperature)}
-            if number > 0:  # the first minibatch is its own old policy
-                extra["old_logprobs"] = score(learner.policy, pack, temperature)
-            part.packs[index] = replace(pack, inputs={**pack.inputs, **extra})
+            ref = reference.logprobs(pack, temperature)
+            old = score(learner.policy, pack, temperature) if number > 0 else None
+            part.packs[index] = pack.with_logprobs(ref=ref, old=old)
 
 
-@final
-class PolicyLoss:
-    """The algorithm's loss over a pack that carries advantages, reference and old logprobs."""
+def _keep_old_logprobs(part: Minibatch, results: Sequence[PackResult]) -> None:
+    """Keep the logprobs of the first pass over the first minibatch, for later epochs.
 
-    def __init__(self, algorithm: ResolvedAlgorithm) -> None:
-        """Use this algorithm."""
-        self.algorithm = algorithm
-        self.last_logprobs = torch.empty(0)
-        """Of the pack just scored, detached: a pack without old logprobs is its own old policy."""
-
-    def __call__(self, scores: Scores, batch: Batch) -> PolicyTerms:
-        """Unreduced terms, weighted so that their sum over the denominator is the paper's average."""
-        self.last_logprobs = scores.logprobs.detach()
-        old = batch.inputs.get("old_logprobs", self.last_logprobs)
-        sampler = batch.inputs["sampler_logprobs"]
-        correction = None
-        if self.algorithm.mismatch_cap is not None:
-            correction = truncated_weights(old, sampler, cap=self.algorithm.mismatch_cap)
-        tokens = PolicyTokens(
-            logprobs=scores.logprobs,
-            old_logprobs=old,
-            ref_logprobs=batch.inputs["ref_logprobs"],
-            advantages=batch.inputs["advantages"],
-            sequence_ids=batch.sequence_ids,
-            sampler_weights=correction,
-        )
-        terms = policy_terms(tokens, self.algorithm)
-        weights = token_weights(self.algorithm.normalizer, batch.sequence_ids)
-        return PolicyTerms(terms.loss * weights, {**terms.metrics, "sampler_kl": sampler_kl(old, sampler)})
-
-
-@torch.no_grad()
-def score(policy: Policy, batch: Batch, temperature: float) -> torch.Tensor:
-    """[N] logprobs of a pack as the policy is now."""
-    policy.eval()
-    return policy(batch, temperature=temperature).logprobs
-
-
-def _split(drawn: StepRollouts, parts: int) -> list[list[Group]]:
-    """The groups of each minibatch on this rank.
-
-    Of every so many groups in a row each minibatch gets one, in an order that turns by one from row to row: a function
-    of the position alone, so that ranks change no minibatch, and one that gives each rank about the same share of each.
+    An abandoned update has fewer results than packs; its packs are not used again.
     """
-    found: list[list[Group]] = [[] for _ in range(parts)]
-    for group, position in zip(drawn.groups, drawn.positions, strict=True):
-        found[(position + position // parts) % parts].append(group)
-    return found
+    part.packs = [pack.with_logprobs(old=result.logprobs) for pack, result in zip(part.packs, results, strict=False)]
 
 
-def _packs(groups: Sequence[Sequence[TokenSequence]], plan: RFTPlan, device: torch.device) -> list[Batch]:
-    """Completions of a prompt behind one copy of it; those that teach nothing are measured in packs of their own."""
-    budget = plan.shape.micro_batch_tokens
-    teaching: list[Tree] = []
-    still: list[Tree] = []
-    for sequences in groups:
-        if sequences:
-            is_still = plan.algorithm.kl_coef == 0 and not any(any(each.inputs["advantages"]) for each in sequences)
-            (still if is_still else teaching).extend(grow_trees(sequences, budget))
-    packs = [Batch.pack_trees(chosen, device) for chosen in tree_batches(teaching, budget)]
-    return packs + [replace(Batch.pack_trees(chosen, device), is_still=True) for chosen in tree_batches(still, budget)]
-
-
-def _sequences(group: Group, algorithm: ResolvedAlgorithm) -> list[TokenSequence]:
-    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], algorithm.advantage)
-    found = []
-    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-        is_masked = algorithm.overlong == "mask" and rollout.finish_reason == "length"
-        if advantage is not None and not is_masked:
-            found.append(_sequence(rollout, advantage, str(group.row)))
-    return found
-
-
-def _sequence(rollout: Rollout, advantage: float, where: str) -> TokenSequence:
-    logprobs = tuple(value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained)
-    inputs = {"advantages": (advantage,) * len(logprobs), "sampler_logprobs": logprobs}
-    return TokenSequence(rollout.token_ids, rollout.trained, inputs, where)
-
-
-def _refuse_stale_sampler(learner: Learner, budget: float) -> None:
-    divergence = learner.mean_so_far("sampler_kl")
-    if not divergence <= budget:
+def _refuse_stale_sampler(results: Sequence[PackResult], world: World, limit: float) -> None:
+    total, tokens = world.sum_of(
+        [sum(result.sums.get(name, 0.0) for result in results) for name in ("sampler_kl", "tokens")]
+    )
+    divergence = total / tokens if tokens else 0.0
+    if not divergence <= limit:
         raise NumericalError(
-            f"sampler_kl is {divergence:.3g}, more than rollout.max_sampler_kl ({budget:g}): the sampler drew from "
+            f"sampler_kl is {divergence:.3g}, more than rollout.max_sampler_kl ({limit:g}): the sampler drew from "
             "other weights than the policy's (a stale or unloaded adapter?). Nothing was updated."
         )
 
 
-def _means(updates: Sequence[dict[str, float]], num_epochs: int) -> dict[str, float]:
-    """Means over updates, weighted by their tokens; `tokens` are those of one pass. Skipped updates have no means."""
+def _split(drawn: StepRollouts, num_parts: int) -> list[list[Group]]:
+    """The groups of each minibatch on this rank.
+
+    Groups are dealt round-robin, rotating the start each round. The minibatch of a group depends on its position in the
+    step alone, so the number of ranks changes no minibatch, and each rank has about the same share of each.
+    With 2 minibatches, the positions 0 to 3 go to the minibatches 0, 1, 1, 0.
+    """
+    parts: list[list[Group]] = [[] for _ in range(num_parts)]
+    for group, position in zip(drawn.groups, drawn.positions, strict=True):
+        parts[(position + position // num_parts) % num_parts].append(group)
+    return parts
+
+
+def _packs(
+    groups: Sequence[Sequence[TokenSequence]], algorithm: ResolvedAlgorithm, budget: int, device: torch.device
+) -> list[Batch]:
+    """Pack the completions of each prompt behind one copy of it.
+
+    Zero-advantage groups are packed separately and run without backward, unless a KL penalty gives them a gradient.
+    """
+    trained: list[Tree] = []
+    forward_only: list[Tree] = []
+    for sequences in groups:
+        if sequences:
+            has_gradient = algorithm.kl_coef != 0 or any(any(each.inputs.advantages) for each in sequences)
+            (trained if has_gradient else forward_only).extend(grow_trees(sequences, budget))
+    packs = [Batch.pack_trees(trees, device) for trees in tree_batches(trained, budget)]
+    return packs + [
+        replace(Batch.pack_trees(trees, device), is_forward_only=True) for trees in tree_batches(forward_only, budget)
+    ]
+
+
+def _sequences(group: Group, algorithm: ResolvedAlgorithm) -> list[TokenSequence]:
+    """The rollouts of a group that are trained on."""
+    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], algorithm.advantage)
+    sequences = []
+    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+        is_masked = algorithm.overlong == "mask" and rollout.finish_reason == "length"
+        if advantage is not None and not is_masked:
+            sequences.append(_sequence(rollout, advantage, str(group.row)))
+    return sequences
+
+
+def _sequence(rollout: Rollout, advantage: float, source: str) -> TokenSequence:
+    logprobs = tuple(value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained)
+    inputs = TokenInputs(advantages=(advantage,) * len(logprobs), sampler_logprobs=logprobs)
+    return TokenSequence(rollout.token_ids, rollout.trained, inputs, source)
+
+
+def _mean(updates: Sequence[Update], num_epochs: int) -> Update:
+    """Means over updates, weighted by tokens; `tokens` are those of one epoch. Skipped updates are left out."""
     if len(updates) == 1:
         return updates[0]
-    tokens = sum(update["tokens"] for update in updates)
-    made = [update for update in updates if "skipped" not in update]
-    weight = sum(update["tokens"] for update in made)
+    metrics = [update.metrics for update in updates]
+    tokens = sum(each["tokens"] for each in metrics)
+    made = [each for each in metrics if "skipped" not in each]
+    weight = sum(each["tokens"] for each in made)
     names = made[0] if made else ("learning_rate",)
-    means = {
-        name: sum(update[name] * update["tokens"] for update in made or updates) / (weight or tokens) for name in names
-    }
-    skipped = {"skipped": float(len(updates) - len(made))} if len(made) < len(updates) else {}
-    return means | {"tokens": tokens / num_epochs} | skipped
+    means = {name: sum(each[name] * each["tokens"] for each in made or metrics) / (weight or tokens) for name in names}
+    skipped = {"skipped": float(len(metrics) - len(made))} if len(made) < len(metrics) else {}
+    rows = tuple(row for update in updates for row in update.skipped_rows)
+    return Update(means | {"tokens": tokens / num_epochs} | skipped, rows)

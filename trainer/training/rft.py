@@ -70,11 +70,11 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 drawn = rollouts.of_step(attempt.step)
                 sampled_s = clock.lap()
                 parts = policy_update.minibatches(drawn, plan, world.device)
-                learned = policy_update.learn(learner, parts, reference, plan, attempt.step)
-            values = {f"train/{name}": value for name, value in learned.items()}
+                update = policy_update.learn(learner, parts, reference, plan, attempt.step)
+            values = {f"train/{name}": value for name, value in update.metrics.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
-            attempt.end_step(learner, values, evaluate)
+            attempt.end_step(learner, values, evaluate, update.skipped_rows)
     attempt.finish(learner)
 
 

@@ -7,20 +7,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from trainer.algorithms import sft
-from trainer.algorithms.terms import PolicyTerms
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.data.order import rows_of_step
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
-from trainer.model.policy import Policy, Scores
+from trainer.model.policy import Policy
 from trainer.training.attempt import Attempt
 from trainer.training.dropout import seed_dropout
+from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import probe_memory
 from trainer.training.metrics import Values
-from trainer.training.schedule import learning_rate
+from trainer.training.schedule import adam_params
 
 
 def train(attempt: Attempt) -> None:
@@ -37,7 +36,7 @@ def train(attempt: Attempt) -> None:
     learner = attempt.open_learner()
     attempt.resume(learner)
     probe_memory(learner, plan)
-    excluded = {index for index, row in enumerate(rows) if row.where in attempt.bad_rows.excluded}
+    excluded = {index for index, row in enumerate(rows) if row.source in attempt.bad_rows.excluded}
 
     def evaluate() -> Values:
         return {"eval/loss": _held_out_loss(attempt, learner.policy, held_out)}
@@ -50,22 +49,17 @@ def train(attempt: Attempt) -> None:
         rank_rows = _rows_of_rank(attempt, step_rows)
         seed_dropout(recipe, attempt.step, world.rank)
         with attempt.abandonable(learner):
-            learned = learner.learn(
+            update = learner.learn(
                 _packs(attempt, rank_rows),
-                sft_terms,
-                learning_rate=learning_rate(recipe.optimizer, attempt.step, plan.steps),
-                denominator=sum(sum(row.inputs["weights"]) for row in rank_rows),
+                sft_loss,
+                adam_params(recipe.optimizer, attempt.step, plan.steps),
+                denominator=sum(sum(row.inputs.weights) for row in rank_rows),
             )
         tokens = sum(len(row.token_ids) for row in step_rows)
-        values = {f"train/{name}": value for name, value in learned.items()}
+        values = {f"train/{name}": value for name, value in update.metrics.items()}
         values |= attempt.performance(tokens=tokens, step_s=time.perf_counter() - start)
-        attempt.end_step(learner, values, evaluate)
+        attempt.end_step(learner, values, evaluate, update.skipped_rows)
     attempt.finish(learner)
-
-
-def sft_terms(scores: Scores, batch: Batch) -> PolicyTerms:
-    """The SFT loss of a pack."""
-    return sft(scores.logprobs, batch.inputs["weights"])
 
 
 @torch.no_grad()
@@ -74,8 +68,8 @@ def _held_out_loss(attempt: Attempt, policy: Policy, sequences: Sequence[TokenSe
     policy.eval()
     total = weight = 0.0
     for batch in _packs(attempt, _rows_of_rank(attempt, sequences)):
-        total += float(sft_terms(policy(batch), batch).loss.sum(dtype=torch.float64))
-        weight += float(batch.inputs["weights"].sum(dtype=torch.float64))
+        total += float(sft_loss(policy(batch), batch).loss.sum(dtype=torch.float64))
+        weight += float(batch.inputs.weights.sum(dtype=torch.float64))
     total, weight = attempt.world.sum_of([total, weight])
     return total / weight
 
@@ -86,8 +80,8 @@ def _packs(attempt: Attempt, sequences: Sequence[TokenSequence]) -> Iterator[Bat
     for group in groups:
         attempt.stop.moved()
         yield Batch.pack(group, attempt.world.device)
-    for _ in range(*attempt.world.fillers([len(groups)])):
-        yield Batch.filler(attempt.world.device, ("weights",))
+    for _ in range(*attempt.world.num_dummies([len(groups)])):
+        yield Batch.dummy(attempt.world.device)
 
 
 def _rows_of_rank(attempt: Attempt, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.model.lm_head import HeadForm, tile_rows, tiled_logprobs
+from trainer.model.lm_head import LogitTransform, tile_rows, tiled_logprobs
 
 HIDDEN = 8
 FORMS = {
-    "plain": HeadForm(),
-    "scale": HeadForm(scale=0.25),
-    "softcap": HeadForm(softcap=3.0),
-    "temperature": HeadForm(temperature=0.7),
-    "all": HeadForm(scale=1.5, softcap=4.0, temperature=2.0),
+    "plain": LogitTransform(),
+    "scale": LogitTransform(scale=0.25),
+    "softcap": LogitTransform(softcap=3.0),
+    "temperature": LogitTransform(temperature=0.7),
+    "all": LogitTransform(scale=1.5, softcap=4.0, temperature=2.0),
 }
 
 
@@ -38,7 +38,7 @@ def make_inputs(rows: int, vocab: int, *, dtype: torch.dtype = torch.float32, wi
 
 
 def naive(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: LogitTransform
 ) -> tuple[Tensor, Tensor]:
     """Logprobs and entropy in float64, from the formula."""
     logits = hidden @ weight.T
@@ -88,8 +88,8 @@ def test_values_and_gradients_are_those_of_float64_log_softmax(small_tiles, form
 def test_borders_of_tiles_and_blocks_lose_no_token(monkeypatch, rows, tile):
     monkeypatch.setattr("trainer.model.lm_head.TILE_CELLS", tile * 50)
     hidden, weight, _, targets, _ = make_inputs(rows, 50)
-    expected, _ = naive(hidden.double(), weight.double(), None, targets, HeadForm())
-    logprobs, _ = tiled_logprobs(hidden, weight, None, targets, HeadForm(), with_entropy=False)
+    expected, _ = naive(hidden.double(), weight.double(), None, targets, LogitTransform())
+    logprobs, _ = tiled_logprobs(hidden, weight, None, targets, LogitTransform(), with_entropy=False)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_no_trained_token_gives_zero_gradients(is_head_trained):
     hidden, weight, _, targets, _ = make_inputs(0, 50)
     hidden.requires_grad_()
     weight.requires_grad_(is_head_trained)
-    logprobs, entropy = tiled_logprobs(hidden, weight, None, targets, HeadForm(), with_entropy=True)
+    logprobs, entropy = tiled_logprobs(hidden, weight, None, targets, LogitTransform(), with_entropy=True)
     logprobs.sum().backward()
     assert logprobs.shape == entropy.shape == (0,)
     assert hidden.grad.shape == (0, HIDDEN)
@@ -110,7 +110,9 @@ def test_logprobs_of_certain_and_even_tokens():
     # Two logits that are 0 and 0: log(1/2); and 100 and 0: 0 and -100.
     hidden = torch.tensor([[0.0], [100.0], [100.0]])
     weight = torch.tensor([[1.0], [0.0]])
-    logprobs, entropy = tiled_logprobs(hidden, weight, None, torch.tensor([0, 0, 1]), HeadForm(), with_entropy=True)
+    logprobs, entropy = tiled_logprobs(
+        hidden, weight, None, torch.tensor([0, 0, 1]), LogitTransform(), with_entropy=True
+    )
     assert logprobs.tolist() == pytest.approx([-0.6931472, 0.0, -100.0])
     assert entropy.tolist() == pytest.approx([0.6931472, 0.0, 0.0])
 
@@ -118,8 +120,8 @@ def test_logprobs_of_certain_and_even_tokens():
 def test_entropy_is_zero_where_it_is_not_asked_for_and_never_has_a_gradient():
     hidden, weight, _, targets, _ = make_inputs(5, 50)
     hidden.requires_grad_()
-    _, without = tiled_logprobs(hidden, weight, None, targets, HeadForm(), with_entropy=False)
-    _, entropy = tiled_logprobs(hidden, weight, None, targets, HeadForm(), with_entropy=True)
+    _, without = tiled_logprobs(hidden, weight, None, targets, LogitTransform(), with_entropy=False)
+    _, entropy = tiled_logprobs(hidden, weight, None, targets, LogitTransform(), with_entropy=True)
     assert without.tolist() == [0.0] * 5
     assert not entropy.requires_grad
 
@@ -128,11 +130,11 @@ def test_entropy_is_zero_where_it_is_not_asked_for_and_never_has_a_gradient():
 def test_bfloat16_is_close_and_statistics_are_float32(is_head_trained):
     hidden, weight, _, targets, factor = make_inputs(37, 300, dtype=torch.bfloat16)
     exact_hidden, exact_weight = as_double(hidden, weight)
-    expected, _ = naive(exact_hidden, exact_weight, None, targets, HeadForm())
+    expected, _ = naive(exact_hidden, exact_weight, None, targets, LogitTransform())
     (expected * factor).sum().backward()
     hidden.requires_grad_()
     weight.requires_grad_(is_head_trained)
-    logprobs, _ = tiled_logprobs(hidden, weight, None, targets, HeadForm(), with_entropy=False)
+    logprobs, _ = tiled_logprobs(hidden, weight, None, targets, LogitTransform(), with_entropy=False)
     (logprobs * factor).sum().backward()
     assert logprobs.dtype == torch.float32
     assert hidden.grad.dtype == torch.bfloat16

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.model.eager_attention import AttentionForm, explicit_attention
+from trainer.model.eager_attention import AttentionOptions, eager_attention
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 FORMS = {
-    "plain": AttentionForm(0.3),
-    "window": AttentionForm(0.3, window=5),
-    "softcap": AttentionForm(0.3, softcap=2.0),
-    "sinks": AttentionForm(0.3, sinks=torch.linspace(-1, 1, HEADS, dtype=torch.double)),
+    "plain": AttentionOptions(0.3),
+    "window": AttentionOptions(0.3, window=5),
+    "softcap": AttentionOptions(0.3, softcap=2.0),
+    "sinks": AttentionOptions(0.3, sinks=torch.linspace(-1, 1, HEADS, dtype=torch.double)),
 }
 
 
@@ -24,12 +24,12 @@ def tensors(prefix: int, *, rows: int = 3, length: int = 7, dtype: torch.dtype =
     return [tensor.to(dtype).requires_grad_() for tensor in made]
 
 
-def ours(form: AttentionForm, *parts: torch.Tensor) -> torch.Tensor:
+def ours(form: AttentionOptions, *parts: torch.Tensor) -> torch.Tensor:
     query, key, value, *before = parts
-    return explicit_attention(query, key, value, (before[0], before[1]) if before else None, form)
+    return eager_attention(query, key, value, (before[0], before[1]) if before else None, form)
 
 
-def truth(form: AttentionForm, *parts: torch.Tensor) -> torch.Tensor:
+def truth(form: AttentionOptions, *parts: torch.Tensor) -> torch.Tensor:
     """The same with every row's keys in one matrix, head by head, by autograd; the softmax in float32, as models do."""
     query, key, value, *before = parts
     if before:

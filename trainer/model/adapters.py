@@ -1,0 +1,218 @@
+"""Adapters: one frozen base model and K named LoRA adapters on it.
+
+A run has one adapter, `RUN_ADAPTER`. Each has its own rank, targets and parameters. A pack whose tokens have owners
+routes each token through its owner's adapter; otherwise the active adapter is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, final
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.config.recipe import LoraSettings
+from trainer.errors import ModelError
+from trainer.model.batch import TokenOwners
+from trainer.model.lora_linear import FusedLinear, Routing, use_fused_linear
+
+RUN_ADAPTER: Final = "default"
+"""The adapter of a run. PEFT's own name for a single one: it is part of the parameter names in checkpoints."""
+
+
+@final
+class Adapters:
+    """The adapters of a base model, by name."""
+
+    def __init__(self, causal_lm: PreTrainedModel, routing: Routing | None = None) -> None:
+        """Begin without adapters.
+
+        Args:
+            causal_lm: the frozen base model.
+            routing: shared with gradient checkpointing; None makes one.
+        """
+        self.routing = routing or Routing()
+        self._base = causal_lm
+        self._peft: peft.PeftModel | None = None
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order they were added."""
+        return tuple(self._parameters)
+
+    @property
+    def model(self) -> peft.PeftModel:
+        """The base model with its adapters, as PEFT wraps it."""
+        assert self._peft is not None, "no adapter was added"
+        return self._peft
+
+    def add(self, name: str, lora: LoraSettings, seed: int) -> None:
+        """Add an adapter, which computes zero until it is trained; the first one becomes active.
+
+        Args:
+            name: a name that is not taken.
+            lora: rank, targets and so on.
+            seed: of the initial values.
+
+        Raises:
+            ModelError: the target modules do not exist or do not support an adapter.
+        """
+        assert name not in self._parameters
+        config = _peft_config(lora)
+        is_quantized = getattr(self._base, "is_quantized", False)
+        if not is_quantized:  # for 4-bit weights PEFT has a layer of its own
+            use_fused_linear(config)
+        known = {id(parameter) for parameter in self._base.parameters()}
+        devices = [self._base.device] if self._base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            try:
+                if self._peft is None:
+                    self._peft = peft.get_peft_model(
+                        self._base, config, adapter_name=name, autocast_adapter_dtype=False
+                    )
+                else:
+                    self._peft.add_adapter(name, config, autocast_adapter_dtype=False)
+            except ValueError as error:
+                raise ModelError(f"lora.target_modules: {error}") from None
+        if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
+            raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
+        new = {key: value for key, value in sorted(self._peft.named_parameters()) if id(value) not in known}
+        self._parameters[name] = new
+        self._train_all()
+        if is_quantized:  # PEFT made them in the dtype of the base's weights, which are bytes
+            for parameter in new.values():
+                parameter.data = parameter.data.to(self._base.dtype)
+        for module in self._base.modules():
+            if isinstance(module, FusedLinear):
+                module.routing = self.routing
+        if lora.warm_start is not None:
+            _refuse_other_adapter(self.config(name), Path(lora.warm_start))
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter by their name in the model, sorted."""
+        return dict(self._parameters[name])
+
+    def config(self, name: str) -> peft.LoraConfig:
+        """PEFT's configuration of an adapter."""
+        config = self.model.peft_config[name]
+        assert isinstance(config, peft.LoraConfig)
+        return config
+
+    def activate(self, name: str) -> None:
+        """Use this adapter for packs without owners. All adapters stay trainable."""
+        self.model.set_adapter(name)
+        self._train_all()
+
+    @contextmanager
+    def routed(self, owners: TokenOwners | None) -> Iterator[None]:
+        """Send each token of a forward pass through the adapter of its owner, within the block.
+
+        Raises:
+            ModelError: an owner is unknown, or the model has adapters in layers that cannot be routed.
+        """
+        if owners is not None:
+            unknown = sorted(owners.rows.keys() - self._parameters.keys())
+            if unknown:
+                raise ModelError(f"no adapter {unknown[0]}; there are {', '.join(self.names)}")
+            others = {type(module).__name__ for module in self._base.modules() if _is_unroutable(module)}
+            if others:
+                raise ModelError(
+                    f"adapters in {min(others)} layers do not support packs of several adapters; use linear layers only"
+                )
+        with self.routing.of(owners):
+            yield
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base model, within the block."""
+        with self.model.disable_adapter():
+            yield
+
+    def save(self, name: str, directory: Path, masters: Mapping[str, torch.Tensor], *, base_path: str) -> None:
+        """Write an adapter as PEFT reads it.
+
+        Args:
+            name: of the adapter; not part of what is written.
+            directory: an existing, empty directory.
+            masters: float32 values on the CPU by parameter name.
+            base_path: path of the base model, for the adapter's configuration.
+        """
+        self.config(name).base_model_name_or_path = base_path
+        self.model.save_pretrained(str(directory), selected_adapters=[name], state_dict=dict(masters))
+        nested = directory / name  # PEFT makes a folder for every name but its own
+        if nested.is_dir():
+            for file in sorted(nested.iterdir()):
+                file.rename(directory / file.name)
+            nested.rmdir()
+
+    def load_tensors(self, name: str, directory: Path) -> dict[str, torch.Tensor]:
+        """Read an adapter directory: float32 weights by the parameter names of an adapter here.
+
+        Args:
+            name: the adapter whose parameters they are for.
+            directory: as `save` or PEFT wrote it.
+
+        Raises:
+            ModelError: the directory belongs to another model or adapter.
+        """
+        try:
+            saved = load_file(directory / "adapter_model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{directory}: no adapter can be read: {error}") from None
+        ours = self._parameters[name]
+        names = peft.get_peft_model_state_dict(self.model, state_dict={key: key for key in ours}, adapter_name=name)
+        loaded = {own: saved[key].float() for key, own in names.items() if key in saved}
+        is_complete = loaded.keys() == ours.keys() and len(loaded) == len(saved)
+        if not is_complete or any(loaded[key].shape != ours[key].shape for key in ours):
+            raise ModelError(f"{directory}: its weights are not those of this model and adapter")
+        return loaded
+
+    def _train_all(self) -> None:
+        """PEFT freezes every adapter but the active one; here each has a learner of its own."""
+        for parameters in self._parameters.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+
+
+def _is_unroutable(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, FusedLinear)
+
+
+def _peft_config(lora: LoraSettings) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:
+    if not (directory / "adapter_config.json").is_file():
+        raise ModelError(f"lora.warm_start: {directory} holds no adapter (no adapter_config.json)")
+    try:
+        theirs = peft.PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"lora.warm_start: {directory}/adapter_config.json cannot be read: {error}") from None
+    if not isinstance(theirs, peft.LoraConfig):
+        raise ModelError(f"lora.warm_start: {directory} holds an adapter of type {theirs.peft_type}, not LORA")
+    fields = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
+    for name in (*fields, "alpha_pattern"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ModelError(
+                f"lora.warm_start: {directory} was trained with {fields.get(name, name)} {getattr(theirs, name)}; "
+                f"the recipe has {getattr(ours, name)}. Make them equal."
+            )
