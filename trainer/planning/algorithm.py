@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-
 from trainer.config.presets import PRESETS, ResolvedAlgorithm
 from trainer.config.recipe import AlgorithmSettings
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 
-
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import DataSource, Recipe, RFTRecipe
 from trainer.files import file_sha256
