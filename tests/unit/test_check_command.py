@@ -97,7 +97,7 @@ def test_warnings_go_to_stderr_and_do_not_fail(capsys):
     write_small(Path(), SFT.replace("dcp_save_interval: 5\n", ""))
     assert main(["check", "recipe.yaml"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith("warning: recipe.yaml: dcp_save_interval: 0: nothing is saved on the way")
+    assert captured.err.startswith("warning: recipe.yaml: dcp_save_interval: 0: no checkpoints are saved")
     assert "small: sft, LoRA of model" in captured.out
 
 

@@ -122,7 +122,7 @@ def test_a_mistake_says_where_what_and_how_to_mend_it(old, new, mistake):
         ("s3:///prefix", "s3:///prefix names no bucket; write `s3://bucket/prefix`"),
         (
             "sftp://me:secret@host/backup",
-            "holds a password, which every run directory would show; give it in the environment (docs/mirror.md)",
+            "contains a password, which would be stored in run directories; set it in the environment (docs/mirror.md)",
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_scientific_notation_is_a_number(text):
         (
             "eval: eval.jsonl",
             "eval: train.jsonl",
-            "recipe.yaml:9: data.eval: is the training data; held-out rows must be others",
+            "recipe.yaml:9: data.eval: is the training data; evaluate on other rows",
         ),
         ("eval: eval.jsonl", "eval: ./train.jsonl", "recipe.yaml:9: data.eval: is the training data"),
         ("  eval: eval.jsonl\n", "", "recipe.yaml:15: eval_interval: needs held-out rows: set `data.eval`"),
@@ -257,18 +257,18 @@ def test_a_reward_in_a_file_beside_the_recipe_is_found_without_importing_it():
         (
             "dcp_save_interval: 5\n",
             "",
-            "recipe.yaml: dcp_save_interval: 0: nothing is saved on the way, a kill loses the run.",
+            "recipe.yaml: dcp_save_interval: 0: no checkpoints are saved, so a killed run starts over.",
         ),
         (
             "dcp_save_interval: 5",
             "dcp_save_interval: 0",
-            "recipe.yaml:17: dcp_save_interval: 0: nothing is saved on the way",
+            "recipe.yaml:17: dcp_save_interval: 0: no checkpoints are saved",
         ),
         ("rows_per_step: 2", "rows_per_step: 7", "recipe.yaml:11: rows_per_step: more than the 6 rows"),
         (
             "path: model",
             "path: owner/name\n  revision: main",
-            "recipe.yaml:5: model.revision: `main` is a branch or a tag, which moves; pin a commit",
+            "recipe.yaml:5: model.revision: `main` is a branch or a tag, which can change; pin a commit",
         ),
         (
             "train: train.jsonl",

@@ -78,7 +78,7 @@ def test_check_memory_prints_measured_beside_estimated(capsys):
     plan_of(SFT)
     assert main(["recipe.yaml", "--set", "data.max_seq_tokens=512", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
-    step = about["parts_gib"]["peak of a step in addition"]
+    step = about["parts_gib"]["a step, in addition"]
     assert step["measured"] == pytest.approx(step["estimated"], rel=0.1)
     assert about["measured_gib"] == pytest.approx(about["estimated_gib"], rel=0.05)
     assert main(["recipe.yaml", "--set", "data.max_seq_tokens=512"]) == 0

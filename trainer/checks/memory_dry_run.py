@@ -266,7 +266,7 @@ def compare(plan: Plan, measured: Measured, estimate: MemoryEstimate) -> Compari
     parts = {
         "weights, adapter": Part(estimate.weights_gib, measured.weights_gib),
         "masters, gradients, optimizer, reference": Part(estimate.state_gib, measured.state_gib),
-        "peak of a step in addition": Part(estimate.phases["learning"], measured.step_gib),
+        "a step, in addition": Part(estimate.phases["learning"], measured.step_gib),
         **({"sampling, instead of a step": Part(sampling, None)} if sampling else {}),
         "copies, fragmentation, process": Part(estimate.other_gib, None),
     }

@@ -46,7 +46,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     mistakes = document.mistakes + [f"{document.where(path)}: {text}" for path, text in wrong.items()]
     findings = contradictions(recipe, path.parent) if recipe is not None else []
     for finding in findings:
-        is_echo = any(place[: len(finding.path)] == finding.path for place in wrong)  # its value was dropped
+        is_echo = any(wrong_path[: len(finding.path)] == finding.path for wrong_path in wrong)  # its value was dropped
         if finding.is_error and not is_echo:
             mistakes.append(_finding_line(finding, document))
     if mistakes or recipe is None:
@@ -68,18 +68,18 @@ def load_shape(path: Path) -> TrainingShape:
 def config_dirs(kind: str) -> list[Path]:
     """Return the directories of shapes, accelerate configurations or model cards: the user's first, then ours."""
     package = Path(__file__).resolve().parent.parent
-    places = [Path("configs") / kind, package.parent / "configs" / kind, package / "configs" / kind]
-    return [place for place in places if place.is_dir()]
+    directories = [Path("configs") / kind, package.parent / "configs" / kind, package / "configs" / kind]
+    return [directory for directory in directories if directory.is_dir()]
 
 
 def all_shapes() -> list[TrainingShape]:
     """Return all shapes, smallest first; of two with the same name, the first one found."""
-    found: dict[str, TrainingShape] = {}
-    for place in config_dirs("shapes"):
-        for path in sorted(place.glob("*.yaml")):
+    shapes: dict[str, TrainingShape] = {}
+    for directory in config_dirs("shapes"):
+        for path in sorted(directory.glob("*.yaml")):
             shape = load_shape(path)
-            found.setdefault(shape.name, shape)
-    return sorted(found.values(), key=lambda shape: (shape.gpus, shape.gpu_memory_gib, shape.name))
+            shapes.setdefault(shape.name, shape)
+    return sorted(shapes.values(), key=lambda shape: (shape.gpus, shape.gpu_memory_gib, shape.name))
 
 
 def find_shape(name: str) -> TrainingShape:

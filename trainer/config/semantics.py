@@ -14,7 +14,7 @@ from trainer.config.length import count_rows, num_steps
 from trainer.config.recipe import DataSource, Recipe, RFTRecipe
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>.+)")
+ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<location>.+)")
 BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos", "oci")
 """Object storage: addresses of these protocols begin with a bucket."""
 STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hdfs", "ftp", "file")
@@ -64,10 +64,10 @@ def _intervals(recipe: Recipe, num_rows: int | None) -> list[Finding]:
     if recipe.eval_interval and recipe.data.eval is None:
         findings.append(Finding(("eval_interval",), "needs held-out rows: set `data.eval`"))
     if recipe.dcp_save_interval == 0:
-        text = "0: nothing is saved on the way, a kill loses the run. Set it, for example to 20."
+        text = "0: no checkpoints are saved, so a killed run starts over. Set it, for example to 20."
         findings.append(Finding(("dcp_save_interval",), text, is_error=False))
     if num_rows is not None and recipe.rows_per_step > num_rows > 0:
-        text = f"more than the {num_rows} rows: each step sees some of them several times"
+        text = f"more than the {num_rows} rows: each step contains some of them several times"
         findings.append(Finding(("rows_per_step",), text, is_error=False))
     return findings
 
@@ -83,15 +83,17 @@ def _address_problem(address: str) -> str | None:
     parts = ADDRESS.fullmatch(address)
     if parts is None:
         return f"must be an address such as `s3://bucket/prefix` or `file:///backup` (got {address!r})"
-    protocol, place = parts["protocol"], parts["place"]
+    protocol, location = parts["protocol"], parts["location"]
     if protocol not in STORAGE and not entry_points(group="fsspec.specs", name=protocol):
         near = difflib.get_close_matches(protocol, STORAGE, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         return f"unknown protocol `{protocol}`; known are {', '.join(STORAGE)}{hint}"
-    if protocol in BUCKETS and place.startswith("/"):
+    if protocol in BUCKETS and location.startswith("/"):
         return f"{address} names no bucket; write `{protocol}://bucket/prefix`"
-    if re.match(r"[^/@]*:[^/@]*@", place):
-        return "holds a password, which every run directory would show; give it in the environment (docs/mirror.md)"
+    if re.match(r"[^/@]*:[^/@]*@", location):
+        return (
+            "contains a password, which would be stored in run directories; set it in the environment (docs/mirror.md)"
+        )
     return None
 
 
@@ -103,7 +105,7 @@ def _data(recipe: Recipe) -> list[Finding]:
     findings += _source(("data", "eval"), held_out)
     same_file = train.path and held_out.path and Path(train.path).resolve() == Path(held_out.path).resolve()
     if held_out == train or (same_file and Path(str(train.path)).is_file()):
-        findings.append(Finding(("data", "eval"), "is the training data; held-out rows must be others"))
+        findings.append(Finding(("data", "eval"), "is the training data; evaluate on other rows"))
     return findings
 
 
@@ -159,9 +161,9 @@ def _model_directory(directory: Path) -> list[Finding]:
 def _hub_model(recipe: Recipe) -> list[Finding]:
     revision = recipe.model.revision
     if revision is None:
-        return [Finding(("model", "path"), "a hub name needs `model.revision`, a commit: what a branch holds moves")]
+        return [Finding(("model", "path"), "a hub name needs `model.revision`, a commit: a branch can change")]
     if not COMMIT.fullmatch(revision):
-        text = f"`{revision}` is a branch or a tag, which moves; pin a commit (40 hexadecimal digits)"
+        text = f"`{revision}` is a branch or a tag, which can change; pin a commit (40 hexadecimal digits)"
         return [Finding(("model", "revision"), text, is_error=False)]
     return []
 

@@ -212,9 +212,11 @@ def _sampling(recipe: RFTRecipe, shape: TrainingShape, facts: ModelFacts) -> dic
         room *= 2
     width = 2 * facts.layers * facts.key_width * c
     is_cpu = shape.device == "cpu"
-    reading = Pass(facts, [prompt_tokens] * prompts, 0, c, None, is_cpu).without_gradient()
-    drawing = rows * facts.vocab * (c if is_cpu else c + 4 * 4)
-    own = rows * room * width * (1 + 0.5 / facts.layers)  # a layer whose cache grows holds the old and the new one
-    if reading > own + drawing:
-        return {"KV cache of prompts": float(prompts * prompt_tokens * width), "reading prompts": reading}
-    return {"KV cache of a chunk": prompts * prompt_tokens * width + own, "drawing": float(drawing)}
+    prefill = Pass(facts, [prompt_tokens] * prompts, 0, c, None, is_cpu).without_gradient()
+    decoding = rows * facts.vocab * (c if is_cpu else c + 4 * 4)
+    completions = (
+        rows * room * width * (1 + 0.5 / facts.layers)
+    )  # a layer whose cache grows holds the old and the new one
+    if prefill > completions + decoding:
+        return {"KV cache of prompts": float(prompts * prompt_tokens * width), "prefill": prefill}
+    return {"KV cache of a chunk": prompts * prompt_tokens * width + completions, "decoding": float(decoding)}

@@ -166,8 +166,8 @@ class ModelFacts:
 
 
 def _shared(config: Mapping[str, Any]) -> int:
-    number, width = config.get("n_shared_experts"), config.get("moe_intermediate_size")
-    return int(config.get("shared_expert_intermediate_size") or (number or 0) * (width or 0))
+    experts, width = config.get("n_shared_experts"), config.get("moe_intermediate_size")
+    return int(config.get("shared_expert_intermediate_size") or (experts or 0) * (width or 0))
 
 
 def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, Any] | None:
@@ -180,8 +180,8 @@ def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, An
     for config in (Path(path) / "config.json", *_cached_configs(path)):
         if config.is_file():
             return _read_config(config)
-    for place in model_card_dirs:
-        for card in sorted(place.glob("*.yaml")):
+    for directory in model_card_dirs:
+        for card in sorted(directory.glob("*.yaml")):
             known = yaml.safe_load(card.read_text(encoding="utf-8"))
             if path in known:
                 return dict(known[path])
