@@ -74,8 +74,8 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
     def _routed(self, x: torch.Tensor, owners: TokenOwners) -> torch.Tensor:
         if x.numel() != owners.num_tokens * x.shape[-1]:
             raise ModelError(
-                f"a layer gets {x.numel() // x.shape[-1]} of the pack's {owners.num_tokens} tokens: layers that see only "
-                "a part of the pack, such as experts, do not support packs of several adapters"
+                f"a layer gets {x.numel() // x.shape[-1]} of the pack's {owners.num_tokens} tokens: layers that see "
+                "only a part of the pack, such as experts, do not support packs of several adapters"
             )
         parts, tensors = [], []
         for name, rows in owners.rows.items():
