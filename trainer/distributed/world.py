@@ -160,15 +160,15 @@ def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> 
             raise LaunchError("the shape needs GPUs and torch sees none here; choose `--shape cpu` or another machine")
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
-        place = torch.device("cuda", local)
+        own_device = torch.device("cuda", local)
     else:
-        place = torch.device("cpu")
+        own_device = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     mesh = init_device_mesh(device, (size,), mesh_dim_names=("ranks",)) if is_sharded and size > 1 else None
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in LOCAL)
-    return World(rank, size, place, mesh=mesh, local_rank=local_rank, local_size=min(size, local_size))
+    return World(rank, size, own_device, mesh=mesh, local_rank=local_rank, local_size=min(size, local_size))
 
 
 def leave_world(world: World) -> None:

@@ -16,7 +16,7 @@ second one; one softmax covers both parts, so the result is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from trainer.model.layout import CachedLayout, PackedLayout
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
 EAGER_MAX_TOKENS: Final = 384
+"""On a CPU, rows up to this length use eager attention."""
 MASK_BLOCK: Final = 128
 """Block size of FlexAttention's mask."""
 
@@ -217,7 +218,9 @@ def _flex(
         raise ModelError("attention sinks are not supported on GPU yet; use a CPU shape for this model")
     softcap = options.softcap or 1.0
 
-    def capped(score: torch.Tensor, _b: Any, _h: Any, _q: Any, _k: Any) -> torch.Tensor:
+    def capped(
+        score: torch.Tensor, _b: torch.Tensor, _h: torch.Tensor, _q: torch.Tensor, _k: torch.Tensor
+    ) -> torch.Tensor:
         return torch.tanh(score / softcap) * softcap
 
     out = _flex_kernel(query.device.type)(
@@ -233,7 +236,7 @@ def _flex(
 
 
 @cache
-def _flex_kernel(device: str, backend: Any = "inductor") -> Any:
+def _flex_kernel(device: str, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
     """FlexAttention, compiled on GPU: uncompiled, it writes the whole score matrix to memory."""
     if device != "cuda":
         return flex_attention
@@ -256,7 +259,7 @@ def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
             row.clone() for row in layout.coordinates()
         )  # a view's offset would be compiled into the kernel
 
-        def is_visible(_b: Any, _h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        def is_visible(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             is_near = position[q] - position[k] < window if window is not None else q >= k
             is_behind = (branch[k] == 0) | (branch[q] == branch[k])
             return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near

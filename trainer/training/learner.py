@@ -221,7 +221,7 @@ class Learner:
             norm = math.sqrt(self.world.sum_of([norm * norm])[0])
         if not (math.isfinite(norm) and math.isfinite(loss)):
             metrics = {"learning_rate": adam.learning_rate, "tokens": tokens, "skipped": 1.0}
-            rows = self._rows_to_blame()
+            rows = self._offending_rows()
             self.discard()
             return Update(metrics, rows)
         if adam.max_grad_norm is not None and norm > adam.max_grad_norm:
@@ -239,7 +239,7 @@ class Learner:
             group["weight_decay"] = adam.weight_decay if group["is_decayed"] else 0.0
         self.optimizer.step()
 
-    def _rows_to_blame(self) -> tuple[str, ...]:
+    def _offending_rows(self) -> tuple[str, ...]:
         """The rows of all ranks whose loss is not finite; all rows of the update where there are none."""
         of_ranks = self.world.gather((sorted(self._bad_rows), sorted(self._rows)))
         bad = {row for bad_rows, _ in of_ranks for row in bad_rows}
