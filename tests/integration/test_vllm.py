@@ -42,6 +42,7 @@ NOISE = 0.06
 """Mean distance of logprobs by rounding in bf16: ours and vLLM's are 0.03 from float32 and 0.04 from each other."""
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.model,
     pytest.mark.skipif(
         not PYTHON.is_file(), reason=f"no Python with vLLM: {PYTHON} is missing (TUNESMITH_VLLM_PYTHON)"

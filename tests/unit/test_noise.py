@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.chi_square import excess
+from chi_square import excess
 from trainer.sampling import noise
 
 CPU = torch.device("cpu")
