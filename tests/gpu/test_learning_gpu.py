@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 import torch
-from integration.project import LONG, Done, Project, Run, Running, is_at_step, wait_for
+from project import LONG, Done, Project, Run, Running, is_at_step, wait_for
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
