@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.planning.memory import ModelFacts
+from trainer.planning.model_facts import ModelFacts
 
 
 def forward_flops(facts: ModelFacts, lengths: Sequence[int], num_scored: int) -> float:

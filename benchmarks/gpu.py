@@ -112,7 +112,8 @@ def _alternate(case: Case, theirs: list[TrlSft], scale: Scale, device: torch.dev
     """Tokens per second of each round, by name."""
     rates: dict[str, list[float]] = {case.name: []}
     for number in range(scale.rounds):
-        for runner in [case, *theirs] if number % 2 == 0 else [*theirs, case]:
+        runners: list[Case | TrlSft] = [case, *theirs] if number % 2 == 0 else [*theirs, case]
+        for runner in runners:
             if isinstance(runner, TrlSft):
                 seconds = runner.run()
             else:

@@ -117,7 +117,7 @@ class Sft:
         self.num_trained = sum(row.num_trained for row in self.rows)
         lengths = [len(row.token_ids) for row in self.rows]
         self.flops = training_flops(model_facts(scale.model), lengths, self.num_trained, is_lora=is_lora)
-        self.predicted_gib = allocated_gib(predicted_memory(scale.model, device, lora, scale.pack_tokens))
+        self.predicted_gib: float | None = allocated_gib(predicted_memory(scale.model, device, lora, scale.pack_tokens))
         policy = random_policy(scale.model, device, lora)
         self.learner = Learner(policy, OptimizerSettings(), World(0, 1, device))
 
@@ -144,7 +144,7 @@ class Rft:
         self.flops = forward_flops(facts, computed, scored) + training_flops(facts, computed, scored, is_lora=True)
         memory = plan_memory(self.plan)
         assert memory is not None
-        self.predicted_gib = memory.weights_gib + memory.state_gib + memory.phases["learning"]
+        self.predicted_gib: float | None = memory.weights_gib + memory.state_gib + memory.phases["learning"]
         policy = random_policy(scale.model, device, self.plan.recipe.lora)
         self.learner = Learner(policy, self.plan.recipe.optimizer, World(0, 1, device))
         self.reference = Reference(policy, "initial", is_fresh=True)
@@ -173,7 +173,7 @@ class Sampling:
         self.params = SamplingParams(scale.drawn, frozenset(), 0, 0)
         self.tokens = scale.prompts * scale.group * scale.drawn
         self.flops = sampling_flops(facts, [len(prompt) for prompt in prompts], scale.group, scale.drawn)
-        self.predicted_gib = None
+        self.predicted_gib: float | None = None
         self.steps = 1  # hundreds of forward passes
         self.policy = random_policy(scale.model, device, LoraSettings())
         self.sampler = LocalSampler(self.policy, word_tokenizer(facts.vocab))

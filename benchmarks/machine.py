@@ -21,7 +21,7 @@ def conditions(device: torch.device = CPU, *, peak_seconds: float = 1.0) -> dict
     """Machine, threads, versions and the load at the time."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     named = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
-    found = {
+    found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": _said(["git", "rev-parse", "--short", "HEAD"]),
         "processor": named[0] if named else platform.processor(),

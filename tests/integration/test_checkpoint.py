@@ -8,16 +8,18 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from trainer.checkpoints.local import Checkpoints, Saved, TrainState, file_sha256
+from trainer.checkpoints.local import Checkpoints, Saved, TrainState
 from trainer.config.recipe import Recipe
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
+from trainer.files import file_sha256
 from trainer.run.directory import RunDir
 
 ONE_RANK = World(0, 1, torch.device("cpu"))
@@ -27,7 +29,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"masters/a": torch.full((64, 8), value), "optimizer/a/exp_avg": torch.full((64, 8), -value)}
 
 
-def open_checkpoints(root: Path, *, identity: str = "ours", attempt: int = 0, **settings: object) -> Checkpoints:
+def open_checkpoints(root: Path, *, identity: str = "ours", attempt: int = 0, **settings: Any) -> Checkpoints:
     sections = {"name": "x", "method": "sft", "model": {"path": "m"}, "data": {"train": "t"}, "steps": 10}
     recipe = Recipe.model_validate(sections | settings)
     return Checkpoints(RunDir(root), recipe, identity, ONE_RANK, attempt)
@@ -43,7 +45,7 @@ def save(
     return done
 
 
-def saved(root: Path, *steps: int, **settings: object) -> Checkpoints:
+def saved(root: Path, *steps: int, **settings: Any) -> Checkpoints:
     """Checkpoints of some steps; tensors hold the step's number."""
     checkpoints = open_checkpoints(root, **settings)
     for step in steps:
@@ -204,7 +206,7 @@ def test_malicious_shard_runs_nothing(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def checkpoints_metadata(directory: Path) -> dict[object, object]:
+def checkpoints_metadata(directory: Path) -> dict[object, Any]:
     return dict(pickle.loads((directory / ".metadata").read_bytes()).storage_data)
 
 
