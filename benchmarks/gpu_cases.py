@@ -58,7 +58,7 @@ class Scale:
     drawn: int
     """Tokens of each sampled completion."""
     steps: int
-    """Of a round; sampling makes one."""
+    """Steps of a round; sampling makes one."""
     rounds: int
     micro_batch_tokens: int
 
@@ -73,20 +73,20 @@ class Case(Protocol):
 
     name: str
     tokens: int
-    """Of a step, as the rate counts them."""
+    """Tokens of a step, as counted in the rate."""
     flops: float
     """Model FLOPs of a step."""
     predicted_gib: float | None
-    """What torch's allocator should count at most, by the trainer's estimate."""
+    """Upper bound for torch's allocator, by the trainer's estimate."""
     steps: int
-    """Of a round."""
+    """Steps of a round."""
 
     def step(self) -> None:
         """Make one step."""
 
 
 def row_lengths(total: int, rows: int, seed: int) -> list[int]:
-    """Unequal lengths of so many rows with this sum; the longest is about three times the shortest."""
+    """Unequal lengths of `rows` rows with sum `total`; the longest is about three times the shortest."""
     draw = random.Random(seed)
     shares = [draw.uniform(1.0, 3.0) for _ in range(rows)]
     lengths = [max(2, math.floor(total * share / sum(shares))) for share in shares]
@@ -128,7 +128,7 @@ class Sft:
 
 
 class Rft:
-    """Reference pass and update on groups that are written out: sampling and rewards are not in it."""
+    """Reference pass and update on fixed groups, without sampling and rewards."""
 
     def __init__(self, scale: Scale, device: torch.device, folder: Path) -> None:
         self.name = f"RFT learn {scale.model}"
@@ -156,7 +156,7 @@ class Rft:
 
 
 def _computed_once(group: Group) -> list[int]:
-    """Tokens of the prompt, which stands in a pack once, and of each completion behind it."""
+    """Tokens of the prompt, stored once per pack, and of each completion."""
     drawn = [sum(rollout.trained) for rollout in group.rollouts]
     return [len(group.rollouts[0].token_ids) - drawn[0], *drawn]
 
@@ -241,7 +241,7 @@ def _random_tokens(draw: random.Random, count: int, vocab: int) -> tuple[int, ..
 
 
 class TrlSft:
-    """TRL's SFTTrainer on the rows of an SFT step, so many steps of it in a run."""
+    """TRL's SFTTrainer on the rows of an SFT step, repeated for all steps of a run."""
 
     def __init__(
         self, kind: str, case: Sft, scale: Scale, device: torch.device, folder: Path, *, is_lora: bool

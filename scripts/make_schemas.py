@@ -2,7 +2,7 @@
 """Write docs/{recipe,shape}.schema.json and docs/{recipe,shape}.md from the config classes.
 
 python scripts/make_schemas.py            write them
-python scripts/make_schemas.py --check    exit 1 where a file is not what the classes say
+python scripts/make_schemas.py --check    exit 1 if a file does not match the classes
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ PAGES: Final[Mapping[str, type[BaseModel]]] = {"recipe": Recipe, "shape": Traini
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 INTROS: Final = {
     "recipe": """\
-A recipe says what to train, on which rows and how; not on which hardware. `trainer check RECIPE` validates it and shows
-every value with its origin. Any field can be set from the command line: `--set optimizer.learning_rate=1e-4`.
+A recipe says what to train, on which rows and how, but not on which hardware. `trainer check RECIPE` validates it and
+shows every value with its origin. Any field can be set from the command line: `--set optimizer.learning_rate=1e-4`.
 
 The first line of each recipe gives editors this schema, with completion and help:
 `# yaml-language-server: $schema=../docs/recipe.schema.json`""",
     "shape": """\
-A training shape says how many of which device there are, and the largest job known to fit on them. Shapes live in
-configs/shapes/; of two of the same name the one in the working directory wins. `trainer shapes` lists them.""",
+A training shape describes the devices, and the largest job known to fit on them. Shapes are files in configs/shapes/;
+a shape in the working directory takes precedence over an installed one of the same name. `trainer shapes RECIPE` lists
+them.""",
 }
 
 
@@ -56,9 +57,9 @@ def page(name: str) -> str:
     paths: dict[type[BaseModel], list[str]] = {}
     for path, section in sections(PAGES[name]):
         paths.setdefault(section, []).append(path)
-    for section, found in paths.items():
+    for section, section_paths in paths.items():
         described = document if section is PAGES[name] else document["$defs"][section.__name__]
-        heading = ", ".join(f"`{path}`" for path in found if path) or "Top level"
+        heading = ", ".join(f"`{path}`" for path in section_paths if path) or "Top level"
         lines += ["", f"## {heading}", "", *_doc(section)]
         lines += ["", "| field | type | default | meaning |", "|---|---|---|---|"]
         for field, info in section.model_fields.items():
@@ -69,7 +70,7 @@ def page(name: str) -> str:
 
 
 def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """A section and all those within it, with their dotted names."""
+    """A section and its subsections, with their dotted names."""
     yield path, model
     for name, info in model.model_fields.items():
         inside = _section_in(info.annotation)
@@ -81,7 +82,7 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for each in getattr(annotation, "__args__", ()) if (found := _section_in(each))), None)
+    return next((inner for each in getattr(annotation, "__args__", ()) if (inner := _section_in(each))), None)
 
 
 def _doc(section: type[BaseModel]) -> list[str]:
@@ -89,7 +90,7 @@ def _doc(section: type[BaseModel]) -> list[str]:
 
 
 def default_text(info: FieldInfo) -> str:
-    """A default for people."""
+    """A field's default as text."""
     if info.is_required():
         return "*required*"
     default = info.get_default(call_default_factory=True)
@@ -97,7 +98,7 @@ def default_text(info: FieldInfo) -> str:
 
 
 def type_text(described: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """A JSON Schema type for people.
+    """A JSON Schema type as text.
 
     >>> type_text({"type": "integer", "exclusiveMinimum": 0}, {})
     'integer > 0'
@@ -118,27 +119,27 @@ def type_text(described: Mapping[str, Any], document: Mapping[str, Any]) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """Every generated file with its expected text."""
     made = {ROOT / "docs" / f"{name}.schema.json": schema(name) for name in PAGES}
     return made | {ROOT / "docs" / f"{name}.md": page(name) for name in PAGES}
 
 
 def main() -> int:
-    """Write, or compare."""
+    """Write the files, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     is_check = parser.parse_args().check
-    drifted = [path for path, text in files().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    for path in drifted:
+    stale = [path for path, text in files().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
         if is_check:
             print(
-                f"{path.relative_to(ROOT)}: not what the config classes say; run scripts/make_schemas.py",
+                f"{path.relative_to(ROOT)}: does not match the config classes; run scripts/make_schemas.py",
                 file=sys.stderr,
             )
         else:
             path.write_text(files()[path], encoding="utf-8")
             print(path.relative_to(ROOT))
-    return 1 if is_check and drifted else 0
+    return 1 if is_check and stale else 0
 
 
 if __name__ == "__main__":
