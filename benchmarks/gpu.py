@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --device cpu --tiny --out DIR        a smoke test; its numbers are meaningless
 
 Models have real dimensions and random weights, so nothing is downloaded. MFU is model FLOPs over the bf16 matrix peak
-measured in the same process (flops.py: 4 N per token for LoRA, 6 N for full parameters; N excludes embeddings; head on
-scored tokens; attention counted, recomputation not). Rounds of ours and TRL's alternate; numbers are medians over rounds.
+measured in the same process (flops.py: 4 N per token for LoRA, 6 N for full parameters; N excludes embeddings; head
+on scored tokens; attention counted, recomputation not). Rounds of both sides alternate; numbers are medians of rounds.
 TRL runs padded and packed, with SDPA and bf16 weights and optimizer state (ours also keeps float32 masters); the
 ratio is to the faster one. A case that does not run is reported with its reason.
 """
