@@ -1,4 +1,4 @@
-"""What every benchmark begins with: no network, no telemetry, quiet libraries; imported before any of them."""
+"""Shared start of all benchmarks: no network, no telemetry, quiet libraries. Import it before other libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def quiet() -> None:
-    """No progress bars and no advice from transformers."""
+    """Turn off progress bars and log messages of transformers."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -21,7 +21,7 @@ def quiet() -> None:
 
 
 def write_result(out: Path, result: dict[str, Any], lines: list[str]) -> None:
-    """Write OUT.json and OUT.md, and show the text."""
+    """Write OUT.json and OUT.md, and print the text."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -1,9 +1,9 @@
-"""Everything side by side: SFT, RFT and sampling against TRL and generate, memory, and how fast commands answer.
+"""Compare SFT, RFT and sampling with TRL and `generate`; measure memory and start-up time.
 
     python benchmarks/compare.py [--threads 1] [--rounds 3] [--only start,memory,sft,rft,rft_long,sampling]
 
-Each part is a process of its own with pinned threads; inside, ours and theirs alternate. Writes
-benchmarks/results/compare.json and compare.md, and keeps the parts that were not asked for.
+Each part is a separate process with a fixed number of threads; within it, both sides alternate. Writes
+benchmarks/results/compare.json and compare.md, and keeps earlier results of parts that are not measured.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def main() -> None:
         "sampling": lambda: _script("sampling.py", "--rounds", rounds),
     }
     file = RESULTS / "compare.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in arguments.only.split(","):
         print(f"{name} ...", file=sys.stderr, flush=True)
-        found[name] = {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0], **parts[name]()}
-        file.write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "compare.md").write_text("\n".join(_lines(found)) + "\n")
+        results[name] = {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0], **parts[name]()}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "compare.md").write_text("\n".join(_lines(results)) + "\n")
     print((RESULTS / "compare.md").read_text())
 
 
@@ -73,7 +73,7 @@ def _memory() -> dict[str, Any]:
 
 def _start(rounds: int) -> dict[str, Any]:
     trainer = str(BIN / "trainer")
-    found = {
+    results = {
         "help_s": _seconds([trainer, "--help"], rounds),
         "check_s": _seconds([trainer, "check", RECIPE], rounds),
     }
@@ -87,31 +87,31 @@ def _start(rounds: int) -> dict[str, Any]:
     )
     first = json.loads((Path("runs") / name / "metrics.jsonl").read_text().splitlines()[0])
     step_s = first["perf/step_s"]
-    return found | {"launch_to_first_step_s": first["time"] - begin - step_s, "first_step_s": step_s}
+    return results | {"launch_to_first_step_s": first["time"] - begin - step_s, "first_step_s": step_s}
 
 
 def _seconds(argv: list[str], rounds: int) -> float:
     times = []
-    for _ in range(rounds + 1):  # the first one warms the disk
+    for _ in range(rounds + 1):  # the first one warms the disk cache
         begin = time.perf_counter()
         subprocess.run(argv, check=True, capture_output=True)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    lines = ["# Side by side", "", "Made by `python benchmarks/compare.py`; each part says its own conditions.", ""]
-    if "start" in found:
-        start = found["start"]
+def _lines(results: dict[str, Any]) -> list[str]:
+    lines = ["# Side by side", "", "Made by `python benchmarks/compare.py`; each part states its own conditions.", ""]
+    if "start" in results:
+        start = results["start"]
         lines += [
             f"## Start ({start['date']}, load {start['load']:.1f})",
             "",
             f"- `trainer --help`: {start['help_s']:.2f} s; `trainer check`: {start['check_s']:.2f} s",
-            f"- launch to the begin of the first step of the SFT quickstart: {start['launch_to_first_step_s']:.1f} s",
+            f"- from launch to the first step of the SFT quickstart: {start['launch_to_first_step_s']:.1f} s",
             "",
         ]
-    if "memory" in found:
-        memory = found["memory"]
+    if "memory" in results:
+        memory = results["memory"]
         lines += [
             f"## Peak resident memory of two SFT steps ({memory['date']})",
             "",
@@ -120,8 +120,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
             "",
         ]
     for name, title in (("sft", "SFT"), ("rft", "RFT"), ("rft_long", "RFT, longer"), ("sampling", "Sampling")):
-        if name in found:
-            lines += [f"## {title} (load {found[name]['load']:.1f} as it began)", "", found[name]["table"].strip(), ""]
+        if name in results:
+            lines += [
+                f"## {title} (load at the start: {results[name]['load']:.1f})",
+                "",
+                results[name]["table"].strip(),
+                "",
+            ]
     return lines
 
 

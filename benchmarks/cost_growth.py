@@ -1,10 +1,10 @@
-"""How cost grows: tokens per second of a learning step against what a recipe can choose; a table and an SVG each.
+"""Measure tokens per second of a learning step against recipe settings; write a table and an SVG for each.
 
     python benchmarks/cost_growth.py [--threads 1] [--repeats 2] [--quick]
 
-SmolLM2-135M-Instruct, LoRA, random tokens (speed does not depend on them). Best of the repeats, since other processes
-only ever add time; on one thread the processor's time counts. Writes
-benchmarks/results/cost_growth.json, .md and cost_growth_*.svg.
+SmolLM2-135M-Instruct, LoRA, random tokens (speed does not depend on them). The best repeat counts, because other
+processes only add time; with one thread, CPU time is measured. Writes benchmarks/results/cost_growth.json, .md and
+cost_growth_*.svg.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Point = tuple[float, float]
 
 
 class Bench:
-    """A learner, and the speed of one update on given packs."""
+    """A learner, and the speed of its update on given packs."""
 
     def __init__(self, repeats: int, rank: int = 16) -> None:
         settings = ModelSettings(path=MODEL)
@@ -44,7 +44,7 @@ class Bench:
         self.repeats = repeats
 
     def rate(self, packs: list[Batch], tokens: int) -> float:
-        """Tokens per second of an update; `tokens` counts every sequence whole, shared prompts too."""
+        """Tokens per second of an update; `tokens` counts whole sequences, including shared prompts."""
         best = float("inf")
         for _ in range(self.repeats):
             clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -55,7 +55,7 @@ class Bench:
 
 
 def sequence(length: int, prompt: int, generator: random.Random, head: tuple[int, ...] = ()) -> TokenSequence:
-    """Random tokens behind a given or random prompt."""
+    """Random tokens after a given or random prompt."""
     ids = (head or tuple(generator.randrange(3, 40_000) for _ in range(prompt)))[:prompt]
     ids += tuple(generator.randrange(3, 40_000) for _ in range(length - prompt))
     trained = (False,) * prompt + (True,) * (length - prompt)
@@ -63,14 +63,14 @@ def sequence(length: int, prompt: int, generator: random.Random, head: tuple[int
 
 
 def plain(lengths: list[int], budget: int) -> tuple[list[Batch], int]:
-    """Packs of sequences of which the second half is trained."""
+    """Packs of sequences whose second half is trained."""
     generator = random.Random(0)
     rows = [sequence(length, length // 2, generator) for length in lengths]
     return [Batch.pack(group, CPU) for group in micro_batches(rows, budget)], sum(lengths)
 
 
 def group(size: int, prompt: int, response: int, *, is_shared: bool = True) -> tuple[list[Batch], int]:
-    """Completions of one prompt, behind one copy of it or each with its own."""
+    """Completions of one prompt, sharing one copy of it or each with its own."""
     generator = random.Random(0)
     head = tuple(generator.randrange(3, 40_000) for _ in range(prompt))
     rows = [sequence(prompt + response, prompt, generator, head) for _ in range(size)]
@@ -79,11 +79,11 @@ def group(size: int, prompt: int, response: int, *, is_shared: bool = True) -> t
 
 
 def curves(repeats: int, *, is_quick: bool) -> dict[str, dict[str, list[Point]]]:
-    """By what grows: lines of points."""
+    """Lines of points, by the setting that varies."""
     bench = Bench(repeats)
     few = 2 if is_quick else 99
     by_ratio = [(16, 112), (64, 64), (112, 16), (240, 16)][:few]
-    found: dict[str, dict[str, list[Point]]] = {
+    measured: dict[str, dict[str, list[Point]]] = {
         "micro-batch tokens": {
             "rows of 128 tokens": [
                 (budget, bench.rate(*plain([128] * (budget // 128), budget)))
@@ -108,14 +108,14 @@ def curves(repeats: int, *, is_quick: bool) -> dict[str, dict[str, list[Point]]]
         },
     }
     del bench
-    found["LoRA rank"] = {
+    measured["LoRA rank"] = {
         "1,024 tokens": [(rank, Bench(repeats, rank).rate(*plain([128] * 8, 1024))) for rank in (4, 16, 64, 128)[:few]]
     }
-    return found
+    return measured
 
 
 def svg(title: str, lines: dict[str, list[Point]]) -> str:
-    """A plot with a logarithmic horizontal axis; as text, so that no plotting library is needed."""
+    """A plot with a logarithmic horizontal axis, written as text without a plotting library."""
     from math import log2
 
     points = [point for line in lines.values() for point in line]
@@ -156,14 +156,14 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    about: dict[str, Any] = conditions()
-    found = curves(arguments.repeats, is_quick=arguments.quick)
+    env: dict[str, Any] = conditions()
+    measured = curves(arguments.repeats, is_quick=arguments.quick)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "cost_growth.json").write_text(json.dumps({"conditions": about, "curves": found}, indent=1) + "\n")
-    where = f"{about['processor']}, {about['threads']} thread(s), {about['date']}, load {about['load_average'][0]}"
-    table = [f"Tokens per second of a LoRA update; {where} as it began.", ""]
-    for number, (title, lines) in enumerate(found.items()):
+    (out / "cost_growth.json").write_text(json.dumps({"conditions": env, "curves": measured}, indent=1) + "\n")
+    machine_line = f"{env['processor']}, {env['threads']} thread(s), {env['date']}, load {env['load_average'][0]}"
+    table = [f"Tokens per second of a LoRA update; {machine_line} at the start.", ""]
+    for number, (title, lines) in enumerate(measured.items()):
         file = f"cost_growth_{number + 1}.svg"
         (out / file).write_text(svg(title, lines))
         table += [f"## {title}", "", f"![{title}]({file})", ""]

@@ -1,16 +1,16 @@
-"""Model FLOPs of training and sampling, as the model's formula needs them; what is computed twice is counted once.
+"""Model FLOPs of training and sampling; recomputation is not counted.
 
-A linear layer of N weights takes 2 N for each token forward and 2 N for the gradient of its input; full-parameter
-training takes 2 N more for the gradient of its weights. Causal attention of a sequence of L tokens makes two products
-of L x L / 2 pairs forward and four backward. The head works on scored tokens only. Left out: embeddings, norms,
-adapters (below one percent).
+A linear layer of N weights takes 2 N FLOPs per token forward and 2 N for the gradient of its input; full-parameter
+training takes another 2 N for the gradient of its weights. Causal attention to a sequence of L tokens has two products
+of L x L / 2 pairs forward and four backward. The head is computed for scored tokens only. Not counted: embeddings,
+norms and adapters (below 1%).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.planning.memory import ModelFacts
+from trainer.planning.model_facts import ModelFacts
 
 
 def forward_flops(facts: ModelFacts, lengths: Sequence[int], num_scored: int) -> float:

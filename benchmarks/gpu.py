@@ -1,13 +1,13 @@
-"""Speed and memory on one GPU: SFT with LoRA and in full, RFT's learning, sampling; against TRL's SFTTrainer.
+"""Speed and memory on one GPU: SFT (LoRA, full), RFT updates and sampling; compared with TRL's SFTTrainer.
 
     python benchmarks/gpu.py [--quick] [--out benchmarks/results]
-    python benchmarks/gpu.py --device cpu --tiny --out DIR        a smoke test; its numbers mean nothing
+    python benchmarks/gpu.py --device cpu --tiny --out DIR        a smoke test; its numbers are meaningless
 
-Models have real dimensions and random weights, so nothing is downloaded. MFU is model FLOPs (flops.py: 4 N a token for
-LoRA, 6 N in full, N without embeddings, the head on scored tokens, attention counted, recomputation never) over the
-bf16 matrix peak measured in the same process. Rounds of ours and TRL's alternate; numbers are medians over rounds.
-TRL runs padded and packed, with SDPA and bf16 weights and optimizer state (ours keeps float32 masters besides); the
-ratio is to its faster one. A case that does not run is reported with its reason.
+Models have real dimensions and random weights, so nothing is downloaded. MFU is model FLOPs over the bf16 matrix peak
+measured in the same process (flops.py: 4 N per token for LoRA, 6 N for full parameters; N excludes embeddings; head
+on scored tokens; attention counted, recomputation not). Rounds of both sides alternate; numbers are medians of rounds.
+TRL runs padded and packed, with SDPA and bf16 weights and optimizer state (ours also keeps float32 masters); the
+ratio is to the faster one. A case that does not run is reported with its reason.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main() -> None:
     common.quiet()
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
     scale = TINY if arguments.tiny else QUICK if arguments.quick else FULL
-    about = conditions(device, peak_seconds=0.05 if arguments.tiny else 3.0)
-    print(f"bf16 matrix peak: {about['bf16_peak_gflops'] / 1e3:.1f} TFLOP/s", flush=True)
-    peak = about["bf16_peak_gflops"] * 1e9
+    env = conditions(device, peak_seconds=0.05 if arguments.tiny else 3.0)
+    print(f"bf16 matrix peak: {env['bf16_peak_gflops'] / 1e3:.1f} TFLOP/s", flush=True)
+    peak = env["bf16_peak_gflops"] * 1e9
     why_no_trl = _why_no_trl(is_off=arguments.no_trl)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -58,7 +58,7 @@ def main() -> None:
         ]
         found = [measure(make, peers if why_no_trl is None else {}, scale, device, peak) for make, peers in cases]
     result = {
-        "conditions": about, "scale": vars(scale), "is_smoke_test": arguments.tiny, "trl_left_out": why_no_trl,
+        "conditions": env, "scale": vars(scale), "is_smoke_test": arguments.tiny, "trl_left_out": why_no_trl,
         "cases": found,
     }  # fmt: skip
     common.write_result(Path(arguments.out) / "gpu", result, report(result))
@@ -112,7 +112,8 @@ def _alternate(case: Case, theirs: list[TrlSft], scale: Scale, device: torch.dev
     """Tokens per second of each round, by name."""
     rates: dict[str, list[float]] = {case.name: []}
     for number in range(scale.rounds):
-        for runner in [case, *theirs] if number % 2 == 0 else [*theirs, case]:
+        runners: list[Case | TrlSft] = [case, *theirs] if number % 2 == 0 else [*theirs, case]
+        for runner in runners:
             if isinstance(runner, TrlSft):
                 seconds = runner.run()
             else:
@@ -126,7 +127,7 @@ def _alternate(case: Case, theirs: list[TrlSft], scale: Scale, device: torch.dev
 
 
 def _built(peers: Mapping[str, Callable[[Case], TrlSft]], case: Case, failed: dict[str, str]) -> list[TrlSft]:
-    """The peers that run here, warmed up; the reasons of the others go into `failed`."""
+    """TRL runners that work here, warmed up; `failed` gets the reasons of the others."""
     theirs = []
     for name, make in peers.items():
         try:
@@ -169,14 +170,14 @@ def _free(device: torch.device) -> None:
 
 def report(result: Mapping[str, Any]) -> list[str]:
     """The result as Markdown lines."""
-    about = result["conditions"]
-    where = about["processor"]
-    if "gpu" in about:
-        where = f"{about['gpu']} ({about['gpu_memory_gib']} GiB), driver {about['driver']}, CUDA {about['cuda']}"
+    env = result["conditions"]
+    where = env["processor"]
+    if "gpu" in env:
+        where = f"{env['gpu']} ({env['gpu_memory_gib']} GiB), driver {env['driver']}, CUDA {env['cuda']}"
     lines = [
-        f"{where}. torch {about['torch']}, transformers {about['transformers']}, peft {about['peft']},",
-        f"TRL {about['trl']}, Python {about['python']}; commit {about['commit']}; {about['date']}.",
-        f"bf16 matrix peak, measured: {about['bf16_peak_gflops'] / 1e3:.1f} TFLOP/s.",
+        f"{where}. torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']},",
+        f"TRL {env['trl']}, Python {env['python']}; commit {env['commit']}; {env['date']}.",
+        f"bf16 matrix peak, measured: {env['bf16_peak_gflops'] / 1e3:.1f} TFLOP/s.",
         "Random weights. MFU counts model FLOPs, recomputation never. Medians over rounds; memory as torch's allocator",
         "counts it, predicted without process and fragmentation.\n",
     ]

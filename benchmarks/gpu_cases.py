@@ -59,7 +59,7 @@ class Scale:
     drawn: int
     """Tokens of each sampled completion."""
     steps: int
-    """Of a round; sampling makes one."""
+    """Steps of a round; sampling makes one."""
     rounds: int
     micro_batch_tokens: int
 
@@ -74,20 +74,20 @@ class Case(Protocol):
 
     name: str
     tokens: int
-    """Of a step, as the rate counts them."""
+    """Tokens of a step, as counted in the rate."""
     flops: float
     """Model FLOPs of a step."""
     predicted_gib: float | None
-    """What torch's allocator should count at most, by the trainer's estimate."""
+    """Upper bound for torch's allocator, by the trainer's estimate."""
     steps: int
-    """Of a round."""
+    """Steps of a round."""
 
     def step(self) -> None:
         """Make one step."""
 
 
 def row_lengths(total: int, rows: int, seed: int) -> list[int]:
-    """Unequal lengths of so many rows with this sum; the longest is about three times the shortest."""
+    """Unequal lengths of `rows` rows with sum `total`; the longest is about three times the shortest."""
     draw = random.Random(seed)
     shares = [draw.uniform(1.0, 3.0) for _ in range(rows)]
     lengths = [max(2, math.floor(total * share / sum(shares))) for share in shares]
@@ -118,7 +118,7 @@ class Sft:
         self.num_trained = sum(row.num_trained for row in self.rows)
         lengths = [len(row.token_ids) for row in self.rows]
         self.flops = training_flops(model_facts(scale.model), lengths, self.num_trained, is_lora=is_lora)
-        self.predicted_gib = allocated_gib(predicted_memory(scale.model, device, lora, scale.pack_tokens))
+        self.predicted_gib: float | None = allocated_gib(predicted_memory(scale.model, device, lora, scale.pack_tokens))
         policy = random_policy(scale.model, device, lora)
         self.learner = Learner(policy, World(0, 1, device))
         self.adam = AdamParams.of(OptimizerSettings(), RATE)
@@ -130,7 +130,7 @@ class Sft:
 
 
 class Rft:
-    """Reference pass and update on groups that are written out: sampling and rewards are not in it."""
+    """Reference pass and update on fixed groups, without sampling and rewards."""
 
     def __init__(self, scale: Scale, device: torch.device, folder: Path) -> None:
         self.name = f"RFT learn {scale.model}"
@@ -146,7 +146,7 @@ class Rft:
         self.flops = forward_flops(facts, computed, scored) + training_flops(facts, computed, scored, is_lora=True)
         memory = self.plan.memory
         assert memory is not None
-        self.predicted_gib = memory.weights_gib + memory.state_gib + memory.phases["learning"]
+        self.predicted_gib: float | None = memory.weights_gib + memory.state_gib + memory.phases["learning"]
         policy = random_policy(scale.model, device, self.plan.recipe.lora)
         self.learner = Learner(policy, World(0, 1, device))
         self.reference = Reference(policy, "initial", is_fresh=True)
@@ -158,7 +158,7 @@ class Rft:
 
 
 def _computed_once(group: Group) -> list[int]:
-    """Tokens of the prompt, which stands in a pack once, and of each completion behind it."""
+    """Tokens of the prompt, stored once per pack, and of each completion."""
     drawn = [sum(rollout.trained) for rollout in group.rollouts]
     return [len(group.rollouts[0].token_ids) - drawn[0], *drawn]
 
@@ -175,7 +175,7 @@ class Sampling:
         self.params = SamplingParams(scale.drawn, frozenset(), 0, 0)
         self.tokens = scale.prompts * scale.group * scale.drawn
         self.flops = sampling_flops(facts, [len(prompt) for prompt in prompts], scale.group, scale.drawn)
-        self.predicted_gib = None
+        self.predicted_gib: float | None = None
         self.steps = 1  # hundreds of forward passes
         self.policy = random_policy(scale.model, device, LoraSettings())
         self.sampler = LocalSampler(self.policy, word_tokenizer(facts.vocab))
@@ -245,7 +245,7 @@ def _random_tokens(draw: random.Random, count: int, vocab: int) -> tuple[int, ..
 
 
 class TrlSft:
-    """TRL's SFTTrainer on the rows of an SFT step, so many steps of it in a run."""
+    """TRL's SFTTrainer on the rows of an SFT step, repeated for all steps of a run."""
 
     def __init__(
         self, kind: str, case: Sft, scale: Scale, device: torch.device, folder: Path, *, is_lora: bool

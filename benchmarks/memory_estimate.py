@@ -1,4 +1,4 @@
-"""The memory estimate beside the step measured on tensors without contents, over architectures: a table.
+"""Compare the memory estimate with the step measured on fake tensors, for several architectures.
 
     python benchmarks/memory_estimate.py
 
@@ -81,7 +81,7 @@ def compare(model_type: str, sizes: dict[str, Any], overrides: list[str]) -> dic
 def main() -> None:
     """Measure every case and write the table."""
     common.quiet()
-    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern")  # PEFT's own, of experts
+    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern")  # PEFT warns for experts
     out = Path("benchmarks/results/memory_estimate").resolve()
     found = []
     with tempfile.TemporaryDirectory() as folder:

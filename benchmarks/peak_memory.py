@@ -16,7 +16,7 @@ STEPS = 2
 
 
 def main(side: str) -> None:
-    """Print GiB as JSON; TRL with as many rows at once as our pack holds."""
+    """Print GiB as JSON; TRL uses as many rows at once as our pack."""
     before = _peak_gib()
     if side == "ours":
         Ours(STEPS).run()

@@ -1,4 +1,4 @@
-"""Models of real dimensions with random weights, made on the device: nothing is downloaded or written."""
+"""Models of real dimensions with random weights, created on the device; nothing is downloaded or written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "Qwen2.5-1.5B": ("qwen2", "Qwen/Qwen2.5-1.5B-Instruct"),
     "Qwen3-8B": ("qwen3", "Qwen/Qwen3-8B"),
 }
-"""Model type for transformers, and the card with the sizes."""
+"""Model type of transformers, and the name in configs/models/known.yaml."""
 TINY: Final[dict[str, Any]] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True,
@@ -38,7 +38,7 @@ def model_sizes(name: str) -> dict[str, Any]:
     else:
         kind, card = KINDS[name]
         sizes = yaml.safe_load(CARDS.read_text(encoding="utf-8"))[card]
-    # rope_theta and the rest of the defaults change no shape and no time
+    # rope_theta and other defaults affect neither shapes nor time
     return {"model_type": kind, "max_position_embeddings": 32_768, **sizes}
 
 
@@ -65,7 +65,7 @@ def random_causal_lm(
 
 
 def random_policy(name: str, device: torch.device, lora: LoraSettings | None, *, checkpointing: bool = False) -> Policy:
-    """The trainer's policy around it."""
+    """The trainer's policy of this model."""
     settings = ModelSettings(path=name, gradient_checkpointing=checkpointing)
     return make_policy(random_causal_lm(name, device), settings, lora, 0)
 
@@ -73,7 +73,7 @@ def random_policy(name: str, device: torch.device, lora: LoraSettings | None, *,
 def predicted_memory(
     name: str, device: torch.device, lora: LoraSettings | None, tokens: int, *, checkpointing: bool = False
 ) -> MemoryEstimate:
-    """What `trainer check` predicts for packs of so many tokens in SFT."""
+    """Prediction of `trainer check` for SFT with packs of this many tokens."""
     recipe = SFTRecipe.model_validate(
         {
             "name": "predicted", "method": "sft", "steps": 1,
@@ -103,7 +103,7 @@ def allocated_gib(estimate: MemoryEstimate) -> float:
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One word a token, for libraries that ask for a tokenizer; rows are token ids already."""
+    """A word-level tokenizer for libraries that require one; rows are token ids already."""
     words = {f"w{number}": number for number in range(vocab)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", eos_token="w2", unk_token="w0")

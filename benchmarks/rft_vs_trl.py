@@ -2,9 +2,9 @@
 
     python benchmarks/rft_vs_trl.py [--prompts 4] [--group 8] [--tokens 64] [--trl-rows 0] [--rounds 2] [--steps 2]
 
-Alternating in one process. Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1, score the
-reference (beta / kl_coef above 0), and reward completions by a trivial function of the text. Completions differ by
-chance, so seconds per step and completion tokens per second are both given.
+Both alternate in one process. Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1, score the
+reference (beta / kl_coef above 0), and reward completions by a trivial function of the text. Completions
+are random, so both seconds per step and completion tokens per second are reported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 def digit_share(completion: str, row: Any) -> float:
-    """A reward that costs nothing and is never flat."""
+    """A reward that is cheap and differs within a group."""
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
 
 
@@ -57,7 +57,7 @@ def trl_digit_share(completions: list[Any], **_: Any) -> list[float]:
 
 
 class Ours:
-    """Our loop without files beside the journal."""
+    """Our loop, writing no files except the journal."""
 
     name = "tunesmith"
 
@@ -176,18 +176,18 @@ def main() -> None:
     rates = {
         name: sum(tokens for _, tokens in steps) / sum(second for second, _ in steps) for name, steps in found.items()
     }
-    about = conditions()
+    env = conditions()
     result = {
-        "conditions": about, "prompts": arguments.prompts, "group": arguments.group, "tokens": arguments.tokens,
+        "conditions": env, "prompts": arguments.prompts, "group": arguments.group, "tokens": arguments.tokens,
         "seconds_per_step": seconds, "completion_tokens_per_s": rates, "all": found,
         "ratio_seconds": round(seconds[Trl.name] / seconds[Ours.name], 2),
         "ratio_tokens_per_s": round(rates[Ours.name] / rates[Trl.name], 2),
     }  # fmt: skip
     lines = [
         f"GRPO with LoRA, SmolLM2-135M-Instruct, {arguments.prompts} prompts x {arguments.group} answers x at most",
-        f"{arguments.tokens} tokens, reference scored. {about['processor']}, {about['threads']} threads,",
-        f"AMX {about['amx']}, torch {about['torch']}, TRL {about['trl']}, which learns from",
-        f"{arguments.trl_rows or arguments.prompts * arguments.group} completions at once; {about['date']}.\n",
+        f"{arguments.tokens} tokens, reference scored. {env['processor']}, {env['threads']} threads,",
+        f"AMX {env['amx']}, torch {env['torch']}, TRL {env['trl']}, which learns from",
+        f"{arguments.trl_rows or arguments.prompts * arguments.group} completions at once; {env['date']}.\n",
         "| | s/step | completion tokens/s |\n|---|---:|---:|",
         *(f"| {name} | {seconds[name]:.1f} | {rates[name]:.0f} |" for name in found),
         f"\nRatio: **{result['ratio_seconds']}x** in seconds per step, {result['ratio_tokens_per_s']}x in tokens/s",

@@ -2,12 +2,11 @@
 
     python benchmarks/sampling.py [--rounds 3] [--tokens 128] [--clock wall|cpu]
 
-Ours samples from a policy with a LoRA adapter of rank 16 on all linear layers, as training does, from the same adapter
-published anew before each round. `model.generate` runs with bfloat16 weights and SDPA, do_sample at temperature 1
-without truncation, `num_return_sequences`, left padding; once without any adapter, which is less work than ours does,
-and once with the adapter by PEFT. `fixed` draws equally many tokens in every row; `stop` lets rows end by themselves
-and counts what they drew, not padding. `--clock cpu` counts processor time, for a machine that others use too: run it
-with OMP_NUM_THREADS=1.
+Ours samples from a policy with a LoRA adapter of rank 16 on all linear layers, as training does, with the same adapter
+published again before each round. `model.generate` runs with bfloat16 weights and SDPA, do_sample at temperature 1
+without truncation, `num_return_sequences`, left padding; once without adapter (less work than ours)
+and once with the adapter by PEFT. `fixed` draws equally many tokens in every row; `stop` lets rows end at a stop token
+and does not count padding. `--clock cpu` measures CPU time, for a shared machine: run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def ours(prompts: Prompts, tokens: int) -> Run:
 
 
 def generate(prompts: Prompts, tokens: int, *, has_adapter: bool) -> Run:
-    """What `model.generate` does for its users."""
+    """`model.generate` as commonly used."""
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     if has_adapter:
         lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -139,13 +138,13 @@ def report(
             case: {name: round(by[OURS] / by[name], 2) for name in by if name != OURS} for case, by in medians.items()
         },
     }  # fmt: skip
-    about = result["conditions"]
+    env = result["conditions"]
     lines = [
         f"Sampling from SmolLM2-135M-Instruct, prompts of {result['prompt_tokens']} tokens, {arguments.tokens} drawn,",
         f"groups of {GROUP_SIZE}; medians of {arguments.rounds} alternating rounds, {arguments.clock} clock.",
-        f"{about['processor']}, {about['threads']} threads, AMX {about['amx']}, load {about['load_average'][0]},",
-        f"torch {about['torch']}, transformers {about['transformers']}; bf16 matrix peak",
-        f"{about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",
+        f"{env['processor']}, {env['threads']} threads, AMX {env['amx']}, load {env['load_average'][0]},",
+        f"torch {env['torch']}, transformers {env['transformers']}; bf16 matrix peak",
+        f"{env['bf16_peak_gflops']} GFLOP/s; {env['date']}.\n",
         f"| completion tokens/s | {OURS} (adapter) | {PLAIN} | {ADAPTED} | ratios |\n|---|---:|---:|---:|---:|",
         *(
             f"| {case} | {by[OURS]:.0f} | {by[PLAIN]:.0f} | {by[ADAPTED]:.0f} "

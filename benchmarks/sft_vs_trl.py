@@ -2,9 +2,9 @@
 
     python benchmarks/sft_vs_trl.py [--rounds 3] [--steps 3]
 
-TRL runs each of its settings that work here (padded with completion-only loss at two micro-batch sizes, and packed);
-the ratio is against its best. Both train LoRA of rank 16 on all linear layers with bfloat16 weights and AdamW; ours
-keeps float32 masters besides. Tokens are those of the rows; padding is not counted.
+TRL runs with all settings that work here (padded with completion-only loss at two micro-batch sizes, and packed);
+the ratio is to its best. Both train LoRA of rank 16 on all linear layers with bfloat16 weights and AdamW; ours
+also keeps float32 masters. Tokens are those of the rows; padding is not counted.
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ def report(out: Path, rates: dict[str, list[float]], failed: dict[str, str], arg
         "steps": arguments.steps, "rounds": arguments.rounds, "tokens_per_s": medians, "all": rates,
         "did_not_run": failed, "best_of_trl": best, "ratio": round(ratio, 2),
     }  # fmt: skip
-    about = result["conditions"]
+    env = result["conditions"]
     lines = [
         f"LoRA SFT of SmolLM2-135M-Instruct, {ROWS_PER_STEP} rows a step, medians of {arguments.rounds} alternating",
-        f"rounds of {arguments.steps} steps. {about['processor']}, {about['threads']} threads, AMX {about['amx']},",
-        f"torch {about['torch']}, TRL {about['trl']}; bf16 matrix peak",
-        f"{about['bf16_peak_gflops']} GFLOP/s; {about['date']}.\n",
+        f"rounds of {arguments.steps} steps. {env['processor']}, {env['threads']} threads, AMX {env['amx']},",
+        f"torch {env['torch']}, TRL {env['trl']}; bf16 matrix peak",
+        f"{env['bf16_peak_gflops']} GFLOP/s; {env['date']}.\n",
         "| | tokens/s |\n|---|---:|",
         *(f"| {name} | {value:.0f} |" for name, value in medians.items()),
         f"\nRatio to TRL's best ({best}): **{ratio:.1f}x**",

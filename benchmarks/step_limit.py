@@ -1,10 +1,10 @@
-"""How far an SFT step is from this machine's limit: beside its own matrix products alone, and the peak of the machine.
+"""Compare an SFT step with its matrix products alone, and with the machine's peak.
 
     python benchmarks/step_limit.py [--threads 1] [--rounds 5]
 
 SmolLM2-135M-Instruct, LoRA of rank 16, the first 11 rows of the quickstart as one micro-batch. Every matrix product of
 a forward and backward pass is recorded with its shapes and strides, then all of them are run again on random numbers,
-alternating with the step. Their operands are hot in the cache, so they are a little faster alone than they could be in
+alternating with the step. Their operands are in the cache, so alone they are slightly faster than within
 the step. Writes benchmarks/results/step_limit.json and .md.
 """
 
@@ -42,7 +42,7 @@ PRODUCTS: Final = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "ad
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers every matrix product with the layout of its operands."""
+    """Records every matrix product with the layout of its operands."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):
 
 
 def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """That a call takes."""
+    """Seconds that a call takes."""
     begin = clock()
     call()
     return clock() - begin
@@ -82,7 +82,7 @@ def main() -> None:
     common.quiet()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
-    about: dict[str, Any] = conditions()
+    env: dict[str, Any] = conditions()
 
     settings, data = ModelSettings(path=MODEL), DataSettings(train=DataSource(path=ROWS))
     encoder = ChatEncoder(load_tokenizer(settings), settings, data)
@@ -110,16 +110,16 @@ def main() -> None:
     assert facts is not None
     lengths = [len(row.token_ids) for row in rows]
     needed = flops.training_flops(facts, lengths, batch.num_trained, is_lora=True)
-    peak = about["bf16_peak_gflops"] * 1e9
+    peak = env["bf16_peak_gflops"] * 1e9
     result = {
-        "conditions": about, "tokens": sum(lengths), "trained_tokens": batch.num_trained, "rounds": arguments.rounds,
+        "conditions": env, "tokens": sum(lengths), "trained_tokens": batch.num_trained, "rounds": arguments.rounds,
         "step_s": step_s, "products_alone_s": products_s, "products": len(recorder.calls), "model_flops": needed,
         "of_products": products_s / step_s, "of_peak": needed / peak / step_s, "all": pairs,
     }  # fmt: skip
     lines = [
         f"An SFT step of {sum(lengths):,} tokens ({batch.num_trained:,} trained), SmolLM2-135M-Instruct, LoRA.",
-        f"{about['processor']}, {about['threads']} thread(s), AMX {about['amx']}, load {about['load_average'][0]},",
-        f"torch {about['torch']}; bf16 matrix peak {about['bf16_peak_gflops']} GFLOP/s; {about['date']}; medians of",
+        f"{env['processor']}, {env['threads']} thread(s), AMX {env['amx']}, load {env['load_average'][0]},",
+        f"torch {env['torch']}; bf16 matrix peak {env['bf16_peak_gflops']} GFLOP/s; {env['date']}; medians of",
         f"{arguments.rounds} alternating rounds.\n",
         "| | seconds | share of the step |\n|---|---:|---:|",
         f"| the step | {step_s:.2f} | 100% |",

@@ -12,7 +12,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, what the step generates included."""
+    """Seconds of each optimizer step, including generation."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -1,4 +1,4 @@
-"""Random faults for some minutes, on tiny SFT and RFT runs: every run must equal an undisturbed one to the bit."""
+"""Inject random faults into tiny SFT and RFT runs: every run must equal an undisturbed one to the bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # `chaos` is the package of faults, not this script
+sys.path.remove(str(Path(__file__).resolve().parent))  # so that `chaos` is the package with the faults, not this script
 
 from chaos_runs import Chaos, Fault, Report, Row, chaos, table
 from conftest import write_files
@@ -29,15 +29,15 @@ POINTS = {
 }
 MAX_FAULTS = 10
 REAL_SHARE = 0.15
-"""So many runs are under `trainer train`, with its supervisor and launcher; the others are workers alone, quicker."""
+"""Fraction of runs under `trainer train`, with supervisor and launcher; the others are bare workers (faster)."""
 
 
 def main() -> int:
-    """Strike until the time is over; 1 at the first run that did not survive."""
+    """Inject faults until the time is over; return 1 at the first run that did not survive."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--seed", type=int, default=None, help="repeats the same faults; drawn when left out")
-    parser.add_argument("--out", type=Path, default=Path("build/chaos.json"), help="where the table goes as JSON")
+    parser.add_argument("--seed", type=int, default=None, help="repeats the same faults; random by default")
+    parser.add_argument("--out", type=Path, default=Path("build/chaos.json"), help="file for the table as JSON")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
     end = time.monotonic() + 60 * arguments.minutes
@@ -57,7 +57,7 @@ def main() -> int:
             print(f"run {number}: {len(report.rows)} faults, {'NOT ' if report.problems else ''}survived", flush=True)
             failed = report if report.problems else None
     print(table(rows))
-    print(f"{number} runs, {len(rows)} faults struck, {missed} never had their moment; seed {seed}")
+    print(f"{number} runs, {len(rows)} faults struck, {missed} never triggered; seed {seed}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     document = {"seed": seed, "minutes": arguments.minutes, "runs": number, "faults": [asdict(row) for row in rows]}
     problems = failed.problems if failed is not None else []
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def strike(it: Chaos, seed: int, number: int) -> Report:
-    """One run with faults of its own."""
+    """One run with its own random faults."""
     draw = random.Random(f"{seed}:{number}")
     kind = draw.choice(["sft", "rft"])
     is_real = draw.random() < REAL_SHARE

@@ -15,12 +15,12 @@ class Family(NamedTuple):
     """Functions that differ in one value."""
 
     signature: str
-    """With `{k}` where the value goes, as in the other texts; `{k!r}` is its literal."""
+    """With `{k}` in place of the value, as in the other texts; `{k!r}` is its literal."""
     task: str
     expression: str
     """What the function returns."""
     calls: Sequence[str]
-    """Arguments to test with; what must come back is computed from the expression."""
+    """Test arguments; expected results are computed from the expression."""
     values: Sequence[Any]
 
 
@@ -103,5 +103,5 @@ def make_code_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
 
 
 def result(names: str, expression: str, call: str) -> Any:
-    """Return what the expression is for these arguments; all three texts come from this file."""
+    """Return the value of the expression for these arguments; all three texts come from this file."""
     return eval(f"(lambda {names}: {expression})({call})")

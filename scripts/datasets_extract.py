@@ -20,7 +20,7 @@ KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 NUMBERS: Final = frozenset({"quantity", "people", "price"})
 CASES: Final[tuple[Callable[[str], str], ...]] = (str,) * 20 + (str.lower,) * 3 + (str.upper,)
-"""How a whole sentence is written: mostly as it is."""
+"""Case of a whole sentence: mostly unchanged."""
 
 # Each pair: values of both splits, then values that only held-out rows use.
 FIRST: Final = (
@@ -77,7 +77,7 @@ MONTHS: Final = (
 
 
 def make_extract_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
-    """Return the rows of one split; the families of a kind take turns, so that each is used."""
+    """Return the rows of one split; families of a kind alternate, so that each is used."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     patterns = [(kind, FAMILIES[kind][split].strip().splitlines()) for kind in KEYS]
@@ -118,7 +118,7 @@ def write_sentence(pattern: str, kind: str, split: str, draws: Draws) -> tuple[s
     text = change(text)
     written = {key: change(value) for key, value in values.items()}
     for key, value in written.items():
-        if value not in text:  # it opens the sentence and got a capital there
+        if value not in text:  # it starts the sentence and was capitalized
             written[key] = value[0].upper() + value[1:]
     return text, {key: json.loads(value) if key in NUMBERS else value for key, value in written.items()}
 
@@ -138,13 +138,13 @@ def draw_value(key: str, split: str, draws: Draws) -> str:
 
 
 def pool(pair: tuple[str, str], split: str, separator: str | None, draws: Draws) -> list[str]:
-    """Return the values to draw from: a third of the held-out draws are of values that training never shows."""
+    """Return the values to draw from: a third of the held-out draws use values that never occur in training."""
     known, unseen = (part.split(separator) for part in pair)
     return unseen if split == "heldout" and draws.chance(1 / 3) else known
 
 
 def draw_quantity(draws: Draws) -> str:
-    """Return a small or a round number of things."""
+    """Return a small or a round quantity."""
     return str(draws.between(2, 60) if draws.chance(0.8) else 10 * draws.between(7, 50))
 
 
@@ -159,12 +159,12 @@ def draw_price(draws: Draws) -> str:
 
 
 def draw_date(draws: Draws) -> str:
-    """Return a date in one of three ways of writing it."""
+    """Return a date in one of three notations."""
     day, month = draws.between(1, 28), draws.pick(MONTHS)
     return draws.pick([f"{month} {day}", f"{day} {month}", draws.pick(DAYS)])
 
 
 def draw_time(draws: Draws) -> str:
-    """Return a time of day in one of four ways of writing it."""
+    """Return a time of day in one of four notations."""
     hour, quarter = draws.between(1, 11), draws.pick(["00", "15", "30", "45"])
     return draws.pick([f"{hour} {draws.pick(['am', 'pm'])}", f"{hour + 12}:{quarter}", f"{hour}:{quarter}", "noon"])

@@ -13,7 +13,7 @@ EXAMPLE: Final = (
     {"role": "user", "content": "Tom owns 3 cats.\nKeys: owner (string), cats (integer)."},
     {"role": "assistant", "content": '{"owner": "Tom", "cats": 3}'},
 )
-"""What every prompt begins with: without it one completion in a hundred keeps the schema, too few to learn from."""
+"""Start of every prompt: without it 1% of completions satisfy the schema, too few to learn from."""
 ROWS_PER_FAMILY: Final = {"train": 20, "heldout": 15}
 
 Draw = str | tuple[int, int] | list[str]
@@ -68,7 +68,7 @@ FAMILIES: Final[Mapping[str, list[tuple[str, Mapping[str, Draw]]]]] = {
 
 
 def make_json_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
-    """Return the rows of one split; no family, name or object of one split is in the other."""
+    """Return the rows of one split; splits share no family, name or object."""
     rows = []
     for number, (sentence, fields) in enumerate(FAMILIES[split], 1):
         texts: set[str] = set()
@@ -101,7 +101,7 @@ def draw_field(how: Draw, split: str, draws: Draws) -> str | int:
 
 
 def describe(how: Draw) -> str:
-    """Return the type of a value as the prompt says it."""
+    """Return the type of a value as written in the prompt."""
     if isinstance(how, list):
         return "one of " + " ".join(how)
     return "integer" if isinstance(how, tuple) else "string"

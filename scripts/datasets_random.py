@@ -1,6 +1,6 @@
 """Random draws that are the same on every Python version.
 
-Only `random.random()` is promised to be; `choice`, `sample` and `shuffle` are not.
+Python guarantees this only for `random.random()`, not for `choice`, `sample` and `shuffle`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Draws:
     """A seeded source of choices."""
 
     def __init__(self, seed: str) -> None:
-        """Start the draws that belong to this text."""
+        """Seed the draws with a text."""
         self._random = random.Random(seed).random
 
     def chance(self, probability: float) -> bool:

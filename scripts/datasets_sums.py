@@ -1,6 +1,6 @@
 """Rows of the RFT quickstart: sums of two small numbers, worded in many ways.
 
-A row is held out twice over: neither its wording nor a first number from 20 to 29 is in training.
+Held-out rows differ twice from training: in their wordings, and in their first numbers (20 to 29).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ EXAMPLE: Final = (
     {"role": "user", "content": "What is 12 + 5?"},
     {"role": "assistant", "content": "12 + 5 = 17"},
 )
-"""What every prompt begins with: without it the model rambles, and a short answer would be most of what it learns."""
+"""Start of every prompt: without it the model gives long answers and would mostly learn to be brief."""
 NUM_ROWS: Final = {"train": 480, "heldout": 220}
 
 WORDINGS: Final = {

@@ -1,7 +1,7 @@
 """Sentence patterns of the extraction data, by kind and split.
 
-Each line is one template family. `{slot}` takes a value, `[a|b]` one of the variants. A held-out family is worded
-unlike every training family of its kind; none is used in both splits.
+Each line is one template family. `{slot}` is replaced by a value, `[a|b]` by one of the variants. Held-out
+families are worded differently from all training families of their kind; none is used in both splits.
 """
 
 from __future__ import annotations

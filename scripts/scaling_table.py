@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write the tables of docs/scaling.md: memory, bytes and seconds of a training step by formula, nothing measured.
+"""Write the tables of docs/scaling.md: memory, bytes and seconds of a training step by formula; nothing is measured.
 
 python scripts/scaling_table.py            write them
-python scripts/scaling_table.py --check    exit 1 where the page has other numbers
+python scripts/scaling_table.py --check    exit 1 if the page has other numbers
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NODE: Final = 8
 GPU_GIB: Final = 79.0
 """Memory of an H100 80 GB, as configs/shapes/h100x8.yaml has it."""
 COMPUTE_BYTES: Final = 2
-"""Of weights and activations in bf16; of a gathered parameter too."""
+"""Bytes of a weight, an activation and a gathered parameter in bf16."""
 
 
 def model(name: str) -> ModelFacts:
@@ -54,9 +54,9 @@ def model(name: str) -> ModelFacts:
 
 
 def bandwidth(gpus: int) -> float:
-    """Bytes per second that one GPU receives in a collective over so many.
+    """Bytes per second that one GPU receives in a collective over `gpus` GPUs.
 
-    A ring per adapter: what enters a node by one of its 8 adapters goes on to the other 7 GPUs over NVLink, so that
+    One ring per adapter: a node forwards what it receives by one of its 8 adapters to the other 7 GPUs over NVLink, so
     every GPU receives at the rate of all 8 adapters together.
 
     >>> bandwidth(8) / 1e9, bandwidth(16) / 1e9
@@ -66,7 +66,7 @@ def bandwidth(gpus: int) -> float:
 
 
 def share(gpus: int) -> float:
-    """The part of a whole that a GPU does not hold itself.
+    """The fraction of a sharded tensor that a GPU does not hold itself.
 
     >>> share(1), share(8)
     (0.0, 0.875)
@@ -75,7 +75,7 @@ def share(gpus: int) -> float:
 
 
 def adapter_bytes(facts: ModelFacts, gpus: int) -> float:
-    """Received per GPU and step: one all-reduce of the adapters' float32 gradients, which passes a ring twice."""
+    """Received per GPU and step: one all-reduce of the adapters' float32 gradients, which goes around a ring twice."""
     return 2 * share(gpus) * 4 * facts.lora_params(LORA)
 
 
@@ -105,15 +105,15 @@ def context_bytes(facts: ModelFacts, context: int, parts: int) -> float:
 
 
 def forward_flops_per_token(facts: ModelFacts, context: int) -> float:
-    """Of one token of a full context: linear layers, head, and on average half the context in attention."""
+    """FLOPs of one token of a full context: linear layers, head, and attention to half the context on average."""
     linear = 2.0 * (facts.active_block_params + facts.vocab * facts.hidden)
     return linear + 2.0 * facts.layers * facts.query_width * context
 
 
 def flops_per_token(facts: ModelFacts, context: int, *, is_lora: bool) -> float:
-    """Forward, backward, and the blocks' forward again for checkpointed activations.
+    """FLOPs of forward, backward, and the recomputed forward of the blocks.
 
-    LoRA has no weight gradients: its backward takes once the linear forward, full-parameter training twice.
+    LoRA computes no gradients of base weights: its backward costs one linear forward, full-parameter training two.
     """
     linear = forward_flops_per_token(facts, 0)
     attention = forward_flops_per_token(facts, context) - linear
@@ -122,10 +122,10 @@ def flops_per_token(facts: ModelFacts, context: int, *, is_lora: bool) -> float:
 
 
 def block_bytes_per_token(facts: ModelFacts) -> int:
-    """Bytes that one block keeps of one token for its backward pass, to first order.
+    """Bytes that one block saves per token for its backward pass, to first order.
 
     Per norm the float32 input, the float32 normalized value and its cast; queries, keys and values before and after
-    rotation and as attention keeps them; attention's output; gate, up, activation and product of the MLP.
+    rotary and as attention saves them; attention's output; gate, up, activation and product of the MLP.
     """
     norms = 2 * facts.hidden * (4 + 4 + COMPUTE_BYTES)
     attention = (4 * facts.query_width + 6 * facts.key_width) * COMPUTE_BYTES
@@ -154,7 +154,7 @@ def memory_gib(facts: ModelFacts, gpus: int, context: int, parts: int, *, is_lor
 
 @dataclass(frozen=True)
 class Step:
-    """A step in which every GPU makes one micro-batch: its part of one sequence."""
+    """A step in which every GPU computes one micro-batch: its part of one sequence."""
 
     parts: int
     """GPUs that share a sequence."""
@@ -173,7 +173,7 @@ class Step:
 
 
 def step(facts: ModelFacts, gpus: int, context: int, *, is_lora: bool) -> Step:
-    """The layout with the fewest GPUs to a sequence that fits; where none does, the one with most."""
+    """The layout with the fewest GPUs per sequence that fits; if none does, the one with the most."""
     parts = 1
     while parts < gpus and memory_gib(facts, gpus, context, parts, is_lora=is_lora) > GPU_GIB:
         parts *= 2
@@ -190,7 +190,7 @@ def step(facts: ModelFacts, gpus: int, context: int, *, is_lora: bool) -> Step:
 
 
 def hiding_tokens(received: float, facts: ModelFacts, *, is_lora: bool, rate: float, context: int = 8_192) -> float:
-    """Tokens per GPU and micro-batch whose computation takes as long as receiving so many bytes."""
+    """Tokens per GPU and micro-batch whose computation takes as long as receiving `received` bytes."""
     return received / rate * FLOPS / flops_per_token(facts, context, is_lora=is_lora)
 
 
@@ -205,7 +205,7 @@ def hiding_context(facts: ModelFacts, parts: int, rate: float) -> float:
 
 def step_table(name: str, *, is_lora: bool) -> str:
     """Memory, bytes and seconds by GPUs and context."""
-    names = ("GPUs", "context", "GPUs to a sequence", "sequences", "GiB per GPU", "GB received per GPU")
+    names = ("GPUs", "context", "GPUs per sequence", "sequences", "GiB per GPU", "GB received per GPU")
     names += ("communication s", "compute s", "ratio")
     lines = [f"| {' | '.join(names)} |", "|---:" * len(names) + "|"]
     for gpus in GPUS:
@@ -247,7 +247,7 @@ def hiding_table() -> str:
 def context_table() -> str:
     """Bytes of keys and values, and the context from which attention hides them."""
     lines = [
-        "| model | bytes per token | GPUs to a sequence | NVLink | 8 adapters a node | one adapter |",
+        "| model | bytes per token | GPUs per sequence | NVLink | 8 adapters a node | one adapter |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in CARDS:
@@ -269,7 +269,7 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
 
 
 def filled(page: str) -> str:
-    """The page with every table between its two marks computed anew.
+    """The page with every table between its two marks recomputed.
 
     Raises:
         ValueError: a table has no place in the page.

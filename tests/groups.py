@@ -21,7 +21,7 @@ from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
 from trainer.training.policy_update import learn, minibatches
 from trainer.training.rollouts import StepRollouts
-from trainer.types import Group, Rollout, Row
+from trainer.types import FinishReason, Group, Rollout, Row
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)
@@ -70,7 +70,7 @@ def perturb(policy: Policy, seed: int = 1, size: float = 0.1) -> None:
         parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def rollout(length: int, reward: float | None, reason: str = "stop", *, seed: int = 0) -> Rollout:
+def rollout(length: int, reward: float | None, reason: FinishReason = "stop", *, seed: int = 0) -> Rollout:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     drawn = tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
     logprobs = (0.0,) * len(PROMPT) + tuple((-14 * torch.rand(length, generator=generator)).tolist())

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 import torch
-from integration.project import Project
+from project import Project
 from tiny import tiny_model_dir
 
 HERE: Final = Path(__file__).parent

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ModelError
-from trainer.model.attention import PackedLayout, packed_attention
+from trainer.model.attention import packed_attention
+from trainer.model.layout import PackedLayout
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -46,7 +47,8 @@ def attend(
     *inputs, factor = (tensor.to(device, dtype) for tensor in pack)
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     layout = PackedLayout.of_lengths(lengths, device)
-    output, _ = packed_attention(torch.nn.Module(), *inputs, None, packed=layout, **form)
+    query, key, value = inputs
+    output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed=layout, **form)
     (output * factor).sum().backward()
     found = [output.detach()]
     for tensor in inputs:
@@ -112,7 +114,8 @@ def test_no_dense_mask_above_8192_tokens(cuda, lengths, form):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     layout = PackedLayout.of_lengths(lengths, cuda)
-    output, _ = packed_attention(torch.nn.Module(), *inputs, None, packed=layout, **form)
+    query, key, value = inputs
+    output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed=layout, **form)
     (output * factor).sum().backward()
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < total * total / 2

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import pytest
 import torch
-from integration.project import LONG, Done, Project, Run, Running, is_at_step, wait_for
-from tiny import VOCAB_SIZE, tiny_tokenizer
+from project import LONG, Done, Project, Run, Running, is_at_step, wait_for
+from tiny import VOCAB_SIZE, ComputeDtype, tiny_tokenizer
 
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
 from trainer.data.tokens import TokenInputs, TokenSequence
@@ -31,7 +31,7 @@ WORKER: Final = [sys.executable, str(Path(__file__).with_name("deterministic_wor
 RECIPE: Final[dict[str, Any]] = LONG | {"lora__dropout": 0.1, "model__compute_dtype": "bfloat16", "shape": "gpu.yaml"}
 
 
-def make_policy_on(device: torch.device, model_dir: Path, *, is_lora: bool, dtype: str = "float32") -> Policy:
+def make_policy_on(device: torch.device, model_dir: Path, *, is_lora: bool, dtype: ComputeDtype = "float32") -> Policy:
     """The same numbers on every device, with an adapter that is not zero."""
     settings = ModelSettings(path=str(model_dir), compute_dtype=dtype)
     policy = load_policy(settings, LoraSettings(rank=4) if is_lora else None, 0, device)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"masters/a": torch.full((64, 8), value), "optimizer/a/exp_avg": torch.full((64, 8), -value)}
 
 
-def open_checkpoints(root: Path, *, identity: str = "ours", attempt: int = 0, **settings: object) -> Checkpoints:
+def open_checkpoints(root: Path, *, identity: str = "ours", attempt: int = 0, **settings: Any) -> Checkpoints:
     sections = {"name": "x", "method": "sft", "model": {"path": "m"}, "data": {"train": "t"}, "steps": 10}
     recipe = SFTRecipe.model_validate(sections | settings)
     return Checkpoints(RunDir(root), recipe, identity, ONE_RANK, attempt)
@@ -44,7 +45,7 @@ def save(
     return done
 
 
-def saved(root: Path, *steps: int, **settings: object) -> Checkpoints:
+def saved(root: Path, *steps: int, **settings: Any) -> Checkpoints:
     """Checkpoints of some steps; tensors hold the step's number."""
     checkpoints = open_checkpoints(root, **settings)
     for step in steps:
@@ -205,7 +206,7 @@ def test_malicious_shard_runs_nothing(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def checkpoints_metadata(directory: Path) -> dict[object, object]:
+def checkpoints_metadata(directory: Path) -> dict[object, Any]:
     return dict(pickle.loads((directory / ".metadata").read_bytes()).storage_data)
 
 

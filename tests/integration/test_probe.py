@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project import Project
 from rft_project import NO_EVALUATION, prepare, run_here
 
-ON = {"recovery__probe_memory": "on"}
+ON: dict[str, Any] = {"recovery__probe_memory": "on"}
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -52,8 +53,9 @@ def test_sft_is_equal_with_and_without(project: Project, lora):
 
 
 def run_here_sft(project: Project, name: str, **changes):
-    base = {"method": "sft", "data": {"train": "train.jsonl", "max_seq_tokens": 128}, "rows_per_step": 4, "steps": 2}
-    empty = {"algorithm": None, "rollout": None, "rewards": [], "eval_interval": 0}
+    base: dict[str, Any] = {"method": "sft", "data": {"train": "train.jsonl", "max_seq_tokens": 128}}
+    base |= {"rows_per_step": 4, "steps": 2}
+    empty: dict[str, Any] = {"algorithm": None, "rollout": None, "rewards": [], "eval_interval": 0}
     return run_here(project, name, **base, **empty, **changes)
 
 
@@ -70,7 +72,7 @@ def test_rft_is_equal_with_and_without_and_the_journal_does_not_see_it(project: 
 
 
 def test_what_does_not_fit_is_said_in_words(project: Project):
-    changes = {"rows_per_step": 128, "steps": 1, "shape": "shape.yaml"}
+    changes: dict[str, Any] = {"rows_per_step": 128, "steps": 1, "shape": "shape.yaml"}
     project.recipe(**changes, **ON)
     limit = {"max_params_b": 9, "max_seq_tokens": 4096, "basis": "estimated"}
     shape = {"name": "here", "device": "cpu", "device_name": "CPU", "gpus": 0, "gpu_memory_gib": 4}

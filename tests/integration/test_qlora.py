@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 from project import Project
 from rft_project import NO_EVALUATION, prepare, run_here
 
@@ -19,12 +21,16 @@ from trainer.model.quantization import quantized_loading
 from trainer.planning.memory import base_bytes
 from trainer.planning.model_facts import find_model_facts
 
-torch = pytest.importorskip("torch")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 NF4 = {"path": "model", "compute_dtype": "float32", "quantization": "nf4"}
-SFT = {"method": "sft", "data": {"train": "train.jsonl", "max_seq_tokens": 128}, "rows_per_step": 4, "steps": 8}
+SFT: dict[str, Any] = {
+    "method": "sft",
+    "data": {"train": "train.jsonl", "max_seq_tokens": 128},
+    "rows_per_step": 4,
+    "steps": 8,
+}
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
-EMPTY = {"algorithm": None, "rollout": None, "rewards": [], "eval_interval": 0}
+EMPTY: dict[str, Any] = {"algorithm": None, "rollout": None, "rewards": [], "eval_interval": 0}
 
 
 def test_sft_learns_and_repeats(project: Project):
@@ -51,7 +57,7 @@ def test_linear_layers_are_bytes_and_adapters_are_peft_s_own(project: Project):
     assert {parameter.dtype for parameter in policy.trained_parameters().values()} == {torch.bfloat16}
     assert policy.causal_lm.get_output_embeddings().weight.dtype == torch.bfloat16
     frozen = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
-    scales = [parameter.quant_state.absmax for parameter in frozen if parameter.dtype == torch.uint8]
+    scales = [cast(Any, parameter).quant_state.absmax for parameter in frozen if parameter.dtype == torch.uint8]
     assert scales
     project.recipe(model=settings.model_dump())
     facts = find_model_facts(settings.path, [])

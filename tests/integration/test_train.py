@@ -90,13 +90,6 @@ def test_plain_accelerate_launch_gives_the_same_bits(shared: Project, first: Don
     assert theirs.adapter() == ours.adapter()
 
 
-def test_same_command_under_another_name_gives_the_same_bits(shared: Project, first: Done) -> None:
-    done = shared.trainer("train", "recipe.yaml", "--name", "twin")
-    assert done.code == 0, done.said
-    assert shared.run("twin").values() == shared.run("first").values()
-    assert shared.run("twin").adapter() == shared.run("first").adapter()
-
-
 def test_finished_run_is_left_alone(shared: Project, first: Done) -> None:
     root = shared.run("first").root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}

@@ -42,6 +42,7 @@ NOISE = 0.06
 """Mean distance of logprobs by rounding in bf16: ours and vLLM's are 0.03 from float32 and 0.04 from each other."""
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.model,
     pytest.mark.skipif(
         not PYTHON.is_file(), reason=f"no Python with vLLM: {PYTHON} is missing (TUNESMITH_VLLM_PYTHON)"
@@ -90,7 +91,7 @@ def server(tmp_path_factory):
             process.wait()
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_cispo_bounds_the_weight_and_keeps_the_gradient(ratio, advantage, weight
 
 
 def test_grpo_bounds_are_separate():
-    clip = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.0, "kl_estimator": "k3"}
+    clip: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.0, "kl_estimator": "k3"}
     assert terms_of("grpo", one_token(ratio=1.5, advantage=1.0), **clip).loss.item() == pytest.approx(-1.28)
     assert terms_of("grpo", one_token(ratio=0.5, advantage=-1.0), **clip).loss.item() == pytest.approx(0.8)
 
@@ -296,7 +297,7 @@ def test_metrics_are_exactly_zero_where_the_policies_are_equal(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_sampler_weights_scale_the_policy_part_and_not_the_penalty(name):
     tokens = make_tokens()
-    numbers = {"clip_low": 0.2, "clip_high": 0.3, "kl_estimator": "k3"}
+    numbers: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3, "kl_estimator": "k3"}
 
     def loss(weights: Tensor | None, kl_coef: float) -> Tensor:
         return terms_of(name, replace(tokens, sampler_weights=weights), kl_coef=kl_coef, **numbers).loss

@@ -8,6 +8,7 @@ adapter and the KL term: an on-policy batch would agree with anything.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def our_loss(tokens: PolicyTokens, preset: ResolvedAlgorithm) -> Tensor:
 
 def pad(rows: list[Tensor], *, side: str) -> tuple[Tensor, Tensor]:
     """Rows as TRL wants them, prompts padded on the left, completions on the right; and the mask."""
-    kwargs = {"batch_first": True, "padding_side": side}
+    kwargs: dict[str, Any] = {"batch_first": True, "padding_side": side}
     padded = torch.nn.utils.rnn.pad_sequence(rows, padding_value=0, **kwargs)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.long) for row in rows], **kwargs)
     return padded, mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
@@ -26,11 +27,11 @@ CALL = {
 }
 
 
-def user(text: str) -> dict:
+def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str, **fields) -> dict:
+def assistant(text: str, **fields) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **fields}
 
 
@@ -46,12 +47,12 @@ def rows_of(*fields) -> list[Row]:
     return [Row(field, file="rows.jsonl", line=line, index=line - 1) for line, field in enumerate(fields, start=1)]
 
 
-def encode(encoder: ChatEncoder, fields: dict) -> TokenSequence:
+def encode(encoder: ChatEncoder, fields: dict[str, Any]) -> TokenSequence:
     (sequence,) = encoder.encode(rows_of(fields)).sequences
     return sequence
 
 
-def read(encoder: ChatEncoder, fields: dict) -> tuple[str, str]:
+def read(encoder: ChatEncoder, fields: dict[str, Any]) -> tuple[str, str]:
     """The whole row and its trained tokens, decoded."""
     sequence = encode(encoder, fields)
     trained = [token for token, is_trained in zip(sequence.token_ids, sequence.loss_mask, strict=True) if is_trained]

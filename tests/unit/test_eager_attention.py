@@ -86,8 +86,14 @@ def test_gradients_in_bfloat16_are_nearly_as_close_to_the_truth_as_autograd_s(pr
 
 
 def test_the_probabilities_are_kept_once():
-    parts, kept = tensors(0, dtype=torch.bfloat16), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    parts = tensors(0, dtype=torch.bfloat16)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         ours(FORMS["plain"], *parts)
     cells = [tensor for tensor in kept if tensor is not None and tensor.shape[-1] == 7]
     assert [(tensor.dtype, tensor.numel()) for tensor in cells] == [(torch.bfloat16, 3 * HEADS * 7 * 7)]

@@ -56,8 +56,8 @@ def runner(tmp_path_factory):
 
 def evaluation(runner, scripts, num_samples, **params):
     prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
-    params = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
-    return RewardEvaluation(prompts, CountingSampler(), runner, params, num_samples, WORLD)
+    drawn = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
+    return RewardEvaluation(prompts, CountingSampler(), runner, drawn, num_samples, WORLD)
 
 
 def test_values_of_two_prompts(runner):

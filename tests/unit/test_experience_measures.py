@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def adapter_of(model_dir, path, plan: Plan):
     return path
 
 
-def first_kld(learner: Learner, plan: Plan, kind: str, *, is_fresh: bool) -> tuple[float, Reference]:
+def first_kld(learner: Learner, plan: Plan, kind: Any, *, is_fresh: bool) -> tuple[float, Reference]:
     reference = Reference(learner.policy, kind, is_fresh=is_fresh)
     return run_step(learner, plan, four_groups(), reference=reference)["ref_kld"], reference
 
@@ -128,7 +129,7 @@ def test_the_penalty_pulls_towards_the_reference(model_dir):
 
 @pytest.mark.parametrize("cap", [1.0, 2.0])
 def test_mismatch_cap_weighs_the_loss_by_the_capped_ratio(model_dir, cap):
-    settings = {"kl_coef": 0.0, "normalizer": "token", "advantage": "mean_only"}
+    settings: dict[str, Any] = {"kl_coef": 0.0, "normalizer": "token", "advantage": "mean_only"}
     plan = make_plan(mismatch_cap=cap, **settings)
     learner = make_learner(model_dir, plan)
     groups = four_groups()

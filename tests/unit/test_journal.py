@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,9 @@ AWKWARD = (
 LOGPROBS = (0.0, 0.0, -0.1, -1e-30, -5e-324, -math.pi, -1 / 3, float("-inf"))
 
 
-def rollout(text: str = "it is 4", reward: float | None = 0.1 + 0.2, **changes: object) -> Rollout:
+def rollout(text: str = "it is 4", reward: Any = 0.1 + 0.2, **changes: Any) -> Rollout:
     """A rollout of two prompt tokens and six drawn ones, one of them not trained, as a tool's answer would be."""
-    fields = {
+    fields: dict[str, Any] = {
         "token_ids": (1, 500, 7, 8, 9, 10, 11, 2),
         "trained": (False, False, True, True, False, True, True, True),
         "sampler_logprobs": LOGPROBS,
@@ -65,7 +66,7 @@ def test_prompts_of_two_groups_of_one_row_stay_apart(run):
     twice = (GROUPS[0], Group(ROWS[4], (rollout("other", 2.0), rollout("and other", 3.0))))
     header = {**HEADER, "rows": [4, 4]}
     write_chunk(run, STEP, 2, header, twice, [[0.0, 0.0], [0.0, 0.0]])
-    assert tuple(read_chunk(run, STEP, 2, header, [ROWS[4], ROWS[4]])) == twice
+    assert read_chunk(run, STEP, 2, header, [ROWS[4], ROWS[4]]) == list(twice)
 
 
 def test_a_chunk_cut_anywhere_is_no_chunk(run):

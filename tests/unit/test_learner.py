@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, tiny_model, tiny_model_dir
+from tiny import VOCAB_SIZE, ComputeDtype, tiny_model, tiny_model_dir
 
 from trainer.algorithms import LossTerms
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
@@ -43,7 +44,7 @@ def model_dir(tmp_path_factory):
     return tiny_model_dir(tmp_path_factory.mktemp("model"), "qwen2", scale=4.0)
 
 
-def lora_policy(model_dir, compute_dtype: str = "float32") -> Policy:
+def lora_policy(model_dir, compute_dtype: ComputeDtype = "float32") -> Policy:
     """A policy whose adapter is not zero, as after some training."""
     policy = load_policy(ModelSettings(path=str(model_dir), compute_dtype=compute_dtype), LoraSettings(rank=4), 0, CPU)
     generator = torch.Generator().manual_seed(1)
@@ -122,7 +123,7 @@ def test_loss_and_gradient_are_those_of_autograd_written_out(model_dir):
         weight += sum(row.inputs.weights)
     loss = total / weight
     loss.backward()
-    expected = {name: parameter.grad for name, parameter in plain.trained_parameters().items()}
+    expected: dict[str, Any] = {name: parameter.grad for name, parameter in plain.trained_parameters().items()}
 
     learner = Learner(policy, WORLD)
     gradient = {name: value / weight for name, value in summed_gradient(learner, [rows]).items()}

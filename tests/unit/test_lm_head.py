@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ def small_tiles(monkeypatch) -> int:
     return 50
 
 
-def make_inputs(rows: int, vocab: int, *, dtype: torch.dtype = torch.float32, with_bias: bool = False, seed: int = 0):
+def make_inputs(
+    rows: int, vocab: int, *, dtype: torch.dtype = torch.float32, with_bias: bool = False, seed: int = 0
+) -> Any:
     """Hidden states, weight, bias, targets and the loss's own factor of each token, far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, HIDDEN, generator=generator).to(dtype)
@@ -51,7 +55,7 @@ def naive(
     return log_softmax[torch.arange(len(targets)), targets], -(log_softmax.exp() * log_softmax).sum(-1)
 
 
-def as_double(*tensors: Tensor | None) -> list[Tensor | None]:
+def as_double(*tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
@@ -71,7 +75,7 @@ def test_values_and_gradients_are_those_of_float64_log_softmax(small_tiles, form
     logprobs, entropy = tiled_logprobs(hidden, weight, bias, targets, form, with_entropy=True)
     (logprobs * factor).sum().backward()
 
-    close = {"rtol": 1e-5, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(logprobs.double(), expected, **close)
     torch.testing.assert_close(entropy.double(), expected_entropy, **close)
     torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, **close)

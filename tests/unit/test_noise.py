@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chi_square import excess
 
-from tests.chi_square import excess
 from trainer.sampling import noise
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_model_dir
+from tiny import ComputeDtype, tiny_model, tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import ModelError, NumericalError
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def load(path, *, compute_dtype: str = "float32", lora: LoraSettings | None = None) -> Policy:
+def load(path, *, compute_dtype: ComputeDtype = "float32", lora: LoraSettings | None = None) -> Policy:
     settings = ModelSettings(path=str(path), compute_dtype=compute_dtype)
     return load_policy(settings, lora or LoraSettings(rank=2), 0, CPU)
 
@@ -33,7 +33,7 @@ def test_models_that_pack_pass(tmp_path, arch, compute_dtype):
     assert policy.causal_lm.config._attn_implementation == "tunesmith_packed"  # and is as it was
 
 
-class RoundingByNeighbour(Policy):
+class RoundingByNeighbour(Policy):  # type: ignore[misc]  # a test may extend a final class
     """Rounds a little otherwise when the first sequence changes, as matrix products of another size do."""
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
@@ -56,7 +56,7 @@ def test_rounding_by_the_neighbour_is_a_leak_where_there_are_none(tmp_path):
         verify_packing(rounding(tiny_model_dir(tmp_path, "llama")), CPU)
 
 
-class OwnAttention(Policy):
+class OwnAttention(Policy):  # type: ignore[misc]
     """The model under transformers' own attention, which knows sequences by their positions."""
 
     use_cache = False

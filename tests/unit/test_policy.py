@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, tiny_model_dir, tiny_tokenizer
+from tiny import VOCAB_SIZE, ComputeDtype, tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trainer.config.recipe import LoraSettings, ModelSettings
@@ -35,7 +35,7 @@ def model_dir(tmp_path_factory):
     return tiny_model_dir(tmp_path_factory.mktemp("model"), "llama")
 
 
-def load(path, lora: LoraSettings | None, *, compute_dtype: str = "float32", **model) -> Policy:
+def load(path, lora: LoraSettings | None, *, compute_dtype: ComputeDtype = "float32", **model) -> Policy:
     return load_policy(ModelSettings(path=str(path), compute_dtype=compute_dtype, **model), lora, 0, CPU)
 
 
@@ -204,7 +204,7 @@ def test_a_saved_full_model_is_the_policy_in_plain_transformers(tmp_path, tied):
     assert list(directory.glob("*.bin")) == []
 
 
-def start_from(path, directory, *, compute_dtype: str = "float32", **lora) -> Policy:
+def start_from(path, directory, *, compute_dtype: ComputeDtype = "float32", **lora) -> Policy:
     settings = LoraSettings(warm_start=str(directory), **{"rank": 4, **lora})
     policy = load(path, settings, compute_dtype=compute_dtype)
     learner = Learner(policy, WORLD)

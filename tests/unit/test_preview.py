@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_recipe import RFT, SFT, write_small
@@ -35,11 +37,11 @@ def write_recipe(recipe: str = SFT, **settings: object) -> None:
     Path("model/config.json").write_text(config)
 
 
-def write_rows(*rows: dict[str, object] | str, file: str = "train.jsonl") -> None:
+def write_rows(*rows: Mapping[str, object] | str, file: str = "train.jsonl") -> None:
     Path(file).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
-def data_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, dict[str, object]]:
+def data_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, dict[str, Any]]:
     """The counts, as JSON."""
     assert main(["recipe.yaml", "--data", "--json", *arguments]) == code
     return json.loads(capsys.readouterr().out)["data"]

@@ -10,6 +10,7 @@ import threading
 import time
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -275,7 +276,7 @@ def test_a_tower_of_powers_stops_nobody_else(tmp_path):
     assert (rewards[0], rewards[2]) == (1.0, 0.0)
     assert rewards[1] in (None, 0.0)  # never equal to 4, however the library goes about it
     with RewardRunner(specs[1:], base_dir=tmp_path, timeout_s=0.5) as runner:
-        assert "no answer within 0.5 s" in runner.score([("x", row)])[0].failure
+        assert "no answer within 0.5 s" in str(runner.score([("x", row)])[0].failure)
 
 
 @pytest.fixture
@@ -292,9 +293,11 @@ def example_server():
 def moody_server():
     """The example's handler, which first answers what `moods` says; None is its own answer."""
     spec = importlib.util.spec_from_file_location("reward_server", SERVER)
-    example = importlib.util.module_from_spec(spec)
+    assert spec is not None
+    assert spec.loader is not None
+    example: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    moods = []
+    moods: list[Any] = []
 
     class Moody(example.RewardHandler):
         def do_POST(self):
@@ -349,7 +352,7 @@ def test_a_server_may_fail_one_completion(moody_server, tmp_path):
     with RewardRunner([RewardSpec(use="http_reward", args={"url": url})], base_dir=tmp_path) as runner:
         scored = runner.score([(text, Row({})) for text in "abc"])
     assert [each.reward for each in scored] == [1.0, None, 0.5]
-    assert "'no judge'" in scored[1].failure
+    assert "'no judge'" in str(scored[1].failure)
 
 
 def test_a_server_that_is_not_there_fails_the_batch_at_once(tmp_path):

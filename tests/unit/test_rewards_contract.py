@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def base_dir(tmp_path):
 
 @pytest.mark.parametrize("use", BUILT_IN)
 def test_every_built_in_reward_can_be_imported(use):
-    args = {
+    args: dict[str, dict[str, Any]] = {
         "regex_match": {"pattern": "a"},
         "soft_overlong": {"max_characters": 2, "ramp_characters": 1},
         "http_reward": {"url": "http://localhost"},
@@ -64,7 +65,7 @@ def test_every_built_in_reward_can_be_imported(use):
     ],
 )
 def test_a_name_that_leads_nowhere_is_seen_without_importing(use, message, base_dir):
-    assert message in importable(use, base_dir)
+    assert message in str(importable(use, base_dir))
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def make(rewards, stop, tmp_path):
             for index, script in enumerate(scripts)
         ]
         settings = recipe(**changes)
+        assert settings.rollout is not None
         params = sampling_params(settings, settings.rollout, frozenset({2}))
         return Rollouts(
             rft_plan(settings), prompts, ScriptedSampler(), rewards[reward], RunDir(tmp_path / run), WORLD, stop, params
@@ -393,6 +394,7 @@ def test_sampling_is_as_the_recipe_says():
         "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "max_completion_tokens": 12, "stop": ["###"]
     }  # fmt: skip
     found = recipe(seed=5, rollout=settings)
+    assert found.rollout is not None
     params = sampling_params(found, found.rollout, frozenset({2, 3}))
     assert {name: getattr(params, name) for name in settings} == {**settings, "stop": ("###",)}
     assert (params.seed, params.stop_ids, params.is_greedy) == (5, frozenset({2, 3}), False)

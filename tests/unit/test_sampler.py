@@ -8,9 +8,9 @@ from itertools import chain
 
 import pytest
 import torch
+from chi_square import excess
+from tiny import tiny_model_dir, tiny_tokenizer
 
-from tests.chi_square import excess
-from tests.tiny import tiny_model_dir, tiny_tokenizer
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.errors import NumericalError

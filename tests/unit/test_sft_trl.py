@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,13 +39,13 @@ class Case:
     """Rows, and how we and TRL are told what is trained."""
 
     name: str
-    rows: tuple[dict, ...]
+    rows: tuple[dict[str, Any], ...]
     template: str | None
-    data: dict
-    trl: dict
+    data: dict[str, Any]
+    trl: dict[str, Any]
 
 
-def chat(*texts: str) -> dict:
+def chat(*texts: str) -> dict[str, Any]:
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]}
 

@@ -90,7 +90,9 @@ def test_blocks_of_the_gpu_mask_leave_no_cell_out(trees, window):
     mask = attention._block_mask(PackedLayout.of_trees(trees, CPU), window)
     total = sum(prefix + sum(branches) for prefix, branches in trees)
     place = torch.arange(total)
-    seen = mask.mask_mod(None, None, place[:, None], place[None, :])
+    assert mask.full_kv_indices is not None
+    assert mask.full_kv_num_blocks is not None
+    seen = mask.mask_mod(place, place, place[:, None], place[None, :])
     size = attention.MASK_BLOCK
     num = -(-total // size)
     padded = torch.zeros(num * size, num * size, dtype=torch.bool)

@@ -141,7 +141,8 @@ def published(server, tokenizer, policy, tmp_path):
 
 
 def params(**changes) -> SamplingParams:
-    return SamplingParams(**{"max_completion_tokens": 4, "stop_ids": frozenset({2}), "seed": 0, "step": 3} | changes)
+    values: dict[str, Any] = {"max_completion_tokens": 4, "stop_ids": frozenset({2}), "seed": 0, "step": 3}
+    return SamplingParams(**values | changes)
 
 
 def sample(sampler: VllmSampler, **changes):

@@ -1,0 +1,62 @@
+"""What the code imports is what pyproject.toml declares."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("trainer", "tests", "scripts", "benchmarks", "docs/examples")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def imported_by(folder: str) -> dict[str, Path]:
+    """Third-party distributions that the folder's files import, each with one file that does."""
+    installed = packages_distributions()
+    found: dict[str, Path] = {}
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OURS:
+                found[installed.get(name, [name])[0].lower().replace("_", "-")] = file
+    return found
+
+
+def requirements(lines: list[str]) -> set[str]:
+    """Names of the distributions that requirement lines ask for.
+
+    >>> sorted(requirements(["torch>=2.11,<2.14", "huggingface_hub>=2"]))
+    ['huggingface-hub', 'torch']
+    """
+    return {re.split(r"[<>=\[; ]", line)[0].lower().replace("_", "-") for line in lines}
+
+
+OURS = {"trainer", "chaos", *(file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py"))}
+"""The package, and the modules that tests and tools import from beside themselves."""
+RUNTIME = requirements(PROJECT["dependencies"])
+OPTIONAL = requirements([line for name in ("math", "s3", "qlora", "quickstart") for line in EXTRAS[name]])
+DEVELOPMENT = requirements(EXTRAS["dev"])
+
+
+def test_the_package_imports_only_its_dependencies_and_extras() -> None:
+    undeclared = {name: file for name, file in imported_by("trainer").items() if name not in RUNTIME | OPTIONAL}
+    assert not undeclared
+
+
+def test_tests_and_tools_import_only_what_the_development_extra_adds() -> None:
+    declared = RUNTIME | OPTIONAL | DEVELOPMENT
+    for folder in FOLDERS[1:]:
+        undeclared = {name: file for name, file in imported_by(folder).items() if name not in declared}
+        assert not undeclared, folder
+
+
+def test_an_import_that_nobody_declares_is_found() -> None:
+    assert "psutil" in imported_by("tests")
+    assert "psutil" not in RUNTIME
