@@ -16,7 +16,7 @@ from project import Project, Run, Running, is_at_step, wait_for
 from rft_project import NO_EVALUATION, RECIPE, journal, prepare
 from safetensors.torch import load_file, save_file
 
-from trainer.run.directory import STACKS_SIGNAL
+from trainer.run.protocol import STACKS_SIGNAL
 
 SFT: dict[str, Any] = {
     "eval_interval": 0, "data__eval": None, "steps": 12, "dcp_save_interval": 4, "model__path": "poisoned",

@@ -77,11 +77,12 @@ def one_token(*, ratio: float, advantage: float, logprob: float = -2.0) -> Polic
 
 
 def terms_of(
-    name: str, tokens: PolicyTokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str
+    name: Any, tokens: PolicyTokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: Any
 ) -> LossTerms:
     """Loss and metrics of a formula with these numbers."""
-    numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
-    return policy_terms(tokens, replace(PRESETS[name], **numbers))
+    preset: ResolvedAlgorithm = PRESETS[name]
+    algorithm = replace(preset, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, kl_estimator=kl_estimator)
+    return policy_terms(tokens, algorithm)
 
 
 def gradient(loss: Tensor, logprobs: Tensor) -> Tensor:
@@ -380,4 +381,4 @@ def test_a_resolved_recipe_says_every_number_and_stays_resolved(name):
     resolved = resolve_algorithm(AlgorithmSettings(name=name))
     assert (resolved.clip_low, resolved.clip_high) == (PRESETS[name].clip_low, PRESETS[name].clip_high)
     assert resolved == PRESETS[name]
-    assert resolve_algorithm(AlgorithmSettings(**algorithm_values(resolved))) == resolved
+    assert resolve_algorithm(AlgorithmSettings.model_validate(algorithm_values(resolved))) == resolved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import HIDDEN, VOCAB_SIZE, tiny_model
@@ -195,7 +197,8 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
     kernel = attention._flex_kernel("cuda", keep)
     monkeypatch.setattr(attention, "_flex_kernel", lambda _device: kernel)
     lengths = [(200, 70), (300, 5, 129), (150, 151, 99), (131,)]
-    for number, form in enumerate(({}, {"sliding_window": 50}, {"sliding_window": 50, "softcap": 1.5})):
+    forms: list[dict[str, Any]] = [{}, {"sliding_window": 50}, {"sliding_window": 50, "softcap": 1.5}]
+    for number, form in enumerate(forms):
         settings = AttentionOptions(0.3, form.get("sliding_window"), form.get("softcap"), None)
         for own in lengths:
             pack = make_pack(own)

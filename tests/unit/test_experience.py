@@ -8,7 +8,7 @@ from groups import CPU, LIMIT, PROMPT, drawn, four_groups, group, make_learner, 
 from tiny import tiny_model_dir
 
 from trainer.model.batch import Batch
-from trainer.planning.plan import Plan
+from trainer.planning.plan import RFTPlan
 from trainer.training.policy_update import minibatches
 from trainer.training.rollouts import StepRollouts
 from trainer.types import Group
@@ -19,7 +19,7 @@ def model_dir(tmp_path_factory):
     return tiny_model_dir(tmp_path_factory.mktemp("model"), "qwen2", scale=6.0)
 
 
-def gradient_of(model_dir, plan: Plan, groups: list[Group]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradient_of(model_dir, plan: RFTPlan, groups: list[Group]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The gradient of one update, read from AdamW's first moment, which is a tenth of it after the first step."""
     learner = make_learner(model_dir, plan)
     values = run_step(learner, plan, groups)

@@ -14,7 +14,7 @@ from tiny import tiny_model_dir
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import NumericalError
 from trainer.model.policy import Reference, load_policy, score, warm_start
-from trainer.planning.plan import Plan
+from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
 from trainer.training.policy_update import learn, minibatches
 
@@ -65,7 +65,7 @@ def test_a_second_epoch_is_off_policy_and_tokens_are_counted_once(model_dir):
 # --- the reference
 
 
-def adapter_of(model_dir, path, plan: Plan):
+def adapter_of(model_dir, path, plan: RFTPlan):
     """An adapter directory, as another run left it."""
     trained = make_learner(model_dir, plan)
     path.mkdir()
@@ -73,7 +73,7 @@ def adapter_of(model_dir, path, plan: Plan):
     return path
 
 
-def first_kld(learner: Learner, plan: Plan, kind: Any, *, is_fresh: bool) -> tuple[float, Reference]:
+def first_kld(learner: Learner, plan: RFTPlan, kind: Any, *, is_fresh: bool) -> tuple[float, Reference]:
     reference = Reference(learner.policy, kind, is_fresh=is_fresh)
     return run_step(learner, plan, four_groups(), reference=reference)["ref_kld"], reference
 

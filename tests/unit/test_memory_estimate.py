@@ -46,7 +46,7 @@ SMALL_MIXTURE = {
 def test_constants_are_those_of_the_code():
     assert activations.EAGER_MAX_TOKENS == attention.EAGER_MAX_TOKENS
     assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (lm_head.TILE_CELLS, lm_head.CPU_BLOCK_ROWS)
-    assert memory.FIRST_ROOM == kv_cache.FIRST_ROOM
+    assert memory.FIRST_ROOM == kv_cache.INITIAL_CAPACITY
     assert memory.FUSED_FAMILIES == fused.FAMILIES
 
 

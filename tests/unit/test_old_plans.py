@@ -16,7 +16,9 @@ from trainer.config.load import load_recipe
 from trainer.config.presets import PRESETS
 from trainer.errors import LaunchError
 from trainer.planning.plan import RFTPlan, SFTPlan, make_plan, parse_plan
-from trainer.run.directory import Outcome, RunDir, open_run
+from trainer.run.directory import RunDir
+from trainer.run.find import open_run
+from trainer.run.state import Outcome
 
 OLD_PLANS = Path(__file__).resolve().parents[1] / "old_plans"
 RECIPES = {"sft": SFT, "rft": RFT}
