@@ -52,10 +52,10 @@ class Document:
     def where(self, path: KeyPath) -> str:
         """Return how messages about a value begin: `file:line: a.b.c`, or `--set a.b.c` for an override."""
         name = dotted(path)
-        place = self.place_of(path)
-        return f"--set {name}" if place == "--set" else f"{place}: {name}"
+        source = self.source_of(path)
+        return f"--set {name}" if source == "--set" else f"{source}: {name}"
 
-    def place_of(self, path: KeyPath) -> str:
+    def source_of(self, path: KeyPath) -> str:
         """Return `file:line`, or `--set` for an override."""
         if any(path[: len(over)] == over for over in self.overridden):
             return "--set"
@@ -68,7 +68,7 @@ class Document:
         """Return the origin of a value: `--set`, `file:line`, or None if the user did not give it."""
         if any(over[: len(path)] == path for over in self.overridden):
             return "--set"
-        return self.place_of(path) if path in self.lines else None
+        return self.source_of(path) if path in self.lines else None
 
     def override(self, path: KeyPath, value: object) -> None:
         """Record that `--set` gave this value, which replaces the value in the file."""
