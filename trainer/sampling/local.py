@@ -72,12 +72,6 @@ class LocalSampler:
         completions = iter([draft.completion(self.version) for draft in drafts])
         return [[next(completions) for _ in range(request.num_samples)] for request in requests]
 
-    def text_of(self, completion: Completion) -> str:
-        """What was drawn as text, without special tokens."""
-        text = self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
     def _draw_all(self, prompts: Sequence[tuple[int, ...]], drafts: Sequence[_Draft], params: SamplingParams) -> None:
         lengths = [len(prompt) for prompt in prompts]
         cache = KeyValueCache(lengths, self.device)

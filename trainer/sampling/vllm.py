@@ -109,12 +109,6 @@ class VllmSampler:
         with ThreadPoolExecutor(min(len(requests), MAX_CONCURRENT), thread_name_prefix="vllm") as pool:
             return list(pool.map(lambda request: self._draw(request, params), requests))
 
-    def text_of(self, completion: Completion) -> str:
-        """What was drawn as text, without special tokens."""
-        text = self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
     def _on_main(self, act: Callable[[], T]) -> T:
         """Act on the main rank; every rank gets the result, or raises the error, so that none waits for ever."""
         result: T | None = None
@@ -232,7 +226,7 @@ class VllmSampler:
                 f"{choice.get('stop_reason')!r}), where the recipe does not. Start it with --generation-config vllm, "
                 "so that it adds no stop tokens and limits of its own."
             )
-        return Completion(token_ids, logprobs, reason, self.version)
+        return Completion(token_ids, logprobs, reason, self.version, decoded(self.tokenizer, token_ids))
 
 
 def request_seed(seed: int, step: int, row: int) -> int:

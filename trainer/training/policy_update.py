@@ -13,7 +13,6 @@ from trainer.algorithms import (
     PolicyTokens,
     Preset,
     denominator,
-    group_advantages,
     policy_terms,
     sampler_kl,
     token_weights,
@@ -206,19 +205,16 @@ def _packs(groups: Sequence[Sequence[TokenSequence]], plan: Plan, device: torch.
 
 
 def _sequences(group: Group, preset: Preset) -> list[TokenSequence]:
-    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], preset.advantage)
-    found = []
-    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-        is_masked = preset.overlong == "mask" and rollout.finish_reason == "length"
-        if advantage is not None and not is_masked:
-            found.append(_sequence(rollout, advantage, str(group.row)))
-    return found
+    return [
+        _sequence(rollout, rollout.advantage, str(group.row))
+        for rollout in group.rollouts
+        if rollout.advantage is not None and not (preset.overlong == "mask" and rollout.finish_reason == "length")
+    ]
 
 
 def _sequence(rollout: Rollout, advantage: float, where: str) -> TokenSequence:
-    logprobs = tuple(value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained)
-    inputs = {"advantages": (advantage,) * len(logprobs), "sampler_logprobs": logprobs}
-    return TokenSequence(rollout.token_ids, rollout.trained, inputs, where)
+    inputs = {"advantages": (advantage,) * rollout.num_drawn, "sampler_logprobs": rollout.sampler_logprobs}
+    return TokenSequence(rollout.token_ids, rollout.loss_mask, inputs, where)
 
 
 def _refuse_stale_sampler(learner: Learner, budget: float) -> None:

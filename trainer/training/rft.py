@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import final
 
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
@@ -15,16 +16,17 @@ from trainer.sampling import make_sampler
 from trainer.training import policy_update
 from trainer.training.attempt import Session, Values
 from trainer.training.evaluate import RewardEvaluation
+from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.training.memory_preflight import probe_memory, probe_sampling
-from trainer.training.rollouts import Prompt, Rollouts, sampling_params, summarize
+from trainer.training.rollouts import Rollouts, sampling_params, summarize
 
 
 def train(session: Session) -> None:
-    """Train from the newest checkpoint to the end.
+    """Train from the newest checkpoint to the last step.
 
     Raises:
-        UserError: rows, model or rewards cannot be trained with.
-        PreemptedError: asked to stop; the state is saved.
+        UserError: the rows, the model or the rewards are unusable.
+        PreemptedError: a stop was requested; the state is saved.
     """
     plan, recipe, world = session.plan, session.plan.recipe, session.world
     rollout, algorithm = recipe.rollout, recipe.algorithm
@@ -54,12 +56,13 @@ def train(session: Session) -> None:
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
-        rollouts = Rollouts(recipe, prompts, sampler, rewards, session.run, world, session.stop, params)
-        answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, session.stop.moved)
+        group_sampler = GroupSampler(sampler, rewards, params, world, session.stop)
+        rollouts = Rollouts(recipe, prompts, group_sampler, session.run)
+        evaluation = RewardEvaluation(held_out, group_sampler, rollout.eval_samples)
 
         def evaluate() -> Values:
             sampler.publish(policy, state.step)
-            return answer(session.run.evaluation(state.step))
+            return evaluation(session.run.evaluation(state.step))
 
         if state.step == 0 and session.saved_step is None and held_out:
             session.log.write(0, session.evaluated(learner, evaluate))
@@ -79,29 +82,31 @@ def train(session: Session) -> None:
     session.finish(learner)
 
 
+@final
 class Clock:
-    """Seconds of the phases of a step."""
+    """Times the phases of a step, in seconds."""
 
     def __init__(self) -> None:
-        """Start."""
+        """Start the clock."""
         self.begin = self.last = time.perf_counter()
 
     def lap(self) -> float:
-        """Since the last lap."""
+        """Time since the previous lap."""
         now = time.perf_counter()
         lap, self.last = now - self.last, now
         return lap
 
     def total(self) -> float:
-        """Since the start."""
+        """Time since the start."""
         return time.perf_counter() - self.begin
 
 
 def _prompts(session: Session, encoder: ChatEncoder, source: DataSource, limit: int | None) -> list[Prompt]:
+    """The rows of a source, encoded; `limit` keeps the first rows only."""
     rows = read_rows(source, encoder.data, limit)
     rollout = session.plan.recipe.rollout
-    room = rollout.max_completion_tokens if rollout is not None else 1
-    prompts = [Prompt(row, encoder.encode_prompt(row, room)) for row in rows]
+    reserved = rollout.max_completion_tokens if rollout is not None else 1
+    prompts = [Prompt(row, encoder.encode_prompt(row, reserved)) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     session.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts
