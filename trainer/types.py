@@ -74,7 +74,7 @@ class Rollout:
     >>> sampled.sampler_logprobs, sampled.reward
     ((-0.25, -1.5, -0.125), None)
 
-    Scoring adds `reward=1.0, rewards={"last_number": 1.0}`, then the comparison with its group adds `advantage=0.5`. The
+    Scoring adds `reward=1.0, rewards={"last_number": 1.0}`; comparison with its group then adds `advantage=0.5`. The
     mask may have several segments of True, for instance with a tool's answer in between.
     """
 

@@ -11,13 +11,13 @@ from trainer.errors import NumericalError
 def rows_of_step(seed: int, step: int, rows_per_step: int, num_rows: int, excluded: Collection[int] = ()) -> list[int]:
     """Row indices of a step.
 
-    Epochs are permutations laid end to end, so a step may reach into the next epoch: with 5 rows and 2 rows per step,
-    step 2 takes the last row of epoch 0 and the first row of epoch 1.
+    Epochs are permutations laid end to end, so a step may reach into the next epoch. With 5 rows and 2 rows per step,
+    step 2 takes the last row of epoch 0 and the first row of epoch 1, here the same one:
 
     >>> epoch_order(7, 0, 5), epoch_order(7, 1, 5)
-    ([3, 0, 2, 4, 1], [4, 0, 2, 1, 3])
+    ([2, 3, 0, 1, 4], [4, 0, 2, 1, 3])
     >>> [rows_of_step(7, step, 2, 5) for step in range(4)]
-    [[3, 0], [2, 4], [1, 4], [0, 2]]
+    [[2, 3], [0, 1], [4, 4], [0, 2]]
 
     Args:
         seed: of the run.

@@ -5,7 +5,8 @@ A reward takes the completion's text and the row, and returns a number, a `Score
     def last_number(completion: str, row: Row) -> float: ...
 
 TRL's batch form `(prompts, completions, **columns) -> list` is accepted unchanged and recognized by its parameter
-`completions`. Functions are loaded only in reward workers (`trainer.rewards.worker`): importing them may be slow, or hang.
+`completions`. Functions are loaded only in reward workers (`trainer.rewards.worker`): importing them may be slow, or
+hang.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def _bind(function: Callable[..., Any], args: Mapping[str, Any], use: str) -> Lo
     required = tuple(n for n in names if parameters[n].default is inspect.Parameter.empty and n not in args)
     if is_batch:
         if "completion_ids" in required:
-            raise RewardError(f"reward {use}: requires token ids, but a reward gets text; for lengths use `soft_overlong`")
+            raise RewardError(
+                f"reward {use}: requires token ids, but a reward gets text; for lengths use `soft_overlong`"
+            )
         accepted = frozenset(parameters)
         return LoadedReward(function, args, True, takes_all=takes_all, names=accepted, required=required)
     try:

@@ -1,7 +1,7 @@
 """Tests rewards before training: `trainer check --rewards`.
 
-Each reward scores the gold answers of some rows, and garbage: words, another row's answer, the empty string, 100 kB, and
-`5^5^5^5`, which no reward should evaluate. Gold answers are also formatted as models write them, since a reward may
+Each reward scores the gold answers of some rows, and garbage: words, another row's answer, the empty string, 100 kB
+and `5^5^5^5`, which no reward should evaluate. Gold answers are also formatted as models write them, since a reward may
 accept only a box, a tag or a code block.
 """
 

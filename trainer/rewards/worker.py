@@ -36,7 +36,9 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
-    faulthandler.register(signal.SIGUSR1)  # the parent asks for the stack of a call that hangs before it kills the process
+    faulthandler.register(
+        signal.SIGUSR1
+    )  # the parent asks for the stack of a call that hangs before it kills the process
     parent = os.getppid()
 
     def send(message: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """A copy of the policy's model that decodes faster than the one that is trained.
 
 On a CPU the common families decode with `fused.FusedDecoder`. Every other model decodes with a structural copy that
-shares all tensors with the policy and replaces only the linear layers. A replaced layer computes W x + s B (A x) itself,
-without the overhead of a PEFT layer.
+shares all tensors with the policy and replaces only the linear layers. A replaced layer computes W x + s B (A x)
+itself, without the overhead of a PEFT layer.
 
 The adapter is not merged. The bf16 sum W + s BA rounds away changes smaller than half the spacing of bf16 values at W,
 so a small adapter would be lost, and the sampler would draw from the base model after the policy has changed

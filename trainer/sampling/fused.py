@@ -3,8 +3,8 @@
 Decoding one token of a small model takes a few hundred small operations, and launching them costs more than computing
 them. Here a layer is
     h = h + O attend(rope(norm(QKV norm(h)))),   h = h + down(silu(gate) * up),   [gate, up] = GU norm(h)
-with one product for Q, K, V, one for gate, up, and the additions fused into the products. The linear weights are copied,
-so this is used on CPUs only, where memory is cheap; the copy has the layout that the kernels read fastest.
+with one product for Q, K, V, one for gate, up, and the additions fused into the products. The linear weights are
+copied, so this is used on CPUs only, where memory is cheap; the copy has the layout that the kernels read fastest.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ depend on which completions are sampled in the same batch, and there is no gener
 where `mix` is the finalizer of SplitMix64 (Steele, Lea and Flood 2014) and arithmetic is modulo 2**64.
 
 A token is drawn by inverting the distribution function in integers: q_i = floor(p_i * 2**40), and the token is the
-smallest i with q_0 + ... + q_i > floor(u * sum(q)). Integer sums do not depend on the order of summation, so equal inputs
-give equal tokens on every device; a floating-point cumsum on CUDA does not. Each probability is lowered by less than
-2**-40, and tokens below 2**-40 are never drawn. The sum is taken over blocks of the vocabulary, then within one block.
+smallest i with q_0 + ... + q_i > floor(u * sum(q)). Integer sums do not depend on the order of summation, so equal
+inputs give equal tokens on every device; a floating-point cumsum on CUDA does not. Each probability is lowered by less
+than 2**-40, and tokens below 2**-40 are never drawn. The sum is taken over blocks of the vocabulary, then within one.
 """
 
 from __future__ import annotations

@@ -157,10 +157,12 @@ class VllmSampler:
                 "rollout.top_p, top_k and min_p, or set rollout.temperature to 1, or rollout.sampler to local"
             )
         if params.temperature != 1.0 and params.is_greedy:
-            raise SamplerError("vLLM returns logprobs of greedy completions at temperature 1 only: set rollout.temperature to 1")
+            raise SamplerError(
+                "vLLM returns logprobs of greedy completions at temperature 1 only: set rollout.temperature to 1"
+            )
         if is_raw and params.temperature != 1.0:
             raise SamplerError(
-                f"{self.client.url} returns logprobs at temperature 1, but rollout.temperature is {params.temperature:g}. "
+                f"{self.client.url} returns logprobs at temperature 1; rollout.temperature is {params.temperature:g}. "
                 "Start the server with --logprobs-mode processed_logprobs, or set rollout.temperature to 1."
             )
         if not is_raw and is_truncated:
@@ -176,7 +178,9 @@ class VllmSampler:
             )
 
     def _draw(self, request: SampleRequest, params: SamplingParams) -> list[Completion]:
-        copies = request.num_samples if params.is_greedy else 1  # vLLM refuses n > 1 greedy completions, which would be equal
+        copies = (
+            request.num_samples if params.is_greedy else 1
+        )  # vLLM refuses n > 1 greedy completions, which would be equal
         random_sampling = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -216,7 +220,9 @@ class VllmSampler:
         reason = choice["finish_reason"]
         if tuple(choice.get("prompt_token_ids") or ()) != request.prompt_ids or len(token_ids) != len(logprobs):
             raise SamplerError(f"{self.client.url} changed the prompt or lost logprobs; is there a proxy in between?")
-        if not all(isinstance(value, float) and -9999.0 < value < 0.01 for value in logprobs):  # vLLM writes -inf as -9999
+        if not all(
+            isinstance(value, float) and -9999.0 < value < 0.01 for value in logprobs
+        ):  # vLLM writes -inf as -9999
             raise NumericalError(f"{self.client.url}: logprobs are not finite; the policy's weights are broken")
         is_full_length = reason == "length" and len(token_ids) == params.max_completion_tokens
         by_token, by_string = token_ids[-1:] and token_ids[-1] in params.stop_ids, choice["stop_reason"] in params.stop

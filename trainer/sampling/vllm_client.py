@@ -167,7 +167,9 @@ class VllmClient:
             if not self.has_model(name):  # it is listed if only the response of a first attempt was lost
                 raise SamplerError(self._why_not_loaded(error, directory)) from None
         if not self.has_model(name):
-            raise SamplerError(f"{self.url} accepted the adapter {name} but does not list it; it cannot be used for sampling")
+            raise SamplerError(
+                f"{self.url} accepted the adapter {name} but does not list it; it cannot be used for sampling"
+            )
 
     def unload_adapter(self, name: str, *, tries: int = 6) -> None:
         """Unload an adapter; one that is not loaded is no error."""

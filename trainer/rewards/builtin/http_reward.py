@@ -4,7 +4,8 @@ The request is TRL's batch form as JSON, and so is the response:
 
     POST {"prompts": [...], "completions": ["..."], "columns": {"answer": [...]}}  ->  {"rewards": [1.0, null, ...]}
 
-null abstains; any other value that is not a number fails its completion. docs/examples/reward_server.py is such a server.
+null abstains; any other value that is not a number fails its completion. docs/examples/reward_server.py is such a
+server.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def http_reward(
 ) -> list[Any]:
     """Post a batch to `url` and return the rewards of the response.
 
-    Failed connections, timeouts and the statuses 408, 429 and 5xx are retried after pauses of 0.1 s, 0.2 s and so on up
-    to 3.2 s, so that a server may restart. All attempts together must fit into `reward_limits.timeout_s`. Proxies of the
-    environment are not used: the server is expected in your own network.
+    Failed connections, timeouts and the statuses 408, 429 and 5xx are retried after pauses of 0.1 s, 0.2 s and so on
+    up to 3.2 s, so that a server may restart. All attempts together must fit into `reward_limits.timeout_s`. Proxies of
+    the environment are not used: the server is expected in your own network.
 
     Args:
         prompts: text or messages of each prompt.
