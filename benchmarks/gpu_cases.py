@@ -34,7 +34,7 @@ from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.training import policy_update
 from trainer.training.learner import Learner
 from trainer.training.losses import sft_loss
-from trainer.training.rollouts import StepRollouts
+from trainer.training.rollouts import StepRollouts, with_advantages
 from trainer.training.schedule import AdamParams
 from trainer.types import Group, Rollout, Row
 
@@ -140,7 +140,7 @@ class Rft:
         self.drawn = StepRollouts(groups, tuple(range(len(groups))), groups, 0)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         lengths = [len(rollout.token_ids) for rollout in rollouts]
-        scored = sum(sum(rollout.trained) for rollout in rollouts)
+        scored = sum(rollout.num_drawn for rollout in rollouts)
         self.tokens, self.steps = sum(lengths), scale.steps
         computed = [part for group in groups for part in _computed_once(group)]
         self.flops = forward_flops(facts, computed, scored) + training_flops(facts, computed, scored, is_lora=True)
@@ -159,7 +159,7 @@ class Rft:
 
 def _computed_once(group: Group) -> list[int]:
     """Tokens of the prompt, stored once per pack, and of each completion."""
-    drawn = [sum(rollout.trained) for rollout in group.rollouts]
+    drawn = [rollout.num_drawn for rollout in group.rollouts]
     return [len(group.rollouts[0].token_ids) - drawn[0], *drawn]
 
 
@@ -228,15 +228,16 @@ def _written_groups(scale: Scale, vocab: int) -> tuple[Group, ...]:
             rollouts.append(
                 Rollout(
                     token_ids=prompt + drawn,
-                    trained=(False,) * len(prompt) + (True,) * len(drawn),
-                    sampler_logprobs=(0.0,) * len(prompt) + (logprob,) * len(drawn),
+                    loss_mask=(False,) * len(prompt) + (True,) * len(drawn),
+                    sampler_logprobs=(logprob,) * len(drawn),
                     finish_reason="stop",
                     policy_version=0,
                     text="",
                     reward=float(sample % 2),
                 )
             )
-        groups.append(Group(Row({}, "benchmark", number + 1, number), tuple(rollouts)))
+        group = Group(Row({}, "benchmark", number + 1, number), tuple(rollouts))
+        groups.append(with_advantages(group, "group_std"))
     return tuple(groups)
 
 

@@ -37,8 +37,9 @@ from trainer.rewards.runner import RewardRunner
 from trainer.run.directory import RunDir
 from trainer.sampling import make_sampler
 from trainer.training import policy_update
+from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.training.learner import Learner
-from trainer.training.rollouts import Prompt, Rollouts, sampling_params, summarize
+from trainer.training.rollouts import Rollouts, sampling_params, summarize
 
 MODEL = "models/SmolLM2-135M-Instruct"
 ROWS = "datasets/sums_train.jsonl"
@@ -89,16 +90,8 @@ class Ours:
         self.sampler = make_sampler(rollout, self.policy, tokenizer, self.world)
         self.rewards = RewardRunner(self.plan.recipe.rewards, base_dir=folder).__enter__()
         params = sampling_params(self.plan.recipe, rollout, encoder.stop_ids)
-        self.rollouts = Rollouts(
-            self.plan,
-            prompts,
-            self.sampler,
-            self.rewards,
-            RunDir(folder / "run"),
-            self.world,
-            StopFlag(),
-            params,
-        )
+        group_sampler = GroupSampler(self.sampler, self.rewards, params, self.world, StopFlag())
+        self.rollouts = Rollouts(self.plan, prompts, group_sampler, RunDir(folder / "run"))
         self.step = 0
 
     def run(self, steps: int) -> list[tuple[float, float]]:

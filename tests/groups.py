@@ -18,9 +18,10 @@ from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Reference, load_policy, score
 from trainer.planning.plan import RFTPlan
+from trainer.training import policy_update
 from trainer.training.learner import Learner
-from trainer.training.policy_update import learn, minibatches
-from trainer.training.rollouts import StepRollouts
+from trainer.training.policy_update import Minibatch, learn
+from trainer.training.rollouts import StepRollouts, with_advantages
 from trainer.types import FinishReason, Group, Rollout, Row
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def perturb(policy: Policy, seed: int = 1, size: float = 0.1) -> None:
 def rollout(length: int, reward: float | None, reason: FinishReason = "stop", *, seed: int = 0) -> Rollout:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     drawn = tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
-    logprobs = (0.0,) * len(PROMPT) + tuple((-14 * torch.rand(length, generator=generator)).tolist())
+    logprobs = tuple((-14 * torch.rand(length, generator=generator)).tolist())
     trained = (False,) * len(PROMPT) + (True,) * length
     return Rollout(PROMPT + drawn, trained, logprobs, reason, 0, "", reward)
 
@@ -101,11 +102,18 @@ def drawn_by(policy: Policy, groups: list[Group], temperature: float = 1.0) -> l
     """The same groups with the logprobs that a sampler with these weights records."""
 
     def scored(item: Rollout) -> Rollout:
-        pack = Batch.pack([TokenSequence(item.token_ids, item.trained)], CPU)
+        pack = Batch.pack([TokenSequence(item.token_ids, item.loss_mask)], CPU)
         logprobs = score(policy, pack, temperature).tolist()
-        return replace(item, sampler_logprobs=(0.0,) * len(PROMPT) + tuple(logprobs))
+        return replace(item, sampler_logprobs=tuple(logprobs))
 
     return [replace(each, rollouts=tuple(map(scored, each.rollouts))) for each in groups]
+
+
+def minibatches(drawn: StepRollouts, plan: RFTPlan, device: torch.device) -> list[Minibatch]:
+    """Minibatches of groups that get the plan's advantages here, as `Rollouts` computes them after scoring."""
+    estimator = plan.algorithm.advantage
+    groups = tuple(with_advantages(each, estimator) for each in drawn.groups)
+    return policy_update.minibatches(replace(drawn, groups=groups), plan, device)
 
 
 def run_step(

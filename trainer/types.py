@@ -1,4 +1,4 @@
-"""The records that pass between modules: rows, completions, rollouts, groups."""
+"""Records passed between rooms: rows, completions, rollouts, groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length"]
 @final
 @dataclass(frozen=True)
 class Row(Mapping[str, Any]):
-    """One JSONL line: its fields, and where it stands for messages to people.
+    """One JSONL line: its fields, and its file and line for messages.
 
     >>> row = Row({"answer": 4}, file="sums.jsonl", line=7)
     >>> row["answer"], str(row)
@@ -41,45 +41,92 @@ class Row(Mapping[str, Any]):
 @final
 @dataclass(frozen=True)
 class Completion:
-    """The tokens that one sampling call drew after a prompt."""
+    """The tokens that a sampler drew after one prompt.
+
+    Three tokens, the last one the stop token, drawn with the weights of step 4:
+
+    >>> four = Completion((19, 13, 2), (-0.25, -1.5, -0.125), finish_reason="stop", policy_version=4, text="4.")
+    >>> len(four.token_ids) == len(four.logprobs)
+    True
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of each token, under the untruncated distribution at the sampling temperature."""
+    """One per token, under the untruncated distribution at the sampling temperature."""
     finish_reason: FinishReason
     policy_version: int
-    """The step whose weights drew it."""
+    """Step whose weights the sampler used."""
+    text: str
+    """The tokens decoded without special tokens: for rewards and people, never tokenized again."""
 
 
 @final
 @dataclass(frozen=True)
 class Rollout:
-    """One token sequence with what was drawn in it and what it earned.
+    """A token sequence, which of its tokens the policy drew, and what they earned.
 
-    A single turn is the case of one trained segment; nothing here assumes prompt + completion.
+    The completion above behind the prompt (1, 40), in a group whose mean reward is 0.5:
+
+    >>> four = Completion((19, 13, 2), (-0.25, -1.5, -0.125), finish_reason="stop", policy_version=4, text="4.")
+    >>> sampled = Rollout.of_completion((1, 40), four)
+    >>> sampled.token_ids, sampled.loss_mask
+    ((1, 40, 19, 13, 2), (False, False, True, True, True))
+    >>> sampled.sampler_logprobs, sampled.reward
+    ((-0.25, -1.5, -0.125), None)
+
+    Scoring adds `reward=1.0, rewards={"last_number": 1.0}`; comparison with its group then adds `advantage=0.5`. The
+    mask may have several segments of True, for instance with a tool's answer in between.
     """
 
     token_ids: tuple[int, ...]
-    trained: tuple[bool, ...]
-    """Which tokens the policy drew, of the length of `token_ids`."""
+    loss_mask: tuple[bool, ...]
+    """One per token: whether the policy drew it, so that it is trained."""
     sampler_logprobs: tuple[float, ...]
-    """Of each token; 0.0 where `trained` is False."""
+    """One per drawn token, as many as `loss_mask` has True."""
     finish_reason: FinishReason
     policy_version: int
     text: str
-    """What the policy drew, decoded: for rewards and people, never tokenized again."""
-    reward: float | None
-    """Weighted sum of the rewards; None when one of them failed."""
+    """The drawn tokens decoded: for rewards and people, never tokenized again."""
+    reward: float | None = None
+    """Weighted sum of the rewards; None before scoring, and when a reward failed."""
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     """Each reward by name; None where it abstained or failed."""
     failure: str | None = None
-    """The traceback of the reward that failed."""
+    """Traceback of the reward that failed."""
+    advantage: float | None = None
+    """The reward relative to the group; None without a reward."""
+
+    @classmethod
+    def of_completion(cls, prompt_ids: tuple[int, ...], completion: Completion) -> Rollout:
+        """A single-turn rollout that is not scored yet: prompt, then one drawn segment."""
+        return cls(
+            token_ids=prompt_ids + completion.token_ids,
+            loss_mask=(False,) * len(prompt_ids) + (True,) * len(completion.token_ids),
+            sampler_logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            policy_version=completion.policy_version,
+            text=completion.text,
+        )
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens that the policy drew."""
+        return len(self.sampler_logprobs)
 
 
 @final
 @dataclass(frozen=True)
 class Group:
-    """The rollouts of one prompt, which are compared with each other."""
+    """The rollouts of one prompt, whose rewards are compared with each other.
+
+    Two completions of one row and their advantages under `mean_only`; a failed third one would have neither reward nor
+    advantage:
+
+    >>> right = Rollout((1, 19), (False, True), (-0.25,), "stop", 4, "4", reward=1.0, advantage=0.5)
+    >>> wrong = Rollout((1, 20), (False, True), (-1.5,), "stop", 4, "5", reward=0.0, advantage=-0.5)
+    >>> Group(Row({"answer": 4}), (right, wrong)).is_flat
+    False
+    """
 
     row: Row
     rollouts: tuple[Rollout, ...]
@@ -91,5 +138,5 @@ class Group:
 
     @property
     def is_flat(self) -> bool:
-        """Whether all rewards are equal, so that the group carries no signal."""
+        """Whether all rewards are equal, so that every advantage is 0."""
         return len({rollout.reward for rollout in self.scored}) < 2

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from groups import four_groups, make_learner, make_plan, perturb, run_step
+from groups import four_groups, make_learner, make_plan, minibatches, perturb, run_step
 
 from trainer.distributed.sharding import is_sharded
 from trainer.distributed.world import World, join_world, leave_world
@@ -18,7 +18,7 @@ from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Reference, load_policy
 from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
-from trainer.training.policy_update import learn, minibatches
+from trainer.training.policy_update import learn
 from trainer.training.rollouts import StepRollouts
 
 STEPS = 3

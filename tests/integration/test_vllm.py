@@ -218,11 +218,11 @@ def test_a_stop_token_ends_a_completion_and_belongs_to_it(published, prompt):
 
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(published, prompt):
     (whole,) = drawn(published, prompt, 1, params(max_completion_tokens=8, is_greedy=True, stop_ids=frozenset({0})))
-    text = published.text_of(whole)
+    text = whole.text
     string = text[len(text) // 2 : len(text) // 2 + 3]
     (cut,) = drawn(published, prompt, 1, params(max_completion_tokens=8, is_greedy=True, stop=(string,)))
     assert cut.finish_reason == "stop"
-    assert string in published.text_of(cut)
+    assert string in cut.text
     assert string not in published.tokenizer.decode(list(cut.token_ids[:-1]), skip_special_tokens=False)
 
 

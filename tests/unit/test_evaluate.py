@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import signal
 
 import pytest
 import torch
 
 from trainer.config.recipe import RewardSpec
+from trainer.distributed.preemption import SIGNALS, StopFlag
 from trainer.distributed.world import World
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling.sampler import SamplingParams
 from trainer.training.evaluate import RewardEvaluation, bootstrap_interval, pass_at_k
-from trainer.training.rollouts import Prompt
-from trainer.types import Completion, Row
+from trainer.training.group_sampler import GroupSampler, Prompt
+from trainer.types import Completion, FinishReason, Row
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 REWARDS = """
@@ -38,12 +40,10 @@ class CountingSampler:
         self.asked.append(([request.row for request in requests], params))
         return [[_completion(n, request.num_samples) for n in range(request.num_samples)] for request in requests]
 
-    def text_of(self, completion):
-        return "x" * (len(completion.token_ids) - 1)
-
 
 def _completion(number: int, of: int) -> Completion:
-    return Completion((7,) * (number + 1), (-1.0,) * (number + 1), "length" if number + 1 == of else "stop", 0)
+    reason: FinishReason = "length" if number + 1 == of else "stop"
+    return Completion((7,) * (number + 1), (-1.0,) * (number + 1), reason, 0, "x" * number)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,19 @@ def runner(tmp_path_factory):
         yield runner
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A stop flag installs handlers; they are put back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def evaluation(runner, scripts, num_samples, **params):
     prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
     drawn = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
-    return RewardEvaluation(prompts, CountingSampler(), runner, drawn, num_samples, WORLD)
+    return RewardEvaluation(prompts, GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag()), num_samples)
 
 
 def test_values_of_two_prompts(runner):
@@ -87,7 +96,7 @@ def test_a_failed_reward_earns_nothing_and_is_counted(runner):
 def test_prompts_are_drawn_in_chunks_with_noise_of_their_own_at_the_recipe_s_temperature(runner):
     found = evaluation(runner, [[0.0]] * 20, 1, temperature=0.5, top_k=4)
     assert found() == found()
-    sampler = found.sampler
+    sampler = found.sampler.sampler
     assert [rows for rows, _ in sampler.asked] == [list(range(16)), list(range(16, 20))] * 2
     for _, params in sampler.asked:
         assert (params.seed, params.step) == (3 + 1_000_003, 0)  # training draws with seed 3

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from groups import CPU, LIMIT, PROMPT, drawn, four_groups, group, make_learner, make_plan, rollout, run_step
+from groups import (
+    CPU,
+    LIMIT,
+    PROMPT,
+    drawn,
+    four_groups,
+    group,
+    make_learner,
+    make_plan,
+    minibatches,
+    rollout,
+    run_step,
+)
 from tiny import tiny_model_dir
 
 from trainer.model.batch import Batch
 from trainer.planning.plan import RFTPlan
-from trainer.training.policy_update import minibatches
 from trainer.training.rollouts import StepRollouts
 from trainer.types import Group
 
@@ -55,7 +66,7 @@ def test_advantages_land_on_the_tokens_of_their_rollout_and_failures_are_left_ou
     assert pack.num_trained == 17
     for item in (rollout(5, 1.0), rollout(9, 0.0)):
         length = len(item.token_ids) - len(PROMPT)
-        assert tokens_of(pack, "sampler_logprobs")[length] == pytest.approx(item.sampler_logprobs[len(PROMPT) :])
+        assert tokens_of(pack, "sampler_logprobs")[length] == pytest.approx(item.sampler_logprobs)
 
 
 def test_only_drawn_tokens_are_trained_and_each_group_is_judged_by_itself():

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from groups import CPU, PROMPT, WORLD, drawn, drawn_by, four_groups, group, make_learner, make_plan, rollout, run_step
+from groups import (
+    CPU,
+    WORLD,
+    drawn,
+    drawn_by,
+    four_groups,
+    group,
+    make_learner,
+    make_plan,
+    minibatches,
+    rollout,
+    run_step,
+)
 from tiny import tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
@@ -16,7 +28,7 @@ from trainer.errors import NumericalError
 from trainer.model.policy import Reference, load_policy, score, warm_start
 from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner
-from trainer.training.policy_update import learn, minibatches
+from trainer.training.policy_update import learn
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +177,7 @@ def test_a_sampler_with_the_policys_weights_goes_on(model_dir):
 def test_a_sampler_whose_logprobs_are_not_numbers_stops_the_run(model_dir):
     plan = make_plan(max_sampler_kl=1e9)
     learner = make_learner(model_dir, plan)
-    broken = replace(rollout(5, 1.0), sampler_logprobs=(0.0,) * len(PROMPT) + (math.nan,) * 5)
+    broken = replace(rollout(5, 1.0), sampler_logprobs=(math.nan,) * 5)
     with pytest.raises(NumericalError, match="sampler_kl is nan"):
         run_step(learner, plan, [group(broken, rollout(9, 0.0))])
 

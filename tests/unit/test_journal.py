@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from trainer.run.directory import RunDir
-from trainer.run.journal import read_chunk, read_step, set_aside, write_chunk
+from trainer.run.journal import ChunkHeader, read_chunk, read_step, set_aside, write_chunk
 from trainer.types import Group, Rollout, Row
 
 STEP, NUMBER = 3, 1
 ROWS = tuple(Row({"answer": index}, file="rows.jsonl", line=index + 1, index=index) for index in range(10))
-HEADER = {"step": STEP, "rows": [4, 7], "group_size": 2, "world_size": 1}
+HEADER = ChunkHeader(step=STEP, rows=(4, 7), group_size=2, world_size=1, length=(15, None))
 AWKWARD = (
     'a\u2028b\u2029c\u0085d\x0b\x0c\x1c\r\n\te\x00 \x7f \U0001d518 日本 \N{COMBINING ACUTE ACCENT}\ud800 "\\ \ufffd'
 )
 """Every end of a line that Python knows, and half a surrogate pair."""
-LOGPROBS = (0.0, 0.0, -0.1, -1e-30, -5e-324, -math.pi, -1 / 3, float("-inf"))
+LOGPROBS = (-0.1, -5e-324, -math.pi, -1 / 3, float("-inf"))
 
 
 def rollout(text: str = "it is 4", reward: Any = 0.1 + 0.2, **changes: Any) -> Rollout:
     """A rollout of two prompt tokens and six drawn ones, one of them not trained, as a tool's answer would be."""
     fields: dict[str, Any] = {
         "token_ids": (1, 500, 7, 8, 9, 10, 11, 2),
-        "trained": (False, False, True, True, False, True, True, True),
+        "loss_mask": (False, False, True, True, False, True, True, True),
         "sampler_logprobs": LOGPROBS,
         "finish_reason": "stop",
         "policy_version": STEP,
@@ -38,21 +39,27 @@ def rollout(text: str = "it is 4", reward: Any = 0.1 + 0.2, **changes: Any) -> R
 
 
 GROUPS = (
-    Group(ROWS[4], (rollout(), rollout(AWKWARD, reward=-0.0, finish_reason="length"))),
-    Group(ROWS[7], (rollout("", reward=None, rewards={"right": None}, failure=f"Error: {AWKWARD}"), rollout("x", 1.0))),
+    Group(ROWS[4], (rollout(advantage=0.5), rollout(AWKWARD, reward=-0.0, finish_reason="length", advantage=-0.5))),
+    Group(
+        ROWS[7],
+        (
+            rollout("", reward=None, rewards={"right": None}, failure=f"Error: {AWKWARD}"),
+            rollout("x", 1.0, advantage=0.0),
+        ),
+    ),
 )
 
 
 @pytest.fixture
 def run(tmp_path):
     run = RunDir(tmp_path)
-    write_chunk(run, STEP, NUMBER, HEADER, GROUPS, [[0.5, -0.5], [None, 0.0]])
+    write_chunk(run, NUMBER, HEADER, GROUPS)
     return run
 
 
 def read(run, **changes):
-    header = {**HEADER, **changes}
-    return read_chunk(run, STEP, NUMBER, header, [ROWS[index] for index in header["rows"]])
+    header = replace(HEADER, **changes)
+    return read_chunk(run, NUMBER, header, [ROWS[index] for index in header.rows])
 
 
 def test_everything_comes_back_exactly(run):
@@ -64,9 +71,9 @@ def test_everything_comes_back_exactly(run):
 def test_prompts_of_two_groups_of_one_row_stay_apart(run):
     # A row comes twice in a step that reaches into the next epoch.
     twice = (GROUPS[0], Group(ROWS[4], (rollout("other", 2.0), rollout("and other", 3.0))))
-    header = {**HEADER, "rows": [4, 4]}
-    write_chunk(run, STEP, 2, header, twice, [[0.0, 0.0], [0.0, 0.0]])
-    assert read_chunk(run, STEP, 2, header, [ROWS[4], ROWS[4]]) == list(twice)
+    header = replace(HEADER, rows=(4, 4))
+    write_chunk(run, 2, header, twice)
+    assert tuple(read_chunk(run, 2, header, [ROWS[4], ROWS[4]]) or ()) == twice
 
 
 def test_a_chunk_cut_anywhere_is_no_chunk(run):
@@ -93,30 +100,80 @@ def test_a_missing_chunk_is_none(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rows": [4, 8]}, {"rows": [7, 4]}, {"rows": [4]}, {"world_size": 2}, {"group_size": 4}, {"step": 4}, {"new": 1}],
+    [
+        {"rows": (4, 8)},
+        {"rows": (7, 4)},
+        {"rows": (4,)},
+        {"world_size": 2},
+        {"group_size": 4},
+        {"step": 4},
+        {"length": (16, None)},
+        {"length": (None, 2.0)},
+    ],
     ids=str,
 )
 def test_a_chunk_of_other_rows_or_ranks_is_not_replayed(run, changes):
+    assert read(run) is not None
     assert read(run, **changes) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [('"world_size": 1', '"world_size": 2'), ('"step": 3', '"step": 3, "new": 1')]
+)
+def test_a_chunk_with_another_header_on_disk_is_not_replayed(run, ours, theirs):
+    file = run.journal_chunk(STEP, NUMBER)
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(ours, theirs, 1), encoding="utf-8")
+    assert file.read_text(encoding="utf-8") != text
+    assert read(run) is None
+
+
+def test_the_format_on_disk_stays_readable(tmp_path):
+    """A chunk as it is written since format 1: logprobs are as long as the tokens, 0.0 where nothing was drawn."""
+    run = RunDir(tmp_path)
+    lines = [
+        '{"format": 1, "step": 3, "rows": [4], "group_size": 2, "world_size": 1, "length": [15, null]}',
+        '{"row": 4, "where": "rows.jsonl:5", "advantage": 0.5, "token_ids": [1, 500, 7, 8], "trained": "0011", '
+        '"sampler_logprobs": [0.0, 0.0, -0.25, -0.5], "finish_reason": "stop", "policy_version": 3, "text": "it is 4", '
+        '"reward": 1.0, "rewards": {"right": 1.0}, "failure": null}',
+        '{"row": 4, "where": "rows.jsonl:5", "advantage": -0.5, "token_ids": [1, 500, 9], "trained": "001", '
+        '"sampler_logprobs": [0.0, 0.0, -2.5], "finish_reason": "length", "policy_version": 3, "text": "é", '
+        '"reward": 0.0, "rewards": {"right": 0.0}, "failure": null}',
+        '{"end": 2}',
+    ]
+    header = replace(HEADER, rows=(4,))
+    group = Group(
+        ROWS[4],
+        (
+            Rollout((1, 500, 7, 8), (False, False, True, True), (-0.25, -0.5), "stop", 3, "it is 4", 1.0,
+                    {"right": 1.0}, advantage=0.5),
+            Rollout((1, 500, 9), (False, False, True), (-2.5,), "length", 3, "é", 0.0, {"right": 0.0}, advantage=-0.5),
+        ),
+    )  # fmt: skip
+    write_chunk(run, NUMBER, header, [group])
+    file = run.journal_chunk(STEP, NUMBER)
+    assert file.read_text(encoding="utf-8") == "\n".join(lines) + "\n"
+    assert read(run, rows=(4,)) == [group]
 
 
 def test_nothing_half_written_is_left_by_an_error(tmp_path):
     run = RunDir(tmp_path)
     unwritable = Group(ROWS[4], (rollout(reward=object()),))
     with pytest.raises(TypeError):
-        write_chunk(run, STEP, NUMBER, {**HEADER, "rows": [4]}, [unwritable], [[0.0]])
+        write_chunk(run, NUMBER, replace(HEADER, rows=(4,)), [unwritable])
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_chunk_is_replaced_as_a_whole(run):
     before = run.journal_chunk(STEP, NUMBER).stat().st_ino
-    write_chunk(run, STEP, NUMBER, {**HEADER, "rows": [7]}, GROUPS[1:], [[None, 0.0]])
+    write_chunk(run, NUMBER, replace(HEADER, rows=(7,)), GROUPS[1:])
     assert run.journal_chunk(STEP, NUMBER).stat().st_ino != before  # a reader of the old file reads on in it
-    assert tuple(read(run, rows=[7])) == GROUPS[1:]
+    assert tuple(read(run, rows=(7,))) == GROUPS[1:]
 
 
 def test_people_read_a_step_group_by_group_in_order_of_chunks(run):
-    write_chunk(run, STEP, 0, {**HEADER, "rows": [2]}, [Group(ROWS[2], (rollout("first", 5.0), rollout()))], [[1.0, 0]])
+    first = Group(ROWS[2], (rollout("first", 5.0, advantage=1.0), rollout(advantage=0.0)))
+    write_chunk(run, 0, replace(HEADER, rows=(2,)), [first])
     (run.journal(STEP) / "chunk-0002.jsonl").write_text('{"format": 1}\n{"cut')
     groups = read_step(run, STEP)
     assert [[record["row"] for record in group] for group in groups] == [[2, 2], [4, 4], [7, 7]]
@@ -141,6 +198,6 @@ def test_a_step_set_aside_is_not_replayed_and_the_newest_one_is_kept(run):
     assert read(run) is None
     assert aside == run.rollouts / "refused-step-000003"
     assert [file.name for file in aside.iterdir()] == ["chunk-0001.jsonl"]
-    write_chunk(run, STEP, 5, HEADER, GROUPS, [[0.5, -0.5], [None, 0.0]])
+    write_chunk(run, 5, HEADER, GROUPS)
     assert set_aside(run, STEP) == aside
     assert [file.name for file in aside.iterdir()] == ["chunk-0005.jsonl"]

@@ -4,7 +4,8 @@ import pytest
 
 from trainer.config.recipe import RewardSpec
 from trainer.errors import RewardError
-from trainer.rewards.dry_run import check_rows, probe
+from trainer.rewards.dry_run import probe, refuse_missing_fields
+from trainer.rewards.runner import RewardRunner
 from trainer.types import Row
 
 MINE = """
@@ -35,6 +36,11 @@ def columns(completions, answer, unit="m"): return [float(a in c) for a, c in zi
 def tagged(completion, row): return float(f"<answer>{row['answer']}</answer>" in completion)
 def secret(completion, row): return float(completion.startswith("%%"))
 """
+
+
+def check_rows(specs, rows, base_dir):
+    with RewardRunner(specs, base_dir=base_dir) as runner:
+        refuse_missing_fields(runner, specs, rows)
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_a_reward_that_gives_the_same_to_all_is_refused(use, base_dir):
 
 def test_a_reward_that_wants_a_form_is_shown_it(base_dir):
     report = probe([RewardSpec(use="mine.py:tagged")], ROWS, base_dir=base_dir)
-    assert report.rewards[0].dressing == "tags"
+    assert report.rewards[0].gold_format == "tags"
 
 
 def test_a_whole_completion_can_be_named_as_gold(base_dir):

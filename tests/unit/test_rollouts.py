@@ -9,20 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 from plans import rft_plan
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
 
-from trainer.config.recipe import AlgorithmSettings, RFTRecipe
+from trainer.config.recipe import RFTRecipe
 from trainer.data.order import rows_of_step
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
-from trainer.planning.algorithm import resolve_algorithm
 from trainer.rewards.runner import RewardRunner, Scored
 from trainer.run.directory import RunDir
+from trainer.training.group_sampler import GroupSampler, Prompt, with_score
 from trainer.training.rollouts import (
-    Prompt,
     Rollouts,
     StepRollouts,
-    make_rollout,
     sampling_params,
     split_chunks,
     summarize,
@@ -69,13 +69,10 @@ class ScriptedSampler:
             for request in requests
         ]
 
-    def text_of(self, completion):
-        return "{} {} {}".format(*completion.token_ids)
-
 
 def completion(row: int, step: int, sample: int) -> Completion:
     tokens = (row, step, sample) + (9,) * (sample % 2)
-    return Completion(tokens, (-0.5,) * len(tokens), "length" if sample % 2 else "stop", step)
+    return Completion(tokens, (-0.5,) * len(tokens), "length" if sample % 2 else "stop", step, f"{row} {step} {sample}")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +120,7 @@ SIGNAL, FLAT = [1.0, 0.0], [0.5]
 def make(rewards, stop, tmp_path):
     """Rollouts over rows with these scripts, by default ten that all have a signal."""
 
-    def make(scripts=(SIGNAL,) * 10, *, reward="scripted", run="run", **changes):
+    def make(scripts=(SIGNAL,) * 10, *, reward="scripted", run="run", world=WORLD, **changes):
         prompts = [
             Prompt(Row({"script": script}, "rows.jsonl", index + 1, index), (100 + index, 7))
             for index, script in enumerate(scripts)
@@ -131,9 +128,8 @@ def make(rewards, stop, tmp_path):
         settings = recipe(**changes)
         assert settings.rollout is not None
         params = sampling_params(settings, settings.rollout, frozenset({2}))
-        return Rollouts(
-            rft_plan(settings), prompts, ScriptedSampler(), rewards[reward], RunDir(tmp_path / run), WORLD, stop, params
-        )
+        sampler = GroupSampler(ScriptedSampler(), rewards[reward], params, world, stop)
+        return Rollouts(rft_plan(settings), prompts, sampler, RunDir(tmp_path / run))
 
     return make
 
@@ -161,7 +157,7 @@ def test_a_step_draws_its_rows_chunk_by_chunk_with_the_noise_of_the_step(make):
     rollouts = make(rows_per_step=5)
     drawn = rollouts.of_step(1)
     wanted = rows_of_step(0, 1, 5, 10)
-    assert rollouts.sampler.calls == [wanted[:2], wanted[2:4], wanted[4:]]
+    assert rollouts.sampler.sampler.calls == [wanted[:2], wanted[2:4], wanted[4:]]
     assert rows(drawn.groups) == wanted
     assert drawn.sampled == drawn.groups
     assert drawn.num_replayed == 0
@@ -179,7 +175,7 @@ def test_written_chunks_are_replayed_and_only_missing_ones_are_sampled(make):
     first.run.journal_chunk(2, 1).unlink()
     again = make(rows_per_step=5)
     drawn = again.of_step(2)
-    assert again.sampler.calls == [rows_of_step(0, 2, 5, 10)[2:4]]
+    assert again.sampler.sampler.calls == [rows_of_step(0, 2, 5, 10)[2:4]]
     assert drawn.num_replayed == 2
     assert drawn.groups == whole.groups
     assert make(rows_per_step=5).of_step(3).num_replayed == 0
@@ -200,14 +196,14 @@ def test_another_length_of_the_run_draws_again(make, changes):
 def test_a_stop_keeps_the_chunks_sampled_so_far(make, stop):
     whole = make(run="whole").of_step(0)
     stopped = make()
-    stopped.sampler.after_call = lambda: stop.request("test")
+    stopped.sampler.sampler.after_call = lambda: stop.request("test")
     with pytest.raises(PreemptedError, match="stopped while sampling step 1; what was sampled is kept"):
         stopped.of_step(0)
     assert [file.name for file in stopped.run.journal(0).iterdir()] == ["chunk-0000.jsonl"]
     stop.reason = None
     resumed = make()
     assert resumed.of_step(0) == replace(whole, num_replayed=1)
-    assert resumed.sampler.calls == [rows_of_step(0, 0, 4, 10)[2:]]
+    assert resumed.sampler.sampler.calls == [rows_of_step(0, 0, 4, 10)[2:]]
 
 
 def test_a_row_that_comes_twice_in_a_step_is_drawn_with_other_noise(make):
@@ -241,7 +237,7 @@ def test_refill_replays_alike(make):
     whole = make(scripts, rollout={"refill": True}).of_step(0)
     again = make(scripts, rollout={"refill": True})
     assert again.of_step(0).groups == whole.groups
-    assert again.sampler.calls == []
+    assert again.sampler.sampler.calls == []
 
 
 def test_candidates_are_a_permutation_by_seed_and_step(make):
@@ -314,7 +310,7 @@ def test_a_row_that_the_reward_abstains_on_is_a_failure_not_a_zero(make):
 
 
 def scored_rollout(reward, tokens, reason="stop", **rewards) -> Rollout:
-    return Rollout((5, 6) + (1,) * tokens, (False, False) + (True,) * tokens, (0.0,) * (tokens + 2), reason, 0, "",
+    return Rollout((5, 6) + (1,) * tokens, (False, False) + (True,) * tokens, (0.0,) * tokens, reason, 0, "",
                    reward, rewards)  # fmt: skip
 
 
@@ -358,12 +354,12 @@ def test_parts_of_a_score_are_logged(make):
 
 def test_a_rollout_is_the_prompt_and_one_trained_segment():
     prompt = Prompt(Row({}), (1, 2, 3))
-    drawn = Completion((8, 9), (-0.25, -0.5), "stop", 17)
-    rollout = make_rollout(prompt, drawn, "hi", Scored(0.75, {"a": 0.75}), resolve_algorithm(AlgorithmSettings()))
+    drawn = Completion((8, 9), (-0.25, -0.5), "stop", 17, "hi")
+    rollout = with_score(Rollout.of_completion(prompt.token_ids, drawn), Scored(0.75, {"a": 0.75}))
     assert rollout == Rollout(
         token_ids=(1, 2, 3, 8, 9),
-        trained=(False, False, False, True, True),
-        sampler_logprobs=(0.0, 0.0, 0.0, -0.25, -0.5),
+        loss_mask=(False, False, False, True, True),
+        sampler_logprobs=(-0.25, -0.5),
         finish_reason="stop",
         policy_version=17,
         text="hi",
@@ -373,20 +369,51 @@ def test_a_rollout_is_the_prompt_and_one_trained_segment():
 
 
 @pytest.mark.parametrize(
-    ("overlong", "reason", "scored", "reward"),
+    ("overlong", "script", "expected"),
     [
-        ("punish", "length", Scored(1.0), -2.0),
-        ("punish", "stop", Scored(1.0), 1.0),  # not cut
-        ("punish", "length", Scored(None, failure="why"), None),  # a failure is never given a number
-        ("keep", "length", Scored(1.0), 1.0),
-        ("mask", "length", Scored(1.0), 1.0),  # left out later, and still part of its group's mean
-        (None, "length", Scored(1.0), 1.0),
+        # the sampler ends the first completion of a group by itself and cuts the second
+        ("punish", [1.0, 1.0], [1.0, -2.0]),
+        ("punish", [1.0, "raise"], [1.0, None]),  # a failure is never given a number
+        ("keep", [1.0, 1.0], [1.0, 1.0]),
+        ("mask", [1.0, 1.0], [1.0, 1.0]),  # left out later, and still part of its group's mean
+        (None, [1.0, 1.0], [1.0, 1.0]),
     ],
 )
-def test_a_cut_completion_is_punished_where_the_recipe_says_so(overlong, reason, scored, reward):
-    settings = resolve_algorithm(AlgorithmSettings(overlong=overlong, overlong_reward=-2.0))
-    rollout = make_rollout(Prompt(Row({}), (1,)), Completion((2,), (-1.0,), reason, 0), "", scored, settings)
-    assert (rollout.reward, rollout.failure) == (reward, scored.failure)
+def test_a_cut_completion_is_penalized_where_the_recipe_says_so(make, overlong, script, expected):
+    algorithm = {"overlong": overlong, "overlong_reward": -2.0}
+    drawn = make([script] * 4, algorithm=algorithm, reward_limits={"max_failed_frac": 1.0}).of_step(0)
+    for group in drawn.groups:
+        assert [rollout.finish_reason for rollout in group.rollouts] == ["stop", "length"]
+        assert [rollout.reward for rollout in group.rollouts] == expected
+        assert [bool(rollout.failure) for rollout in group.rollouts] == [reward is None for reward in expected]
+
+
+def test_rollouts_carry_the_advantages_of_the_recipes_estimator_and_a_replay_has_the_same(make):
+    scripts = [[1.0, 0.0], [0.5, 0.5], [3.0, -1.0], [1.0, 1.0]]
+    settings = {"algorithm": {"advantage": "mean_only", "overlong": "punish", "overlong_reward": -2.0}}
+    drawn = make(scripts, **settings).of_step(0)
+    advantages = {group.row.index: [rollout.advantage for rollout in group.rollouts] for group in drawn.groups}
+    assert advantages == {0: [1.5, -1.5], 1: [1.25, -1.25], 2: [2.5, -2.5], 3: [1.5, -1.5]}  # the second earns -2.0
+    assert make(scripts, **settings).of_step(0).groups == drawn.groups
+
+
+@pytest.fixture
+def first_of_two_ranks():
+    """Rank 0 of two, in a process group of its own: enough for what it does before ranks exchange groups."""
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield World(rank=0, size=2, device=torch.device("cpu"))
+    distributed.destroy_process_group()
+
+
+def test_a_chunk_of_another_number_of_ranks_is_drawn_again(make, stop, first_of_two_ranks):
+    make().of_step(0)
+    two = make(world=first_of_two_ranks)
+    stop.request("test")  # the step ends after the rank's first chunk
+    with pytest.raises(PreemptedError):
+        two.of_step(0)
+    assert two.sampler.sampler.calls == [rows_of_step(0, 0, 4, 10)[:2]]  # the rows of the recorded chunk
+    header = json.loads(two.run.journal_chunk(0, 0).read_text().split("\n")[0])
+    assert header["world_size"] == 2
 
 
 def test_sampling_is_as_the_recipe_says():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from groups import CPU, drawn, four_groups, make_learner, make_plan, perturb, run_step
+from groups import CPU, drawn, four_groups, make_learner, make_plan, minibatches, perturb, run_step
 from tiny import VOCAB_SIZE, tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
@@ -16,7 +16,6 @@ from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
 from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import PackedLayout
 from trainer.model.policy import load_policy
-from trainer.training.policy_update import minibatches
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"  # PEFT's own patterns

@@ -206,7 +206,7 @@ def test_nothing_is_left_behind(server, published, tmp_path):
 @pytest.mark.parametrize(
     ("status", "said", "message"),
     [
-        (404, None, "takes no adapters while it runs. Start it so:\n  VLLM_ALLOW_RUNTIME"),
+        (404, None, "does not load adapters at run time. Start it with:\n  VLLM_ALLOW_RUNTIME"),
         (500, "LoRA is not enabled. Use --enable-lora to enable LoRA.", "was started without --enable-lora"),
         (500, "LoRA rank 4 is greater than max_lora_rank 1.", "Start it with --max-lora-rank 8, or lower lora.rank."),
         (404, "Loading lora x failed: No adapter found for /tmp/x", "must see the same file system as the main rank"),

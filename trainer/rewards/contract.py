@@ -1,12 +1,12 @@
-"""What a reward is, and how its name becomes a function.
+"""The reward interface, and loading a reward by its name.
 
 A reward takes the completion's text and the row, and returns a number, a `Score` or None, which abstains:
 
     def last_number(completion: str, row: Row) -> float: ...
 
-TRL's batch form `(prompts, completions, **columns) -> list` is accepted unchanged and told apart by its parameter
-`completions`. Functions are loaded in reward workers only (`trainer.rewards.worker`): their imports may be heavy, and
-may never come back.
+TRL's batch form `(prompts, completions, **columns) -> list` is accepted unchanged and recognized by its parameter
+`completions`. Functions are loaded only in reward workers (`trainer.rewards.worker`): importing them may be slow, or
+hang.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ __all__ = ["TIME_LIMIT", "LoadedReward", "Reward", "Score", "UnscoredBatchError"
 @final
 @dataclass(frozen=True)
 class Score:
-    """A reward with the parts it is made of, which are logged as `name/part`."""
+    """A reward and its parts, which are logged as `name/part`.
+
+    >>> Score(0.75, {"right": 1.0, "format": 0.5}).parts["format"]
+    0.5
+    """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -46,27 +50,27 @@ Reward: TypeAlias = Callable[[str, Row], "float | Score | None"]
 
 
 class UnscoredBatchError(Exception):
-    """Raised by a batch reward when no completion is to blame, so that none is tried again alone."""
+    """Raised by a batch reward if no completion caused its failure, so that the batch is not bisected."""
 
 
 @final
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward function, its arguments, and what else it wants to be called with."""
+    """A reward function, its fixed arguments, and the columns it takes."""
 
     function: Callable[..., Any]
     args: Mapping[str, Any]
     is_batch: bool
     """Whether it has TRL's form `(prompts, completions, **columns)`."""
     takes_all: bool = False
-    """Whether a batch function takes every column, by `**kwargs`."""
+    """Whether a batch function takes every column, as `**kwargs`."""
     names: frozenset[str] = frozenset()
     """Parameters of a batch function."""
     required: tuple[str, ...] = ()
-    """Row fields that a batch function cannot be called without, in the order of its signature."""
+    """Row fields that a batch function requires, in the order of its signature."""
 
     def takes(self, name: str) -> bool:
-        """Whether a batch function is to be given this column."""
+        """Whether a batch function takes this column."""
         return (self.takes_all or name in self.names) and name not in self.args
 
 
@@ -75,11 +79,11 @@ def load_reward(use: str, args: Mapping[str, Any], base_dir: Path) -> LoadedRewa
 
     Args:
         use: a built-in name, `module:function`, or `file.py:function` relative to `base_dir`.
-        args: keyword arguments, the same at every call.
-        base_dir: the recipe's directory; modules in it can be imported too.
+        args: keyword arguments of every call.
+        base_dir: the recipe's directory, which is also on the import path.
 
     Raises:
-        RewardError: the name cannot be found or imported, or the function takes neither form or not these arguments.
+        RewardError: the name cannot be found or imported, or the signature does not fit.
     """
     place = locate(use, base_dir)
     module = _import(place, use, base_dir)
@@ -95,10 +99,10 @@ def load_reward(use: str, args: Mapping[str, Any], base_dir: Path) -> LoadedRewa
 
 
 def _import(place: Place, use: str, base_dir: Path) -> ModuleType:
-    """Import the module or the file; its own failures become one line with file and line."""
+    """Import the module or the file; an exception becomes one line with file and line."""
     for directory in (base_dir, place.file.parent if place.file else base_dir):
         if str(directory.resolve()) not in sys.path:
-            sys.path.append(str(directory.resolve()))  # at the end: nothing there can hide a library
+            sys.path.append(str(directory.resolve()))  # last, so that nothing there shadows a library
     try:
         if place.file is None:
             return importlib.import_module(place.module)
@@ -106,36 +110,36 @@ def _import(place: Place, use: str, base_dir: Path) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[place.module] = module  # dataclasses look their module up there
+        sys.modules[place.module] = module  # dataclasses look up their module there
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
         remedy = {"math_verify": 'pip install "tunesmith[math]"'}.get(error.name or "", f"pip install {error.name}")
-        raise RewardError(f"reward {use}: {error}{_where(error, place)}\nInstall it: {remedy}") from error
+        raise RewardError(f"reward {use}: {error}{_source(error, place)}\nInstall it: {remedy}") from error
     except Exception as error:
-        what = f"{type(error).__name__}: {error}{_where(error, place)}"
+        what = f"{type(error).__name__}: {error}{_source(error, place)}"
         raise RewardError(f"reward {use}: importing {place} fails: {what}") from error
     return module
 
 
-def _where(error: Exception, place: Place) -> str:
-    """Return where in the user's file an import failed, or nothing."""
+def _source(error: Exception, place: Place) -> str:
+    """File and line of the user's code at which an import failed, or an empty string."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(place.file)]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def _bind(function: Callable[..., Any], args: Mapping[str, Any], use: str) -> LoadedReward:
-    """Tell the two forms apart and check `args` against the signature."""
+    """Recognize the form of the function and check `args` against its signature."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:
         raise RewardError(f"reward {use}: has no signature to check; wrap it in a function of your own") from None
     is_batch = "completions" in parameters
-    own = ("prompts", "completions") if is_batch else tuple(parameters)[:2]
+    reserved = ("prompts", "completions") if is_batch else tuple(parameters)[:2]
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, parameter in parameters.items() if name not in own and parameter.kind in named]
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in parameters.items() if name not in reserved and parameter.kind in by_name]
     for name in args:
-        if name not in names and (name in own or not takes_all):
+        if name not in names and (name in reserved or not takes_all):
             near = difflib.get_close_matches(name, names, n=1)
             meant = f"; did you mean `{near[0]}`?" if near else ""
             takes = ", ".join(f"`{each}`" for each in names) or "none"
@@ -143,7 +147,9 @@ def _bind(function: Callable[..., Any], args: Mapping[str, Any], use: str) -> Lo
     required = tuple(n for n in names if parameters[n].default is inspect.Parameter.empty and n not in args)
     if is_batch:
         if "completion_ids" in required:
-            raise RewardError(f"reward {use}: wants token ids, but a reward sees text; for lengths use `soft_overlong`")
+            raise RewardError(
+                f"reward {use}: requires token ids, but a reward gets text; for lengths use `soft_overlong`"
+            )
         accepted = frozenset(parameters)
         return LoadedReward(function, args, True, takes_all=takes_all, names=accepted, required=required)
     try:

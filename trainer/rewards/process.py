@@ -1,4 +1,4 @@
-"""One reward worker seen from its parent: start, ask, kill."""
+"""A reward worker as its parent process sees it: start, call, kill."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from trainer.errors import RewardError
-from trainer.rewards.outcome import HEADER, encode
+from trainer.rewards.call_result import HEADER, encode
 
 STARTUP_TIMEOUT_S: Final = 180.0
-"""Imports of a reward may read gigabytes from a cold disk."""
+"""Importing a reward may read gigabytes from a cold disk."""
 STDERR_LIMIT_BYTES: Final = 1 << 20
 RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""A reward must not think that it is a training rank."""
+"""Removed from a worker's environment, so that no library takes it for a training rank."""
 
 
 class WorkerFailedError(Exception):
-    """The worker died or ran out of time during a call; the message says which, with what it wrote last."""
+    """The worker exited or timed out during a call; the message includes its last output."""
 
 
 @final
 class WorkerProcess:
     """A child process that answers one call at a time.
 
-    Not a multiprocessing fork: the parent holds torch, threads and perhaps a GPU.
+    Not a multiprocessing fork: the parent has torch, threads and perhaps a GPU.
     """
 
     def __init__(self, setup: Mapping[str, Any], directory: Path) -> None:
-        """Start the process; it loads while others start. `await_ready` comes next.
+        """Start the process without waiting, so that several can load at once; call `await_ready` next.
 
         Args:
-            setup: the first message: which rewards, and the memory limit.
-            directory: its TMPDIR, which outlives a kill and is removed by the owner.
+            setup: the first message: the rewards and the memory limit.
+            directory: the worker's TMPDIR; the caller removes it, since a killed worker cannot.
         """
         root = str(Path(__file__).parents[2])
         path = [root, *filter(None, [os.environ.get("PYTHONPATH")])] if "site-packages" not in root else []
@@ -67,7 +67,7 @@ class WorkerProcess:
         self._setup = {**setup, "directory": str(directory)}
 
     def await_ready(self) -> list[bool]:
-        """Wait until the rewards are loaded; return which of them take batches.
+        """Wait until the rewards are loaded; returns for each whether it takes batches.
 
         Raises:
             RewardError: a reward cannot be loaded.
@@ -84,10 +84,14 @@ class WorkerProcess:
         return batch
 
     def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Send a message and return its answer.
+        """Send a message and return the reply.
+
+        Args:
+            message: a call, or the setup.
+            timeout_s: wall-clock limit.
 
         Raises:
-            WorkerFailedError: no answer in time, or the process ended; it must be killed and replaced.
+            WorkerFailedError: there was no reply in time, or the process exited; kill and replace it.
         """
         deadline = time.monotonic() + timeout_s
         if os.fstat(self._stderr.fileno()).st_size > STDERR_LIMIT_BYTES:
@@ -96,24 +100,24 @@ class WorkerProcess:
             self._send(encode(message), deadline)
             body = self._receive(HEADER.unpack(self._receive(HEADER.size, deadline))[0], deadline)
         except TimeoutError:
-            raise WorkerFailedError(f"no answer within {timeout_s:g} s{self._where_it_hangs()}") from None
+            raise WorkerFailedError(f"no answer within {timeout_s:g} s{self._stack()}") from None
         except (EOFError, BrokenPipeError):
-            raise WorkerFailedError(self._how_it_ended()) from None
-        answer: dict[str, Any] = json.loads(body)
-        return answer
+            raise WorkerFailedError(self._exit_reason()) from None
+        reply: dict[str, Any] = json.loads(body)
+        return reply
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process still runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def interrupt(self) -> None:
-        """End the process from another thread; a call in progress fails, and `kill` is still to come."""
+        """Kill the process from another thread; a call in progress fails. `kill` must follow."""
         if self._process.returncode is None:
             self._kill_group()
 
     def kill(self) -> None:
-        """End the process and everything it started, and release the pipes; does nothing the second time."""
+        """Kill the process and its children, and close the pipes; idempotent."""
         self.interrupt()
         self._process.wait()
         for stream in (self._inbox, self._outbox, self._stderr):
@@ -122,7 +126,7 @@ class WorkerProcess:
     def _kill_group(self) -> None:
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # it has just ended
+        except (ProcessLookupError, PermissionError):  # it has just exited
             self._process.kill()
 
     def _send(self, data: bytes, deadline: float) -> None:
@@ -141,18 +145,18 @@ class WorkerProcess:
             data += piece
         return bytes(data)
 
-    def _where_it_hangs(self) -> str:
-        """Ask the worker's fault handler for the stack of the call; it answers even from within C code."""
+    def _stack(self) -> str:
+        """The stack of the call, from the worker's fault handler, which works even inside C code."""
         before = os.fstat(self._stderr.fileno()).st_size
         os.kill(self._process.pid, signal.SIGUSR1)
         for _ in range(20):
             time.sleep(0.01)
             if os.fstat(self._stderr.fileno()).st_size > before:
                 break
-        return self._last_words()
+        return self._last_output()
 
-    def _how_it_ended(self) -> str:
-        """Read the exit status without reaping, so that the group can still be killed by its number."""
+    def _exit_reason(self) -> str:
+        """Read the exit status without reaping the process, so that its group can still be killed by id."""
         for _ in range(100):
             status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if status is not None:
@@ -161,10 +165,10 @@ class WorkerProcess:
         self._kill_group()
         code = self._process.wait()
         ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended itself with status {code}"
-        return f"the reward process {ended}{self._last_words()}"
+        return f"the reward process {ended}{self._last_output()}"
 
-    def _last_words(self) -> str:
-        """Return the end of what the worker and its rewards printed."""
+    def _last_output(self) -> str:
+        """The end of what the worker and its rewards printed."""
         size = os.fstat(self._stderr.fileno()).st_size
         start = max(0, size - 4000)
         text = os.pread(self._stderr.fileno(), size - start, start).decode("utf-8", "replace").strip()
@@ -172,7 +176,7 @@ class WorkerProcess:
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
-    """Wait until a pipe is ready; `select.select` refuses descriptors above 1023."""
+    """Wait until a pipe is ready; not `select.select`, which rejects descriptors above 1023."""
     poll = select.poll()
     poll.register(descriptor, event)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):

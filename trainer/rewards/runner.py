@@ -1,8 +1,8 @@
-"""Score completions in processes that may hang, crash or hoard.
+"""Scores completions in worker processes that may hang, crash or run out of memory.
 
-A call that raises, times out, ends its process or returns no finite number fails for its own completion only: the
-worker is replaced and everything else is scored. A failure is never a score of 0. Results come in the order of the
-items, whatever the number of workers.
+A call that raises, times out, exits or returns no finite number fails for its own completion only: the worker is
+replaced, and every other completion is scored. A failure is never a score of 0. Results are in the order of the items,
+for any number of workers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from types import TracebackType
 from typing import Any, Final, Protocol, TypeAlias, final
 
 from trainer.errors import RewardError
-from trainer.rewards.outcome import Outcome
+from trainer.rewards.call_result import CallResult
 from trainer.rewards.process import WorkerFailedError, WorkerProcess
 from trainer.types import Row
 
 Item: TypeAlias = tuple[str, Row]
-"""A completion and the row it answers."""
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]]"
+"""The text of a completion, and its row."""
 
 ALL_ABSTAINED: Final = "every reward abstained"
 
 
 class Spec(Protocol):
-    """What the runner reads of a recipe's reward."""
+    """The fields of a recipe's reward that the runner reads."""
 
     @property
     def use(self) -> str:
@@ -52,42 +51,38 @@ class Spec(Protocol):
 @final
 @dataclass(frozen=True)
 class Scored:
-    """What a completion earned."""
+    """The rewards of one completion."""
 
     reward: float | None
-    """Weighted sum of the rewards that did not abstain; None when one failed or all abstained."""
+    """Weighted sum of the rewards that did not abstain; None if one failed or all abstained."""
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     """Each reward by name, and each part of a `Score` as name/part; None where it abstained or failed."""
     failure: str | None = None
-    """The traceback of the first reward that failed, or what happened instead."""
+    """Traceback of the first reward that failed, or how its process ended."""
 
 
 @final
 class Scoring:
-    """Completions that are being scored."""
+    """Completions whose rewards are being computed."""
 
-    def __init__(self, specs: Sequence[Spec], pending: Sequence[Sequence[Future[list[Outcome]]]]) -> None:
-        """Keep, for each reward, the futures whose outcomes in a row are those of all items."""
+    def __init__(self, specs: Sequence[Spec], pending: Sequence[Sequence[Future[list[CallResult]]]]) -> None:
+        """Keep the futures of each reward; their results, concatenated, are those of all items."""
         self._specs = specs
         self._pending = pending
 
-    def done(self) -> bool:
-        """Whether `result` would return at once."""
-        return all(future.done() for futures in self._pending for future in futures)
-
-    def outcomes(self) -> list[list[Outcome]]:
-        """Wait, and return the outcomes of each item, one for each reward."""
-        columns = [[outcome for future in futures for outcome in future.result()] for futures in self._pending]
-        return [list(outcomes) for outcomes in zip(*columns, strict=True)]
+    def call_results(self) -> list[list[CallResult]]:
+        """Wait; returns for each item the result of every reward."""
+        columns = [[result for future in futures for result in future.result()] for futures in self._pending]
+        return [list(of_item) for of_item in zip(*columns, strict=True)]
 
     def result(self) -> list[Scored]:
-        """Wait, and return what each item earned, in the order of the items."""
-        return [weigh(self._specs, outcomes) for outcomes in self.outcomes()]
+        """Wait; returns the rewards of each item, in the order of the items."""
+        return [weigh(self._specs, of_item) for of_item in self.call_results()]
 
 
 @final
 class RewardRunner:
-    """Worker processes and a thread for each; a context manager."""
+    """Worker processes, with one thread for each; a context manager."""
 
     def __init__(
         self,
@@ -103,9 +98,9 @@ class RewardRunner:
         Args:
             specs: the rewards; their names must differ.
             base_dir: what `file.py:function` is relative to.
-            num_workers: processes; item rewards are spread over them, a batch reward runs in one.
+            num_workers: processes; a batch reward runs in one of them, other rewards are spread over all.
             timeout_s: wall-clock limit of a call.
-            memory_limit_gib: address space of a worker on top of what its imports take.
+            memory_limit_gib: address space of a worker in addition to that of its imports.
         """
         names = [spec.name for spec in specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -148,7 +143,7 @@ class RewardRunner:
         self.close()
 
     def close(self) -> None:
-        """End the workers, also those in the middle of a call."""
+        """Kill the workers, including those in a call."""
         with self._lock:
             self._is_closed = True
             for worker in self._workers:
@@ -158,55 +153,50 @@ class RewardRunner:
             worker.kill()
         self._directory.cleanup()
 
-    def score(self, items: Sequence[Item], prompts: Sequence[Prompt] | None = None) -> list[Scored]:
+    def score(self, items: Sequence[Item]) -> list[Scored]:
         """Score completions and wait for the result."""
-        return self.submit(items, prompts).result()
+        return self.submit(items).result()
 
-    def submit(self, items: Sequence[Item], prompts: Sequence[Prompt] | None = None) -> Scoring:
-        """Begin to score completions; the caller may go on sampling.
+    def submit(self, items: Sequence[Item]) -> Scoring:
+        """Start to score completions without waiting.
 
-        A batch reward is called once with all items of a submission, and again with halves of them when it fails.
-
-        Args:
-            items: completions with their rows.
-            prompts: what each completion answers, for batch rewards; the row's own prompt when left out.
+        A batch reward is called once with all items of a submission; if the call fails, once with each half of them.
         """
-        texts: Sequence[Prompt | None] = [None] * len(items) if prompts is None else prompts
-        wire = [_to_json(item, prompt) for item, prompt in zip(items, texts, strict=True)]
+        wire = [_to_json(text, row) for text, row in items]
         pending = []
         for index, is_batch in enumerate(self._is_batch):
             calls = [wire] if is_batch else [[item] for item in wire]
             pending.append([self._threads.submit(self._call, index, call) for call in calls if call])
         return Scoring(self._specs, pending)
 
-    def _call(self, index: int, items: list[dict[str, Any]]) -> list[Outcome]:
-        """Make one call; when a batch fails, look for the culprit by halves."""
-        outcomes, is_split = self._ask(index, items)
-        if not is_split:
-            return outcomes
+    def _call(self, index: int, items: list[dict[str, Any]]) -> list[CallResult]:
+        """Make one call; a failed batch is bisected to find the completion that caused it."""
+        results, must_split = self._ask(index, items)
+        if not must_split:
+            return results
         half = len(items) // 2
         return self._call(index, items[:half]) + self._call(index, items[half:])
 
-    def _ask(self, index: int, items: list[dict[str, Any]]) -> tuple[list[Outcome], bool]:
+    def _ask(self, index: int, items: list[dict[str, Any]]) -> tuple[list[CallResult], bool]:
         message = {"reward": index, "items": items, "timeout_s": self._timeout_s}
         worker = self._idle.get()
         try:
-            if not worker.is_alive:  # the kernel took it between two calls
+            if not worker.is_alive:  # killed between two calls, for instance by the kernel
                 worker = self._replace(worker)
             reply = worker.ask(message, self._timeout_s)
-            outcomes = [Outcome.from_json(outcome) for outcome in reply["outcomes"]]
-            return [_located(outcome, item) for outcome, item in zip(outcomes, items, strict=True)], reply["split"]
+            results = [CallResult.from_json(result) for result in reply["results"]]
+            return [_located(result, item) for result, item in zip(results, items, strict=True)], reply["split"]
         except WorkerFailedError as error:
             worker = self._replace(worker)
-            outcome = Outcome(failure=f"{error}", seconds=self._timeout_s)
-            return [_located(outcome, item) for item in items], len(items) > 1
+            result = CallResult(failure=f"{error}", seconds=self._timeout_s)
+            return [_located(result, item) for item in items], len(items) > 1
         finally:
             self._idle.put(worker)
 
     def _start(self) -> WorkerProcess:
         with self._lock:
             if self._is_closed:
-                raise RewardError("the rewards were stopped in the middle of a call")
+                raise RewardError("the reward workers were closed during a call")
             worker = WorkerProcess(self._setup, Path(self._directory.name))
             self._workers.add(worker)
         return worker
@@ -220,39 +210,35 @@ class RewardRunner:
         return worker
 
 
-def weigh(specs: Sequence[Spec], outcomes: Sequence[Outcome]) -> Scored:
-    """Sum the values with their weights; a failure leaves no reward, an abstention only itself out."""
+def weigh(specs: Sequence[Spec], results: Sequence[CallResult]) -> Scored:
+    """The weighted sum of one item's values; an abstention is left out, a failure leaves no reward."""
     rewards: dict[str, float | None] = {}
-    for spec, outcome in zip(specs, outcomes, strict=True):
-        rewards[spec.name] = outcome.value
-        rewards |= {f"{spec.name}/{part}": value for part, value in outcome.parts.items()}
-    for spec, outcome in zip(specs, outcomes, strict=True):
-        if outcome.failure is not None:
-            return Scored(None, rewards, f"reward {spec.name}: {outcome.failure}")
+    for spec, result in zip(specs, results, strict=True):
+        rewards[spec.name] = result.value
+        rewards |= {f"{spec.name}/{part}": value for part, value in result.parts.items()}
+    for spec, result in zip(specs, results, strict=True):
+        if result.failure is not None:
+            return Scored(None, rewards, f"reward {spec.name}: {result.failure}")
     terms = [
-        spec.weight * outcome.value for spec, outcome in zip(specs, outcomes, strict=True) if outcome.value is not None
+        spec.weight * result.value for spec, result in zip(specs, results, strict=True) if result.value is not None
     ]
     return Scored(sum(terms), rewards) if terms else Scored(None, rewards, ALL_ABSTAINED)
 
 
-def _located(outcome: Outcome, item: Mapping[str, Any]) -> Outcome:
-    """Say on which row a reward failed."""
-    if outcome.failure is None:
-        return outcome
-    return replace(outcome, failure=f"on {item['file']}:{item['line']}\n{outcome.failure}")
+def _located(result: CallResult, item: Mapping[str, Any]) -> CallResult:
+    """Add the file and line of the row to a failure."""
+    if result.failure is None:
+        return result
+    return replace(result, failure=f"on {item['file']}:{item['line']}\n{result.failure}")
 
 
-def _to_json(item: Item, prompt: Prompt | None) -> dict[str, Any]:
-    """Return the form on the pipe; the prompt is a list of messages where the row has one, as TRL's data has."""
-    completion, row = item
-    own = row.get("messages", row.get("prompt", ""))
-    if prompt is None or (isinstance(own, list) and isinstance(prompt, str)):
-        prompt = own
+def _to_json(text: str, row: Row) -> dict[str, Any]:
+    """The wire format of an item; the prompt is a list of messages if the row has one, as in TRL's data."""
     return {
-        "completion": completion,
+        "completion": text,
         "fields": dict(row.fields),
         "file": row.file,
         "line": row.line,
         "index": row.index,
-        "prompt": prompt,
+        "prompt": row.get("messages", row.get("prompt", "")),
     }

@@ -1,7 +1,7 @@
 """The process in which rewards run: `python -m trainer.rewards.worker`.
 
-It owns its standard input and output for messages (length-prefixed JSON) and gives rewards the null device and standard
-error in their place, so that a print cannot corrupt an answer. Time is kept by the parent, memory by the kernel.
+Standard input and output carry messages (length-prefixed JSON). Rewards get the null device and standard error instead,
+so that a print cannot corrupt a reply. The parent enforces the time limit, the kernel the memory limit.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from pathlib import Path
 from typing import Any, Final, SupportsFloat, final
 
 from trainer.errors import RewardError
+from trainer.rewards.call_result import CallResult, encode, read_message
 from trainer.rewards.contract import TIME_LIMIT, LoadedReward, Score, UnscoredBatchError, load_reward
-from trainer.rewards.outcome import Outcome, encode, read_message
 from trainer.types import Row
 
 MAX_FAILURE_CHARACTERS: Final = 8000
 
 
 def main() -> None:
-    """Load the rewards that the first message names, then answer calls until the pipe ends."""
+    """Load the rewards of the first message, then answer calls until the pipe is closed."""
     inbox = os.fdopen(os.dup(0), "rb")
     outbox = os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
-    faulthandler.register(signal.SIGUSR1)  # the parent asks where a call hangs before it kills
+    faulthandler.register(
+        signal.SIGUSR1
+    )  # the parent asks for the stack of a call that hangs before it kills the process
     parent = os.getppid()
 
     def send(message: Mapping[str, Any]) -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     if setup is None:
         return
     os.environ[TIME_LIMIT] = str(setup["timeout_s"])
-    threading.Thread(target=_follow_parent, args=(parent, setup["directory"]), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(parent, setup["directory"]), daemon=True).start()
     try:
         rewards = [load_reward(spec["use"], spec["args"], Path(setup["base_dir"])) for spec in setup["rewards"]]
     except RewardError as error:
@@ -56,35 +58,35 @@ def main() -> None:
     _limit_memory(setup["memory_limit_bytes"])
     send({"batch": [reward.is_batch for reward in rewards]})
     while (call := read_message(inbox)) is not None:
-        # A busy loop inside C code starves the thread that follows the parent: then the kernel ends the orphan.
+        # A busy loop in C code blocks the thread that watches the parent; this timer then kills an orphan.
         signal.setitimer(signal.ITIMER_PROF, 4 * call["timeout_s"] + 60)
         send(answer(rewards[call["reward"]], call["items"]))
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def answer(reward: LoadedReward, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Score the items of one call; `split` says that the culprit of a failed batch must be looked for."""
+    """Score the items of one call; `split` is set if a failed batch must be bisected."""
     rows = [Row(AskedFields(item["fields"]), item["file"], item["line"], item["index"]) for item in items]
     start = time.perf_counter()
     if not reward.is_batch:
-        outcomes = [_score(reward, item["completion"], row) for item, row in zip(items, rows, strict=True)]
-        return {"outcomes": [outcome.to_json() for outcome in outcomes], "split": False}
+        results = [_score(reward, item["completion"], row) for item, row in zip(items, rows, strict=True)]
+        return {"results": [result.to_json() for result in results], "split": False}
     try:
         values = _call_batch(reward, items, rows)
-        outcomes = [_outcome(value, start, reward.required) for value in values]
-        is_split = False
+        results = [_result(value, start, reward.required) for value in values]
+        must_split = False
     except BaseException as error:
-        outcomes = [_failure(error, row, start, reward.required) for row in rows]
-        is_split = len(items) > 1 and not isinstance(error, UnscoredBatchError)
-    return {"outcomes": [outcome.to_json() for outcome in outcomes], "split": is_split}
+        results = [_failure(error, row, start, reward.required) for row in rows]
+        must_split = len(items) > 1 and not isinstance(error, UnscoredBatchError)
+    return {"results": [result.to_json() for result in results], "split": must_split}
 
 
 @final
 class AskedFields(dict[str, Any]):
-    """The fields of a row, which remember what was asked of them."""
+    """The fields of a row, with a record of which were read."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Start with nothing asked."""
+        """Start with an empty record."""
         super().__init__(fields)
         self.asked: set[str] = set()
 
@@ -93,20 +95,20 @@ class AskedFields(dict[str, Any]):
         return super().__getitem__(key)
 
 
-def _score(reward: LoadedReward, completion: str, row: Row) -> Outcome:
+def _score(reward: LoadedReward, completion: str, row: Row) -> CallResult:
     start = time.perf_counter()
     try:
         value = reward.function(completion, row, **reward.args)
         if inspect.isawaitable(value):
             value = _awaited(value)
-    except BaseException as error:  # also SystemExit: a reward must not end its worker politely
+    except BaseException as error:  # SystemExit too: a reward must not end its worker
         return _failure(error, row, start)
     assert isinstance(row.fields, AskedFields)
-    return _outcome(value, start, tuple(sorted(row.fields.asked)))
+    return _result(value, start, tuple(sorted(row.fields.asked)))
 
 
 def _call_batch(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Any]:
-    """Call TRL's form: lists of prompts and completions, and each row field as a column."""
+    """Call a reward of TRL's form: lists of prompts and completions, and each row field as a column."""
     texts = [item["completion"] for item in items]
     completions = [
         [{"role": "assistant", "content": text}] if isinstance(item["prompt"], list) else text
@@ -128,7 +130,7 @@ def _call_batch(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: 
 
 
 def _awaited(value: Awaitable[Any]) -> Any:
-    import asyncio  # slow to import, and rewards are rarely coroutines
+    import asyncio  # slow to import, and few rewards are coroutines
 
     async def wait() -> Any:
         return await value
@@ -136,13 +138,13 @@ def _awaited(value: Awaitable[Any]) -> Any:
     return asyncio.run(wait())
 
 
-def _outcome(value: object, start: float, fields: tuple[str, ...]) -> Outcome:
-    """Hold what a reward returned to the contract."""
+def _result(value: object, start: float, fields: tuple[str, ...]) -> CallResult:
+    """Check what a reward returned against the contract."""
     seconds = time.perf_counter() - start
     parts = value.parts if isinstance(value, Score) else {}
     number = value.value if isinstance(value, Score) else value
     if number is None:
-        return Outcome(fields=fields, seconds=seconds)
+        return CallResult(fields=fields, seconds=seconds)
     try:
         if not isinstance(number, SupportsFloat):
             raise TypeError("not a number")
@@ -150,10 +152,10 @@ def _outcome(value: object, start: float, fields: tuple[str, ...]) -> Outcome:
         logged = {str(name): float(part) for name, part in parts.items()}
     except Exception as error:
         failure = f"the reward returned {_shown(value)} ({type(error).__name__}: {error})"
-        return Outcome(failure=f"{failure}; return a float, a Score or None", fields=fields, seconds=seconds)
+        return CallResult(failure=f"{failure}; return a float, a Score or None", fields=fields, seconds=seconds)
     if not all(math.isfinite(each) for each in (reward, *logged.values())):
-        return Outcome(failure=f"the reward returned {_shown(value)}, not finite", fields=fields, seconds=seconds)
-    return Outcome(reward, logged, fields=fields, seconds=seconds)
+        return CallResult(failure=f"the reward returned {_shown(value)}, not finite", fields=fields, seconds=seconds)
+    return CallResult(reward, logged, fields=fields, seconds=seconds)
 
 
 def _shown(value: object) -> str:
@@ -163,15 +165,15 @@ def _shown(value: object) -> str:
         return type(value).__name__
 
 
-def _failure(error: BaseException, row: Row, start: float, required: Sequence[str] = ()) -> Outcome:
+def _failure(error: BaseException, row: Row, start: float, required: Sequence[str] = ()) -> CallResult:
     seconds = time.perf_counter() - start
     assert isinstance(row.fields, AskedFields)
     asked = row.fields.asked.union(required)
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     missing = key if isinstance(key, str) and key in asked and key not in row else None
-    own = error.__traceback__.tb_next if error.__traceback__ else None  # without our own frame
+    own = error.__traceback__.tb_next if error.__traceback__ else None  # without the worker's own frame
     text = "".join(traceback.format_exception(type(error), error, own))
-    return Outcome(
+    return CallResult(
         failure=text[-MAX_FAILURE_CHARACTERS:],
         missing=missing,
         fields=tuple(sorted(asked)),
@@ -180,20 +182,20 @@ def _failure(error: BaseException, row: Row, start: float, required: Sequence[st
 
 
 def _limit_memory(limit_bytes: int) -> None:
-    """Bound the address space, on top of what the imports took."""
+    """Limit the address space, in addition to that of the imports."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + limit_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (OSError, ValueError) as error:  # no Linux, or a lower limit already holds
+    except (OSError, ValueError) as error:  # not Linux, or a lower limit is already set
         sys.stderr.write(f"no memory limit for rewards: {error}\n")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _follow_parent(parent: int, directory: str) -> None:
-    """End this process and its children when the parent is gone, even from inside a reward that hangs.
+def _watch_parent(parent: int, directory: str) -> None:
+    """Kill this process and its children once the parent has exited, even while a reward hangs.
 
-    What the parent would have removed goes too.
+    Also removes the directory, which the parent would have removed.
     """
     while os.getppid() == parent:
         time.sleep(0.5)

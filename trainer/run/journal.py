@@ -1,4 +1,4 @@
-"""The journal of rollouts: a file per chunk, written whole or not at all, replayed whole or not at all. No torch."""
+"""The journal of rollouts: one file per chunk, written and replayed as a whole. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 from trainer.files import make_directory, write_atomically
 from trainer.run.directory import RunDir
@@ -17,92 +18,106 @@ from trainer.types import Group, Rollout, Row
 FORMAT: Final = 1
 
 
-def write_chunk(
-    run: RunDir,
-    step: int,
-    number: int,
-    header: Mapping[str, Any],
-    groups: Sequence[Group],
-    advantages: Sequence[Sequence[float | None]],
-) -> None:
-    """Write one chunk.
+@final
+@dataclass(frozen=True)
+class ChunkHeader:
+    """What a chunk was drawn for; only an equal header is replayed.
+
+    On disk, for two rows on one rank in a run of 15 steps:
+
+        {"format": 1, "step": 3, "rows": [4, 7], "group_size": 8, "world_size": 1, "length": [15, null]}
+    """
+
+    step: int
+    """Step that trains on the rollouts, from 0."""
+    rows: tuple[int, ...]
+    """Row index of each group; a row that comes twice in a step is listed twice."""
+    group_size: int
+    world_size: int
+    """Chunks are dealt to ranks, so another number of ranks may sample with other batches and get other bits."""
+    length: tuple[int | None, float | None]
+    """`steps` and `epochs`. A resume may change them, and with them the learning rates and so the weights that draw."""
+
+    def record(self) -> dict[str, Any]:
+        """The first line of the file."""
+        return {"format": FORMAT, **asdict(self), "rows": list(self.rows), "length": list(self.length)}
+
+
+def write_chunk(run: RunDir, number: int, header: ChunkHeader, groups: Sequence[Group]) -> None:
+    """Write one chunk, atomically.
 
     Args:
         run: the run directory.
-        step: the step that the rollouts are trained on next, from 0.
-        number: of the chunk in its step.
-        header: what a replay must find equal; its `rows` are the indices of the groups' rows.
-        groups: the chunk's groups, scored.
-        advantages: of each rollout, for people; a replay computes them again.
+        number: index of the chunk in its step.
+        header: what a replay must find equal.
+        groups: the chunk's groups, with rewards and advantages.
     """
-    lines = [json.dumps({"format": FORMAT, **header})]
-    for group, of_group in zip(groups, advantages, strict=True):
-        for rollout, advantage in zip(group.rollouts, of_group, strict=True):
-            record = {"row": group.row.index, "where": str(group.row), "advantage": advantage, **rollout.__dict__}
-            record["trained"] = "".join("1" if flag else "0" for flag in rollout.trained)
-            lines.append(_line(record))
-    lines.append(json.dumps({"end": len(lines) - 1}))
-    file = run.journal_chunk(step, number)
+    records = [_record(group.row, rollout) for group in groups for rollout in group.rollouts]
+    lines = [json.dumps(header.record()), *map(_line, records), json.dumps({"end": len(records)})]
+    file = run.journal_chunk(header.step, number)
     make_directory(file.parent)
     write_atomically(file, "\n".join(lines) + "\n")
 
 
 def note_begun(run: RunDir, step: int, number: int) -> None:
-    """Note that a chunk is about to be sampled; one that is noted twice was paid for twice (`count_sampled`)."""
+    """Record that sampling of a chunk begins; `count_sampled` counts the chunks that began more than once.
+
+    Args:
+        run: the run directory.
+        step: step that trains on the chunk, from 0.
+        number: index of the chunk in its step.
+    """
     make_directory(run.rollouts)
     with run.begun_file.open("a") as file:
         file.write(json.dumps({"step": step, "chunk": number}) + "\n")
 
 
 def count_sampled(run: RunDir) -> tuple[int, int]:
-    """Tokens in the journal, and tokens of chunks that were sampled more than once, each further time counted.
+    """Drawn tokens in the journal, and drawn tokens sampled again after an interruption.
 
-    A chunk that was interrupted counts whole, so the second number is an upper bound.
+    An interrupted chunk counts as if it had been sampled completely, so the second number is an upper bound.
     """
     begun: Counter[tuple[int, int]] = Counter()
     with suppress(FileNotFoundError):
         for line in run.begun_file.read_text().splitlines():
-            with suppress(ValueError, KeyError):  # cut off by a kill
+            with suppress(ValueError, KeyError):  # a line cut off by a kill
                 record = json.loads(line)
                 begun[record["step"], record["chunk"]] += 1
-    total = twice = 0
+    total = repeated = 0
     for (step, number), times in begun.items():
-        records = _whole(run.journal_chunk(step, number))
+        records = _complete(run.journal_chunk(step, number))
         tokens = sum(record["trained"].count("1") for record in records[1:-1]) if records else 0
         total += tokens
-        twice += tokens * (times - 1)
-    return total, twice
+        repeated += tokens * (times - 1)
+    return total, repeated
 
 
-def read_chunk(
-    run: RunDir, step: int, number: int, header: Mapping[str, Any], rows: Sequence[Row]
-) -> list[Group] | None:
-    """Read one chunk back; None where it is missing, cut off, or of other rows, ranks or weights.
+def read_chunk(run: RunDir, number: int, header: ChunkHeader, rows: Sequence[Row]) -> list[Group] | None:
+    """Read one chunk back; None if it is missing, truncated, or was written with another header.
 
     Args:
         run: the run directory.
-        step: the step.
-        number: of the chunk in its step.
-        header: as it was written with.
-        rows: the chunk's rows, in order.
+        number: index of the chunk in its step.
+        header: as the chunk would be written now.
+        rows: the chunk's rows, in the order of `header.rows`.
     """
-    records = _whole(run.journal_chunk(step, number))
-    if records is None or records[0] != json.loads(json.dumps({"format": FORMAT, **header})):
+    records = _complete(run.journal_chunk(header.step, number))
+    if records is None or records[0] != header.record():
         return None
-    found = _by_group(records)
-    if [of_group[0]["row"] for of_group in found] != [row.index for row in rows]:
+    groups = _by_group(records)
+    if [of_group[0]["row"] for of_group in groups] != [row.index for row in rows]:
         return None
-    return [Group(row, tuple(map(_rollout, of_group))) for row, of_group in zip(rows, found, strict=True)]
+    return [Group(row, tuple(map(_rollout, of_group))) for row, of_group in zip(rows, groups, strict=True)]
 
 
 def read_step(run: RunDir, step: int) -> list[list[dict[str, Any]]]:
-    """The rollout records of each group of a step, for people; empty where there is none."""
-    chunks = [_whole(file) for file in run.journal_chunks(step)]
+    """The rollout records of each group of a step, as on disk; empty if the step has none."""
+    chunks = [_complete(file) for file in run.journal_chunks(step)]
     return [of_group for records in chunks if records is not None for of_group in _by_group(records)]
 
 
 def set_aside(run: RunDir, step: int) -> Path:
-    """Move a step's chunks out of the way of a replay; returns where to."""
+    """Rename a step's chunk directory so that it is not replayed; returns the new path."""
     directory = run.journal(step)
     aside = directory.with_name(f"refused-{directory.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -111,14 +126,14 @@ def set_aside(run: RunDir, step: int) -> Path:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """JSON that people can read; half a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape."""
+    """Readable JSON; a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def _whole(file: Path) -> list[dict[str, Any]] | None:
-    """The records of a chunk, header first and end last; None where it is missing or cut off."""
+def _complete(file: Path) -> list[dict[str, Any]] | None:
+    """The records of a chunk, header first and end marker last; None if it is missing or truncated."""
     try:
-        # not splitlines(): texts hold U+2028 and the like, which are no ends of lines in JSON
+        # not splitlines(): texts contain U+2028 and the like, which do not end a line of JSON
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     except (FileNotFoundError, ValueError):
         return None
@@ -126,15 +141,42 @@ def _whole(file: Path) -> list[dict[str, Any]] | None:
 
 
 def _by_group(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rollout records group by group; a row may have several groups, all groups of a chunk are of one size."""
+    """Rollout records group by group; a row may have several groups, and all groups of a chunk have one size."""
     header, *rollouts, _end = records
     size = len(rollouts) // len(header["rows"])
     return [rollouts[begin : begin + size] for begin in range(0, len(rollouts), size)]
 
 
-def _rollout(record: dict[str, Any]) -> Rollout:
-    fields = {name: value for name, value in record.items() if name not in {"row", "where", "advantage"}}
-    fields["token_ids"] = tuple(record["token_ids"])
-    fields["trained"] = tuple(flag == "1" for flag in record["trained"])
-    fields["sampler_logprobs"] = tuple(record["sampler_logprobs"])
-    return Rollout(**fields)
+def _record(row: Row, rollout: Rollout) -> dict[str, Any]:
+    """The line of a rollout. On disk logprobs have the length of `token_ids`, with 0.0 where nothing was drawn."""
+    logprobs = iter(rollout.sampler_logprobs)
+    return {
+        "row": row.index,
+        "where": str(row),
+        "advantage": rollout.advantage,
+        "token_ids": rollout.token_ids,
+        "trained": "".join("1" if is_drawn else "0" for is_drawn in rollout.loss_mask),
+        "sampler_logprobs": [next(logprobs) if is_drawn else 0.0 for is_drawn in rollout.loss_mask],
+        "finish_reason": rollout.finish_reason,
+        "policy_version": rollout.policy_version,
+        "text": rollout.text,
+        "reward": rollout.reward,
+        "rewards": rollout.rewards,
+        "failure": rollout.failure,
+    }
+
+
+def _rollout(record: Mapping[str, Any]) -> Rollout:
+    loss_mask, logprobs = tuple(flag == "1" for flag in record["trained"]), record["sampler_logprobs"]
+    return Rollout(
+        token_ids=tuple(record["token_ids"]),
+        loss_mask=loss_mask,
+        sampler_logprobs=tuple(value for value, is_drawn in zip(logprobs, loss_mask, strict=True) if is_drawn),
+        finish_reason=record["finish_reason"],
+        policy_version=record["policy_version"],
+        text=record["text"],
+        reward=record["reward"],
+        rewards=record["rewards"],
+        failure=record["failure"],
+        advantage=record["advantage"],
+    )

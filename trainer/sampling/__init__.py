@@ -1,4 +1,4 @@
-"""Samplers: token ids in, token ids and their logprobs out."""
+"""Samplers: token ids in, completions with logprobs out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from trainer.sampling.sampler import Sampler
 def make_sampler(
     settings: RolloutSettings, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> Sampler:
-    """The sampler that the recipe names."""
+    """The sampler that the recipe names.
+
+    Args:
+        settings: the recipe's `rollout` section.
+        policy: whose weights are sampled from.
+        tokenizer: of the policy.
+        world: the ranks; only a server needs them.
+    """
     if settings.sampler == "vllm":
         from trainer.sampling.vllm import VllmSampler
 

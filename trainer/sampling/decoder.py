@@ -1,11 +1,12 @@
-"""The policy's model in a form that decodes faster, beside the one that learns.
+"""A copy of the policy's model that decodes faster than the one that is trained.
 
-On a CPU the common families decode through `fused.FusedDecoder`; everything else through a structural copy of the
-model that shares every tensor with the policy, with only its linear layers replaced. A replaced layer computes
-W x + s B (A x) by itself, without the bookkeeping of a PEFT layer.
+On a CPU the common families decode with `fused.FusedDecoder`. Every other model decodes with a structural copy that
+shares all tensors with the policy and replaces only the linear layers. A replaced layer computes W x + s B (A x)
+itself, without the overhead of a PEFT layer.
 
-The adapter is not merged. A bf16 sum W + s BA drops changes below half a step of W's grid, so that a young adapter is
-lost and the sampler draws from the base while the policy has already moved (docs/log.md).
+The adapter is not merged. The bf16 sum W + s BA rounds away changes smaller than half the spacing of bf16 values at W,
+so a small adapter would be lost, and the sampler would draw from the base model after the policy has changed
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ from trainer.model.policy import Policy
 
 
 class Decoder(Protocol):
-    """Backbone and head that read the policy's weights as they were last taken."""
+    """Backbone and head with the weights of the last `refresh`."""
 
     def refresh(self) -> None:
-        """Take the policy's present weights."""
+        """Take the policy's current weights."""
 
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         """[T, H] last hidden states of a pack."""
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, V] products with the head, before scale, soft cap and temperature."""
+        """[N, V] raw outputs of the LM head, before scale, soft cap and temperature."""
 
 
 @final
 class DecodingLinear(nn.Module):
-    """Linear layers that read the same input, as one, with their adapters; for reading only."""
+    """Linear layers with one common input, fused, with their adapters; inference only."""
 
     def __init__(self, sources: Sequence[nn.Module]) -> None:
-        """Stand in for layers that `is_plain_linear` accepts; `refresh` before the first use."""
+        """Replace layers that `is_plain_linear` accepts; call `refresh` before the first use."""
         super().__init__()
-        # in tuples, so that they are no submodules: their parameters belong to the policy
+        # tuples, so that these are not registered as submodules: their parameters belong to the policy
         self._bases = tuple(_base(source) for source in sources)
         self._adapters = tuple(source if isinstance(source, peft.tuners.lora.Linear) else None for source in sources)
         weight = self._bases[0].weight
         self._is_packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_bf16_products()
-        if self._is_packed:  # by overload: finding it at each of 361 calls a token took 3 ms
+        if self._is_packed:  # resolved overloads: resolving them at each of 361 calls per token took 3 ms
             self._packed_linear: Any = torch.ops.mkldnn._linear_pointwise.default
             self._packed_linear_add: Any = torch.ops.mkldnn._linear_pointwise.binary
         self._is_frozen = not any(base.weight.requires_grad for base in self._bases)
@@ -59,7 +60,7 @@ class DecodingLinear(nn.Module):
         assert all((base.bias is not None) == self._has_bias for base in self._bases)
 
     def refresh(self) -> None:
-        """Take the policy's present weights."""
+        """Take the policy's current weights."""
         if self._weight.numel() == 0 or not self._is_frozen:
             self._weight = self._packed(_joined([base.weight.detach() for base in self._bases]))
             if self._has_bias:
@@ -88,7 +89,7 @@ class DecodingLinear(nn.Module):
         return self._packed_linear_add(inputs, added, weight, bias, "add")
 
     def _packed(self, weight: torch.Tensor) -> torch.Tensor:
-        """In the order that oneDNN reads fastest: 1.3 times the products of 32 rows, 1.6 times those of 8."""
+        """In the layout that oneDNN reads fastest: 1.3 times faster with 32 rows, 1.6 times with 8."""
         return torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
     def _take_adapters(self) -> None:
@@ -106,7 +107,7 @@ class DecodingLinear(nn.Module):
 
 @final
 class CopiedDecoder:
-    """A structural copy of any model, with its linear layers replaced."""
+    """A structural copy of any model with its linear layers replaced."""
 
     def __init__(self, policy: Policy) -> None:
         """Copy the structure, not the weights."""
@@ -118,7 +119,7 @@ class CopiedDecoder:
         self._causal_lm.eval()
 
     def refresh(self) -> None:
-        """Take the policy's present weights."""
+        """Take the policy's current weights."""
         for layer in self._linears:
             layer.refresh()
 
@@ -130,7 +131,7 @@ class CopiedDecoder:
         return output.last_hidden_state[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, V] products with the head, before scale, soft cap and temperature."""
+        """[N, V] raw outputs of the LM head, before scale, soft cap and temperature."""
         return self._causal_lm.get_output_embeddings()(hidden)
 
     def _replace(self, module: nn.Module) -> None:
@@ -139,12 +140,12 @@ class CopiedDecoder:
                 layer = DecodingLinear([child])
                 setattr(module, name, layer)
                 self._linears.append(layer)
-            elif not isinstance(child, BaseTunerLayer):  # what PEFT does there needs its own base layer
+            elif not isinstance(child, BaseTunerLayer):  # other PEFT layers need their own base layer
                 self._replace(child)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it computes W x + b, or with an adapter W x + b + s B (A x); DoRA and others do more."""
+    """Whether it computes W x + b, or W x + b + s B (A x) with an adapter; DoRA, for instance, computes more."""
     if not isinstance(module, peft.tuners.lora.Linear):
         return type(module) is nn.Linear
     names = module.active_adapters
@@ -157,7 +158,7 @@ def _base(module: nn.Module) -> Any:
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor is shared as it is; several are copied."""
+    """A single tensor is shared; several are copied into one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 

@@ -1,9 +1,10 @@
-"""Decoding the common families with a third of the operations that their own modules need.
+"""Decodes common model families with a third of the operations of their own modules.
 
-A token of a small model is a few hundred tiny operations, whose start costs more than their work. Here a layer is
+Decoding one token of a small model takes a few hundred small operations, and launching them costs more than computing
+them. Here a layer is
     h = h + O attend(rope(norm(QKV norm(h)))),   h = h + down(silu(gate) * up),   [gate, up] = GU norm(h)
-with Q, K, V and gate, up as one product each and the additions inside the products. It copies the linear weights, so it
-is used on CPUs only, where memory is cheap and the copy is also in the order that the kernels read fastest.
+with one product for Q, K, V, one for gate, up, and the additions fused into the products. The linear weights are
+copied, so this is used on CPUs only, where memory is cheap; the copy has the layout that the kernels read fastest.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from trainer.model.policy import Policy
 from trainer.sampling.decoder import DecodingLinear, is_plain_linear
 
 FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Model types whose layers are the formula above; Qwen3 alone has the inner norm."""
+"""Model types whose layers compute the formula above; only Qwen3 has the inner norm."""
 
 
 @final
 @dataclass(frozen=True)
 class _Layer:
     attention: nn.Module
-    """The model's own, asked for its number, scaling and window."""
+    """The model's own module, which identifies the layer."""
     scaling: float
     window: int | None
     norms: tuple[nn.Module, nn.Module]
-    """Before attention, before the MLP."""
+    """Before attention, and before the MLP."""
     inner_norms: tuple[nn.Module, nn.Module] | None
-    """Of each head's query and key."""
+    """Of each head's query, and of its key."""
     qkv: DecodingLinear
     output: DecodingLinear
     gate_up: DecodingLinear
@@ -43,10 +44,10 @@ class _Layer:
 
 @final
 class FusedDecoder:
-    """Llama, Mistral, Qwen2 and Qwen3 on CPU."""
+    """Decodes Llama, Mistral, Qwen2 and Qwen3 on a CPU."""
 
     def __init__(self, policy: Policy) -> None:
-        """Prepare the layers; weights are taken by `refresh`."""
+        """Prepare the layers; `refresh` loads the weights."""
         self._config = policy.causal_lm.config
         self._backbone: Any = policy.causal_lm.base_model
         self._head = DecodingLinear([policy.causal_lm.get_output_embeddings()])
@@ -54,53 +55,54 @@ class FusedDecoder:
         self._width = int(self._backbone.layers[0].self_attn.head_dim)
 
     def refresh(self) -> None:
-        """Take the policy's present weights."""
+        """Take the policy's current weights."""
         for layer in self._layers:
             for product in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 product.refresh()
         self._head.refresh()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, V] products with the head, before scale, soft cap and temperature."""
+        """[N, V] raw outputs of the LM head, before scale, soft cap and temperature."""
         return self._head(hidden)
 
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         """[T, H] last hidden states of a pack."""
         state: torch.Tensor = self._backbone.embed_tokens(token_ids)
         cos, sin = self._backbone.rotary_emb(state[None], positions[None])
-        turn = _Turn.of(cos[0], sin[0])
+        rotary = _Rotary.of(cos[0], sin[0])
         for layer in self._layers:
-            state = self._through(layer, state, turn, layout)
+            state = self._layer(layer, state, rotary, layout)
         return _norm(self._backbone.norm, state)
 
-    def _through(self, layer: _Layer, state: torch.Tensor, turn: _Turn, layout: CachedLayout) -> torch.Tensor:
+    def _layer(self, layer: _Layer, state: torch.Tensor, rotary: _Rotary, layout: CachedLayout) -> torch.Tensor:
         heads, kv_heads = self._config.num_attention_heads, self._config.num_key_value_heads
         joint = layer.qkv(_norm(layer.norms[0], state)).view(len(state), -1, self._width)
-        turned, value = joint[:, : heads + kv_heads], joint[:, heads + kv_heads :]
+        query_key, value = joint[:, : heads + kv_heads], joint[:, heads + kv_heads :]
         if layer.inner_norms is not None:
             inner_query, inner_key = layer.inner_norms
-            turned = torch.cat([_norm(inner_query, turned[:, :heads]), _norm(inner_key, turned[:, heads:])], 1)
-        turned = turn.apply(turned)
-        query, key, value = (part.transpose(0, 1)[None] for part in (turned[:, :heads], turned[:, heads:], value))
-        read, _ = packed_attention(
+            query_key = torch.cat([_norm(inner_query, query_key[:, :heads]), _norm(inner_key, query_key[:, heads:])], 1)
+        query_key = rotary.apply(query_key)
+        query, key, value = (part.transpose(0, 1)[None] for part in (query_key[:, :heads], query_key[:, heads:], value))
+        attended, _ = packed_attention(
             layer.attention, query, key, value, None, layer.scaling, packed=layout, sliding_window=layer.window
         )
-        state = layer.output(read.reshape(len(state), -1), added=state)
+        state = layer.output(attended.reshape(len(state), -1), added=state)
         gate, up = layer.gate_up(_norm(layer.norms[1], state)).chunk(2, -1)
         return layer.down(silu(gate).mul_(up), added=state)
 
 
 @final
 @dataclass(frozen=True)
-class _Turn:
-    """Rotary positions: x cos + (-second half, first half) sin, as x cos + swapped(x) signed_sin."""
+class _Rotary:
+    """Rotary embedding: x cos + (-second half, first half) sin, as x cos + swapped(x) signed_sin."""
 
     cos: torch.Tensor
     """[T, 1, D]."""
     signed_sin: torch.Tensor
+    """[T, 1, D]: sin, with its first half negated."""
 
     @classmethod
-    def of(cls, cos: torch.Tensor, sin: torch.Tensor) -> _Turn:
+    def of(cls, cos: torch.Tensor, sin: torch.Tensor) -> _Rotary:
         half = sin.shape[-1] // 2
         return cls(cos[:, None], torch.cat([-sin[:, :half], sin[:, half:]], -1)[:, None])
 
@@ -109,7 +111,7 @@ class _Turn:
 
 
 def is_fusible(policy: Policy) -> bool:
-    """Whether the model is of a known family, on a CPU, with adapters that are plain."""
+    """Whether the model is of a known family, on a CPU, with plain LoRA adapters only."""
     model: Any = policy.causal_lm
     if model.config.model_type not in FAMILIES or model.device.type != "cpu":
         return False

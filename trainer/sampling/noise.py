@@ -1,16 +1,16 @@
-"""Drawing tokens from numbers that are a function of counters.
+"""Counter-based random numbers, and exact sampling of tokens from them.
 
-One uniform number for each token is hashed from (seed, step, row, sample, position), so that a completion's noise does
-not depend on which others are sampled beside it, and no generator has a state to save:
+One uniform number per token is hashed from (seed, step, row, sample, position). So the noise of a completion does not
+depend on which completions are sampled in the same batch, and there is no generator state to save:
 
     key = mix(seed);  key = mix(key + (counter + 1) * GAMMA) for step, row, sample, position;  u = key >> 16, over 2**48
 
-where `mix` is the finalizer of SplitMix64 (Steele, Lea and Flood 2014) and all is modulo 2**64.
+where `mix` is the finalizer of SplitMix64 (Steele, Lea and Flood 2014) and arithmetic is modulo 2**64.
 
-A token is drawn by inverting the distribution function in whole numbers: q_i = floor(p_i * 2**40), the least i with
-q_0 + ... + q_i > floor(u * sum(q)). Sums of whole numbers do not depend on their order, so the same numbers give the
-same token on every device, which a floating cumsum on CUDA does not. Each probability is lowered by less than 2**-40;
-tokens below 2**-40 are never drawn. The sum is taken over blocks of the vocabulary and then within one of them.
+A token is drawn by inverting the distribution function in integers: q_i = floor(p_i * 2**40), and the token is the
+smallest i with q_0 + ... + q_i > floor(u * sum(q)). Integer sums do not depend on the order of summation, so equal
+inputs give equal tokens on every device; a floating-point cumsum on CUDA does not. Each probability is lowered by less
+than 2**-40, and tokens below 2**-40 are never drawn. The sum is taken over blocks of the vocabulary, then within one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 
 QUANTUM_BITS: Final = 40
 UNIFORM_BITS: Final = 48
-"""Few enough that a uniform below 1 times a total of about 2**40 rounds to less than the total in float64."""
+"""Few enough that u < 1 times a total of about 2**40 is below the total after rounding to float64."""
 BLOCK: Final = 256
-"""Tokens of the vocabulary whose probabilities are summed first."""
+"""Number of neighbouring tokens whose probabilities are summed first."""
 
 _GAMMA: Final = 0x9E3779B97F4A7C15
 _FIRST: Final = 0xBF58476D1CE4E5B9
@@ -32,7 +32,15 @@ _SECOND: Final = 0x94D049BB133111EB
 
 
 def row_keys(seed: int, step: int, rows: Sequence[int], samples: Sequence[int], device: torch.device) -> torch.Tensor:
-    """[R] int64 key of each completion's noise, from its row and its number among the row's samples."""
+    """[R] int64 noise key of each completion.
+
+    Args:
+        seed: of the run.
+        step: of the training.
+        rows: row index of each completion.
+        samples: index of each completion among the samples of its row.
+        device: of the result.
+    """
     assert len(rows) == len(samples)
     key = _mix(torch.tensor([_signed(seed)], device=device))
     key = _mix(_stir(key, torch.tensor([step], device=device)))
@@ -41,13 +49,13 @@ def row_keys(seed: int, step: int, rows: Sequence[int], samples: Sequence[int], 
 
 
 def uniforms(keys: torch.Tensor, position: int) -> torch.Tensor:
-    """[R] float64 in [0, 1): the noise of each completion's token at this position."""
+    """[R] float64 in [0, 1): the noise for each completion's token at this position."""
     mixed = _mix(keys + _signed((position + 1) * _GAMMA))
     return _shift_right(mixed, 64 - UNIFORM_BITS).double() * 2.0**-UNIFORM_BITS
 
 
 def quantize(probabilities: torch.Tensor) -> torch.Tensor:
-    """[R, B * BLOCK] int64 multiples of 2**-40, zeros behind the vocabulary, from [R, V] floats."""
+    """[R, B * BLOCK] int64 in units of 2**-40, zero beyond the vocabulary, from [R, V] probabilities."""
     rows, vocab = probabilities.shape
     width = -(-vocab // BLOCK) * BLOCK
     scaled = probabilities * 2.0**QUANTUM_BITS
@@ -69,7 +77,7 @@ def draw(quanta: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     ends = blocks.sum(-1).cumsum(-1)
     total = ends[:, -1]
     target = (uniform * total).to(torch.int64)[:, None]
-    # a sum of 0 (logits that are not finite) would point behind the last block
+    # a sum of 0, from logits that are not finite, would point beyond the last block
     block = (ends <= target).sum(-1).clamp(max=ends.shape[1] - 1)
     index = torch.arange(len(quanta), device=quanta.device)
     inside = blocks[index, block]
@@ -79,17 +87,17 @@ def draw(quanta: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def truncate(quanta: torch.Tensor, *, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """Zero what top_k, then top_p of the rest, then min_p cut off; values that say off cost nothing.
+    """Set to zero what top_k, then top_p of the rest, then min_p exclude; a disabled filter costs nothing.
 
     Args:
         quanta: [R, V] from `quantize`.
-        top_k: keep the k likeliest tokens, of equals the first; 0 is off.
-        top_p: keep the fewest likeliest tokens that together reach this share; 1 is off.
-        min_p: keep tokens at least so likely relative to the likeliest; 0 is off.
+        top_k: keep the k most likely tokens, the smaller id on a tie; 0 is off.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least top_p; 1 is off.
+        min_p: keep tokens whose probability is at least min_p times the highest one; 0 is off.
     """
     is_short = 0 < top_k < quanta.shape[1]
     if is_short or top_p < 1:
-        # stable: of equally likely tokens the one with the smaller id is kept, on every device
+        # stable: on a tie every device keeps the smaller id
         values, order = quanta.sort(dim=-1, descending=True, stable=True)
         if is_short:
             values, order = values[:, :top_k], order[:, :top_k]
@@ -113,11 +121,11 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Without the sign, which torch's shift would copy in."""
+    """Logical shift; torch's own shift copies the sign bit."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The same 64 bits as torch's int64 reads them."""
+    """The same 64 bits as an int64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

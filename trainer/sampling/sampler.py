@@ -1,10 +1,12 @@
-"""What every sampler takes and gives: token in, token out."""
+"""The sampler protocol: token ids in, completions out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, final
+
+from transformers import PreTrainedTokenizerBase
 
 from trainer.model.policy import Policy
 from trainer.types import Completion
@@ -13,57 +15,61 @@ from trainer.types import Completion
 @final
 @dataclass(frozen=True)
 class SampleRequest:
-    """A prompt, and how many completions of it are wanted."""
+    """A prompt, and how many completions to draw for it."""
 
     prompt_ids: tuple[int, ...]
     row: int
-    """Index of the row, which names the prompt in the noise."""
+    """Index of the row; selects the noise of the prompt."""
     num_samples: int
-    """G."""
+    """The group size, G."""
     first_sample: int = 0
-    """Number of the first completion in the noise; further draws of the same row in the same step begin higher."""
+    """Index of the first completion in the row's noise; later groups of the same row and step start higher."""
 
 
 @final
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn and where a completion ends."""
+    """How tokens are drawn and what ends a completion."""
 
     max_completion_tokens: int
     stop_ids: frozenset[int]
-    """Tokens that end a completion and belong to it."""
+    """Tokens that end a completion; the last one is part of it."""
     seed: int
     step: int
     temperature: float = 1.0
-    """Of drawing and of the logprobs that are recorded."""
+    """Of sampling, and of the logprobs that are recorded."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
-    """Strings that end a completion with the token that completes them."""
+    """Strings that end a completion, at the token that completes one of them."""
     is_greedy: bool = False
-    """Take the likeliest token, for evaluation; top_p, top_k and min_p are then without effect."""
+    """Take the most likely token, for evaluation; top_p, top_k and min_p then have no effect."""
 
     def at_step(self, step: int) -> SamplingParams:
-        """The same with the noise of another step."""
+        """The same parameters with the noise of another step."""
         return replace(self, step=step)
 
     def for_evaluation(self, seed_offset: int) -> SamplingParams:
-        """The same with a noise that no training step uses and that is equal at every evaluation."""
+        """The same parameters with noise that no training step uses and every evaluation shares."""
         return replace(self, seed=self.seed + seed_offset, step=0)
 
 
 class Sampler(Protocol):
-    """An engine that draws completions with the policy's weights."""
+    """An engine that samples completions with the policy's weights."""
 
     def publish(self, policy: Policy, version: int) -> None:
-        """Take the policy's weights; completions carry `version` from now on."""
+        """Take the policy's current weights; completions carry `version` from now on."""
 
     def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[list[Completion]]:
-        """Draw `num_samples` completions of each request; lists stand in the order of the requests.
+        """Draw `num_samples` completions per request; one list per request, in the same order.
 
-        Logprobs are of the untruncated distribution at `params.temperature`, whatever top_p, top_k and min_p say.
+        Logprobs are of the untruncated distribution at `params.temperature`, regardless of top_p, top_k and min_p.
         """
 
-    def text_of(self, completion: Completion) -> str:
-        """What was drawn as text, without special tokens: for rewards and people, never tokenized again."""
+
+def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of a completion, without special tokens."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text

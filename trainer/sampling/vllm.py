@@ -1,9 +1,9 @@
-"""Sampling on a vLLM server that gets every new adapter.
+"""Sampling on a vLLM server that loads every new adapter.
 
 Each publish loads the adapter under a new name, so that neither the server's adapter table nor its prefix cache can
-answer with older weights; every answer must carry that name. What is trusted is measured: which distribution the
-server's logprobs are of (a probe at the start), and that it computes what the policy computes (a canary per publish).
-docs/vllm.md says how to start a server.
+answer with older weights; every response must carry that name. Two properties are measured, not assumed: which
+distribution the server's logprobs belong to (one probe at startup), and whether the server computes the same logprobs
+as the policy (a fixed sentence at each publish). docs/vllm.md explains how to start a server.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from trainer.errors import NumericalError
 from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy
-from trainer.sampling.sampler import SampleRequest, SamplingParams
+from trainer.sampling.sampler import SampleRequest, SamplingParams, decoded
 from trainer.sampling.vllm_client import UNTOUCHED, RefusedError, SamplerError, Served, VllmClient
 from trainer.types import Completion
 
 MAX_CONCURRENT: Final = 64
-"""Requests under way from one rank; the server queues and batches by itself."""
+"""Concurrent requests of one rank; the server queues and batches them."""
 SAMPLE_TIMEOUT_S: Final = 3600.0
 LOAD_TIMEOUT_S: Final = 300.0
 CANARY: Final = "The quick brown fox jumps over the lazy dog. One, two, three, four, five, six. 12 + 30 = 42."
 CANARY_BUDGET: Final = 0.2
-"""Mean distance of the canary's logprobs; rounding in bf16 makes 0.04 to 0.06 with SmolLM2, less in larger models."""
+"""Largest mean absolute difference of the canary's logprobs; bf16 rounding causes 0.04 to 0.06 with SmolLM2."""
 T = TypeVar("T")
 
 
 @final
 class VllmSampler:
-    """Draws on a vLLM server, with adapters loaded at run time."""
+    """Samples on a vLLM server that loads adapters at run time."""
 
     def __init__(
         self, url: str, tokenizer: PreTrainedTokenizerBase, world: World, *, exchange_dir: Path | None = None
     ) -> None:
-        """Find the server and learn what its logprobs are; every rank calls it.
+        """Connect to the server and determine the mode of its logprobs; every rank calls it.
 
         Args:
-            url: of the server, without path.
+            url: of the server, without a path.
             tokenizer: of the policy.
             world: the main rank publishes; every rank samples.
-            exchange_dir: where adapters are written for the server to read, on a file system that both see; None: the
-                machine's temporary directory.
+            exchange_dir: where adapters are written for the server to read, on a shared file system; None is the
+                temporary directory of this machine.
 
         Raises:
-            SamplerError: no server, or one that cannot be trained with; says what to start.
+            SamplerError: there is no server, or it is unsuitable for training.
         """
         self.tokenizer, self.world = tokenizer, world
         self.client = VllmClient(url, model=str(tokenizer.name_or_path))
@@ -74,34 +74,34 @@ class VllmSampler:
             self.finalizer = weakref.finalize(self, _retire, self.client, self.loaded, self.directory)
 
     def publish(self, policy: Policy, version: int) -> None:
-        """Give the server the policy's adapter; completions carry `version` from now on. Every rank calls it.
+        """Load the policy's adapter on the server; completions carry `version` from now on. Every rank calls it.
 
         Raises:
-            SamplerError: the server cannot take it; says what to change.
-            NumericalError: the server computes something else than the policy.
+            SamplerError: the server cannot load it.
+            NumericalError: the server's logprobs differ from the policy's.
         """
         _refuse_unservable(policy)
         weights = {name: whole_of(parameter).detach() for name, parameter in policy.trained_parameters().items()}
         expected = self._canary_logprobs(policy)
-        self.world.barrier()  # no rank samples any more with the adapter that is unloaded now
+        self.world.barrier()  # no rank may still be sampling with the adapter that is unloaded now
         self.num_published += 1
         name = f"tunesmith-{self.run_id}-v{version:06d}-n{self.num_published}"
-        found = self._on_main(lambda: self._load(policy, weights, name))
-        distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, found, strict=True)) / len(expected)
+        served = self._on_main(lambda: self._load(policy, weights, name))
+        distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, served, strict=True)) / len(expected)
         if not distance <= CANARY_BUDGET:
             raise NumericalError(
-                f"{self.client.url} serves {self.served.root}; with the adapter its logprobs of a fixed sentence are "
+                f"{self.client.url} serves {self.served.root}; with the adapter, its logprobs of a fixed sentence are "
                 f"{distance:.3g} away from those of {policy.model_path} (mean; at most {CANARY_BUDGET:g}). "
-                f"Start it with the recipe's model, in the recipe's compute_dtype:\n{self.client.command()}"
+                f"Start it with the recipe's model and compute_dtype:\n{self.client.command()}"
             )
         self.version, self.name = version, name
 
     def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[list[Completion]]:
-        """Draw `num_samples` completions of each request; lists stand in the order of the requests.
+        """Draw `num_samples` completions per request; one list per request, in the same order.
 
         Raises:
-            SamplerError: the server cannot draw so; says what to change.
-            NumericalError: an answer is not of the published adapter, or not finite.
+            SamplerError: the server does not support these parameters.
+            NumericalError: a response comes from another adapter, or its logprobs are not finite.
         """
         assert self.version >= 0, "publish before sampling"
         if not requests:
@@ -110,14 +110,8 @@ class VllmSampler:
         with ThreadPoolExecutor(min(len(requests), MAX_CONCURRENT), thread_name_prefix="vllm") as pool:
             return list(pool.map(lambda request: self._draw(request, params), requests))
 
-    def text_of(self, completion: Completion) -> str:
-        """What was drawn as text, without special tokens."""
-        text = self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
     def _on_main(self, act: Callable[[], T]) -> T:
-        """Act on the main rank; every rank gets the result, or raises the error, so that none waits for ever."""
+        """Run on the main rank; every rank returns its result or raises its error, so that no rank waits forever."""
         result, problem = self.world.on_main(act, (SamplerError, RefusedError, OSError))
         if problem is not None:
             raise SamplerError(problem)
@@ -125,14 +119,14 @@ class VllmSampler:
 
     @torch.no_grad()
     def _canary_logprobs(self, policy: Policy) -> list[float]:
-        """Under the policy, of each token of the canary but the first."""
+        """Logprob of each canary token except the first, under the policy."""
         policy.eval()
         sequence = TokenSequence(self.canary, (True,) * len(self.canary))
         logprobs: list[float] = policy(Batch.pack([sequence], policy.device)).logprobs.tolist()
         return logprobs
 
     def _load(self, policy: Policy, weights: dict[str, torch.Tensor], name: str) -> list[float]:
-        """Put the adapter in place of the one before; returns the canary's logprobs under it."""
+        """Replace the served adapter; returns the canary's logprobs under the new one."""
         directory = self.directory / name
         directory.mkdir()
         policy.save(directory, weights)
@@ -142,41 +136,45 @@ class VllmSampler:
             shutil.rmtree(self.directory / old, ignore_errors=True)
         self.loaded[:] = [name]
         body = {**UNTOUCHED, "model": name, "prompt": self.canary, "max_tokens": 1, "prompt_logprobs": 0}
-        answer = self.client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S)
-        found = answer["choices"][0]["prompt_logprobs"][1:]
-        return [each[str(token)]["logprob"] for each, token in zip(found, self.canary[1:], strict=True)]
+        response = self.client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S)
+        by_token = response["choices"][0]["prompt_logprobs"][1:]
+        return [each[str(token)]["logprob"] for each, token in zip(by_token, self.canary[1:], strict=True)]
 
     def _refuse_params(self, requests: Sequence[SampleRequest], params: SamplingParams) -> None:
-        """Refuse what would come back with logprobs of another distribution, or cut short."""
+        """Refuse requests whose logprobs would be of another distribution, or that would be truncated."""
         is_raw = self.served.logprobs_mode == "raw_logprobs"
         is_truncated = not params.is_greedy and (params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0)
         if params.temperature != 1.0 and is_truncated:
             raise SamplerError(
-                "vLLM has no logprobs of the untruncated distribution at a temperature other than 1: turn "
-                "rollout.top_p, top_k and min_p off, or set rollout.temperature to 1, or rollout.sampler to local"
+                "vLLM has no logprobs of the untruncated distribution at a temperature other than 1: turn off "
+                "rollout.top_p, top_k and min_p, or set rollout.temperature to 1, or rollout.sampler to local"
             )
         if params.temperature != 1.0 and params.is_greedy:
-            raise SamplerError("vLLM gives logprobs of greedy completions at temperature 1 only: set it to 1")
+            raise SamplerError(
+                "vLLM returns logprobs of greedy completions at temperature 1 only: set rollout.temperature to 1"
+            )
         if is_raw and params.temperature != 1.0:
             raise SamplerError(
-                f"{self.client.url} gives logprobs at temperature 1; rollout.temperature is {params.temperature:g}. "
+                f"{self.client.url} returns logprobs at temperature 1; rollout.temperature is {params.temperature:g}. "
                 "Start the server with --logprobs-mode processed_logprobs, or set rollout.temperature to 1."
             )
         if not is_raw and is_truncated:
             raise SamplerError(
-                f"{self.client.url} gives logprobs after top_p, top_k and min_p. Turn them off, "
+                f"{self.client.url} returns logprobs after top_p, top_k and min_p. Turn them off, "
                 "or start the server with --logprobs-mode raw_logprobs."
             )
         longest = max(len(request.prompt_ids) for request in requests) + params.max_completion_tokens
         if longest > self.served.max_model_tokens:
             raise SamplerError(
                 f"a prompt and rollout.max_completion_tokens need {longest:,} tokens, and {self.client.url} takes "
-                f"{self.served.max_model_tokens:,}. Start it with --max-model-len {longest} or lower the limit."
+                f"{self.served.max_model_tokens:,}. Start it with --max-model-len {longest}, or lower the limit."
             )
 
     def _draw(self, request: SampleRequest, params: SamplingParams) -> list[Completion]:
-        copies = request.num_samples if params.is_greedy else 1  # n greedy completions are refused, and equal
-        drawing = {
+        copies = (
+            request.num_samples if params.is_greedy else 1
+        )  # vLLM refuses n > 1 greedy completions, which would be equal
+        random_sampling = {
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
@@ -184,7 +182,7 @@ class VllmSampler:
         }
         body = {
             **UNTOUCHED,
-            **({"temperature": 0.0} if params.is_greedy else drawing),
+            **({"temperature": 0.0} if params.is_greedy else random_sampling),
             "model": self.name,
             "prompt": request.prompt_ids,
             "n": request.num_samples // copies,
@@ -195,15 +193,15 @@ class VllmSampler:
             "logprobs": 0,
         }
         try:
-            answer = self.client.post("/v1/completions", body, timeout_s=SAMPLE_TIMEOUT_S)
+            response = self.client.post("/v1/completions", body, timeout_s=SAMPLE_TIMEOUT_S)
         except RefusedError as error:
             lost = "" if self.client.has_model(self.name) else f" It no longer has {self.name}: was it restarted?"
             raise SamplerError(f"{error}{lost}") from None
-        if answer["model"] != self.name:
-            raise NumericalError(f"{self.client.url} answered with {answer['model']} instead of {self.name}")
-        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        if response["model"] != self.name:
+            raise NumericalError(f"{self.client.url} answered with {response['model']} instead of {self.name}")
+        choices = sorted(response["choices"], key=lambda choice: int(choice["index"]))
         if len(choices) * copies != request.num_samples:
-            raise SamplerError(f"{self.client.url} gave {len(choices)} completions, asked for {body['n']}")
+            raise SamplerError(f"{self.client.url} returned {len(choices)} completions instead of {body['n']}")
         return [self._completion(choice, request, params) for choice in choices for _ in range(copies)]
 
     def _completion(self, choice: dict[str, Any], request: SampleRequest, params: SamplingParams) -> Completion:
@@ -214,25 +212,32 @@ class VllmSampler:
         token_ids, logprobs = tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"])
         reason = choice["finish_reason"]
         if tuple(choice.get("prompt_token_ids") or ()) != request.prompt_ids or len(token_ids) != len(logprobs):
-            raise SamplerError(f"{self.client.url} changed the prompt, or lost logprobs; is there a proxy in between?")
-        if not all(isinstance(value, float) and -9999.0 < value < 0.01 for value in logprobs):  # -9999 stands for -inf
-            raise NumericalError(f"{self.client.url}: logprobs that are not finite; the policy's weights are broken")
-        is_whole = reason == "length" and len(token_ids) == params.max_completion_tokens
+            raise SamplerError(f"{self.client.url} changed the prompt or lost logprobs; is there a proxy in between?")
+        if not all(
+            isinstance(value, float) and -9999.0 < value < 0.01 for value in logprobs
+        ):  # vLLM writes -inf as -9999
+            raise NumericalError(f"{self.client.url}: logprobs are not finite; the policy's weights are broken")
+        is_full_length = reason == "length" and len(token_ids) == params.max_completion_tokens
         by_token, by_string = token_ids[-1:] and token_ids[-1] in params.stop_ids, choice["stop_reason"] in params.stop
-        if not (is_whole or (reason == "stop" and (by_token or by_string))):
+        if not (is_full_length or (reason == "stop" and (by_token or by_string))):
             raise SamplerError(
                 f"{self.client.url} ended a completion after {len(token_ids)} tokens ({reason}, "
-                f"{choice.get('stop_reason')!r}), where the recipe does not. Start it with --generation-config vllm, "
-                "so that it adds no stop tokens and limits of its own."
+                f"{choice.get('stop_reason')!r}), for a reason that is not in the recipe. Start it with "
+                "--generation-config vllm, so that it adds no stop tokens and limits."
             )
-        return Completion(token_ids, logprobs, reason, self.version)
+        return Completion(token_ids, logprobs, reason, self.version, decoded(self.tokenizer, token_ids))
 
 
 def request_seed(seed: int, step: int, row: int) -> int:
-    """Noise of a row's first completion; the n-th has this plus n, which is also how vLLM numbers them.
+    """Seed of a row's first completion; vLLM itself adds n for the n-th one.
 
     >>> request_seed(0, 0, 0) != request_seed(0, 1, 0) != request_seed(0, 0, 1)
     True
+
+    Args:
+        seed: of the run.
+        step: of the training.
+        row: index of the row.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed}:{step}:{row}".encode(), digest_size=7).digest())
 
@@ -247,7 +252,7 @@ def _refuse_unservable(policy: Policy) -> None:
 
 
 def _retire(client: VllmClient, loaded: list[str], directory: Path) -> None:
-    """Leave nothing behind, where the server still answers."""
+    """Unload the adapters, if the server still answers, and delete their files."""
     for name in loaded:
         with suppress(SamplerError, RefusedError):
             client.unload_adapter(name, tries=1)

@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from trainer.algorithms import ResolvedAlgorithm, denominator, group_advantages
+from trainer.algorithms import ResolvedAlgorithm, denominator
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
@@ -173,20 +173,17 @@ def _packs(
 
 
 def _sequences(group: Group, algorithm: ResolvedAlgorithm) -> list[TokenSequence]:
-    """The rollouts of a group that are trained on."""
-    (advantages,) = group_advantages([[rollout.reward for rollout in group.rollouts]], algorithm.advantage)
-    sequences = []
-    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-        is_masked = algorithm.overlong == "mask" and rollout.finish_reason == "length"
-        if advantage is not None and not is_masked:
-            sequences.append(_sequence(rollout, advantage, str(group.row)))
-    return sequences
+    """The rollouts of a group that are trained on: scored, and not masked for their length."""
+    return [
+        _sequence(rollout, rollout.advantage, str(group.row))
+        for rollout in group.rollouts
+        if rollout.advantage is not None and not (algorithm.overlong == "mask" and rollout.finish_reason == "length")
+    ]
 
 
 def _sequence(rollout: Rollout, advantage: float, source: str) -> TokenSequence:
-    logprobs = tuple(value for value, trained in zip(rollout.sampler_logprobs, rollout.trained, strict=True) if trained)
-    inputs = TokenInputs(advantages=(advantage,) * len(logprobs), sampler_logprobs=logprobs)
-    return TokenSequence(rollout.token_ids, rollout.trained, inputs, source)
+    inputs = TokenInputs(advantages=(advantage,) * rollout.num_drawn, sampler_logprobs=rollout.sampler_logprobs)
+    return TokenSequence(rollout.token_ids, rollout.loss_mask, inputs, source)
 
 
 def _mean(updates: Sequence[Update], num_epochs: int) -> Update:

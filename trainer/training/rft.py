@@ -5,36 +5,39 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import final
 
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.jsonl import read_rows
 from trainer.model.policy import Reference
 from trainer.planning.plan import RFTPlan
+from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import RewardEvaluation
+from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.metrics import Values
-from trainer.training.rollouts import Prompt, Rollouts, sampling_params, summarize
+from trainer.training.rollouts import Rollouts, sampling_params, summarize
 
 
 def train(attempt: Attempt, plan: RFTPlan) -> None:
     """Train from the newest checkpoint to the end.
 
     Raises:
-        UserError: rows, model or rewards cannot be trained with.
-        PreemptedError: asked to stop; the state is saved.
+        UserError: the rows, the model or the rewards are unusable.
+        PreemptedError: a stop was requested; the state is saved.
     """
     recipe, rollout, world = plan.recipe, plan.recipe.rollout, attempt.world
     tokenizer = load_tokenizer(recipe.model)
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
-    prompts = _prompts(attempt, encoder, recipe.data.train, None, rollout.max_completion_tokens)
+    prompts = _prompts(attempt, plan, encoder, recipe.data.train, None)
     held_out: list[Prompt] = []
     if recipe.data.eval is not None:
-        held_out = _prompts(attempt, encoder, recipe.data.eval, recipe.data.eval_rows, rollout.max_completion_tokens)
+        held_out = _prompts(attempt, plan, encoder, recipe.data.eval, recipe.data.eval_rows)
     learner = attempt.open_learner()
     policy = learner.policy
     is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
@@ -55,12 +58,13 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         sampler = make_sampler(rollout, policy, tokenizer, world)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
-        rollouts = Rollouts(plan, prompts, sampler, rewards, attempt.run, world, attempt.stop, params)
-        answer = RewardEvaluation(held_out, sampler, rewards, params, rollout.eval_samples, world, attempt.stop.moved)
+        group_sampler = GroupSampler(sampler, rewards, params, world, attempt.stop)
+        rollouts = Rollouts(plan, prompts, group_sampler, attempt.run)
+        evaluation = RewardEvaluation(held_out, group_sampler, rollout.eval_samples)
 
         def evaluate() -> Values:
             sampler.publish(policy, attempt.step)
-            return answer(attempt.run.evaluation(attempt.step))
+            return evaluation(attempt.run.evaluation(attempt.step))
 
         attempt.evaluate_at_start(learner, evaluate)
         while attempt.step < plan.steps:
@@ -78,27 +82,32 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
     attempt.finish(learner)
 
 
+@final
 class Clock:
-    """Seconds of the phases of a step."""
+    """Times the phases of a step, in seconds."""
 
     def __init__(self) -> None:
-        """Start."""
+        """Start the clock."""
         self.begin = self.last = time.perf_counter()
 
     def lap(self) -> float:
-        """Since the last lap."""
+        """Time since the previous lap."""
         now = time.perf_counter()
         lap, self.last = now - self.last, now
         return lap
 
     def total(self) -> float:
-        """Since the start."""
+        """Time since the start."""
         return time.perf_counter() - self.begin
 
 
-def _prompts(attempt: Attempt, encoder: ChatEncoder, source: DataSource, limit: int | None, room: int) -> list[Prompt]:
+def _prompts(
+    attempt: Attempt, plan: RFTPlan, encoder: ChatEncoder, source: DataSource, limit: int | None
+) -> list[Prompt]:
+    """The rows of a source, checked and encoded; `limit` keeps the first rows only."""
     rows = read_rows(source, encoder.data, limit)
-    prompts = [Prompt(row, encoder.encode_prompt(row, room)) for row in rows]
+    refuse_unscorable_rows(plan.recipe.rewards, rows)
+    prompts = [Prompt(row, encoder.encode_prompt(row, plan.recipe.rollout.max_completion_tokens)) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     attempt.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts

@@ -1,25 +1,29 @@
-"""Ask a reward server over HTTP.
+"""Score completions on a reward server over HTTP.
 
-The request is TRL's batch form as JSON, and so is the answer:
+The request is TRL's batch form as JSON, and so is the response:
 
     POST {"prompts": [...], "completions": ["..."], "columns": {"answer": [...]}}  ->  {"rewards": [1.0, null, ...]}
 
-null abstains; anything else than a number fails for its completion. docs/examples/reward_server.py is such a server.
+null abstains; any other value that is not a number fails its completion. docs/examples/reward_server.py is such a
+server.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Final
+from urllib.parse import urlsplit
 
+import httpx
+
+from trainer.http import direct_client
 from trainer.rewards.contract import UnscoredBatchError
 
 MAX_RESPONSE_BYTES: Final = 64 << 20
+MAX_MESSAGE_BYTES: Final = 500
 FIRST_PAUSE_S: Final = 0.1
 
 
@@ -33,52 +37,65 @@ def http_reward(
     headers: dict[str, str] | None = None,
     **columns: Any,
 ) -> list[Any]:
-    """Post a batch to `url` and return the rewards of the answer.
+    """Post a batch to `url` and return the rewards of the response.
 
-    Tried again, with pauses of 0.1 s, 0.2 s and so on to 3.2 s, so that a server may restart: no connection, no answer
-    in time, and statuses 408, 429 and 5xx. All tries together must fit into `reward_limits.timeout_s`. Proxies of the
-    environment are not used: a reward server stands in your own network.
+    Failed connections, timeouts and the statuses 408, 429 and 5xx are retried after pauses of 0.1 s, 0.2 s and so on
+    up to 3.2 s, so that a server may restart. All attempts together must fit into `reward_limits.timeout_s`. Proxies of
+    the environment are not used: the server is expected in your own network.
 
     Args:
         prompts: text or messages of each prompt.
-        completions: text, or a list of one message, of each completion.
-        url: where to post; http or https.
-        post_timeout_s: how long to wait for the answer to one try.
-        num_retries: tries after the first.
+        completions: text of each completion, or a list with its one message.
+        url: http or https.
+        post_timeout_s: how long one attempt waits for the response.
+        num_retries: attempts after the first.
         headers: added to each request, for instance a token.
-        **columns: every other field of the rows, a list each.
+        **columns: every other field of the rows, one list each.
     """
     texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
     body = json.dumps({"prompts": list(prompts), "completions": texts, "columns": columns}).encode("ascii")
-    sent = {"Content-Type": "application/json", **(headers or {})}
-    request = urllib.request.Request(url, data=body, headers=sent, method="POST")
-    if request.type not in ("http", "https"):
+    if urlsplit(url).scheme not in ("http", "https"):
         raise UnscoredBatchError(f"url must begin with http:// or https://, got {url!r}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    answer = _post(opener, request, post_timeout_s, num_retries)
-    rewards = answer.get("rewards") if isinstance(answer, dict) else None
+    sent = httpx.Headers({"Content-Type": "application/json", **(headers or {})}, encoding="latin-1")
+    response = _post(url, body, sent, timeout_s=post_timeout_s, num_retries=num_retries)
+    rewards = response.get("rewards") if isinstance(response, dict) else None
     if not isinstance(rewards, list) or len(rewards) != len(texts):
-        shown = json.dumps(answer)[:200]
+        shown = json.dumps(response)[:200]
         raise UnscoredBatchError(f'{url} must answer {{"rewards": [{len(texts)} numbers or null]}}, not {shown}')
     return rewards
 
 
-def _post(
-    opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout_s: float, retries: int
-) -> Any:
-    for attempt in range(retries + 1):
+@cache
+def _client() -> httpx.Client:
+    """One client per worker process: loading the system's certificates takes longer than a request."""
+    return direct_client()
+
+
+def _post(url: str, body: bytes, headers: httpx.Headers, *, timeout_s: float, num_retries: int) -> Any:
+    problem = ""
+    for attempt in range(num_retries + 1):
         try:
-            with opener.open(request, timeout=timeout_s) as response:
-                return json.loads(response.read(MAX_RESPONSE_BYTES))
-        except urllib.error.HTTPError as error:
-            with error:
-                what = f"HTTP {error.code}: {error.read(500).decode('utf-8', 'replace')}"
-            if error.code not in (408, 429) and error.code < 500:
-                raise UnscoredBatchError(f"{request.full_url}: {what}") from None
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            what = f"{type(error).__name__}: {error}"
+            with _client().stream("POST", url, content=body, headers=headers, timeout=timeout_s) as response:
+                if response.is_success:
+                    return json.loads(_first_bytes(response, MAX_RESPONSE_BYTES))
+                message = _first_bytes(response, MAX_MESSAGE_BYTES).decode("utf-8", "replace")
+            problem = f"HTTP {response.status_code}: {message}"
+            if response.status_code not in (408, 429) and response.status_code < 500:
+                raise UnscoredBatchError(f"{url}: {problem}")
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            problem = f"{type(error).__name__}: {error}"
         except ValueError as error:
-            raise UnscoredBatchError(f"{request.full_url} did not answer with JSON: {error}") from None
-        if attempt < retries:
+            raise UnscoredBatchError(f"{url} did not answer with JSON: {error}") from None
+        if attempt < num_retries:
             time.sleep(FIRST_PAUSE_S * 2**attempt)
-    raise UnscoredBatchError(f"{request.full_url}: {what} (tried {retries + 1} times)")
+    raise UnscoredBatchError(f"{url}: {problem} (tried {num_retries + 1} times)")
+
+
+def _first_bytes(response: httpx.Response, limit: int) -> bytes:
+    """The body up to `limit` bytes; the rest is not read."""
+    body = bytearray()
+    for piece in response.iter_bytes():
+        body += piece
+        if len(body) >= limit:
+            break
+    return bytes(body[:limit])

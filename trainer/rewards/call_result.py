@@ -1,4 +1,4 @@
-"""What one call of one reward came to, and its form on the pipe."""
+"""Result of one reward call, and its wire format."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, Final, final
 
 HEADER: Final = struct.Struct("!I")
-"""Before each message stands its length in bytes."""
+"""Precedes each message: its length in bytes."""
 
 
 @final
 @dataclass(frozen=True)
-class Outcome:
-    """A value, an abstention (no value, no failure) or a failure."""
+class CallResult:
+    """A value, an abstention (neither value nor failure) or a failure.
+
+    A reward that returned `Score(1.0, {"format": 0.5})` gives `CallResult(value=1.0, parts={"format": 0.5})`; one that
+    raised gives `CallResult(failure="Traceback ...")`.
+    """
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
-    """The traceback, or what happened to the process."""
+    """Traceback, or how the process ended."""
     missing: str | None = None
-    """The row field whose absence made it fail."""
+    """Row field whose absence caused the failure."""
     fields: tuple[str, ...] = ()
-    """Row fields that the reward asked for."""
+    """Row fields that the reward read."""
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form on the pipe."""
+        """The wire format."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Outcome:
-        """Read the form on the pipe."""
+    def from_json(cls, data: dict[str, Any]) -> CallResult:
+        """Parse the wire format."""
         return cls(**{**data, "fields": tuple(data["fields"])})
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """Return a message with its length in front.
+    """Serialize a message, with its length in front.
 
-    ASCII only, so that half a surrogate pair, which models do write, survives.
+    ASCII only, so that lone surrogates, which models do write, survive.
     """
     body = json.dumps(message).encode("ascii")
     return HEADER.pack(len(body)) + body
 
 
 def read_message(stream: BinaryIO) -> dict[str, Any] | None:
-    """Read one message, or None at the end of the pipe."""
+    """Read one message; None at the end of the pipe."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None

@@ -1,0 +1,21 @@
+"""An HTTP client for servers in the user's own network."""
+
+from __future__ import annotations
+
+import ssl
+
+import httpx
+
+
+def direct_client() -> httpx.Client:
+    """A client that ignores proxies and other settings of the environment; safe to share between threads.
+
+    It opens one connection per request: a server that restarts closes idle connections, and a request on a closed one
+    fails. Certificates are verified against those of the system.
+    """
+    return httpx.Client(
+        trust_env=False,
+        verify=ssl.create_default_context(),
+        follow_redirects=True,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+    )

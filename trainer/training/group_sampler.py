@@ -1,0 +1,93 @@
+"""Draws groups of completions and scores them, for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+from trainer.distributed.preemption import StopFlag
+from trainer.distributed.world import World
+from trainer.rewards.runner import RewardRunner, Scored, Scoring
+from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
+from trainer.types import Group, Rollout, Row
+
+
+@final
+@dataclass(frozen=True)
+class Prompt:
+    """A row, and its tokens up to the generation prompt's end."""
+
+    row: Row
+    token_ids: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True)
+class GroupRequest:
+    """A prompt, and which of its samples to draw.
+
+    The second group of a row within one step, in groups of 8, is `GroupRequest(prompt, num_samples=8, first_sample=8)`.
+    """
+
+    prompt: Prompt
+    num_samples: int
+    first_sample: int = 0
+    """Index of the first sample in the noise stream of the row."""
+
+
+@final
+@dataclass(frozen=True)
+class PendingGroups:
+    """Sampled groups whose rollouts are being scored."""
+
+    sampled: tuple[Group, ...]
+    """Without rewards."""
+    scoring: Scoring
+
+    def result(self) -> list[Group]:
+        """Wait for the rewards; returns the groups with them."""
+        scores = iter(self.scoring.result())
+        return [
+            replace(group, rollouts=tuple(with_score(rollout, next(scores)) for rollout in group.rollouts))
+            for group in self.sampled
+        ]
+
+
+@final
+@dataclass(frozen=True)
+class GroupSampler:
+    """The sampler and the rewards of a run, with the ranks that share the work."""
+
+    sampler: Sampler
+    rewards: RewardRunner
+    params: SamplingParams
+    """Of training; callers select the noise stream with `at_step` or `for_evaluation`."""
+    world: World
+    stop: StopFlag
+
+    def submit(self, requests: Sequence[GroupRequest], params: SamplingParams) -> PendingGroups:
+        """Sample groups and start to score them; the caller may sample more in the meantime.
+
+        Args:
+            requests: one per group.
+            params: how to sample them.
+        """
+        asked = [
+            SampleRequest(each.prompt.token_ids, each.prompt.row.index, each.num_samples, each.first_sample)
+            for each in requests
+        ]
+        sampled = tuple(
+            Group(
+                request.prompt.row,
+                tuple(Rollout.of_completion(request.prompt.token_ids, completion) for completion in completions),
+            )
+            for request, completions in zip(requests, self.sampler.sample(asked, params), strict=True)
+        )
+        items = [(rollout.text, group.row) for group in sampled for rollout in group.rollouts]
+        return PendingGroups(sampled, self.rewards.submit(items))
+
+
+def with_score(rollout: Rollout, scored: Scored) -> Rollout:
+    """The rollout with its rewards."""
+    return replace(rollout, reward=scored.reward, rewards=dict(scored.rewards), failure=scored.failure)
