@@ -55,7 +55,7 @@ def test_asked_to_stop_and_shown_as_a_table(project: Project) -> None:
     assert done.code == 0, done.said
     assert "verdict" in done.stdout
     assert "SIGTERM at step" in done.stdout
-    assert "0 steps were made again" in done.stdout
+    assert "0 steps were repeated" in done.stdout
     assert "40 steps, to the bit" in done.stdout
 
 

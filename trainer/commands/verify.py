@@ -34,7 +34,7 @@ def verify_resume(arguments: argparse.Namespace) -> int:
     plan = make_plan(load_recipe(Path(arguments.recipe), overrides), arguments.shape)
     if not 0 <= arguments.kills < plan.steps:
         raise LaunchError(
-            f"--kills {arguments.kills}: must be below the number of steps ({plan.steps}): at most one kill a step"
+            f"--kills {arguments.kills}: the run has {plan.steps} steps. Set it to less: at most one kill a step"
         )
     home = RUNS / f"{plan.recipe.name}.verify-{time.strftime('%Y%m%d-%H%M%S')}"
     certificate = {
