@@ -1,4 +1,4 @@
-"""Signals become a flag; ranks agree on it at fixed points. And a clock of when this rank last moved."""
+"""Stop requests: signals set a flag, ranks agree on it at fixed points; and tracks this rank's last progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StopFlag:
         """Install the handlers.
 
         Args:
-            grace_s: seconds that the machine waits between its signal and the kill.
+            grace_s: seconds between the machine's signal and its kill.
         """
         self.reason: str | None = None
         self.grace_s = grace_s
@@ -45,20 +45,16 @@ class StopFlag:
             self._since = time.monotonic()
 
     def request(self, reason: str) -> None:
-        """Ask for a stop from within this process, from any thread; nobody is about to kill us."""
+        """Request a stop from within this process, from any thread; it starts no grace period."""
         self.reason = self.reason or reason
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank was asked to stop; every rank calls this at the same point."""
+        """Whether a stop was requested on any rank; every rank calls this at the same point."""
         self.moved()
         return world.max_of([float(self.reason is not None)])[0] > 0
 
-    def expect_save(self, seconds: float) -> None:
-        """Assume that the next save takes as long as the last one did."""
-        self._save_s = seconds
-
     def is_urgent(self) -> bool:
-        """Whether what is left of the grace period is needed for a save (twice its last time, and a second)."""
+        """Whether the rest of the grace period is needed for a save: twice the duration of the last one, plus 1 s."""
         self.moved()
         return self._waited() + 2 * self._save_s + 1.0 > self.grace_s
 
@@ -67,11 +63,15 @@ class StopFlag:
         return self._waited() > self.grace_s
 
     def moved(self) -> None:
-        """Say that this rank goes on."""
+        """Record progress of this rank."""
         self._moved = time.monotonic()
 
-    def still_for(self) -> float:
-        """Seconds since this rank last said that it goes on."""
+    def note_save(self, seconds: float) -> None:
+        """Record the duration of a save; `is_urgent` keeps twice that of the grace period for the next one."""
+        self._save_s = seconds
+
+    def idle_s(self) -> float:
+        """Seconds since the last progress."""
         return time.monotonic() - self._moved
 
     def _waited(self) -> float:

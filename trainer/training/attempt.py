@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
 
@@ -127,13 +127,16 @@ class Attempt:
             self.saver.begin(learner, must=True)
             raise PreemptedError(f"{error}; the state of step {self.step} of {self.plan.steps} is saved") from None
 
-    def end_step(self, learner: Learner, values: Values, evaluate: Callable[[], Values]) -> None:
+    def end_step(
+        self, learner: Learner, values: Values, evaluate: Callable[[], Values], skipped_rows: Sequence[str]
+    ) -> None:
         """Count the step and do the end-of-step work, in order: evaluate, log, save, stop.
 
         Args:
             learner: has made the updates of the step.
             values: what the step has measured.
             evaluate: computes the eval/ values.
+            skipped_rows: file and line of the rows of skipped updates.
 
         Raises:
             PreemptedError: a rank was asked to stop; the state is saved.
@@ -146,13 +149,12 @@ class Attempt:
         if recipe.data.eval is not None and self._is_due(recipe.eval_interval):
             values |= self._evaluate(learner, evaluate)
         self.saver.collect(wait=False)
-        skipped_rows = learner.take_skipped_rows()
         self.log.write(
             self.step,
             values
             | self.saver.take_measured()
             | {"train/updates": learner.updates}
-            | ({"train/skipped_rows": skipped_rows} if skipped_rows else {}),
+            | ({"train/skipped_rows": list(skipped_rows)} if skipped_rows else {}),
         )
         must_stop = self.stop.agreed(self.world)
         if must_stop or (recipe.dcp_save_interval and self._is_due(recipe.dcp_save_interval)):

@@ -125,7 +125,7 @@ class Learner:
         rows, self._skipped_rows = self._skipped_rows, []
         return rows
 
-    def restore(self, updates: int) -> None:
+    def restore(self, *, updates: int) -> None:
         """Continue with this number of updates and the masters that were loaded into `state_tensors`."""
         self.updates = updates
         self.refresh()

@@ -74,7 +74,7 @@ def train(attempt: Attempt) -> None:
             values = {f"train/{name}": value for name, value in learned.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
-            attempt.end_step(learner, values, evaluate)
+            attempt.end_step(learner, values, evaluate, learner.take_skipped_rows())
     attempt.finish(learner)
 
 

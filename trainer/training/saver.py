@@ -72,7 +72,7 @@ class Saver:
         state = self.checkpoints.load_newest(learner.state_tensors())
         if state is None:
             return None
-        learner.restore(int(state.counters.get("updates", 0)))
+        learner.restore(updates=int(state.counters.get("updates", 0)))
         self.saved_step = state.step
         return state.step
 
@@ -108,7 +108,7 @@ class Saver:
         saved = self.checkpoints.collect(wait=wait)
         if saved is None:
             return None
-        self.stop.expect_save(saved.seconds)
+        self.stop.note_save(saved.seconds)
         if saved.problem is None:
             self.saved_step = saved.step
             return None

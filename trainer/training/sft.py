@@ -59,7 +59,7 @@ def train(attempt: Attempt) -> None:
         tokens = sum(len(row.token_ids) for row in step_rows)
         values = {f"train/{name}": value for name, value in learned.items()}
         values |= attempt.performance(tokens=tokens, step_s=time.perf_counter() - start)
-        attempt.end_step(learner, values, evaluate)
+        attempt.end_step(learner, values, evaluate, learner.take_skipped_rows())
     attempt.finish(learner)
 
 

@@ -86,7 +86,7 @@ class Watchdog:
                     "the last checkpoint and the journal are intact",
                     EXIT_PREEMPTED,
                 )
-            if self.stop.still_for() > self.hang_timeout_s:
+            if self.stop.idle_s() > self.hang_timeout_s:
                 self._exit_hung()
             if time.monotonic() - last_beat >= HEARTBEAT_S:
                 self.beat()
