@@ -23,7 +23,7 @@ _SIZES: Final[Mapping[int, Sequence[str]]] = {
     ),
     HIDDEN: (
         "hidden_size", "d_model", "n_embd", "embed_dim", "out_hidden_size", "dim", "projection_dim", "lru_width",
-        "word_embed_proj_dim", "text_hidden_size", "encoder_hidden_size", "backbone_hidden_size", "d_inner_unused",
+        "word_embed_proj_dim", "text_hidden_size", "encoder_hidden_size", "backbone_hidden_size",
         "projector_output_dim", "projector_input_dim", "vision_output_dim", "projector_hidden_size", "hidden_dim",
         "embedding_dim", "emb_dim", "cross_attention_hidden_size", "vision_hidden_size", "input_dim", "output_dim",
         "decoder_hidden_size", "input_embedding_size", "output_embedding_size", "mm_hidden_size", "adapter_in_dim",
@@ -50,8 +50,9 @@ _SIZES: Final[Mapping[int, Sequence[str]]] = {
     ),
     8: (
         "qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "sliding_window", "attention_chunk_size",
-        "sliding_window_size", "attention_window_size", "local_attention", "window_size", "index_topk", "keep_window_size",
-        "rel_extent", "mamba_n_heads", "mamba_num_heads", "num_position_embeddings_unused",
+        "sliding_window_size", "attention_window_size", "local_attention", "window_size", "index_topk",
+        "keep_window_size",
+        "rel_extent", "mamba_n_heads", "mamba_num_heads",
         "local_attention_window_len", "local_window",
     ),
     4: (
@@ -66,11 +67,11 @@ _SIZES: Final[Mapping[int, Sequence[str]]] = {
         "num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token", "top_k_experts", "depth",
         "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
         "num_encoder_layers", "num_decoder_layers", "num_query_groups", "num_global_key_value_heads",
-        "mamba_n_groups", "n_groups", "ssm_n_groups", "conf_num_hidden_layers", "num_query_groups",
+        "mamba_n_groups", "n_groups", "ssm_n_groups", "conf_num_hidden_layers",
     ),
-    1: ("n_group", "topk_group", "num_shared_experts", "n_shared_experts", "num_nextn_predict_layers_unused"),
+    1: ("n_group", "topk_group", "num_shared_experts", "n_shared_experts"),
     512: ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "context_length"),
-    32 + 24: ("image_size",),
+    56: ("image_size",),
     14: ("patch_size",),
 }  # fmt: skip
 _SIZE_OF: Final[Mapping[str, int]] = {name: size for size, names in _SIZES.items() for name in names}
@@ -99,14 +100,21 @@ def tiny_config(family: str, changes: Mapping[str, Any] | None = None) -> Pretra
     """
     kind = CONFIG_MAPPING[family]
     extra = {**OVERRIDES.get(family, {}), **(changes or {})}
-    config = kind(**_shrunk(kind(), extra))
+    arguments = _shrunk(kind(), extra)
+    if family in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "is_decoder" in _field_names(kind):
+        arguments["is_decoder"] = True
+    config = kind(**arguments)
     config.dtype = "float32"
     return config
 
 
+def _field_names(kind: type[PretrainedConfig]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind) if field.init}
+
+
 def _shrunk(default: PretrainedConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the configuration's class that make it tiny; fields that the rules do not know stay out."""
-    fields = {field.name for field in dataclasses.fields(default) if field.init}
+    fields = _field_names(type(default))
     fields |= set(type(default).attribute_map.values()) & set(vars(default))
     values = {name: value for name, value in vars(default).items() if name in fields}
     chosen: dict[str, Any] = {
@@ -119,7 +127,9 @@ def _shrunk(default: PretrainedConfig, extra: Mapping[str, Any]) -> dict[str, An
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
     chosen |= _chosen_layers(values)
     for name, value in values.items():
-        if name.endswith("_token_id") and isinstance(value, int):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            chosen[name] = 0.0
+        elif name.endswith("_token_id") and isinstance(value, int):
             chosen[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}.get(name, VOCAB - 1)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             chosen[name] = VOCAB - 1
@@ -130,7 +140,7 @@ def _shrunk(default: PretrainedConfig, extra: Mapping[str, Any]) -> dict[str, An
         changes = extra.get(name, {})
         if isinstance(section, PretrainedConfig) and isinstance(changes, Mapping):
             chosen[name] = {**_shrunk(section, changes), "model_type": section.model_type}
-    plain = {name: value for name, value in extra.items() if name not in type(default).sub_configs or value is None}
+    plain = {name: value for name, value in extra.items() if not isinstance(values.get(name), PretrainedConfig)}
     return {**chosen, **plain}
 
 
@@ -155,9 +165,7 @@ def _chosen_layers(values: Mapping[str, Any]) -> dict[str, Any]:
         name: [_SIZE_OF[name]] * len(kept) if name in _SIZE_OF else [value[layer] for layer in kept]
         for name, value in lists.items()
     }
-    chosen |= {
-        name: [place for place, layer in enumerate(kept) if layer in value] for name, value in indices.items()
-    }
+    chosen |= {name: [place for place, layer in enumerate(kept) if layer in value] for name, value in indices.items()}
     return {**chosen, count_name: len(kept)}
 
 
@@ -181,39 +189,50 @@ _GEMMA4: Final = {
     "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 3, "num_kv_shared_layers": 1,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }  # fmt: skip
+_GEMMA4_VISION: Final = {
+    "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 16, "global_head_dim": 16, "position_embedding_size": 64,
+}  # fmt: skip
 OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "apertus": {"hidden_act": "silu"},
     "bailing_hybrid": {"num_expert_group": 1, "kda_lower_bound": -5.0},
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1], **_MAMBA},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _SECTIONS}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _SECTIONS}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"moe_top_k": 2}},
+    "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v3": {"first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "emu3": {"vocabulary_map": {"<image>": VOCAB - 1}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [3, 3, 2]},
                                         "moe_intermediate_size": [32, 16]}},
     "falcon_h1": {"mamba_d_ssm": 128, "lm_head_multiplier": 0.5, "key_multiplier": 0.7, **_MAMBA},
     "gemma3n_text": {"num_hidden_layers": 4, "intermediate_size": [96] * 4, "num_kv_shared_layers": 2,
                      "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0], "altup_num_inputs": 2,
                      "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "gemma4": {"text_config": _GEMMA4},
+    "gemma4": {"text_config": _GEMMA4, "vision_config": _GEMMA4_VISION},
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
     "glm46v": {"text_config": _MROPE},
     "glm4v": {"text_config": _MROPE},
     "glm4v_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "partial_rotary_factor": 1.0}}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "index_kpool": 2}},
     "glm_ocr": {"text_config": _MROPE},
     "glmga": {"text_config": _MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], **_MAMBA},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": {"text_config": _MROPE},
     "qwen2_5_omni_thinker": {"text_config": _MROPE},
     "qwen2_5_vl": {"text_config": _MROPE},

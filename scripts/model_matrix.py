@@ -1,7 +1,7 @@
 """Trains tiny models of every family that transformers knows and compares with plain transformers; see docs/models.md.
 
 Each family runs in a forked child with a time limit, so that a crash ends only its own row. Results are kept by family
-in `build/model_matrix/` and used again as long as the sources, the versions and the family's configuration are the same.
+in `build/model_matrix/` and used again while sources, versions and the family's configuration are the same.
 """
 
 from __future__ import annotations
