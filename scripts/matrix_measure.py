@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -173,13 +173,14 @@ class Measures:
         theirs = {name: value for name, value in plain.named_parameters() if value.requires_grad}
         expected = torch.cat([_plain(plain, each) for each in self.sequences])
         gradients = _by_key(plain, theirs, _gradients(expected.sum(), theirs))
-        found: dict[str, Any] = {"adapts": _adapted_names(policy)}
+        found: dict[str, Any] = {"adapts": _kinds_of_layers(trained)}
         policy.train()
         packs = [self.sequences] if self.packs_exactly(policy) else [[each] for each in self.sequences]
         ours = torch.cat([_ours(policy, pack) for pack in packs])
         found["adapter"] = _largest(ours - expected)
-        ours_by_key = _by_key(policy.adapted, trained, _gradients(ours.sum(), trained))
-        found["adapter_gradient"] = _relative(ours_by_key, gradients)
+        own = _gradients(ours.sum(), trained)
+        found["adapter_gradient"] = _relative(_by_key(policy.adapted, trained, own), gradients)
+        found["dead"] = _kinds_of_layers([name for name, value in own.items() if not value.any()])
         return found
 
     def full(self) -> dict[str, float]:
@@ -299,11 +300,10 @@ def _relative(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tenso
     return max(_largest(value) for value in [*different, *missing]) / scale
 
 
-def _adapted_names(policy: Policy) -> list[str]:
-    """Where `all-linear` put adapters, layers of a kind together: `q_proj`, `experts`, `visual: qkv`."""
-    assert policy.adapted is not None
+def _kinds_of_layers(names: Iterable[str]) -> list[str]:
+    """The layers that adapter tensors belong to, those of a kind together: `q_proj`, `experts`, `vision: fc1`."""
     found = set()
-    for name in policy.trained_parameters():
+    for name in names:
         path = re.sub(r"\.(lora_|base_layer).*", "", name)
         part = "vision: " if re.search(r"vision|visual|audio|projector|connector", path) else ""
         found.add(part + path.rpartition(".")[2])

@@ -44,7 +44,7 @@ Made by `scripts/model_matrix`; all numbers and reasons are in [models.json](mod
   neighbour's embeddings, which must be 0; *gradients*: of the adapter against plain PEFT, of all parameters against
   plain transformers, relative to the largest entry; *saved*: logprobs of a full-parameter model that was saved
   untrained and loaded again, against its base; *sampler*: logprobs recorded while sampling against the trainer's.
-- *adapted*: layers that `lora.target_modules: all-linear` adapts.
+- *adapted*: layers that `lora.target_modules: all-linear` adapts; in *italics* those whose adapter gets no gradient.
 """
 
 
@@ -64,6 +64,8 @@ def verdict(record: Mapping[str, Any], method: str) -> tuple[str, str]:
     for name in NEEDED[method]:
         if name in numbers and not numbers[name] <= LIMITS[name]:
             return "WRONG", f"{name} {numbers[name]:.2g}"
+    if method != "full" and numbers.get("dead"):
+        return "WRONG", f"adapters that never learn: {', '.join(numbers['dead'])}"
     for name in NEEDED[method]:
         if name not in numbers:
             reason = errors.get(MEASURED_BY[name]) or errors.get("plain") or record.get("died", "not measured")
@@ -94,7 +96,8 @@ def table(records: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> 
         numbers = record.get("numbers", {})
         trains = "RIGHT" in {name for name, _ in found.values()}
         cells = [record["family"], *(found[method][0] for method in METHODS), "packed" if trains else ""]
-        cells += [", ".join(numbers.get("adapts", ()))]
+        dead = numbers.get("dead", ())
+        cells += [", ".join(f"*{name}*" if name in dead else name for name in numbers.get("adapts", ()))]
         cells += [f"{numbers[column]:.1g}" if column in numbers else "" for column in _COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## Why not", "", "| reason | families |", "|---|---|"]
