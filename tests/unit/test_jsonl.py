@@ -7,7 +7,8 @@ import json
 import pytest
 
 from trainer.config.recipe import DataSettings, DataSource
-from trainer.data.jsonl import read_rows, row_messages, row_weight
+from trainer.data.forms import row_messages, row_weight
+from trainer.data.sources import read_rows
 from trainer.errors import DataError
 from trainer.types import Row
 

@@ -83,7 +83,7 @@ def _write_page(file: Path, text: str) -> None:
 
 
 def _show_rewards(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> None:
-    from trainer.data.jsonl import read_rows
+    from trainer.data.sources import read_rows
     from trainer.rewards.dry_run import probe
 
     recipe = plan.recipe

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config.recipe import DataSource, Recipe
 from trainer.data.chat import ENCODE_ROWS, ChatEncoder
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.errors import DataError
 from trainer.types import Row

@@ -5,15 +5,26 @@ Nothing here knows about devices (that is the shape's business) and nothing here
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from trainer.config.presets import AdvantageEstimator, KLEstimator, Normalizer, OverlongHandling
 from trainer.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "zephyr")
+"""Names that `model.chat_template` takes beside files."""
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -25,7 +36,7 @@ class ModelSettings(Section):
     revision: str | None = None
     """Commit of a hub name; hub names need one. A branch is taken with a warning, because it moves."""
     chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's template; it needs `{% generation %}` markers."""
+    """A Jinja file, or `chatml`, `llama3`, `gemma` or `zephyr`, that replaces the tokenizer's template."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -56,10 +67,10 @@ class LoraSettings(Section):
 
 
 class DataSource(Section):
-    """Where rows come from: a file, or a hub data set where the file is absent."""
+    """Where rows come from: files, a hub data set where no file of the path exists, or several sources."""
 
     path: str | None = None
-    """A JSONL file; used whenever it exists."""
+    """A file (.jsonl, .json, .jsonl.gz, .jsonl.zst, .csv, .parquet), a directory, or a glob; used whenever it exists."""
     hub: str | None = None
     """A Hugging Face data set name (or a local directory that `datasets.load_dataset` reads)."""
     config: str | None = None
@@ -68,35 +79,72 @@ class DataSource(Section):
     """The data set's split."""
     revision: str | None = None
     """Commit of the data set."""
+    repeat: PositiveFloat = 1.0
+    """In a list of sources: how often each row counts in an epoch; 0.5 takes every second row."""
+    sources: list[DataSource] = Field(default_factory=list)
+    """Several sources as one; `train: [a.jsonl, {path: b.parquet, repeat: 2}]` is short for it."""
+    eval_frac: OpenFraction | None = None
+    """Set by `data.eval_frac`."""
+    part: Literal["train", "eval"] = "train"
+    """Set by `data.eval_frac`: which part of the rows."""
 
 
 def _path_to_source(value: object) -> object:
-    """Let a plain string stand for a file."""
+    """Let a plain string stand for a file, and a list for several sources."""
+    if isinstance(value, list):
+        return {"sources": [_path_to_source(each) for each in value]}
     return {"path": value} if isinstance(value, str) else value
 
 
-RowSource = Annotated[DataSource, BeforeValidator(_path_to_source, json_schema_input_type=str | DataSource)]
+RowSource = Annotated[
+    DataSource,
+    BeforeValidator(_path_to_source, json_schema_input_type=str | DataSource | list[str | DataSource]),
+]
 
 
 class DataSettings(Section):
     """Training and held-out rows, and how a row becomes tokens."""
 
     train: RowSource
-    """Rows to train on: a JSONL path, or `{path, hub, config, split, revision}`."""
+    """Rows to train on: a path, `{path, hub, config, split, revision}`, or a list of them."""
     eval: RowSource | None = None
     """Held-out rows; never trained on."""
+    eval_frac: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Instead of `eval`: hold out about this share of `train`, chosen by the content of each row."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Field names of this project -> names in the file, for example `{prompt: question, completion: answer}`."""
+    ignore: list[str] = Field(default_factory=list)
+    """Fields of rows and of messages to leave out, for example `[history]`; text that is not used is refused else."""
     system: str | None = None
     """A system message put before rows that have none."""
     format: Literal["chat", "text"] = "chat"
     """`chat` renders through the chat template; `text` trains prompt + completion + stop token as they are."""
+    train_on: Literal["all", "last"] | Annotated[list[Role], Field(min_length=1)] = "all"
+    """sft: which turns are trained: `all` assistant turns, the `last` one, or the turns of a list of roles."""
+    allow_special_tokens: bool = False
+    """Let control tokens written in the text of a row, such as `<|im_end|>`, become control tokens."""
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
+    """The date (YYYY-MM-DD) that a chat template which reads the clock sees, so that a recipe always gives the same
+    tokens."""
     max_seq_tokens: PositiveInt = 2048
     """Longest row in tokens, prompt and completion together."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What happens to a longer row; the count is reported always."""
     eval_rows: PositiveInt | None = None
     """Use only the first so many held-out rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_by_content(cls, data: Any) -> Any:
+        """Make of `eval_frac` two parts of the same rows."""
+        if not isinstance(data, dict) or data.get("eval_frac") is None or data.get("eval") is not None:
+            return data
+        train = _path_to_source(data.get("train"))
+        train = train.model_dump() if isinstance(train, DataSource) else train
+        if not isinstance(train, dict):
+            return data
+        given = {**train, "eval_frac": data["eval_frac"]}
+        return {**data, "train": {**given, "part": "train"}, "eval": {**given, "part": "eval"}}
 
 
 class OptimizerSettings(Section):

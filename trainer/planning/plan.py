@@ -12,9 +12,10 @@ from trainer.config.document import Document, dotted, leaves
 from trainer.config.length import count_rows, mean_row_tokens, num_steps
 from trainer.config.load import LoadedRecipe, all_shapes, config_dirs, find_shape
 from trainer.config.presets import resolve_algorithm
-from trainer.config.recipe import AlgorithmSettings, DataSource, Recipe, RolloutSettings
+from trainer.config.recipe import BUILTIN_TEMPLATES, AlgorithmSettings, DataSettings, DataSource, Recipe, RolloutSettings
 from trainer.config.section import Section
 from trainer.config.shape import TrainingShape
+from trainer.config.source_files import source_files
 from trainer.errors import ShapeError
 from trainer.files import file_sha256
 from trainer.planning.memory import MemoryEstimate, estimate_memory
@@ -22,6 +23,7 @@ from trainer.planning.model_facts import ModelFacts, find_model_facts, flops_per
 from trainer.planning.remedies import remedy_lines
 
 PLAN_FORMAT: Final = 1
+LATER_DATA_FIELDS: Final = ("ignore", "eval_frac", "train_on", "allow_special_tokens", "template_date")
 SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
 """What the shape decides of a plan."""
 
@@ -243,13 +245,18 @@ def make_identity(recipe: Recipe) -> dict[str, Any]:
         include={"method", "seed", "lora", "rows_per_step", "optimizer", "algorithm", "rollout", "rewards"}
     )
     fields["data"] = recipe.data.model_dump(exclude={"train", "eval", "eval_rows"})
+    for name in LATER_DATA_FIELDS:  # at their defaults they leave the identity as it was before they existed
+        if fields["data"][name] == DataSettings.model_fields[name].get_default(call_default_factory=True):
+            del fields["data"][name]
     fields["data"]["digest"] = source_digest(recipe.data.train)
     fields["model"] = recipe.model.model_dump(include={"revision", "trust_remote_code", "compute_dtype"})
     fields["model"]["digest"] = model_digest(recipe.model.path)
     if recipe.model.quantization is not None:
         fields["model"]["quantization"] = recipe.model.quantization
-    if recipe.model.chat_template is not None:
-        fields["model"]["chat_template"] = _file_digest(Path(recipe.model.chat_template))
+    template = recipe.model.chat_template
+    if template is not None:
+        is_builtin = template in BUILTIN_TEMPLATES
+        fields["model"]["chat_template"] = template if is_builtin else _file_digest(Path(template))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
         fields["lora"]["warm_start"] = model_digest(recipe.lora.warm_start)
     if fields["rollout"] is not None:
@@ -259,9 +266,18 @@ def make_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def source_digest(source: DataSource) -> str:
-    """Of the file's bytes; of the name, configuration, split and revision for a hub data set."""
-    if source.path is not None and Path(source.path).is_file():
-        return _file_digest(Path(source.path))
+    """Of the files' bytes; of the name, configuration, split and revision for a hub data set."""
+    if source.sources:
+        return " + ".join(f"{each.repeat:g} x {source_digest(each)}" for each in source.sources)
+    files = [file for path in source_files(source) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    if len(files) == 1:
+        return _file_digest(files[0])
+    if files:
+        digest = hashlib.sha256()
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name}:{_file_digest(file)};".encode())
+        return f"sha256:{digest.hexdigest()}"
     return f"hub:{source.hub}:{source.config}:{source.split}:{source.revision}"
 
 

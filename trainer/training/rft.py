@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.model.policy import Reference
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
@@ -31,7 +31,7 @@ def train(session: Session) -> None:
     assert rollout is not None
     assert algorithm is not None
     tokenizer = load_tokenizer(recipe.model)
-    encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
+    encoder = ChatEncoder(tokenizer, recipe.model, recipe.data, for_prompts=True)
     prompts = _prompts(session, encoder, recipe.data.train, None)
     held_out = _prompts(session, encoder, recipe.data.eval, recipe.data.eval_rows) if recipe.data.eval else []
     learner = session.open_learner()

@@ -11,7 +11,7 @@ from trainer.algorithms import sft
 from trainer.algorithms.terms import PolicyTerms
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.data.order import rows_of_step
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
@@ -36,7 +36,7 @@ def train(session: Session) -> None:
     learner = session.open_learner()
     state = session.resume(learner)
     probe_memory(learner, plan)
-    excluded = {index for index, row in enumerate(rows.sequences) if row.where in session.excluded}
+    excluded = {index for index, (first, *_) in enumerate(rows.rows) if first.where in session.excluded}
 
     def evaluate() -> Values:
         assert held_out is not None
@@ -46,8 +46,8 @@ def train(session: Session) -> None:
         session.log.write(0, session.evaluated(learner, evaluate))
     while state.step < plan.steps:
         begin = time.perf_counter()
-        chosen = rows_of_step(recipe.seed, state.step, recipe.rows_per_step, len(rows.sequences), excluded)
-        step_rows = [rows.sequences[index] for index in chosen]
+        chosen = rows_of_step(recipe.seed, state.step, recipe.rows_per_step, len(rows.rows), excluded)
+        step_rows = [sequence for index in chosen for sequence in rows.rows[index]]
         mine = of_rank(session, step_rows)
         if recipe.lora is not None and recipe.lora.dropout > 0:
             torch.manual_seed(hash((recipe.seed, state.step, world.rank)))
@@ -107,5 +107,7 @@ def _encoded(session: Session, encoder: ChatEncoder, source: DataSource, what: s
     trained = sum(sequence.num_trained for sequence in encoded.sequences)
     cut = f", {encoded.num_truncated} truncated" if encoded.num_truncated else ""
     cut += f", {encoded.num_dropped} dropped" if encoded.num_dropped else ""
+    if encoded.num_split:
+        cut += f", {encoded.num_split:,} rows as {len(encoded.sequences):,} sequences in all, one per rewritten turn"
     session.say(f"{what}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
     return encoded

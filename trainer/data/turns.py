@@ -1,0 +1,150 @@
+"""Which text of a chat is trained, and behind which text the model will be asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from trainer.config.recipe import DataSettings
+from trainer.data.forms import Conversation
+from trainer.data.messages import REASONING_FIELDS
+from trainer.data.template import ChatTemplate, Messages, Rendered
+from trainer.errors import DataError
+from trainer.types import Row
+
+
+@final
+@dataclass(frozen=True)
+class TrainedTurn:
+    """A turn as text, before it is tokenized.
+
+    ChatML's answer "Yes." to "Is it?" is the prompt `<|im_start|>user\\nIs it?<|im_end|>\\n<|im_start|>assistant\\n`
+    and the rest `Yes.<|im_end|>\\n`.
+    """
+
+    prompt: str
+    """What the model's template yields for the messages before the turn, with the generation prompt."""
+    rest: str
+    """The turn itself, and what the template puts after it."""
+    content: str
+    """What the row wrote, which may hold stop tokens of its own."""
+    spans: tuple[tuple[int, int], ...]
+    """Character ranges of `rest` inside generation markers; empty without markers."""
+    following: str = ""
+    """How the next turn begins: it holds the end of this one where the template writes it there (GLM)."""
+
+
+def trained_indices(row: Row, chat: Conversation, settings: DataSettings) -> list[int]:
+    """Positions of the messages that are trained.
+
+    Raises:
+        DataError: none is, or one has nothing to train.
+    """
+    roles = settings.train_on if isinstance(settings.train_on, list) else ["assistant"]
+    indices = [
+        index for index, message in enumerate(chat.messages) if message["role"] in roles and message.get("weight", 1)
+    ]
+    if chat.only_last or settings.train_on == "last":
+        indices = indices[-1:]
+    for index in indices:
+        if is_empty(chat.messages[index]):
+            role = chat.messages[index]["role"]
+            article = "an assistant" if role == "assistant" else f"a {role}"
+            raise DataError(f"{row}: {article} turn is empty. Remove it or the row, or give the turn `weight: 0`.")
+    if not indices:
+        raise DataError(f"{row}: no token would be trained (no turn by {' or '.join(roles)} with weight 1)")
+    return indices
+
+
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a message has neither text nor reasoning nor a tool call."""
+    texts = [message["content"], *(message.get(name) for name in REASONING_FIELDS)]
+    has_text = any(isinstance(text, str) and text.strip() for text in texts)
+    return not has_text and not message.get("tool_calls")
+
+
+def trained_turn(
+    row: Row, chat: Conversation, index: int, template: ChatTemplate, stop_texts: Collection[str]
+) -> TrainedTurn:
+    """The turn at `index` behind the prompt that the model will see.
+
+    Args:
+        row: for messages to people.
+        chat: the row.
+        index: which message.
+        template: the template that is served.
+        stop_texts: the stop tokens as text.
+
+    Raises:
+        DataError: the template renders the turn behind another prompt than it asks with.
+    """
+    message = chat.messages[index]
+    before, upto = chat.messages[:index], chat.messages[: index + 1]
+    whole = render(row, template, upto, chat, is_prompt=False)
+    if message["role"] == "assistant":
+        prompt = render(row, template, before, chat, is_prompt=True).text
+        if not whole.text.startswith(prompt):
+            raise DataError(
+                f"{row}: messages[{index}]: the chat template asks for this turn with {_end_of(prompt)!r} and renders "
+                f"it as {_from_difference(whole.text, prompt)!r}: it would be trained behind another text than the "
+                "model is served. Change the turn (reasoning may be missing or unwanted), give it `weight: 0`, or set "
+                "`model.chat_template`."
+            )
+    else:
+        content = message["content"].strip()
+        start = whole.text.rfind(content)
+        if start < 0:
+            raise DataError(f"{row}: messages[{index}]: the chat template rewrites this turn; it cannot be trained")
+        prompt = whole.text[:start]
+    rest = whole.text[len(prompt) :]
+    own = [(low, high) for low, high in whole.spans if high > len(prompt)]
+    spans = tuple((max(0, low - len(prompt)), high - len(prompt)) for low, high in own)
+    ends_itself = any(text in rest for text in stop_texts)
+    following = "" if ends_itself else _following(chat, index, whole.text, template)
+    return TrainedTurn(prompt, rest, written(message), spans, following)
+
+
+def render(row: Row, template: ChatTemplate, messages: Messages, chat: Conversation, *, is_prompt: bool) -> Rendered:
+    """Render messages of a row.
+
+    Raises:
+        DataError: the template refuses them; says why.
+    """
+    try:
+        if is_prompt:
+            return Rendered(template.prompt(messages, chat.tools, chat.template_arguments))
+        return template.chat(messages, chat.tools, chat.template_arguments)
+    except Exception as error:  # a template raises whatever its author thought of
+        raise DataError(f"{row}: the chat template refuses the row: {error}") from None
+
+
+def _following(chat: Conversation, index: int, whole: str, template: ChatTemplate) -> str:
+    """What the template puts between the turn and the next one, where that can be seen."""
+    message = chat.messages[index]
+    follower = {"role": "tool" if message.get("tool_calls") else "user", "content": "x"}
+    try:
+        longer = template.chat([*chat.messages[: index + 1], follower], chat.tools, chat.template_arguments).text
+    except Exception:  # the template does not take another turn here
+        return ""
+    if longer.startswith(whole):
+        return longer[len(whole) :]
+    content = message["content"].strip()  # reasoning before it may be dropped once another turn follows
+    tail, longer_tail = whole.rpartition(content)[2], longer.rpartition(content)[2]
+    return longer_tail[len(tail) :] if content and longer_tail.startswith(tail) else ""
+
+
+def written(message: Mapping[str, Any]) -> str:
+    """All text of a message."""
+    texts = [message["content"], *(message.get(name) for name in REASONING_FIELDS)]
+    calls = [str(message["tool_calls"])] if message.get("tool_calls") else []
+    return "\n".join([text for text in texts if isinstance(text, str)] + calls)
+
+
+def _end_of(text: str) -> str:
+    return text[-40:]
+
+
+def _from_difference(text: str, prompt: str) -> str:
+    same = next((at for at, (one, two) in enumerate(zip(text, prompt, strict=False)) if one != two), len(text))
+    return text[max(0, same - 20) : same + 40]
