@@ -11,11 +11,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trainer.config.recipe import DataSettings, ModelSettings
 from trainer.data.control_tokens import ControlTokens
 from trainer.data.fields import use_of_fields, use_of_prompt_fields
+from trainer.data.fitness import refuse_unfit
 from trainer.data.forms import Conversation, read_conversation, read_plain_text, row_weight
 from trainer.data.joining import Joiner, TokenizedTurn
 from trainer.data.lost_text import LostText
 from trainer.data.stop_tokens import embedding_rows, stop_token_ids
-from trainer.data.template import ChatTemplate, apply_override, refuse_unfit
+from trainer.data.template import ChatTemplate, apply_override
 from trainer.data.tokens import TokenSequence
 from trainer.data.turns import TrainedTurn, render, trained_indices, trained_turn
 from trainer.errors import DataError, ModelError
@@ -99,8 +100,7 @@ class ChatEncoder:
         self._control = None if data.allow_special_tokens else ControlTokens(tokenizer, stop_texts)
         self._lost = LostText(self.template) if self.template is not None else None
         if self.template is not None and not for_prompts:
-            refuse_unfit(self.template)
-            self._refuse_wrong_stop()
+            refuse_unfit(self.template, self._joiner, stop_texts)
 
     def encode(self, rows: Iterable[Row]) -> EncodedRows:
         """Tokenize sft rows.
@@ -192,7 +192,7 @@ class ChatEncoder:
         _checked_text(whole, row)
         self._refuse_lost(row, chat, whole, is_prompt=False)
         for index, turn in zip(indices, turns, strict=True):
-            _refuse_rewritten(row, index, chat.messages[index]["content"], turn.rest)
+            _refuse_rewritten(row, index, chat.messages[index]["content"], turn.opening + turn.rest)
         return PreparedRow(row, tuple(turns), weight, chat.form, uses)
 
     def tokenize(self, prepared: Sequence[PreparedRow]) -> list[tuple[TokenSequence, ...]]:
@@ -247,15 +247,6 @@ class ChatEncoder:
         if self._control is not None:
             self._control.refuse(row, chat)
         self._lost.refuse(row, chat, text, is_prompt=is_prompt)
-
-    def _refuse_wrong_stop(self) -> None:
-        assert self.template is not None, "chats have a template"
-        chat = Conversation("check", [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], {})
-        row = Row({}, file="(template check)")
-        turn = trained_turn(row, chat, 1, self.template, self._stop_texts)
-        if self.template.has_markers and not turn.spans:
-            raise ModelError("the chat template's `{% generation %}` markers enclose no text of an answer")
-        self._joiner.refuse_wrong_stop(row, turn)
 
 
 def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:

@@ -33,6 +33,8 @@ class TrainedTurn:
     """Character ranges of `rest` inside generation markers; empty without markers."""
     following: str = ""
     """How the next turn begins: it holds the end of this one where the template writes it there (GLM)."""
+    opening: str = ""
+    """What the row wrote that the generation prompt already holds, such as `<think>` (DeepSeek R1)."""
 
 
 def trained_indices(row: Row, chat: Conversation, settings: DataSettings) -> list[int]:
@@ -85,9 +87,14 @@ def trained_turn(
     if message["role"] == "assistant":
         prompt = render(row, template, before, chat, is_prompt=True).text
         if not whole.text.startswith(prompt):
+            continued = _continued(message, prompt, whole.text)
+            if continued is not None:
+                return continued
+            same = common_length(prompt, whole.text)
+            begin = max(0, same - 20)
             raise DataError(
-                f"{row}: messages[{index}]: the chat template asks for this turn with {_end_of(prompt)!r} and renders "
-                f"it as {_from_difference(whole.text, prompt)!r}: it would be trained behind another text than the "
+                f"{row}: messages[{index}]: the chat template asks for this turn with {prompt[begin:][-40:]!r} and "
+                f"renders it as {whole.text[begin : same + 20]!r}: it would be trained behind another text than the "
                 "model is served. Change the turn (reasoning may be missing or unwanted), give it `weight: 0`, or set "
                 "`model.chat_template`."
             )
@@ -119,6 +126,25 @@ def render(row: Row, template: ChatTemplate, messages: Messages, chat: Conversat
         raise DataError(f"{row}: the chat template refuses the row: {error}") from None
 
 
+def _continued(message: Mapping[str, Any], prompt: str, whole: str) -> TrainedTurn | None:
+    """The turn where the prompt ends with an opening that only the row's text goes on from.
+
+    DeepSeek R1's prompt ends with `<think>`, and its template leaves the reasoning out of an answer; an answer
+    written as `<think>why</think>so` goes on from that prompt with `why</think>so`.
+    """
+    same = common_length(prompt, whole)
+    opening, content = prompt[same:], message["content"]
+    shown = content.rpartition("</think>")[2].strip()
+    if not opening.strip() or not content.lstrip().startswith(opening.strip()) or not shown:
+        return None
+    if not whole[same:].lstrip().startswith(shown):
+        return None
+    rest = content.lstrip()[len(opening.strip()) :]
+    rest = rest.removeprefix("\n") if opening.endswith("\n") else rest
+    tail = whole.rpartition(shown)[2]
+    return TrainedTurn(prompt, rest + tail, written(message), (), opening=opening.strip())
+
+
 def _following(chat: Conversation, index: int, whole: str, template: ChatTemplate) -> str:
     """What the template puts between the turn and the next one, where that can be seen."""
     message = chat.messages[index]
@@ -141,10 +167,7 @@ def written(message: Mapping[str, Any]) -> str:
     return "\n".join([text for text in texts if isinstance(text, str)] + calls)
 
 
-def _end_of(text: str) -> str:
-    return text[-40:]
-
-
-def _from_difference(text: str, prompt: str) -> str:
-    same = next((at for at, (one, two) in enumerate(zip(text, prompt, strict=False)) if one != two), len(text))
-    return text[max(0, same - 20) : same + 40]
+def common_length(one: str, two: str) -> int:
+    """Characters that both texts begin with."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(two)))
