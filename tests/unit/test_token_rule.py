@@ -7,6 +7,7 @@ the generation prompt, and its own ids are those of its content and one stop tok
 from __future__ import annotations
 
 import re
+import tempfile
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trainer.config.recipe import DataSettings, DataSource, ModelSettings
 from trainer.data.chat import ChatEncoder
@@ -25,7 +26,9 @@ from trainer.errors import DataError, ModelError
 from trainer.types import Row
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
-CONTROL = re.compile(r"<[|｜][^<>{}'\" ]+?[|｜]>|<(?:start|end)_of_turn>|</?s>|<[|]turn>|<turn[|]>|<eos>|<bos>|<end_of_utterance>")  # noqa: RUF001
+CONTROL = re.compile(
+    r"<[|｜][^<>{}'\" ]+?[|｜]>|<(?:start|end)_of_turn>|</?s>|<[|]turn>|<turn[|]>|<eos>|<bos>|<end_of_utterance>"
+)  # noqa: RUF001
 ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -62,9 +65,15 @@ def tokenizer_for(file: Path) -> PreTrainedTokenizerBase:
 @cache
 def encoder_for(file: Path) -> ChatEncoder | None:
     """None where the template cannot be trained with, which is said in words."""
-    model, data = ModelSettings(path="nowhere"), DataSettings(train=DataSource(path="x"), max_seq_tokens=100_000)
+    tokenizer = tokenizer_for(file)
+    directory = Path(tempfile.mkdtemp())
+    template = file.read_text(encoding="utf-8")
+    ends = [token for token in ENDS if token in template and not (token == "<|end|>" and "<|return|>" in template)]
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in ends]
+    GenerationConfig(eos_token_id=stops).save_pretrained(directory)
+    model, data = ModelSettings(path=str(directory)), DataSettings(train=DataSource(path="x"), max_seq_tokens=100_000)
     try:
-        return ChatEncoder(tokenizer_for(file), model, data)
+        return ChatEncoder(tokenizer, model, data)
     except ModelError as error:
         assert len(str(error)) > 20
         return None
@@ -76,7 +85,9 @@ OF_PARTS = {"smolvlm", "smolvlm_training", "idefics3", "idefics3_training", "lla
 """Templates that take contents as lists of parts."""
 TEXTS = st.one_of(
     st.text(alphabet="ab z\n\t.<é猫", min_size=0, max_size=8),
-    st.sampled_from([" two words", "\n\nHello", "  x = 1\n", "<think>\nwhy\n</think>\n\nso", "{}", "don't", "a\n", "12"]),
+    st.sampled_from(
+        [" two words", "\n\nHello", "  x = 1\n", "<think>\nwhy\n</think>\n\nso", "{}", "don't", "a\n", "12"]
+    ),
 )
 
 
@@ -105,20 +116,54 @@ def squashed(text: str) -> str:
     return "".join(text.split())
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "one"}}},
+        },
+    }
+]
+CALLS = [
+    {"role": "user", "content": "1+2?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "123456789", "function": {"name": "add", "arguments": {"a": 1}}}],
+    },
+    {"role": "tool", "content": "3", "name": "add", "tool_call_id": "123456789"},
+    {"role": "assistant", "content": "It is 3."},
+]
+
+
+@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
+def test_calls_of_tools_follow_the_rule_too(file):
+    check(file, CALLS, TOOLS)
+
+
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(messages=chats())
 def test_every_trained_turn_stands_behind_the_prompt_that_is_served(file, messages):
+    check(file, messages, None)
+
+
+def check(file: Path, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+    """The rule holds, or the row is refused by file and line."""
     encoder = encoder_for(file)
     if encoder is None:
         return
     tokenizer = encoder.tokenizer
     try:
-        (sequences,) = encoder.encode([Row({"messages": messages}, file="rows.jsonl", line=7)]).rows
+        (sequences,) = encoder.encode([Row({"messages": messages, "tools": tools}, file="rows.jsonl", line=7)]).rows
     except DataError as error:
         assert str(error).startswith("rows.jsonl:7: ")
         return
-    trained = [index for index, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
+    trained = [
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)
+    ]
     runs = [run for sequence in sequences for run in runs_of(sequence.token_ids, sequence.trained)]
     assert len(runs) == len(trained)
     for index, (before, own) in zip(trained, runs, strict=True):
@@ -126,6 +171,7 @@ def test_every_trained_turn_stands_behind_the_prompt_that_is_served(file, messag
             [parts_of(message) if file.stem in OF_PARTS else message for message in messages[:index]],
             chat_template=CLOCK.sub(lambda clock: repr(DATE.strftime(clock[1])), file.read_text(encoding="utf-8")),
             add_generation_prompt=True,
+            tools=tools,
             tokenize=False,
         )
         assert list(before) == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -150,6 +196,8 @@ def runs_of(ids, trained):
 
 
 def test_most_templates_can_be_trained_with():
-    accepted = {file.stem for file in TEMPLATES if not file.stem.endswith("_training") and encoder_for(file) is not None}
+    accepted = {
+        file.stem for file in TEMPLATES if not file.stem.endswith("_training") and encoder_for(file) is not None
+    }
     assert len(accepted) >= 30, sorted(accepted)
     assert {"qwen3", "llama3_1", "llama3_2", "glm4moe", "gptoss", "phi3", "gemma4", "smolvlm"} <= accepted

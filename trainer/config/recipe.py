@@ -123,6 +123,8 @@ class DataSettings(Section):
     """sft: which turns are trained: `all` assistant turns, the `last` one, or the turns of a list of roles."""
     allow_special_tokens: bool = False
     """Let control tokens written in the text of a row, such as `<|im_end|>`, become control tokens."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further variables of the chat template, such as `{enable_thinking: false}`; serve the model with the same."""
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
     """The date (YYYY-MM-DD) that a chat template which reads the clock sees, so that a recipe always gives the same
     tokens."""

@@ -100,7 +100,7 @@ class ChatEncoder:
         self._control = None if data.allow_special_tokens else ControlTokens(tokenizer, stop_texts)
         self._lost = LostText(self.template) if self.template is not None else None
         if self.template is not None and not for_prompts:
-            refuse_unfit(self.template, self._joiner, stop_texts)
+            refuse_unfit(self.template, self._joiner, stop_texts, data.chat_template_kwargs)
 
     def encode(self, rows: Iterable[Row]) -> EncodedRows:
         """Tokenize sft rows.
@@ -180,7 +180,7 @@ class ChatEncoder:
         if self.template is None:
             plain = read_plain_text(row, self.data)
             uses = use_of_fields(row, plain, self.data)
-            turn = TrainedTurn(_checked_text(plain.prompt, row), _checked_text(plain.completion, row), "", ())
+            turn = TrainedTurn(_checked_text(plain.prompt, row), _checked_text(plain.completion, row), (), ())
             return PreparedRow(row, (turn,), weight, plain.form, uses)
         chat = read_conversation(row, self.data, with_completion=True)
         uses = use_of_fields(row, chat, self.data)
@@ -188,7 +188,11 @@ class ChatEncoder:
         turns = [trained_turn(row, chat, index, self.template, self._stop_texts) for index in indices]
         last = turns[-1]
         is_whole = indices[-1] == len(chat.messages) - 1
-        whole = last.prompt + last.rest if is_whole else render(row, self.template, chat.messages, chat, is_prompt=False).text
+        whole = (
+            last.prompt + last.rest
+            if is_whole
+            else render(row, self.template, chat.messages, chat, is_prompt=False).text
+        )
         _checked_text(whole, row)
         self._refuse_lost(row, chat, whole, is_prompt=False)
         for index, turn in zip(indices, turns, strict=True):

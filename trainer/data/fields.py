@@ -153,4 +153,3 @@ class FieldTable:
                 use = ", ".join(f"{each} ({count:,} rows)" for each, count in counts.most_common())
             table.append((name, use))
         return table
-

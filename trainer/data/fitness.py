@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from jinja2 import TemplateError
@@ -22,26 +23,29 @@ ANSWERS: Final[tuple[dict[str, Any], ...]] = (
 """A template must be able to render one of these behind its own generation prompt."""
 
 
-def refuse_unfit(template: ChatTemplate, joiner: Joiner, stop_texts: frozenset[str]) -> None:
+def refuse_unfit(
+    template: ChatTemplate, joiner: Joiner, stop_texts: frozenset[str], arguments: Mapping[str, Any]
+) -> None:
     """Try chats of one question: plain, and with reasoning.
 
     Args:
         template: the template that is served.
         joiner: tokenizes the trial turn.
         stop_texts: the stop tokens as text.
+        arguments: further variables of the template.
 
     Raises:
         ModelError: no answer can be rendered behind the prompt it is asked with, or none ends with a stop token.
     """
     try:
-        asked = template.chat([QUESTION], None, {}).text
-        whole = template.chat([QUESTION, ANSWERS[0]], None, {}).text
-        template.prompt([QUESTION], None, {})
+        asked = template.chat([QUESTION], None, arguments).text
+        whole = template.chat([QUESTION, ANSWERS[0]], None, arguments).text
+        template.prompt([QUESTION], None, arguments)
     except (TemplateError, TypeError, ValueError) as error:
         raise ModelError(f"the chat template cannot render a plain chat: {error}. {REMEDY}") from None
     row = Row({}, file="(template check)")
     for answer in ANSWERS:
-        turn = _turn(row, answer, template, stop_texts)
+        turn = _turn(row, answer, template, stop_texts, arguments)
         if turn is not None:
             if template.has_markers and not turn.spans:
                 raise ModelError("the `{% generation %}` markers of the chat template enclose no text of an answer")
@@ -54,8 +58,12 @@ def refuse_unfit(template: ChatTemplate, joiner: Joiner, stop_texts: frozenset[s
     raise ModelError(f"the chat template trains on another prompt than the model is asked with. {REMEDY}")
 
 
-def _turn(row: Row, answer: dict[str, Any], template: ChatTemplate, stop_texts: frozenset[str]) -> TrainedTurn | None:
+def _turn(
+    row: Row, answer: dict[str, Any], template: ChatTemplate, stop_texts: frozenset[str], arguments: Mapping[str, Any]
+) -> TrainedTurn | None:
     try:
-        return trained_turn(row, Conversation("check", [QUESTION, answer], {}), 1, template, stop_texts)
+        return trained_turn(
+            row, Conversation("check", [QUESTION, answer], {}, None, arguments), 1, template, stop_texts
+        )
     except DataError:
         return None

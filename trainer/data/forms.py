@@ -17,7 +17,14 @@ CHATS: Final = ("messages", "conversations", "conversation")
 INPUTS: Final = ("input", "context")
 OUTPUTS: Final = ("output", "response")
 PREFERENCES: Final = ("chosen", "rejected", "preferred_output", "non_preferred_output")
-RESERVED_ARGUMENTS: Final = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations"}
+RESERVED_ARGUMENTS: Final = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "chat_template",
+    "conversations",
+}
 
 
 @final
@@ -87,7 +94,7 @@ def read_conversation(row: Row, settings: DataSettings, *, with_completion: bool
         uses["mask_history"] = "loss mask"
     if not (with_completion and isinstance(settings.train_on, list)):
         _refuse_wrong_end(row, messages, with_completion=with_completion)
-    return Conversation(form, messages, uses, tools, dict(arguments or {}), only_last)
+    return Conversation(form, messages, uses, tools, {**settings.chat_template_kwargs, **(arguments or {})}, only_last)
 
 
 def row_messages(row: Row, settings: DataSettings, *, with_completion: bool) -> list[dict[str, Any]]:
@@ -133,7 +140,9 @@ def row_weight(row: Row) -> float:
         flags = {name: row[name] for name in TRAIN_FLAGS if row.get(name) is not None}
         for name, value in flags.items():
             if not isinstance(value, bool | int) or value not in (0, 1):
-                raise DataError(f"{row}: `{name}` must be true or false (got {value!r:.60}). Remove it, or use `weight`.")
+                raise DataError(
+                    f"{row}: `{name}` must be true or false (got {value!r:.60}). Remove it, or use `weight`."
+                )
         return float(min(flags.values(), default=1))
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise DataError(f"{row}: weight must be a number of 0 or more (got {weight!r})")
@@ -228,7 +237,9 @@ def _chat(row: Row, name: str, role: str | None, settings: DataSettings) -> list
     ignored = set(settings.ignore) - {"role", "content"}
     if ignored:
         value = [
-            {key: each for key, each in message.items() if key not in ignored} if isinstance(message, Mapping) else message
+            {key: each for key, each in message.items() if key not in ignored}
+            if isinstance(message, Mapping)
+            else message
             for message in value
         ]
     return [read_message(row, message, f"{name}[{index}]", roles) for index, message in enumerate(value)]

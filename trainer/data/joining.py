@@ -137,9 +137,10 @@ class Joiner:
             after = self._stop_after(turn)
             if after is None:
                 raise DataError(
-                    f"{row}: the chat template ends a turn of this row without a stop token "
-                    f"({', '.join(self._tokenizer.convert_ids_to_tokens(sorted(self._stop_ids)))}), so the model would "
-                    "not learn to stop. Set `model.chat_template`."
+                    f"{row}: the chat template does not end a turn of this row with a stop token "
+                    f"({', '.join(self._tokenizer.convert_ids_to_tokens(sorted(self._stop_ids)))}), or has one in "
+                    "the middle of it, so the model would not learn to stop where it should. Set eos_token_id in the "
+                    "model's generation_config.json, or `model.chat_template`."
                 )
             ids = [*ids, after]
             stop = len(ids) - 1
@@ -152,13 +153,20 @@ class Joiner:
         return TokenizedTurn(ids, trained, num_prompt)
 
     def _stop_of(self, turn: TrainedTurn, ids: Sequence[int], num_prompt: int) -> int | None:
-        """Position of the stop token that ends the turn: the first after those that the content itself has."""
+        """Position of the stop token that ends the turn: the first one behind everything that the row wrote."""
         stops = [index for index in range(num_prompt, len(ids)) if ids[index] in self._stop_ids]
-        texts = self._tokenizer.convert_ids_to_tokens(sorted(self._stop_ids))
-        num_own = 0
-        if any(text in turn.content for text in texts):
-            num_own = sum(index in self._stop_ids for index in self.ids_of([turn.content])[0])
-        return stops[num_own] if num_own < len(stops) else None
+        if len(stops) > 1:
+            for stop in stops:
+                decoded = self._tokenizer.decode(ids[num_prompt : stop + 1], clean_up_tokenization_spaces=False)
+                said = squashed(turn.opening + decoded)
+                if all(squashed(text) in said for text in turn.texts):
+                    return None if self._is_early(turn, stops.index(stop)) else stop
+        return stops[0] if stops else None
+
+    def _is_early(self, turn: TrainedTurn, num_before: int) -> bool:
+        """Whether generation would stop before the end of the turn, at a stop token that the row did not write."""
+        stops = self._tokenizer.convert_ids_to_tokens(sorted(self._stop_ids))
+        return num_before > sum(text.count(stop) for text in turn.texts for stop in stops)
 
     def _stop_after(self, turn: TrainedTurn) -> int | None:
         """The stop token that the template puts before the next turn instead of after this one."""
@@ -207,6 +215,11 @@ class Joiner:
         marked = [any(_is_within(offset, span) for span in spans) for offset in offsets]
         marked[:num_prompt] = [False] * num_prompt
         return marked + [True] * (len(ids) - len(marked))
+
+
+def squashed(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
 
 
 def _is_within(offset: tuple[int, int], span: tuple[int, int]) -> bool:

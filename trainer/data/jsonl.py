@@ -92,9 +92,7 @@ def _array_rows(content: bytes, path: Path) -> Iterator[tuple[int, Mapping[str, 
         yield number, value
 
 
-def _line_rows(
-    file: IO[bytes], path: Path, refused: list[DataError] | None
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _line_rows(file: IO[bytes], path: Path, refused: list[DataError] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue

@@ -59,7 +59,9 @@ class LostText:
                 if name not in READ_ELSEWHERE and not _is_plumbing(message, name) and not _is_empty(value):
                     self._refuse_field(row, chat, index, name)
 
-    def _text(self, chat: Conversation, messages: list[Any], tools: Any = None, *, is_prompt: bool = False) -> str | None:
+    def _text(
+        self, chat: Conversation, messages: list[Any], tools: Any = None, *, is_prompt: bool = False
+    ) -> str | None:
         """The text of a variant of the row; None where the template does not take it."""
         render = self._template.prompt if is_prompt else self._chat_text
         try:
@@ -73,7 +75,8 @@ class LostText:
     def _refuse_contents(self, row: Row, chat: Conversation, *, is_prompt: bool) -> None:
         """Refuse where contents of other words than the row's do not all reach the text."""
         words = [
-            f"{SENTINEL}{index}content" if message["content"].strip() else "" for index, message in enumerate(chat.messages)
+            f"{SENTINEL}{index}content" if message["content"].strip() else ""
+            for index, message in enumerate(chat.messages)
         ]
         messages = [{**message, "content": word} for message, word in zip(chat.messages, words, strict=True)]
         text = self._text(chat, messages, is_prompt=is_prompt)

@@ -135,7 +135,7 @@ def _parsed_calls(calls: Any, row: Row) -> list[dict[str, Any]]:
         if not isinstance(function.get("arguments", {}), Mapping):
             raise DataError(
                 f"{row}: the arguments of a call to {function['name']!r} must be a JSON object, "
-                f"such as {{\"city\": \"Oslo\"}} (got {function['arguments']!r:.60})"
+                f'such as {{"city": "Oslo"}} (got {function["arguments"]!r:.60})'
             )
         parsed.append({**call, "function": {**function, "arguments": function.get("arguments", {})}})
     return parsed

@@ -88,9 +88,7 @@ class ChatTemplate:
         self, messages: Messages, tools: list[Any] | None, arguments: Mapping[str, Any], *, is_prompt: bool
     ) -> Rendered:
         if self._takes_parts:
-            messages = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages
-            ]
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         return self._render_as(messages, tools, arguments, is_prompt=is_prompt)
 
     def _render_as(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 from trainer.config.recipe import DataSettings
 from trainer.data.forms import Conversation
@@ -12,6 +12,9 @@ from trainer.data.messages import REASONING_FIELDS
 from trainer.data.template import ChatTemplate, Messages, Rendered
 from trainer.errors import DataError
 from trainer.types import Row
+
+MARKER: Final = "zqlast"
+THINK: Final = "<think>"
 
 
 @final
@@ -27,8 +30,8 @@ class TrainedTurn:
     """What the model's template yields for the messages before the turn, with the generation prompt."""
     rest: str
     """The turn itself, and what the template puts after it."""
-    content: str
-    """What the row wrote, which may hold stop tokens of its own."""
+    texts: tuple[str, ...]
+    """What the row wrote: content, reasoning and names of tools called. All of it stands before the turn's stop token."""
     spans: tuple[tuple[int, int], ...]
     """Character ranges of `rest` inside generation markers; empty without markers."""
     following: str = ""
@@ -95,8 +98,8 @@ def trained_turn(
             raise DataError(
                 f"{row}: messages[{index}]: the chat template asks for this turn with {prompt[begin:][-40:]!r} and "
                 f"renders it as {whole.text[begin : same + 20]!r}: it would be trained behind another text than the "
-                "model is served. Change the turn (reasoning may be missing or unwanted), give it `weight: 0`, or set "
-                "`model.chat_template`."
+                "model is served. Change the turn (reasoning may be missing or unwanted), set data.chat_template_kwargs "
+                "(such as `enable_thinking: false`) as you will when serving, or give the turn `weight: 0`."
             )
     else:
         content = message["content"].strip()
@@ -108,8 +111,9 @@ def trained_turn(
     own = [(low, high) for low, high in whole.spans if high > len(prompt)]
     spans = tuple((max(0, low - len(prompt)), high - len(prompt)) for low, high in own)
     ends_itself = any(text in rest for text in stop_texts)
-    following = "" if ends_itself else _following(chat, index, whole.text, template)
-    return TrainedTurn(prompt, rest, written(message), spans, following)
+    following = "" if ends_itself else _following(chat, index, template)
+    opening = THINK if prompt.rstrip().endswith(THINK) else ""
+    return TrainedTurn(prompt, rest, _texts(message), spans, following, opening)
 
 
 def render(row: Row, template: ChatTemplate, messages: Messages, chat: Conversation, *, is_prompt: bool) -> Rendered:
@@ -137,27 +141,36 @@ def _continued(message: Mapping[str, Any], prompt: str, whole: str) -> TrainedTu
     shown = content.rpartition("</think>")[2].strip()
     if not opening.strip() or not content.lstrip().startswith(opening.strip()) or not shown:
         return None
-    if not whole[same:].lstrip().startswith(shown):
+    answer = whole[same:].lstrip()
+    if not answer.startswith(shown):
         return None
     rest = content.lstrip()[len(opening.strip()) :]
     rest = rest.removeprefix("\n") if opening.endswith("\n") else rest
-    tail = whole.rpartition(shown)[2]
-    return TrainedTurn(prompt, rest + tail, written(message), (), opening=opening.strip())
+    return TrainedTurn(prompt, rest.rstrip() + answer[len(shown) :], _texts(message), (), opening=opening.strip())
 
 
-def _following(chat: Conversation, index: int, whole: str, template: ChatTemplate) -> str:
-    """What the template puts between the turn and the next one, where that can be seen."""
-    message = chat.messages[index]
-    follower = {"role": "tool" if message.get("tool_calls") else "user", "content": "x"}
-    try:
-        longer = template.chat([*chat.messages[: index + 1], follower], chat.tools, chat.template_arguments).text
-    except Exception:  # the template does not take another turn here
-        return ""
-    if longer.startswith(whole):
-        return longer[len(whole) :]
-    content = message["content"].strip()  # reasoning before it may be dropped once another turn follows
-    tail, longer_tail = whole.rpartition(content)[2], longer.rpartition(content)[2]
-    return longer_tail[len(tail) :] if content and longer_tail.startswith(tail) else ""
+def _following(chat: Conversation, index: int, template: ChatTemplate) -> str:
+    """What the template puts between the turn and the next one, where that can be seen.
+
+    Both are rendered with a marker as content, because earlier reasoning may vanish once another turn follows.
+    """
+    turn = {**chat.messages[index], "content": MARKER}
+    follower = {"role": "tool" if turn.get("tool_calls") else "user", "content": "next"}
+    tails = []
+    for messages in ([*chat.messages[:index], turn], [*chat.messages[:index], turn, follower]):
+        try:
+            text = template.chat(messages, chat.tools, chat.template_arguments).text
+        except Exception:  # the template does not take another turn here
+            return ""
+        tails.append(text.rpartition(MARKER)[2])
+    tail, longer = tails
+    return longer[len(tail) :] if longer.startswith(tail) else ""
+
+
+def _texts(message: Mapping[str, Any]) -> tuple[str, ...]:
+    texts = [message["content"], *(message.get(name) for name in REASONING_FIELDS)]
+    names = [call["function"]["name"] for call in message.get("tool_calls") or []]
+    return tuple(text for text in (*texts, *names) if isinstance(text, str) and text.strip())
 
 
 def written(message: Mapping[str, Any]) -> str:

@@ -12,7 +12,14 @@ from trainer.config.document import Document, dotted, leaves
 from trainer.config.length import count_rows, mean_row_tokens, num_steps
 from trainer.config.load import LoadedRecipe, all_shapes, config_dirs, find_shape
 from trainer.config.presets import resolve_algorithm
-from trainer.config.recipe import BUILTIN_TEMPLATES, AlgorithmSettings, DataSettings, DataSource, Recipe, RolloutSettings
+from trainer.config.recipe import (
+    BUILTIN_TEMPLATES,
+    AlgorithmSettings,
+    DataSettings,
+    DataSource,
+    Recipe,
+    RolloutSettings,
+)
 from trainer.config.section import Section
 from trainer.config.shape import TrainingShape
 from trainer.config.source_files import source_files
@@ -23,7 +30,14 @@ from trainer.planning.model_facts import ModelFacts, find_model_facts, flops_per
 from trainer.planning.remedies import remedy_lines
 
 PLAN_FORMAT: Final = 1
-LATER_DATA_FIELDS: Final = ("ignore", "eval_frac", "train_on", "allow_special_tokens", "template_date")
+LATER_DATA_FIELDS: Final = (
+    "ignore",
+    "eval_frac",
+    "train_on",
+    "allow_special_tokens",
+    "chat_template_kwargs",
+    "template_date",
+)
 SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
 """What the shape decides of a plan."""
 
