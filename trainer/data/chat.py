@@ -12,7 +12,7 @@ from trainer.config.recipe import DataSettings, ModelSettings
 from trainer.data.control_tokens import ControlTokens
 from trainer.data.fields import use_of_fields, use_of_prompt_fields
 from trainer.data.fitness import refuse_unfit
-from trainer.data.forms import Conversation, read_conversation, read_plain_text, row_weight
+from trainer.data.forms import Conversation, read_conversation, read_plain_text, row_weight, without_ignored
 from trainer.data.joining import Joiner, TokenizedTurn
 from trainer.data.lost_text import LostText
 from trainer.data.stop_tokens import embedding_rows, stop_token_ids
@@ -176,7 +176,7 @@ class ChatEncoder:
         Raises:
             DataError: it cannot be trained on, or something of it would be lost.
         """
-        weight = row_weight(row)
+        weight = row_weight(without_ignored(row, self.data))
         if self.template is None:
             plain = read_plain_text(row, self.data)
             uses = use_of_fields(row, plain, self.data)

@@ -181,25 +181,25 @@ def _chat_of(row: Row, settings: DataSettings, *, with_completion: bool) -> Read
     if "messages" in row:
         return _chat_form(row, "messages", settings)
     if "prompt" in row:
-        messages = [*_history(row), *_chat(row, "prompt", "user", settings)]
-        uses = {"prompt": "prompt"} | ({"history": "prompt and trained"} if row.get("history") else {})
+        messages = _chat(row, "prompt", "user", settings)
+        uses = {"prompt": "prompt"}
         if with_completion:
             if row.get("completion") is None:
                 raise DataError(f"{row}: has `prompt` and no `completion`")
             messages += _chat(row, "completion", "assistant", settings)
             uses["completion"] = "trained"
+            messages = [*_history(row, uses), *messages]
         return "prompt and completion" if with_completion else "prompt", messages, uses
     for name in CHATS[1:]:
         if name in row:
             return _chat_form(row, name, settings)
     if isinstance(row.get("instruction"), str):
         prompt, output, uses = _alpaca(row)
-        messages = [*_history(row), {"role": "user", "content": prompt}]
-        uses |= {"history": "prompt and trained"} if row.get("history") else {}
+        messages = [{"role": "user", "content": prompt}]
         if with_completion:
             if not isinstance(row.get(output), str):
                 raise DataError(f"{row}: has `instruction` and no text in `{output}`")
-            messages.append({"role": "assistant", "content": row[output]})
+            messages = [*_history(row, uses), *messages, {"role": "assistant", "content": row[output]}]
             uses[output] = "trained"
         return _alpaca_form(row), messages, uses
     hint = ""
@@ -269,11 +269,12 @@ def _alpaca_form(row: Row) -> str:
     return f"alpaca: instruction + {given} -> prompt, {output} -> completion"
 
 
-def _history(row: Row) -> list[dict[str, Any]]:
+def _history(row: Row, uses: dict[str, str]) -> list[dict[str, Any]]:
     """Earlier turns as `[[question, answer], ...]`."""
     history = row.get("history")
     if not history:
         return []
+    uses["history"] = "prompt and trained"
     messages = []
     for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
