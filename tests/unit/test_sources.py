@@ -47,6 +47,8 @@ def write(name: str) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), name)
     elif name.endswith(".csv"):
         path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS))
+    elif name.endswith(".csv.gz"):
+        path.write_bytes(gzip.compress(b"prompt,completion\n" + b"".join(b"p%d,c%d\n" % (n, n) for n in range(6))))
     elif name.endswith(".tsv"):
         path.write_text("prompt\tcompletion\n" + "".join(f"{row['prompt']}\t{row['completion']}\n" for row in ROWS))
     elif name == "saved":
@@ -68,7 +70,7 @@ def read(train, **fields):
 
 NAMES = [
     *("rows.jsonl", "rows.json", "array.json", "pretty.json", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet"),
-    *("rows.csv", "rows.tsv", "saved", "splits"),
+    *("rows.csv", "rows.csv.gz", "rows.tsv", "saved", "splits"),
 ]
 
 
@@ -85,7 +87,9 @@ def test_files_of_every_kind_hold_the_same_rows(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_counted_where_the_file_tells(name):
     write(name)
-    assert count_rows(DataSource(path=name)) == (None if name in {"saved", "splits", "rows.jsonl.zst"} else 6)
+    assert count_rows(DataSource(path=name)) == (
+        None if name in {"saved", "splits", "rows.jsonl.zst", "rows.csv.gz"} else 6
+    )
 
 
 def test_directories_and_globs_are_read_by_name():
@@ -158,3 +162,11 @@ def test_a_missing_split_is_named_with_those_that_are_there():
     write("splits")
     with pytest.raises(DataError, match="splits: has no split `test`; it has train"):
         read({"path": "splits", "split": "test"})
+
+
+def test_cells_of_a_csv_file_are_texts_but_the_weight():
+    Path("rows.csv").write_text('prompt,completion,weight\n"8, 9",17,0.5\nNA,"a ""b""",\n')
+    assert [dict(row) for row in read("rows.csv")] == [
+        {"prompt": "8, 9", "completion": "17", "weight": 0.5},
+        {"prompt": "NA", "completion": 'a "b"'},
+    ]

@@ -75,6 +75,8 @@ def _preview(arguments: argparse.Namespace) -> int:
     """Start what may import torch, tokenizers and rewards in a process of its own."""
     argv = [sys.executable, "-m", "trainer.checks.data_and_rewards", arguments.recipe, *_overrides(arguments)]
     argv += ["--data", "--html", arguments.html] if arguments.data else []
+    argv += [part for line in arguments.row for part in ("--row", str(line))]
+    argv += ["--find", arguments.find] if arguments.find is not None else []
     argv += ["--rewards"] if arguments.rewards else []
     argv += ["--json"] if arguments.json else []
     return subprocess.run(argv, check=False).returncode

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from trainer.config.recipe import DataSource
+from trainer.config.source_files import ending_of
 from trainer.errors import DataError
 
 LOADERS: Final = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -21,15 +24,38 @@ def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """
     import datasets
 
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    if LOADERS[path.suffix] == "csv":
-        options |= {"keep_default_na": False}  # the text "NA" is no missing value
+    ending = ending_of(path)
+    options: dict[str, Any] = {"sep": "\t"} if ending == ".tsv" else {}
     try:
-        loaded = datasets.load_dataset(LOADERS[path.suffix], data_files=[str(path)], split="train", **options)
+        if LOADERS[ending] == "csv":  # "NA" and "17" are texts
+            options |= {"keep_default_na": False, "features": _texts_of(path, "\t" if ending == ".tsv" else ",")}
+        loaded = datasets.load_dataset(LOADERS[ending], data_files=[str(path)], split="train", **options)
     except Exception as error:  # the library raises whatever its back ends raise
         cause = error.__cause__ or error
-        raise DataError(f"{path}: cannot be read as {LOADERS[path.suffix].upper()}: {_reason(cause)}") from None
-    yield from numbered(loaded)
+        raise DataError(f"{path}: cannot be read as {LOADERS[ending].upper()}: {_reason(cause)}") from None
+    for number, row in numbered(loaded):
+        yield number, _with_number(row, f"{path}:{number}") if LOADERS[ending] == "csv" else row
+
+
+def _texts_of(path: Path, delimiter: str) -> Any:
+    """Every column of a CSV file as text."""
+    import datasets
+
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file
+    ):
+        header = next(csv.reader(file, delimiter=delimiter), [])
+    return datasets.Features({name: datasets.Value("string") for name in header})
+
+
+def _with_number(row: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The row of a CSV file with its `weight` as a number."""
+    if not row.get("weight"):
+        return {name: value for name, value in row.items() if name != "weight"}
+    try:
+        return {**row, "weight": float(row["weight"])}
+    except ValueError:
+        raise DataError(f"{source}: weight must be a number of 0 or more (got {row['weight']!r:.60})") from None
 
 
 def read_saved(path: Path, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -115,7 +115,7 @@ class ChatEncoder:
         def flush() -> None:
             nonlocal truncated, dropped, split
             for sequences in self.tokenize(pending):
-                kept, was_truncated = self._within_limit(sequences)
+                kept, was_truncated = self.within_limit(sequences)
                 if not kept:
                     dropped += 1
                     continue
@@ -230,8 +230,12 @@ class ChatEncoder:
             for ids, trained in joined
         )
 
-    def _within_limit(self, sequences: tuple[TokenSequence, ...]) -> tuple[tuple[TokenSequence, ...], bool]:
-        """The sequences of a row that are kept, and whether one was truncated; none where the row is dropped."""
+    def within_limit(self, sequences: tuple[TokenSequence, ...]) -> tuple[tuple[TokenSequence, ...], bool]:
+        """The sequences of a row that are kept, and whether one was truncated; none where the row is dropped.
+
+        Raises:
+            DataError: one is longer than data.max_seq_tokens, and data.overlong says error.
+        """
         limit = self.data.max_seq_tokens
         longest = max(sequences, key=lambda sequence: len(sequence.token_ids))
         if len(longest.token_ids) <= limit:
