@@ -227,7 +227,9 @@ def test_the_page_has_the_summary_first_then_refused_rows_then_tokens_with_their
     write_rows(SHORT, {"prompt": "only a <prompt>", "id": 7})
     assert main(["recipe.yaml", "--data", "--html", "page.html"]) == 2
     text = Path("page.html").read_text(encoding="utf-8")
-    places = [text.index(part) for part in ("Counts", "Refused training rows", "only a &lt;prompt&gt;", "as tokens")]
+    places = [
+        text.index(part) for part in (">Counts<", "Refused training rows<", "only a &lt;prompt&gt;", "as tokens</h2>")
+    ]
     assert places == sorted(places)
     first = tiny_tokenizer()(PROMPT, add_special_tokens=False)["input_ids"][0]
     assert f'title="token 0, id {first}"' in text

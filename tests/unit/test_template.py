@@ -74,7 +74,7 @@ def test_templates_of_other_families_train_the_answer_and_their_stop_token(name,
     [
         (
             CHATML.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"),
-            r"the chat template never trains its stop token: the model would not end\. Put it inside the `{% generation",
+            r"the chat template never trains its stop token: the model would not end\. Put it inside the `",
         ),
         (
             "{{ messages | length }}" + CHATML,

@@ -27,8 +27,8 @@ from trainer.types import Row
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 CONTROL = re.compile(
-    r"<[|｜][^<>{}'\" ]+?[|｜]>|<(?:start|end)_of_turn>|</?s>|<[|]turn>|<turn[|]>|<eos>|<bos>|<end_of_utterance>"
-)  # noqa: RUF001
+    r"<[|\uff5c][^<>{}'\" ]+?[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[|]turn>|<turn[|]>|<eos>|<bos>|<end_of_utterance>"
+)
 ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -40,7 +40,7 @@ ENDS = (
     "<|end|>",
     "<|user|>",
     "<|observation|>",
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "<end_of_utterance>",
     "<|eot|>",
     "</s>",
@@ -75,7 +75,8 @@ def encoder_for(file: Path) -> ChatEncoder | None:
     try:
         return ChatEncoder(tokenizer, model, data)
     except ModelError as error:
-        assert len(str(error)) > 20
+        if len(str(error)) < 20:
+            raise
         return None
 
 
@@ -159,7 +160,8 @@ def check(file: Path, messages: list[dict[str, Any]], tools: list[dict[str, Any]
     try:
         (sequences,) = encoder.encode([Row({"messages": messages, "tools": tools}, file="rows.jsonl", line=7)]).rows
     except DataError as error:
-        assert str(error).startswith("rows.jsonl:7: ")
+        if not str(error).startswith("rows.jsonl:7: "):
+            raise
         return
     trained = [
         index for index, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)

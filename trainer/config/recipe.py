@@ -70,7 +70,7 @@ class DataSource(Section):
     """Where rows come from: files, a hub data set where no file of the path exists, or several sources."""
 
     path: str | None = None
-    """A file (.jsonl, .json, .jsonl.gz, .jsonl.zst, .csv, .parquet), a directory, or a glob; used whenever it exists."""
+    """A file (.jsonl, .json, .jsonl.gz, .jsonl.zst, .csv, .parquet), a directory or a glob; used where it exists."""
     hub: str | None = None
     """A Hugging Face data set name (or a local directory that `datasets.load_dataset` reads)."""
     config: str | None = None

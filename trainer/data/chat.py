@@ -284,8 +284,8 @@ def _refuse_rewritten(row: Row, index: int, content: str, rest: str) -> None:
         return
     if "".join(content.split()) not in "".join(rest.split()):
         raise DataError(
-            f"{row}: messages[{index}]: the chat template rewrites or leaves out the content of this turn. Put reasoning "
-            "into `reasoning_content`, or set another `model.chat_template`."
+            f"{row}: messages[{index}]: the chat template rewrites or leaves out the content of this turn. Put "
+            "reasoning into `reasoning_content`, or set another `model.chat_template`."
         )
     first = content[: len(content) - len(content.lstrip())]
     if first and content.rstrip() not in rest and content.strip() in rest:

@@ -97,7 +97,6 @@ def use_of_prompt_fields(row: Row, read: Conversation, settings: DataSettings) -
 
 def _unused(row: Row, name: str, read: Conversation | PlainText) -> str:
     value = row[name]
-    is_chat = isinstance(read, Conversation)
     if name == "weight" or (name in TRAIN_FLAGS and isinstance(value, bool | int)):
         return "loss weight"
     if name in MEDIA_FIELDS:
@@ -110,7 +109,11 @@ def _unused(row: Row, name: str, read: Conversation | PlainText) -> str:
             f"messages or data.train_on, and set data.ignore to [{name}]."
         )
     if name in TEXT_FIELDS:
-        if is_chat and isinstance(value, str) and any(value == message["content"] for message in read.messages):
+        if (
+            isinstance(read, Conversation)
+            and isinstance(value, str)
+            and any(value == message["content"] for message in read.messages)
+        ):
             return UNREAD  # a copy of a message
         raise DataError(
             f"{row}: `{name}` would not reach the text: the row was read as {read.form}. "

@@ -30,10 +30,10 @@ RESERVED_ARGUMENTS: Final = {
 @final
 @dataclass(frozen=True)
 class Conversation:
-    """A row as a chat, whatever form it was written in.
+    r"""A row as a chat, whatever form it was written in.
 
     The row `{"instruction": "Add.", "input": "1 2", "output": "3"}` becomes the messages
-    `[{"role": "user", "content": "Add.\\n\\n1 2"}, {"role": "assistant", "content": "3"}]`,
+    `[{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]`,
     the form "alpaca: instruction + input -> prompt, output -> completion" and the uses
     `{"instruction": "prompt", "input": "prompt", "output": "trained"}`.
     """

@@ -52,7 +52,7 @@ def read_json_rows(path: Path, refused: list[DataError] | None) -> Iterator[tupl
 
 def _opened(path: Path) -> IO[bytes]:
     if path.suffix == GZIP:
-        return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.open(path, "rb"))
     if path.suffix == ZSTANDARD:
         import pyarrow
 

@@ -128,8 +128,8 @@ class LostText:
                 if text is not None and word not in text:
                     raise DataError(
                         f"{row}: the chat template leaves out the tool {function['name']!r} "
-                        f"(`messages[{index}].tool_calls`). Remove the row, or set a `model.chat_template` that renders "
-                        "tool calls."
+                        f"(`messages[{index}].tool_calls`). Remove the row, or set a `model.chat_template` that "
+                        "renders tool calls."
                     )
 
     def _refuse_field(self, row: Row, chat: Conversation, index: int, name: str) -> None:

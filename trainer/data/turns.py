@@ -20,10 +20,10 @@ THINK: Final = "<think>"
 @final
 @dataclass(frozen=True)
 class TrainedTurn:
-    """A turn as text, before it is tokenized.
+    r"""A turn as text, before it is tokenized.
 
-    ChatML's answer "Yes." to "Is it?" is the prompt `<|im_start|>user\\nIs it?<|im_end|>\\n<|im_start|>assistant\\n`
-    and the rest `Yes.<|im_end|>\\n`.
+    ChatML's answer "Yes." to "Is it?" is the prompt `<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n`
+    and the rest `Yes.<|im_end|>\n`.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class TrainedTurn:
     rest: str
     """The turn itself, and what the template puts after it."""
     texts: tuple[str, ...]
-    """What the row wrote: content, reasoning and names of tools called. All of it stands before the turn's stop token."""
+    """What the row wrote: content, reasoning and names of tools called; the turn's stop token comes after all of it."""
     spans: tuple[tuple[int, int], ...]
     """Character ranges of `rest` inside generation markers; empty without markers."""
     following: str = ""
@@ -98,8 +98,9 @@ def trained_turn(
             raise DataError(
                 f"{row}: messages[{index}]: the chat template asks for this turn with {prompt[begin:][-40:]!r} and "
                 f"renders it as {whole.text[begin : same + 20]!r}: it would be trained behind another text than the "
-                "model is served. Change the turn (reasoning may be missing or unwanted), set data.chat_template_kwargs "
-                "(such as `enable_thinking: false`) as you will when serving, or give the turn `weight: 0`."
+                "model is served. Change the turn (reasoning may be missing or unwanted), set "
+                "data.chat_template_kwargs (such as `enable_thinking: false`) as you will when serving, or give the turn "
+                "`weight: 0`."
             )
     else:
         content = message["content"].strip()

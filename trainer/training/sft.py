@@ -11,8 +11,8 @@ from trainer.algorithms import sft
 from trainer.algorithms.terms import PolicyTerms
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
-from trainer.data.sources import read_rows
 from trainer.data.order import rows_of_step
+from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
 from trainer.model.policy import Policy, Scores
