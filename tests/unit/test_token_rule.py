@@ -27,7 +27,8 @@ from trainer.types import Row
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 CONTROL = re.compile(
-    r"<[|\uff5c][^<>{}'\" ]+?[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[|]turn>|<turn[|]>|<eos>|<bos>|<end_of_utterance>"
+    r"<[|\uff5c][^<>{}'\" ]+?[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[|]turn>|<turn[|]>|<eos>|<bos>"
+    r"|<end_of_utterance>"
 )
 ENDS = (
     "<|im_end|>",

@@ -99,8 +99,8 @@ def trained_turn(
                 f"{row}: messages[{index}]: the chat template asks for this turn with {prompt[begin:][-40:]!r} and "
                 f"renders it as {whole.text[begin : same + 20]!r}: it would be trained behind another text than the "
                 "model is served. Change the turn (reasoning may be missing or unwanted), set "
-                "data.chat_template_kwargs (such as `enable_thinking: false`) as you will when serving, or give the turn "
-                "`weight: 0`."
+                "data.chat_template_kwargs (such as `enable_thinking: false`) as you will when serving, or give the "
+                "turn `weight: 0`."
             )
     else:
         content = message["content"].strip()
