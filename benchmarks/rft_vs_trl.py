@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from datasets import Dataset
 from trainer.config.load import load_recipe
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.model.policy import Reference, load_policy
@@ -80,7 +80,7 @@ class Ours:
         self.plan = plan
         settings, rollout = self.plan.recipe.model, self.plan.recipe.rollout
         tokenizer = load_tokenizer(settings)
-        encoder = ChatEncoder(tokenizer, settings, self.plan.recipe.data)
+        encoder = ChatEncoder(tokenizer, settings, self.plan.recipe.data, for_prompts=True)
         rows = read_rows(self.plan.recipe.data.train, self.plan.recipe.data)
         prompts = [Prompt(row, encoder.encode_prompt(row)) for row in rows]
         self.world = World(0, 1, CPU)

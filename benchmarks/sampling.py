@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.model.policy import load_policy
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
@@ -48,7 +48,7 @@ class Prompts:
     def __init__(self) -> None:
         self.settings, data = ModelSettings(path=MODEL), DataSettings(train=DataSource(path=ROWS))
         self.tokenizer = load_tokenizer(self.settings)
-        self.encoder = ChatEncoder(self.tokenizer, self.settings, data)
+        self.encoder = ChatEncoder(self.tokenizer, self.settings, data, for_prompts=True)
         rows = list(read_rows(data.train, data))
         spread = [rows[number * len(rows) // 4] for number in range(4)]
         self.ids = [self.encoder.encode_prompt(row) for row in spread]

@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from datasets import Dataset
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings, OptimizerSettings
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.distributed.world import World
 from trainer.model.batch import Batch, micro_batches
 from trainer.model.policy import load_policy

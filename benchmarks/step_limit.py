@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config.recipe import DataSettings, DataSource, LoraSettings, ModelSettings, OptimizerSettings
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import load_policy

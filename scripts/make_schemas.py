@@ -92,6 +92,7 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
     yield path, model
     for name, info in model.model_fields.items():
         inside = _section_in(info.annotation)
+        inside = None if inside is model else inside  # a list of sources holds sources again
         if inside is not None:
             is_list = getattr(info.annotation, "__origin__", None) is list
             yield from sections(inside, f"{path}.{name}".lstrip(".") + ("[]" if is_list else ""))

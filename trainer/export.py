@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, TrainerError
 from trainer.files import replaced_directory
@@ -105,7 +105,8 @@ def merge(plan: Plan, adapter: Path, out: Path) -> Verification:
     """
     settings = plan.recipe.model
     tokenizer = load_tokenizer(settings)
-    sequences = _held_out(plan, ChatEncoder(tokenizer, settings, plan.recipe.data))
+    encoder = ChatEncoder(tokenizer, settings, plan.recipe.data, for_prompts=plan.recipe.method == "rft")
+    sequences = _held_out(plan, encoder)
     base = _load(settings.path, settings.revision)
     base_logprobs = _logprobs(base, sequences)
     adapted = PeftModel.from_pretrained(base, str(adapter))

@@ -124,18 +124,29 @@ def test_rows_encoded_together_are_the_rows_encoded_alone(monkeypatch):
 
 
 def test_tools_and_calls_are_rendered_and_the_call_is_trained():
+    encoder = make_encoder(QWEN3)
     chat = [user("1+2?"), CALL, {"role": "tool", "content": "3"}, assistant("It is 3.")]
-    whole, trained = read(make_encoder(QWEN3), {"messages": chat, "tools": TOOLS})
-    assert '<tools>\n{"type": "function", "function": {"name": "add"' in whole
-    assert "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n" in whole
-    assert trained == (
-        '<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>\n'
-        "<think>\n\n</think>\n\nIt is 3.<|im_end|>\n"
+    encoded = encoder.encode(rows_of({"messages": chat, "tools": TOOLS}))
+    # Qwen3 leaves the empty reasoning out of earlier turns, so the two turns stand behind different tokens.
+    call, answer = ([encoder.tokenizer.decode(part) for part in parts_of(each)] for each in encoded.sequences)
+    assert (encoded.num_rows, encoded.num_split) == (1, 1)
+    assert '<tools>\n{"type": "function", "function": {"name": "add"' in call[0]
+    assert call[1] == (
+        '<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
     )
+    assert "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n" in answer[0]
+    assert "<think>" not in answer[0]
+    assert answer[1] == "<think>\n\n</think>\n\nIt is 3.<|im_end|>"
+
+
+def parts_of(sequence: TokenSequence) -> tuple[list[int], list[int]]:
+    """Ids that are not trained, and ids that are."""
+    pairs = list(zip(sequence.token_ids, sequence.loss_mask, strict=True))
+    return [token for token, own in pairs if not own], [token for token, own in pairs if own]
 
 
 def test_a_row_may_end_with_a_tool_call():
-    assert read(make_encoder(QWEN3), {"messages": [user("1+2?"), CALL]})[1].endswith("</tool_call><|im_end|>\n")
+    assert read(make_encoder(QWEN3), {"messages": [user("1+2?"), CALL]})[1].endswith("</tool_call><|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +280,9 @@ def test_plain_text_of_a_tokenizer_that_adds_a_begin_token_has_it_once():
     )
     encoder = make_encoder(tokenizer=tokenizer, format="text")
     assert read(encoder, SHORT) == ("<|im_start|>ab<|im_end|>", "b<|im_end|>")
-    with pytest.raises(DataError, match=r"rows.jsonl:1: begins with two <\|im_start\|> tokens; mend the template"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: begins with two <\|im_start\|> tokens; change the chat template or the row"
+    ):
         encode(encoder, {"prompt": "<|im_start|>a", "completion": "b"})
 
 

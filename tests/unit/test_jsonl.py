@@ -7,7 +7,8 @@ import json
 import pytest
 
 from trainer.config.recipe import DataSettings, DataSource
-from trainer.data.jsonl import read_rows, row_messages, row_weight
+from trainer.data.forms import row_messages, row_weight
+from trainer.data.sources import read_rows
 from trainer.errors import DataError
 from trainer.types import Row
 
@@ -54,9 +55,9 @@ def test_other_scripts_and_a_byte_order_mark_are_read(file):
         (
             f'{GOOD}\n{{"prompt": "one", "comp',
             r"rows.jsonl:2: not JSON: Unterminated string starting at at column 19 \(the line looks cut off\). "
-            "Mend or remove it.",
+            "Fix or remove the line.",
         ),
-        (f"{GOOD}\nprompt: one\n", r"rows.jsonl:2: not JSON: Expecting value at column 1. Mend or remove it."),
+        (f"{GOOD}\nprompt: one\n", r"rows.jsonl:2: not JSON: Expecting value at column 1. Fix or remove the line."),
         (b'{"prompt": "caf\xe9"}\n', r"rows.jsonl:1: byte 15 is not UTF-8. Save the file as UTF-8."),
         (f"{GOOD}\n[1, 2]\n", r"rows.jsonl:2: expected a JSON object, found list"),
         ("", r"rows.jsonl: holds no rows. Give a file with one JSON object a line."),

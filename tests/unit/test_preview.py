@@ -218,10 +218,66 @@ def test_the_page_is_one_file_with_the_same_tokens(capsys):
     text = Path("page.html").read_text(encoding="utf-8")
     seen = _Texts()
     seen.feed(text)
-    assert seen.trained.replace("↵", "") == "<script>alert(1)</script>\nünïcode<|im_end|>"
+    assert seen.trained.replace("↵", "") == "<script>alert(1)</script>\nünïcode<|im_end|>" + "It is 71.<|im_end|>"
     assert "a < b & c" in seen.all
     assert seen.addresses == []
     assert "<script" not in text
+
+
+def test_the_page_has_the_summary_first_then_refused_rows_then_tokens_with_their_ids(capsys):
+    write_recipe()
+    write_rows(SHORT, {"prompt": "only a <prompt>", "id": 7})
+    assert main(["recipe.yaml", "--data", "--html", "page.html"]) == 2
+    text = Path("page.html").read_text(encoding="utf-8")
+    places = [
+        text.index(part) for part in (">Counts<", "Refused training rows<", "only a &lt;prompt&gt;", "as tokens</h2>")
+    ]
+    assert places == sorted(places)
+    first = tiny_tokenizer()(PROMPT, add_special_tokens=False)["input_ids"][0]
+    assert f'title="token 0, id {first}"' in text
+    assert "Held-out rows as tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sources"),
+    [
+        (("--row", "3"), ["train.jsonl:3"]),
+        (("--row", "5", "--row", "2"), ["train.jsonl:2", "train.jsonl:5"]),
+        (("--find", "What is 4"), ["train.jsonl:5"]),
+        (("--find", "It is 71"), ["eval.jsonl:1"]),
+        (("--find", "nowhere"), []),
+    ],
+)
+def test_rows_are_shown_by_line_or_by_text(arguments, sources, capsys):
+    write_recipe()
+    assert main(["recipe.yaml", "--data", *arguments]) == 0
+    captured = capsys.readouterr()
+    shown = [line.split(": ")[0] for line in captured.out.splitlines() if " trained (in" in line]
+    assert shown == sources
+    assert ("no row that can be used" in captured.err) == (not sources)
+
+
+def test_what_became_of_each_field_is_said(capsys):
+    write_recipe()
+    rows: list[dict[str, object]] = [SHORT | {"id": 1, "weight": 3.2}, SHORT | {"weight": 70.5}, SHORT | {"note": "x"}]
+    write_rows(*rows)
+    train = data_of(capsys)["training rows"]
+    assert train["fields"] == {
+        "prompt": "prompt",
+        "completion": "trained",
+        "id": "unread",
+        "weight": "loss weight",
+        "note": "unread",
+    }
+    assert train["forms"] == {"prompt and completion": 3}
+    assert main(["recipe.yaml", "--data"]) == 0
+    out = capsys.readouterr().out
+    assert "  row weights     1 to 70.5: factors on the loss, from the field `weight`\n" in out
+    assert "  fields:\n    prompt      prompt\n    completion  trained\n    id          unread\n" in out
+    write_recipe(RFT)
+    write_rows({"prompt": "1+1?", "answer": "2", "input": "x"})
+    fields = data_of(capsys)["training rows"]["fields"]
+    assert fields == {"prompt": "prompt", "answer": "reward only", "input": "reward only"}
 
 
 def test_a_page_that_cannot_be_written_is_refused_in_words(capsys):

@@ -23,7 +23,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-REMEDY = r"Write one with `{% generation %}` markers and set `model.chat_template` to the file\.$"
+REMEDY = r"Set `model.chat_template` to a Jinja file, or to a built-in template: chatml, llama3, gemma, zephyr\.$"
 
 
 def make_encoder(template=None, *, tokenizer=None, path: str = "nowhere", override=None) -> ChatEncoder:
@@ -45,10 +45,11 @@ def trained_text(encoder: ChatEncoder) -> str:
     [
         (CHATML, "b<|im_end|>"),
         ({"default": CHATML, "tool_use": UNMARKED}, "b<|im_end|>"),  # named variants: the default one
-        ((TRL / "qwen3.jinja").read_text(encoding="utf-8"), "<think>\n\n</think>\n\nb<|im_end|>\n"),
-        ((TRL / "qwen3_instruct_2507.jinja").read_text(encoding="utf-8"), "b<|im_end|>\n"),
+        ((TRL / "qwen3.jinja").read_text(encoding="utf-8"), "<think>\n\n</think>\n\nb<|im_end|>"),
+        ((TRL / "qwen3_instruct_2507.jinja").read_text(encoding="utf-8"), "b<|im_end|>"),
+        (UNMARKED, "b<|im_end|>"),
     ],
-    ids=["marked", "variants", "qwen3", "qwen3-2507"],
+    ids=["marked", "variants", "qwen3", "qwen3-2507", "unmarked"],
 )
 def test_the_answer_and_its_stop_token_are_trained(template, trained):
     assert trained_text(make_encoder(template)) == trained
@@ -71,10 +72,9 @@ def test_templates_of_other_families_train_the_answer_and_their_stop_token(name,
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (UNMARKED, r"the tokenizer's chat template does not say which tokens are trained\. " + REMEDY),
         (
             CHATML.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"),
-            r"the chat template never trains its stop token: the model would not end\. " + REMEDY,
+            r"the chat template never trains its stop token: the model would not end\. Put it inside the `",
         ),
         (
             "{{ messages | length }}" + CHATML,
@@ -88,7 +88,7 @@ def test_templates_of_other_families_train_the_answer_and_their_stop_token(name,
         (CHATML + "{{ nothing.of.this }}", r"the chat template cannot render a plain chat: .*undefined.*\. " + REMEDY),
         (CHATML + "{% if %}", r"the chat template cannot render a plain chat: Expected an expression.*\. " + REMEDY),
     ],
-    ids=["no-markers", "stop-not-trained", "not-prefix-preserving", "other-prompt", "undefined", "no-jinja"],
+    ids=["stop-not-trained", "not-prefix-preserving", "other-prompt", "undefined", "no-jinja"],
 )
 def test_templates_that_cannot_be_trained_with_are_refused_with_a_remedy(template, message):
     with pytest.raises(ModelError, match=message):
@@ -102,19 +102,33 @@ def test_a_tokenizer_without_a_template_is_refused_with_a_remedy():
         make_encoder(tokenizer=tokenizer)
 
 
-def test_a_template_that_drops_thoughts_before_a_tool_answer_is_refused():
-    # An assistant turn that reads otherwise once its tool has answered.
+def test_a_turn_that_the_template_rewrites_once_its_tool_has_answered_stands_in_a_sequence_of_its_own():
     forgetting = CHATML.replace(
         "{% generation %}{{ m['content']",
         "{% generation %}{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments | tojson }}"
         "{% endfor %}{{ 'thought ' if m.tool_calls and loop.last }}{{ m['content']",
     )
-    with pytest.raises(ModelError, match="the chat template is not prefix-preserving with tool calls"):
-        make_encoder(forgetting)
+    encoder = make_encoder(forgetting)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    chat = [
+        {"role": "user", "content": "a"},
+        call,
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "b"},
+    ]
+    first, second = (
+        encoder.tokenizer.decode(each.token_ids) for each in encoder.encode([Row({"messages": chat})]).sequences
+    )
+    assert first.endswith('assistant\nadd{"a": 1}thought <|im_end|>\n')
+    assert second.endswith(
+        'assistant\nadd{"a": 1}<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n'
+    )
 
 
 def test_two_begin_tokens_are_refused():
-    with pytest.raises((DataError, ModelError), match=r"begins with two <\|im_start\|> tokens; mend the template"):
+    with pytest.raises(
+        (DataError, ModelError), match=r"begins with two <\|im_start\|> tokens; change the chat template"
+    ):
         make_encoder("{{ bos_token }}" + CHATML)
 
 
@@ -158,13 +172,10 @@ def test_a_file_replaces_the_template(tmp_path):
     assert encoder.tokenizer.chat_template == file.read_text(encoding="utf-8")
 
 
-def test_a_file_without_markers_is_refused(tmp_path):
+def test_a_file_needs_no_markers(tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text(UNMARKED, encoding="utf-8")
-    with pytest.raises(
-        ModelError, match=r"mine.jinja: has no `\{% generation %\}` markers, so no token would be trained"
-    ):
-        make_encoder(override=file)
+    assert trained_text(make_encoder(override=file)) == "b<|im_end|>"
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
@@ -178,7 +189,7 @@ def test_the_tokenizer_keeps_its_own_template():
     own = tokenizer.chat_template
     encoder = make_encoder(tokenizer=tokenizer)
     assert tokenizer.chat_template == own
-    assert "generation %}" in encoder.template
+    assert trained_text(encoder) == "b<|im_end|>"
     assert "generation %}" not in own
 
 

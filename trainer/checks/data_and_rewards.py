@@ -1,4 +1,4 @@
-"""`trainer check --data` and `--rewards`: rows as tokens, rewards on trial."""
+"""`trainer check --data` and `--rewards`: rows as tokens, rewards tried on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.checks.data_survey import ShownRow, Survey, overlap, survey_rows
+from trainer.checks.data_survey import Selection, ShownRow, Survey, overlap, survey_rows
 from trainer.checks.html_page import page
 from trainer.config.arguments import add_recipe_arguments
 from trainer.config.load import load_recipe
@@ -47,18 +47,23 @@ def _show_data(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any])
     from trainer.data.chat import load_tokenizer
 
     tokenizer = load_tokenizer(plan.recipe.model)
-    train = survey_rows(plan.recipe, plan.recipe.data.train, tokenizer, num_shown=arguments.rows)
+    recipe, selection = plan.recipe, Selection(arguments.rows, tuple(arguments.row), arguments.find)
+    train = survey_rows(recipe, recipe.data.train, tokenizer, selection=selection)
     surveys = {"training rows": train}
-    if plan.recipe.data.eval is not None:
-        held_out = plan.recipe.data.eval
-        surveys["held-out rows"] = survey_rows(plan.recipe, held_out, tokenizer, limit=plan.recipe.data.eval_rows)
-    num_shared = overlap(plan.recipe)
+    if recipe.data.eval is not None:
+        held_out = survey_rows(recipe, recipe.data.eval, tokenizer, selection=selection, limit=recipe.data.eval_rows)
+        surveys["held-out rows"] = held_out
+    if (selection.lines or selection.text is not None) and not any(survey.shown for survey in surveys.values()):
+        sys.stderr.write("warning: no row that can be used is on these lines, or has this text\n")
+    num_shared = overlap(recipe)
     is_refused = any(survey.refused for survey in surveys.values())
     about["data"] = {label: survey.describe() for label, survey in surveys.items()} | {"shared_rows": num_shared}
-    _write_page(Path(arguments.html), page(plan.recipe.name, surveys))
+    _write_page(Path(arguments.html), page(recipe.name, surveys))
     if not arguments.json:
         is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        lines = [line for row in train.shown for line in row_lines(row, is_colored=is_colored)]
+        is_chosen = bool(selection.lines) or selection.text is not None
+        shown = [row for survey in surveys.values() for row in survey.shown] if is_chosen else train.shown
+        lines = [line for row in shown for line in row_lines(row, is_colored=is_colored)]
         lines += [line for label, survey in surveys.items() for line in survey_lines(label, survey)]
         lines += [f"page: {arguments.html}"]
         sys.stdout.write("\n".join(lines) + "\n")
@@ -84,7 +89,7 @@ def _write_page(file: Path, text: str) -> None:
 
 
 def _show_rewards(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> None:
-    from trainer.data.jsonl import read_rows
+    from trainer.data.sources import read_rows
     from trainer.rewards.dry_run import probe
 
     recipe = plan.recipe
@@ -126,6 +131,8 @@ def survey_lines(label: str, survey: Survey) -> list[str]:
     """Counts over all rows."""
     lines = [f"{label}: {survey.file}"]
     lines += [f"  {name:15} {value}" for name, value in survey.table()]
+    width = max((len(name) for name, _ in survey.fields), default=0)
+    lines += ["  fields:", *(f"    {name:{width}}  {use}" for name, use in survey.fields)] if survey.fields else []
     most = max((count for _, count in survey.histogram()), default=0)
     for name, count in survey.histogram():
         bar = "#" * round(BAR_CHARS * count / most)
@@ -139,7 +146,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", action="store_true", help="show rows as tokens")
     parser.add_argument("--rewards", action="store_true", help="try the rewards")
     parser.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
-    parser.add_argument("--rows", type=int, default=3, help="rows to show")
+    parser.add_argument("--rows", type=int, default=3, help="how many of the first rows to show")
+    parser.add_argument(
+        "--row", type=int, action="append", default=[], metavar="LINE", help="show the row of this line"
+    )
+    parser.add_argument("--find", metavar="TEXT", help="show rows with this text")
     parser.add_argument("--json", action="store_true", help="print counts as one JSON document")
     return parser.parse_args(argv)
 

@@ -12,17 +12,40 @@ from typing import Any, Final, final
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config.recipe import DataSource, Recipe, RFTRecipe
-from trainer.data.chat import ENCODE_ROWS, ChatEncoder
-from trainer.data.jsonl import read_rows
+from trainer.data.chat import ENCODE_ROWS, ChatEncoder, PreparedRow
+from trainer.data.fields import FieldTable
+from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.errors import DataError
 from trainer.types import Row
 
-NO_LIMIT: Final = 1 << 40
 NUM_BINS: Final = 8
 SHOWN_TOKENS: Final = 2000
-"""Of one row; longer ones are cut for display."""
+"""Of one sequence; longer ones are cut for display."""
+SHOWN_REFUSED: Final = 20
+SHOWN_CHARACTERS: Final = 2000
+"""Of the text of a refused row."""
 HALF_CHARACTER: Final = "\N{REPLACEMENT CHARACTER}"
+
+
+@final
+@dataclass(frozen=True)
+class Selection:
+    """Which rows are shown: those of these lines or with this text, else the first ones."""
+
+    num_first: int = 0
+    lines: tuple[int, ...] = ()
+    text: str | None = None
+
+    def takes(self, row: Row, num_shown: int) -> bool:
+        """Whether the row is shown, after `num_shown` others were."""
+        if self.lines:
+            return row.line in self.lines
+        if self.text is not None:
+            return num_shown < max(1, self.num_first) and self.text in json.dumps(
+                dict(row), ensure_ascii=False, default=str
+            )
+        return num_shown < self.num_first
 
 
 @final
@@ -32,12 +55,13 @@ class Piece:
 
     text: str
     is_trained: bool
+    token_id: int = -1
 
 
 @final
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as tokens."""
+    """A sequence of a row as tokens."""
 
     where: str
     num_tokens: int
@@ -48,13 +72,24 @@ class ShownRow:
 
 @final
 @dataclass(frozen=True)
+class RefusedRow:
+    """A row that cannot be trained on, as it stands in the file."""
+
+    reason: str
+    text: str
+
+
+@final
+@dataclass(frozen=True)
 class Survey:
-    """Counts over all rows of a source, and the first rows as tokens."""
+    """Counts over all rows of a source, and some rows as tokens."""
 
     file: str
     unit: str
     """`row` (sft) or `prompt` (rft)."""
     num_rows: int
+    num_sequences: int
+    """More than the trained rows where a template rewrites earlier turns: then each turn is a sequence of its own."""
     num_tokens: int
     """Of the rows that are used, as they are used."""
     num_trained: int
@@ -64,17 +99,26 @@ class Survey:
     """Prompts that leave less than `rollout.max_completion_tokens`."""
     refused: tuple[str, ...]
     """File, line and reason of each row that training would stop at."""
+    refused_rows: tuple[RefusedRow, ...]
+    """The first of them with their text."""
+    forms: tuple[tuple[str, int], ...]
+    """How rows were recognised, and how many."""
+    fields: tuple[tuple[str, str], ...]
+    """What became of each field: `("messages", "prompt and trained"), ("id", "unread")`."""
+    weights: tuple[float, float]
+    """Smallest and largest weight of a row."""
     lengths: tuple[int, ...]
-    """Tokens of each row that is not refused for another reason than its length, before it is truncated."""
+    """Tokens of each sequence that is not refused for another reason than its length, before it is truncated."""
     longest: str
-    """Where the longest row stands."""
+    """Source of the longest row."""
     max_seq_tokens: int
     shown: tuple[ShownRow, ...]
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         fields = asdict(self)
-        del fields["lengths"], fields["shown"]
+        del fields["lengths"], fields["shown"], fields["refused_rows"]
+        fields |= {"forms": dict(self.forms), "fields": dict(self.fields)}
         return fields | {"longest_tokens": max(self.lengths, default=0), "histogram": dict(self.histogram())}
 
     def table(self) -> list[tuple[str, str]]:
@@ -87,13 +131,21 @@ class Survey:
         elif self.num_cramped:
             table.append(("cramped", f"{self.num_cramped:,} leave less than rollout.max_completion_tokens"))
         table.append(("refused", f"{len(self.refused):,}"))
+        num_used = self.num_rows - len(self.refused) - self.num_dropped
+        if self.num_sequences > num_used:
+            text = f"{self.num_sequences:,} of {num_used:,} rows: the template rewrites earlier turns"
+            table.append(("sequences", text))
+        if self.weights != (1.0, 1.0):
+            low, high = self.weights
+            table.append(("row weights", f"{low:g} to {high:g}: factors on the loss, from the field `weight`"))
         if self.lengths:
             limit = f"{max(self.lengths):,} of {self.max_seq_tokens:,} tokens, {self.longest}"
             table.append(("longest", limit))
+        table += [("read as", form if len(self.forms) == 1 else f"{form} ({count:,})") for form, count in self.forms]
         return table
 
     def histogram(self) -> list[tuple[str, int]]:
-        """Rows by length: (range of tokens, count)."""
+        """Sequences by length: (range of tokens, count)."""
         if not self.lengths:
             return []
         width = _round_up(max(self.lengths) / NUM_BINS)
@@ -116,10 +168,17 @@ def survey_rows(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    num_shown: int = 0,
+    selection: Selection | None = None,
     limit: int | None = None,
 ) -> Survey:
     """Read and tokenize every row, and go on where training would stop.
+
+    Args:
+        recipe: for the method and how rows become tokens.
+        source: the rows.
+        tokenizer: the model's.
+        selection: which rows are shown as tokens; none when left out.
+        limit: how many rows are read at most.
 
     Raises:
         DataError: there are no rows at all.
@@ -127,7 +186,7 @@ def survey_rows(
     """
     unreadable: list[DataError] = []
     rows = read_rows(source, recipe.data, limit, unreadable)
-    counts = _Counts(recipe, tokenizer, num_shown)
+    counts = _Counts(recipe, tokenizer, selection or Selection())
     counts.refused += [str(error) for error in unreadable]
     for start in range(0, len(rows), ENCODE_ROWS):
         chunk = rows[start : start + ENCODE_ROWS]
@@ -143,45 +202,58 @@ def survey_rows(
 class _Counts:
     """A survey in the making."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_shown: int) -> None:
-        self.recipe, self.data, self.tokenizer, self.num_shown = recipe, recipe.data, tokenizer, num_shown
-        self.encoder = ChatEncoder(tokenizer, recipe.model, self.data)
-        anything = self.data.model_copy(update={"max_seq_tokens": NO_LIMIT})
-        self.limitless = ChatEncoder(tokenizer, recipe.model, anything)
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, selection: Selection) -> None:
+        self.recipe, self.data, self.tokenizer, self.selection = recipe, recipe.data, tokenizer, selection
+        self.encoder = ChatEncoder(tokenizer, recipe.model, self.data, for_prompts=recipe.method == "rft")
         self.refused: list[str] = []
+        self.refused_rows: list[RefusedRow] = []
         self.lengths: list[int] = []
         self.shown: list[ShownRow] = []
+        self.num_rows_shown = 0
+        self.forms: Counter[str] = Counter()
+        self.fields = FieldTable()
+        self.weights: set[float] = set()
         self.num_tokens = self.num_trained = self.num_truncated = self.num_dropped = self.num_cramped = 0
-        self.longest = ""
+        self.num_sequences = 0
+        self.longest, self.longest_tokens = "", 0
 
     def add_rows(self, rows: Sequence[Row]) -> None:
         """Count sft rows."""
-        by_place = {str(row): row for row in rows}
-        for sequence in self._encoded(rows):
-            self._note_length(len(sequence.token_ids), sequence.source)
-            note = ""
-            if len(sequence.token_ids) > self.data.max_seq_tokens:
-                kept, note = self._overlong(by_place[sequence.source])
-                if kept is None:
-                    continue
-                sequence = kept
-            self.num_tokens += len(sequence.token_ids)
-            self.num_trained += sequence.num_trained
-            self._show(sequence, note)
+        for item, sequences in self._tokenized([item for row in rows for item in self._prepared(row)]):
+            for sequence in sequences:
+                self._note_length(len(sequence.token_ids), sequence.source)
+            try:
+                kept, is_truncated = self.encoder.within_limit(sequences)
+            except DataError as error:
+                self._refuse(item.row, error)
+                continue
+            if not kept:
+                self.num_dropped += 1
+                continue
+            self.num_truncated += is_truncated
+            self.num_sequences += len(kept)
+            self.num_tokens += sum(len(sequence.token_ids) for sequence in kept)
+            self.num_trained += sum(sequence.num_trained for sequence in kept)
+            self._show(item.row, kept, ", truncated" if is_truncated else "")
 
     def add_prompts(self, rows: Sequence[Row], max_completion_tokens: int) -> None:
         """Count rft prompts."""
         for row in rows:
             try:
                 ids = self.encoder.encode_prompt(row)
+                _, form, uses = self.encoder.prepare_prompt(row)
             except DataError as error:
-                self.refused.append(str(error))
+                self._refuse(row, error)
                 continue
+            self.forms[form] += 1
+            self.fields.add(uses)
             self._note_length(len(ids), str(row))
+            self.num_sequences += 1
             self.num_tokens += len(ids)
             room = self.data.max_seq_tokens - len(ids)
             self.num_cramped += room < max_completion_tokens
-            self._show(TokenSequence(ids, (False,) * len(ids), source=str(row)), f", room for {room:,} more")
+            sequence = TokenSequence(ids, (False,) * len(ids), source=str(row))
+            self._show(row, (sequence,), f", room for {room:,} more")
 
     def survey(self, file: str, num_rows: int) -> Survey:
         """What was counted."""
@@ -189,62 +261,72 @@ class _Counts:
             file=file,
             unit="prompt" if self.recipe.method == "rft" else "row",
             num_rows=num_rows,
+            num_sequences=self.num_sequences,
             num_tokens=self.num_tokens,
             num_trained=self.num_trained,
             num_truncated=self.num_truncated,
             num_dropped=self.num_dropped,
             num_cramped=self.num_cramped,
             refused=tuple(self.refused),
+            refused_rows=tuple(self.refused_rows),
+            forms=tuple(self.forms.most_common()),
+            fields=tuple(self.fields.lines()),
+            weights=(min(self.weights, default=1.0), max(self.weights, default=1.0)),
             lengths=tuple(self.lengths),
             longest=self.longest,
             max_seq_tokens=self.data.max_seq_tokens,
             shown=tuple(self.shown),
         )
 
-    def _encoded(self, rows: Sequence[Row]) -> Iterator[TokenSequence]:
+    def _prepared(self, row: Row) -> Iterator[PreparedRow]:
+        try:
+            item = self.encoder.prepare(row)
+        except DataError as error:
+            self._refuse(row, error)
+            return
+        self.forms[item.form] += 1
+        self.fields.add(item.uses)
+        yield item
+
+    def _tokenized(self, items: list[PreparedRow]) -> Iterator[tuple[PreparedRow, tuple[TokenSequence, ...]]]:
         """All at once, which is quick; one by one where a row is refused."""
         try:
-            yield from self.limitless.encode(rows).sequences
-            return
+            pairs = list(zip(items, self.encoder.tokenize(items), strict=True))
         except DataError:
-            pass
-        for row in rows:
-            try:
-                sequences = self.limitless.encode([row]).sequences
-            except DataError as error:
-                self.refused.append(str(error))
-                continue
-            yield from sequences
+            pairs = []
+            for item in items:
+                try:
+                    pairs += [(item, each) for each in self.encoder.tokenize([item])]
+                except DataError as error:
+                    self._refuse(item.row, error)
+        self.weights |= {item.weight for item, _ in pairs}
+        yield from pairs
 
-    def _overlong(self, row: Row) -> tuple[TokenSequence | None, str]:
-        """What training makes of a row that is too long."""
-        try:
-            sequence = self.encoder.encode([row]).sequences[0]
-        except DataError as error:
-            if self.data.overlong == "error":
-                self.refused.append(str(error))
-            else:
-                self.num_dropped += 1
-            return None, ""
-        self.num_truncated += 1
-        return sequence, ", truncated"
+    def _refuse(self, row: Row, error: DataError) -> None:
+        self.refused.append(str(error))
+        if len(self.refused_rows) < SHOWN_REFUSED:
+            text = json.dumps(dict(row), ensure_ascii=False, indent=1, default=str)[:SHOWN_CHARACTERS]
+            self.refused_rows.append(RefusedRow(str(error), text.encode(errors="replace").decode()))
 
     def _note_length(self, length: int, where: str) -> None:
-        if length > max(self.lengths, default=0):
-            self.longest = where
+        if length > self.longest_tokens:
+            self.longest, self.longest_tokens = where, length
         self.lengths.append(length)
 
-    def _show(self, sequence: TokenSequence, note: str) -> None:
-        if len(self.shown) == self.num_shown:
+    def _show(self, row: Row, sequences: Sequence[TokenSequence], note: str) -> None:
+        if not self.selection.takes(row, self.num_rows_shown):
             return
+        self.num_rows_shown += 1
+        for number, sequence in enumerate(sequences, start=1):
+            part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
+            self.shown.append(self._shown(sequence, part + note))
+
+    def _shown(self, sequence: TokenSequence, note: str) -> ShownRow:
         kept = sequence.truncated(SHOWN_TOKENS)
         cut = f", the first {SHOWN_TOKENS:,} shown" if len(kept.token_ids) < len(sequence.token_ids) else ""
-        pieces = tuple(
-            Piece(text, is_trained)
-            for text, is_trained in zip(token_texts(self.tokenizer, kept.token_ids), kept.loss_mask, strict=True)
-        )
-        num_tokens = len(sequence.token_ids)
-        self.shown.append(ShownRow(sequence.source, num_tokens, sequence.num_trained, note + cut, pieces))
+        texts = token_texts(self.tokenizer, kept.token_ids)
+        pieces = tuple(map(Piece, texts, kept.loss_mask, kept.token_ids))
+        return ShownRow(sequence.source, len(sequence.token_ids), sequence.num_trained, note + cut, pieces)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:

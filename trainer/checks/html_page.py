@@ -9,41 +9,75 @@ from typing import Final
 from trainer.checks.data_survey import ShownRow, Survey
 
 STYLE: Final = """
-:root { color-scheme: light dark; --trained: #b7e4c7; --edge: #8884; --bar: #52b788 }
-@media (prefers-color-scheme: dark) { :root { --trained: #1b5e3a } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--edge); padding: .8rem; line-height: 1.7 }
-pre span { border-right: 1px solid var(--edge) }
-pre span.t, .key { background: var(--trained) }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem }
-td { padding: .1rem 1.2rem .1rem 0; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-td div { background: var(--bar); height: .8em; margin-top: .35em }
-.refused { color: #d00000 }
+:root { color-scheme: light dark; --trained: #b7e4c7; --edge: #8884; --soft: #8881; --bar: #52b788; --bad: #c1121f }
+@media (prefers-color-scheme: dark) { :root { --trained: #1b5e3a; --bad: #ff8a80 } }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
+h3 { font-size: .9rem; font-weight: 600; margin: 1.25rem 0 .35rem } h3 small { font-weight: 400; opacity: .75 }
+p { margin: .25rem 0 1rem } .quiet { opacity: .75 }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)) }
+.card { border: 1px solid var(--edge); border-radius: .5rem; padding: .75rem 1rem; min-width: 0 }
+.card h3 { margin-top: 0 } .wide { grid-column: 1 / -1 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--edge); border-radius: .5rem; margin: 0;
+  padding: .75rem 1rem; font: 13px/1.75 ui-monospace, monospace; max-height: 36rem; overflow-y: auto }
+pre span { border-right: 1px solid var(--edge) } pre span:hover { outline: 2px solid var(--bar); outline-offset: -1px }
+pre span.t, .key { background: var(--trained) } .key { padding: .1rem .35rem; border-radius: .25rem }
+table { border-collapse: collapse; width: 100% } tr + tr td { border-top: 1px solid var(--soft) }
+td { padding: .2rem .75rem .2rem 0; vertical-align: top; overflow-wrap: anywhere } td:last-child { padding-right: 0 }
+td.n { text-align: right; white-space: nowrap; width: 1%; font-variant-numeric: tabular-nums }
+td.name { white-space: nowrap; width: 1%; opacity: .75 }
+td div { background: var(--bar); height: .7em; margin-top: .45em; border-radius: .15rem; min-width: 1px }
+.refused { border-left: 3px solid var(--bad); padding-left: .75rem; margin: .75rem 0 } .refused b { color: var(--bad) }
+summary { cursor: pointer }
 """
 REFUSED_SHOWN: Final = 100
-BAR_PIXELS: Final = 320
 
 
 def page(title: str, surveys: Mapping[str, Survey]) -> str:
-    """The first rows as tokens, and counts over all rows."""
-    body = [f"<h1>{escape(title)}</h1>"]
-    body += ['<p>One cell is one token; <span class="key">coloured tokens</span> are trained.</p>']
-    body += [_row(row) for survey in surveys.values() for row in survey.shown]
+    """Counts over all rows, the refused rows, then rows as tokens.
+
+    Args:
+        title: the recipe's name.
+        surveys: by label, such as "training rows".
+    """
+    is_rft = any(survey.unit == "prompt" for survey in surveys.values())
+    colour = '<span class="key">Coloured tokens</span>'
+    legend = (
+        "The whole text is the prompt: the model goes on after its last token, and nothing of it is trained."
+        if is_rft
+        else f"{colour} are trained, the others are what the model is given."
+    )
+    body = [f"<h1>{escape(title)}</h1>", f'<p class="quiet">{_headline(surveys)}</p>']
     body += [_counts(label, survey) for label, survey in surveys.items()]
+    body += [_refused(label, survey) for label, survey in surveys.items() if survey.refused]
+    for label, survey in surveys.items():
+        if survey.shown:
+            body.append(f"<h2>{escape(label.capitalize())} as tokens</h2>")
+            body.append(f"<p>One cell is one token; its number and id are shown when you point at it. {legend}</p>")
+            body += [_row(row) for row in survey.shown]
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}: rows as tokens</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}: rows as tokens</title>\n'
         f"<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
     )
 
 
+def _headline(surveys: Mapping[str, Survey]) -> str:
+    parts = [f"{survey.num_rows:,} {label}" for label, survey in surveys.items()]
+    num_refused = sum(len(survey.refused) for survey in surveys.values())
+    parts.append(f"{num_refused:,} refused" if num_refused else "none refused")
+    return escape(" · ".join(parts))
+
+
 def _row(row: ShownRow) -> str:
     tokens = "".join(
-        f'<span{" class=t" if piece.is_trained else ""} title="token {number}">{_text(piece.text)}</span>'
+        f'<span{" class=t" if piece.is_trained else ""} title="token {number}, id {piece.token_id}">'
+        f"{_text(piece.text)}</span>"
         for number, piece in enumerate(row.pieces)
     )
-    head = f"{row.where}: {row.num_tokens:,} tokens, {row.num_trained:,} trained{row.note}"
-    return f"<h3>{escape(head)}</h3>\n<pre>{tokens}</pre>"
+    about = f"{row.num_tokens:,} tokens, {row.num_trained:,} trained{row.note}"
+    return f"<h3>{escape(row.where)} <small>{escape(about)}</small></h3>\n<pre>{tokens}</pre>"
 
 
 def _text(text: str) -> str:
@@ -51,15 +85,36 @@ def _text(text: str) -> str:
 
 
 def _counts(label: str, survey: Survey) -> str:
-    rows = [f"<tr><td>{escape(name)}<td>{escape(value)}" for name, value in survey.table()]
+    counts = _table(survey.table())
+    fields = _table(survey.fields)
     histogram = survey.histogram()
     most = max((count for _, count in histogram), default=1)
-    bars = [
-        f'<tr><td class="n">{name}<td class="n">{count:,}<td><div style="width:{BAR_PIXELS * count // most}px"></div>'
+    bars = "".join(
+        f'<tr><td class="n">{name}<td class="n">{count:,}<td><div style="width:{100 * count // most}%"></div>'
         for name, count in histogram
-    ]
-    refused = [f'<li class="refused">{escape(reason)}' for reason in survey.refused[:REFUSED_SHOWN]]
-    return (
-        f"<h2>{escape(label)}: {escape(survey.file)}</h2>\n<table>{''.join(rows)}</table>\n"
-        f"<p>Rows by tokens</p>\n<table>{''.join(bars)}</table>\n<ul>{''.join(refused)}</ul>"
     )
+    cards = [f'<div class="card"><h3>Counts</h3><table>{counts}</table></div>']
+    cards += [f'<div class="card"><h3>Fields</h3><table>{fields}</table></div>'] if survey.fields else []
+    cards += [f'<div class="card wide"><h3>Sequences by tokens</h3><table>{bars}</table></div>'] if histogram else []
+    title = f"{label.capitalize()}: {survey.file}"
+    return f'<h2>{escape(title)}</h2>\n<div class="cards">{"".join(cards)}</div>'
+
+
+def _table(rows: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> str:
+    return "".join(f'<tr><td class="name">{escape(name)}<td>{escape(value)}' for name, value in rows)
+
+
+def _refused(label: str, survey: Survey) -> str:
+    texts = {row.reason: row.text for row in survey.refused_rows}
+    parts = []
+    for reason in survey.refused[:REFUSED_SHOWN]:
+        source, _, why = reason.partition(": ")
+        text = (
+            f"<details><summary>the row</summary><pre>{escape(texts[reason])}</pre></details>"
+            if reason in texts
+            else ""
+        )
+        parts.append(f'<div class="refused"><b>{escape(source)}</b>: {escape(why)}{text}</div>')
+    rest = len(survey.refused) - REFUSED_SHOWN
+    more = f"<p>and {rest:,} more</p>" if rest > 0 else ""
+    return f"<h2>Refused {escape(label)}</h2>\n{''.join(parts)}{more}"

@@ -64,6 +64,8 @@ def _check_data_and_rewards(arguments: argparse.Namespace) -> int:
     """Check rows or rewards in a process that may import torch, tokenizers and rewards."""
     argv = [sys.executable, "-m", "trainer.checks.data_and_rewards", arguments.recipe, *override_argv(arguments)]
     argv += ["--data", "--html", arguments.html] if arguments.data else []
+    argv += [part for line in arguments.row for part in ("--row", str(line))]
+    argv += ["--find", arguments.find] if arguments.find is not None else []
     argv += ["--rewards"] if arguments.rewards else []
     argv += ["--json"] if arguments.json else []
     return subprocess.run(argv, check=False).returncode

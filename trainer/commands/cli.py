@@ -49,6 +49,8 @@ def _training_commands(commands: _Commands) -> None:
     check.add_argument("--rewards", action="store_true", help="try the rewards on gold answers and on garbage")
     check.add_argument("--memory", action="store_true", help="measure the memory of one training step without weights")
     check.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
+    check.add_argument("--row", type=int, action="append", default=[], metavar="LINE", help="--data: show this row")
+    check.add_argument("--find", metavar="TEXT", help="--data: show rows that contain this text")
     check.set_defaults(run=_check)
 
     train = commands.add_parser("train", help="train; the same command again resumes the run")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.config.recipe import DataSettings
-from trainer.data.jsonl import read_rows, row_messages
+from trainer.data.forms import row_messages
+from trainer.data.sources import read_rows
 from trainer.errors import DataError, LaunchError
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run

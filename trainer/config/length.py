@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import itertools
 import json
 import math
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.config.recipe import DataSource, Recipe
+from trainer.config.source_files import ARROW_ENDINGS, ending_of, source_files
 
 SAMPLED_ROWS: Final = 200
 CHARS_PER_TOKEN: Final = 3.5
@@ -18,11 +21,43 @@ TURN_TOKENS: Final = 5
 
 
 def count_rows(source: DataSource) -> int | None:
-    """Return the number of non-blank lines of the file; None for rows from a hub."""
-    if source.path is None or not Path(source.path).is_file():
+    """Return the number of rows of the files; None for rows from a hub, or if only reading them all would tell."""
+    if source.sources:
+        counts = [(count_rows(each), each.repeat) for each in source.sources]
+        known = [int(count * repeat) for count, repeat in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+    files = source_files(source)
+    counted = [_count_file(file) for file in files]
+    if not files or None in counted:
         return None
-    with Path(source.path).open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    total = sum(count for count in counted if count is not None)
+    if source.eval_frac is None:
+        return total
+    share = source.eval_frac if source.part == "eval" else 1 - source.eval_frac
+    return max(1, round(total * share))
+
+
+def _count_file(file: Path) -> int | None:
+    ending = ending_of(file)
+    try:
+        if ending == ".parquet":
+            from pyarrow.parquet import ParquetFile  # here, so that only Parquet pays for the import
+
+            return int(ParquetFile(file).metadata.num_rows)
+        if ending in {".csv", ".tsv"} and file.suffix == ending:
+            with file.open(newline="", encoding="utf-8") as table:
+                return max(0, sum(1 for row in csv.reader(table) if row) - 1)
+        if ending in ARROW_ENDINGS or file.is_dir() or file.suffix == ".zst":
+            return None
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            if ending == ".json":
+                content = lines.read()
+                if content.lstrip()[:1] == b"[":
+                    return len(json.loads(content))
+                return sum(1 for line in content.splitlines() if line.strip())
+            return sum(1 for line in lines if line.strip())
+    except (ValueError, OSError, EOFError):  # reading the rows says what is wrong with the file
+        return None
 
 
 def num_steps(recipe: Recipe, num_rows: int | None) -> int | None:

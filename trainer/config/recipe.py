@@ -29,6 +29,9 @@ from trainer.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "zephyr")
+"""Names that `model.chat_template` takes beside files."""
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -40,7 +43,7 @@ class ModelSettings(Section):
     revision: str | None = None
     """Commit of a hub model, required for one. A branch or tag is accepted with a warning, because it can change."""
     chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's chat template. It must contain `{% generation %}` markers."""
+    """A Jinja file, or `chatml`, `llama3`, `gemma` or `zephyr`, that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. When false, such a model is refused."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -73,10 +76,11 @@ class LoraSettings(Section):
 
 
 class DataSource(Section):
-    """Where rows are read from: a file, or a hub data set if the file does not exist."""
+    """Where rows are read from: files, a hub data set if no file of the path exists, or several sources."""
 
     path: str | None = None
-    """A JSONL file. If it exists, it takes precedence over `hub`."""
+    """A file (.jsonl, .json, .jsonl.gz, .jsonl.zst, .csv, .parquet), a directory or a glob. If it exists, it takes
+    precedence over `hub`."""
     hub: str | None = None
     """Name of a Hugging Face data set, or a local directory that `datasets.load_dataset` can read."""
     config: str | None = None
@@ -85,35 +89,74 @@ class DataSource(Section):
     """Split of the data set."""
     revision: str | None = None
     """Commit of the data set; without one its rows may change between attempts."""
+    repeat: PositiveFloat = 1.0
+    """In a list of sources: how often each row counts in an epoch; 0.5 takes every second row."""
+    sources: list[DataSource] = Field(default_factory=list)
+    """Several sources as one; `train: [a.jsonl, {path: b.parquet, repeat: 2}]` is short for it."""
+    eval_frac: OpenFraction | None = None
+    """Set by `data.eval_frac`."""
+    part: Literal["train", "eval"] = "train"
+    """Set by `data.eval_frac`: which part of the rows."""
 
 
 def _path_to_source(value: object) -> object:
-    """Accept `FILE` as short for `{path: FILE}`."""
+    """Accept `FILE` as short for `{path: FILE}`, and a list as several sources."""
+    if isinstance(value, list):
+        return {"sources": [_path_to_source(each) for each in value]}
     return {"path": value} if isinstance(value, str) else value
 
 
-RowSource = Annotated[DataSource, BeforeValidator(_path_to_source, json_schema_input_type=str | DataSource)]
+RowSource = Annotated[
+    DataSource,
+    BeforeValidator(_path_to_source, json_schema_input_type=str | DataSource | list[str | DataSource]),
+]
 
 
 class DataSettings(Section):
     """Training and held-out rows, and how rows are tokenized."""
 
     train: RowSource
-    """Rows to train on: a JSONL path, or `{path, hub, config, split, revision}`."""
+    """Rows to train on: a path, `{path, hub, config, split, revision}`, or a list of them."""
     eval: RowSource | None = None
     """Held-out rows for evaluation; never trained on."""
+    eval_frac: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Instead of `eval`: hold out about this share of `train`, chosen by the content of each row."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps expected field names to the names used in the file, for example `{prompt: question, completion: answer}`."""
+    ignore: list[str] = Field(default_factory=list)
+    """Fields of rows and of messages to ignore, for example `[history]`. Text that is not used is refused otherwise."""
     system: str | None = None
     """A system message for rows that have none."""
     format: Literal["chat", "text"] = "chat"
     """`chat` renders rows with the chat template; `text` concatenates prompt, completion and stop token unchanged."""
+    train_on: Literal["all", "last"] | Annotated[list[Role], Field(min_length=1)] = "all"
+    """sft: which turns are trained: `all` assistant turns, the `last` one, or the turns of a list of roles."""
+    allow_special_tokens: bool = False
+    """Encode control tokens written in the text of a row, such as `<|im_end|>`, as control tokens."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further variables of the chat template, such as `{enable_thinking: false}`; serve the model with the same."""
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
+    """The date (YYYY-MM-DD) that a chat template which reads the clock sees, so that a recipe always gives the same
+    tokens."""
     max_seq_tokens: PositiveInt = 2048
     """Maximum length of a row in tokens, prompt and completion together."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What to do with longer rows. Their number is always reported."""
     eval_rows: PositiveInt | None = None
     """Evaluate only on the first `eval_rows` held-out rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_by_content(cls, data: Any) -> Any:
+        """Make of `eval_frac` two parts of the same rows."""
+        if not isinstance(data, dict) or data.get("eval_frac") is None or data.get("eval") is not None:
+            return data
+        train = _path_to_source(data.get("train"))
+        train = train.model_dump() if isinstance(train, DataSource) else train
+        if not isinstance(train, dict):
+            return data
+        given = {**train, "eval_frac": data["eval_frac"]}
+        return {**data, "train": {**given, "part": "train"}, "eval": {**given, "part": "eval"}}
 
 
 class OptimizerSettings(Section):

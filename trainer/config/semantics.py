@@ -11,7 +11,8 @@ from typing import Final, final
 
 from trainer.config.document import KeyPath
 from trainer.config.length import count_rows, num_steps
-from trainer.config.recipe import DataSource, Recipe, RFTRecipe
+from trainer.config.recipe import BUILTIN_TEMPLATES, DataSource, Recipe, RFTRecipe
+from trainer.config.source_files import READ_ENDINGS, source_files
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<location>.+)")
@@ -102,6 +103,10 @@ def _data(recipe: Recipe) -> list[Finding]:
     findings = _source(("data", "train"), train)
     if held_out is None:
         return findings
+    if recipe.data.eval_frac is not None:
+        if held_out.part != "eval":
+            findings.append(Finding(("data", "eval_frac"), "holds out rows of `train`; remove it, or `data.eval`"))
+        return findings
     findings += _source(("data", "eval"), held_out)
     same_file = train.path and held_out.path and Path(train.path).resolve() == Path(held_out.path).resolve()
     if held_out == train or (same_file and Path(str(train.path)).is_file()):
@@ -110,13 +115,17 @@ def _data(recipe: Recipe) -> list[Finding]:
 
 
 def _source(path: KeyPath, source: DataSource) -> list[Finding]:
+    if source.sources:
+        return [finding for index, each in enumerate(source.sources) for finding in _source((*path, index), each)]
     if source.path is None and source.hub is None:
         return [Finding(path, "give `path` (a JSONL file) or `hub` (a data set name)")]
     file = Path(source.path) if source.path is not None else None
+    files = source_files(source)
+    if files:
+        empty = [each for each in files if each.is_file() and each.stat().st_size == 0]
+        return [Finding(path, f"{each} is empty") for each in empty]
     if file is not None and file.is_dir():
-        return [Finding(path, f"{file} is a directory; name a JSONL file in it")]
-    if file is not None and file.exists():
-        return [Finding(path, f"{file} is empty")] if file.stat().st_size == 0 else []
+        return [Finding(path, f"{file} is a directory without data files ({', '.join(READ_ENDINGS)})")]
     if source.hub is None:
         return [Finding(path, f"no such file: {file} (paths are relative to {Path.cwd()})")]
     if source.revision is None and not Path(source.hub).is_dir():
@@ -131,8 +140,10 @@ def _model(recipe: Recipe) -> list[Finding]:
     findings = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
     if model.quantization is not None and recipe.lora is None:
         findings.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
-    if model.chat_template is not None and not Path(model.chat_template).is_file():
-        findings.append(Finding(("model", "chat_template"), f"no such file: {model.chat_template}"))
+    template = model.chat_template
+    if template is not None and template not in BUILTIN_TEMPLATES and not Path(template).is_file():
+        text = f"no such file: {template}; built-in templates are {', '.join(BUILTIN_TEMPLATES)}"
+        findings.append(Finding(("model", "chat_template"), text))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
         config = Path(recipe.lora.warm_start) / "adapter_config.json"
         if not config.is_file():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, final
+from typing import final
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.config.recipe import DataSettings, ModelSettings
-from trainer.data.jsonl import row_messages, row_weight
-from trainer.data.template import Rendered, render, training_template
+from trainer.data.control_tokens import ControlTokens
+from trainer.data.fields import use_of_fields, use_of_prompt_fields
+from trainer.data.fitness import refuse_unfit
+from trainer.data.forms import Conversation, read_conversation, read_plain_text, row_weight, without_ignored
+from trainer.data.joining import Joiner, TokenizedTurn
+from trainer.data.lost_text import LostText
+from trainer.data.stop_tokens import embedding_rows, stop_token_ids
+from trainer.data.template import ChatTemplate, apply_override
 from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.data.turns import TrainedTurn, render, trained_indices, trained_turn
 from trainer.errors import DataError, ModelError
 from trainer.types import Row
 
@@ -24,43 +29,78 @@ ENCODE_ROWS = 256
 @final
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows as tokens, and what happened to those that were too long."""
+    """Rows as tokens, and what happened to those that were too long.
 
-    sequences: tuple[TokenSequence, ...]
+    A chat of three trained turns is one sequence where the template only appends to earlier turns, and three sequences
+    where it rewrites them (Qwen3 drops earlier reasoning): each turn stands behind the tokens the model will be given.
+    """
+
+    rows: tuple[tuple[TokenSequence, ...], ...]
+    """The sequences of each row that is trained."""
     num_rows: int
+    """Rows read, dropped ones included."""
     num_truncated: int
     num_dropped: int
+    num_split: int
+    """Rows of more than one sequence."""
+
+    @property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        """The sequences of all rows."""
+        return tuple(sequence for row in self.rows for sequence in row)
 
 
 @final
 @dataclass(frozen=True)
-class _Pending:
+class PreparedRow:
     """A row as text, before it is tokenized with others."""
 
     row: Row
-    text: str
-    spans: tuple[tuple[int, int], ...]
+    turns: tuple[TrainedTurn, ...]
     weight: float
+    form: str
+    """How the row was recognised, such as `prompt and completion`."""
+    uses: dict[str, str]
+    """What each field became."""
 
 
 @final
 class ChatEncoder:
     """Renders rows through the model's chat template and marks what is trained."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: ModelSettings, data: DataSettings) -> None:
-        """Choose and check the template.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: ModelSettings,
+        data: DataSettings,
+        *,
+        for_prompts: bool = False,
+    ) -> None:
+        """Take the template and check it.
+
+        Args:
+            tokenizer: has the chat template; `model.chat_template` replaces it.
+            model: names the template and the directory with the stop tokens.
+            data: how rows become tokens.
+            for_prompts: whether only rft prompts are encoded, of which no token is trained.
 
         Raises:
             ModelError: no usable template, or training would end turns with a token that does not stop generation.
         """
         if not tokenizer.is_fast:
-            raise ModelError("needs a fast tokenizer (tokenizer.json), which knows where each token stands in the text")
+            raise ModelError("needs a fast tokenizer (tokenizer.json), which reads and writes any text unchanged")
         self.tokenizer = tokenizer
         self.data = data
-        self.template = "" if data.format == "text" else training_template(tokenizer, model.chat_template)
+        apply_override(tokenizer, model.chat_template)
+        self.template = ChatTemplate(tokenizer, data.template_date) if data.format == "chat" else None
         self.stop_ids = stop_token_ids(tokenizer, model.path)
-        if data.format == "chat":
-            self._refuse_wrong_stop()
+        stop_texts = frozenset(tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))
+        self._stop_texts = stop_texts
+        self._joiner = Joiner(tokenizer, self.stop_ids, embedding_rows(model.path))
+        self._control = None if data.allow_special_tokens else ControlTokens(tokenizer, stop_texts)
+        self._lost = LostText(self.template) if self.template is not None else None
+        if self.template is not None and not for_prompts:
+            refuse_unfit(self.template, self._joiner, stop_texts, data.chat_template_kwargs)
 
     def encode(self, rows: Iterable[Row]) -> EncodedRows:
         """Tokenize sft rows.
@@ -68,41 +108,32 @@ class ChatEncoder:
         Raises:
             DataError: a row cannot be trained on; names file and line.
         """
-        sequences: list[TokenSequence] = []
-        truncated = dropped = total = 0
-        pending: list[_Pending] = []
+        encoded: list[tuple[TokenSequence, ...]] = []
+        truncated = dropped = total = split = 0
+        pending: list[PreparedRow] = []
 
         def flush() -> None:
-            nonlocal truncated, dropped
-            for sequence in self._tokenize(pending):
-                length = len(sequence.token_ids)
-                if length > self.data.max_seq_tokens:
-                    if self.data.overlong == "error":
-                        raise DataError(
-                            f"{sequence.source}: {length:,} tokens are more than data.max_seq_tokens "
-                            f"({self.data.max_seq_tokens:,}). Raise it, or set data.overlong to drop or truncate."
-                        )
-                    if self.data.overlong == "drop":
-                        dropped += 1
-                        continue
-                    truncated += 1
-                    sequence = sequence.truncated(self.data.max_seq_tokens)
-                    if not sequence.num_trained:
-                        truncated, dropped = truncated - 1, dropped + 1
-                        continue
-                sequences.append(sequence)
+            nonlocal truncated, dropped, split
+            for sequences in self.tokenize(pending):
+                kept, was_truncated = self.within_limit(sequences)
+                if not kept:
+                    dropped += 1
+                    continue
+                truncated += was_truncated
+                split += len(kept) > 1
+                encoded.append(kept)
             pending.clear()
 
         for row in rows:
             total += 1
-            pending.append(self._render(row))
+            pending.append(self.prepare(row))
             if len(pending) == ENCODE_ROWS:
                 flush()
         if pending:
             flush()
-        if not sequences:
+        if not encoded:
             raise DataError(f"none of {total} rows is within data.max_seq_tokens ({self.data.max_seq_tokens:,})")
-        return EncodedRows(tuple(sequences), total, truncated, dropped)
+        return EncodedRows(tuple(encoded), total, truncated, dropped, split)
 
     def encode_prompt(self, row: Row, room: int = 1) -> tuple[int, ...]:
         """Tokenize an rft prompt, up to where the model goes on.
@@ -114,10 +145,9 @@ class ChatEncoder:
         Raises:
             DataError: the row is no prompt, or leaves no room for a completion.
         """
-        messages = row_messages(row, self.data, with_completion=False)
-        text = _checked_text(self._rendered(row, messages, add_generation_prompt=True).text, row)
-        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        self._refuse_double_bos(ids, str(row))
+        text = self.prepare_prompt(row)[0]
+        (ids,) = self._joiner.ids_of([text])
+        self._joiner.refuse_bad_ids(row, ids)
         if len(ids) + room > self.data.max_seq_tokens:
             limit = self.data.max_seq_tokens
             rest = f" and the completion may have {room:,}" if room > 1 else ""
@@ -125,161 +155,146 @@ class ChatEncoder:
                 f"{row}: the prompt has {len(ids):,} tokens{rest}; data.max_seq_tokens is {limit:,}. "
                 "Raise it, shorten the row, or lower rollout.max_completion_tokens."
             )
-        return ids
+        return tuple(ids)
 
-    def _render(self, row: Row) -> _Pending:
-        if self.data.format == "text":
-            prompt, completion = row.get("prompt"), row.get("completion")
-            if not isinstance(prompt, str) or not isinstance(completion, str):
-                raise DataError(f"{row}: `format: text` needs the texts `prompt` and `completion`")
-            if not completion.strip():
-                raise DataError(f"{row}: the completion is empty. Remove the row.")
-            text = prompt + completion + str(self.tokenizer.eos_token)
-            return _Pending(row, _checked_text(text, row), ((len(prompt), len(text)),), row_weight(row))
-        messages = row_messages(row, self.data, with_completion=True)
-        rendered = self._rendered(row, messages, add_generation_prompt=False)
-        spans = rendered.spans
-        turns = [message for message in messages if message["role"] == "assistant"]
-        if any(_is_empty(turn) for turn in turns if turn.get("weight", 1)):
-            raise DataError(f"{row}: an assistant turn is empty. Remove it or the row, or give the turn `weight: 0`.")
-        if len(spans) == len(turns):
-            spans = tuple(span for span, turn in zip(spans, turns, strict=True) if turn.get("weight", 1))
-        elif any(turn.get("weight", 1) == 0 for turn in turns):
-            raise DataError(f"{row}: the chat template merges assistant turns, so `weight: 0` cannot be honoured")
-        if not spans:
-            raise DataError(f"{row}: no token would be trained")
-        return _Pending(row, _checked_text(rendered.text, row), spans, row_weight(row))
+    def prepare_prompt(self, row: Row) -> tuple[str, str, dict[str, str]]:
+        """The text of an rft prompt, the form of its row, and what each field became.
 
-    def _rendered(self, row: Row, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> Rendered:
-        messages = [_with_parsed_arguments(message, row) for message in messages]
-        tools = _checked_tools(row)
-        try:
-            rendered = render(
-                self.template, self.tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template raises whatever its author thought of
-            raise DataError(f"{row}: the chat template refuses the row: {error}") from None
-        _refuse_unrendered(row, messages, tools, rendered.text)
-        return rendered
+        Raises:
+            DataError: the row is no prompt, or something of it does not reach the text.
+        """
+        assert self.template is not None, "recipes with prompts have `format: chat`"
+        chat = read_conversation(row, self.data, with_completion=False)
+        uses = use_of_prompt_fields(row, chat, self.data)
+        text = _checked_text(render(row, self.template, chat.messages, chat, is_prompt=True).text, row)
+        self._refuse_lost(row, chat, text, is_prompt=True)
+        return text, chat.form, uses
 
-    def _tokenize(self, pending: Sequence[_Pending]) -> list[TokenSequence]:
-        add_bos = self.data.format == "text"
-        encoded = self.tokenizer(
-            [item.text for item in pending], add_special_tokens=add_bos, return_offsets_mapping=True
+    def prepare(self, row: Row) -> PreparedRow:
+        """Render an sft row.
+
+        Raises:
+            DataError: it cannot be trained on, or something of it would be lost.
+        """
+        weight = row_weight(without_ignored(row, self.data))
+        if self.template is None:
+            plain = read_plain_text(row, self.data)
+            uses = use_of_fields(row, plain, self.data)
+            turn = TrainedTurn(_checked_text(plain.prompt, row), _checked_text(plain.completion, row), (), ())
+            return PreparedRow(row, (turn,), weight, plain.form, uses)
+        chat = read_conversation(row, self.data, with_completion=True)
+        uses = use_of_fields(row, chat, self.data)
+        indices = trained_indices(row, chat, self.data)
+        turns = [trained_turn(row, chat, index, self.template, self._stop_texts) for index in indices]
+        last = turns[-1]
+        is_whole = indices[-1] == len(chat.messages) - 1
+        whole = (
+            last.prompt + last.rest
+            if is_whole
+            else render(row, self.template, chat.messages, chat, is_prompt=False).text
         )
-        result = []
-        for item, ids, offsets in zip(pending, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            trained = [any(_is_within(offset, span) for span in item.spans) for offset in offsets]
-            self._refuse_double_bos(ids, str(item.row))
-            if not any(trained[1:]) or item.weight == 0:
-                raise DataError(f"{item.row}: no token would be trained (weight 0)")
-            result.append(
-                TokenSequence(
-                    tuple(ids), tuple(trained), TokenInputs(weights=(item.weight,) * sum(trained[1:])), str(item.row)
-                )
+        _checked_text(whole, row)
+        self._refuse_lost(row, chat, whole, is_prompt=False)
+        for index, turn in zip(indices, turns, strict=True):
+            _refuse_rewritten(row, index, chat.messages[index]["content"], turn.opening + turn.rest)
+        return PreparedRow(row, tuple(turns), weight, chat.form, uses)
+
+    def tokenize(self, prepared: Sequence[PreparedRow]) -> list[tuple[TokenSequence, ...]]:
+        """The sequences of each row, of any length.
+
+        Raises:
+            DataError: a row's tokens cannot be what the model is given, or none of them would be trained.
+        """
+        turns = self._joiner.tokenize(
+            [(item.row, turn) for item in prepared for turn in item.turns], is_text=self.template is None
+        )
+        following = iter(turns)
+        return [self._sequences(item, [next(following) for _ in item.turns]) for item in prepared]
+
+    def _sequences(self, item: PreparedRow, turns: Sequence[TokenizedTurn]) -> tuple[TokenSequence, ...]:
+        """Join the turns of a row where each next prompt begins with all tokens up to the last stop token."""
+        joined: list[tuple[list[int], list[bool]]] = []
+        for turn in turns:
+            trained = turn.trained
+            if joined:
+                ids, before = joined[-1]
+                end = len(before) - before[::-1].index(True)
+                if end <= turn.num_prompt and turn.token_ids[:end] == ids[:end]:
+                    trained = before[:end] + trained[end:]
+                    joined.pop()
+            joined.append((turn.token_ids, trained))
+        if item.weight == 0:
+            raise DataError(f"{item.row}: no token would be trained (weight 0)")
+        return tuple(
+            TokenSequence(
+                tuple(ids), tuple(trained), TokenInputs(weights=(item.weight,) * sum(trained[1:])), str(item.row)
             )
-        return result
+            for ids, trained in joined
+        )
 
-    def _refuse_double_bos(self, ids: Sequence[int], where: str) -> None:
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
-            raise DataError(f"{where}: begins with two {self.tokenizer.bos_token} tokens; mend the template or the row")
+    def within_limit(self, sequences: tuple[TokenSequence, ...]) -> tuple[tuple[TokenSequence, ...], bool]:
+        """The sequences of a row that are kept, and whether one was truncated; none where the row is dropped.
 
-    def _refuse_wrong_stop(self) -> None:
-        chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-        row = Row({"messages": [*chat, *chat]}, file="(template check)")
-        sequence = self._tokenize([self._render(row)])[0]
-        ends: list[int] = []
-        for token, trained, before in zip(
-            sequence.token_ids, sequence.loss_mask, (False, *sequence.loss_mask), strict=False
-        ):
-            if trained and not before:
-                ends.append(token)
-            elif trained and self.tokenizer.decode([token]).strip():  # some templates train a line break after it
-                ends[-1] = token
-        for token in ends:
-            if token not in self.stop_ids:
-                raise ModelError(
-                    f"training ends a turn with {self.tokenizer.decode([token])!r}, but generation stops at "
-                    f"{[self.tokenizer.decode([stop]) for stop in sorted(self.stop_ids)]}. "
-                    "Set eos_token_id in the model's generation_config.json, or another chat template."
-                )
+        Raises:
+            DataError: one is longer than data.max_seq_tokens, and data.overlong says error.
+        """
+        limit = self.data.max_seq_tokens
+        longest = max(sequences, key=lambda sequence: len(sequence.token_ids))
+        if len(longest.token_ids) <= limit:
+            return sequences, False
+        if self.data.overlong == "error":
+            raise DataError(
+                f"{longest.source}: {len(longest.token_ids):,} tokens are more than data.max_seq_tokens "
+                f"({limit:,}). Raise it, or set data.overlong to drop or truncate."
+            )
+        if self.data.overlong == "drop":
+            return (), False
+        kept = [sequence.truncated(limit) for sequence in sequences]
+        return tuple(sequence for sequence in kept if sequence.num_trained), True
 
-
-def _is_within(offset: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Whether a token begins within a span; tokenizers that trim spaces leave one of spaces alone empty at its end."""
-    (start, end), (low, high) = offset, span
-    return low <= start < high if end > start else low < end <= high
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> frozenset[int]:
-    """Tokens at which generation stops: the tokenizer's and those of generation_config.json."""
-    found = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    if (Path(model_path) / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
-        found |= set(ids) if isinstance(ids, list) else {ids} if ids is not None else set()
-    if not found:
-        raise ModelError(f"{model_path}: knows no stop token; set eos_token in tokenizer_config.json")
-    return frozenset(found)
+    def _refuse_lost(self, row: Row, chat: Conversation, text: str, *, is_prompt: bool) -> None:
+        assert self._lost is not None, "chats have a template"
+        if self._control is not None:
+            self._control.refuse(row, chat)
+        self._lost.refuse(row, chat, text, is_prompt=is_prompt)
 
 
 def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, with the chat template that is trained with.
 
     Raises:
         ModelError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{model.path}: no tokenizer can be loaded: {reason}") from None
+    apply_override(tokenizer, model.chat_template)
+    return tokenizer
 
 
-def _with_parsed_arguments(message: dict[str, Any], row: Row) -> dict[str, Any]:
-    """OpenAI writes a call's arguments as JSON text; templates want the object."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    parsed = []
-    for call in calls:
-        try:
-            function = dict(call["function"])
-            if isinstance(function.get("arguments"), str):
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise DataError(f"{row}: a tool call needs function.name and JSON arguments (got {call!r:.80})") from None
-        parsed.append({**call, "function": function})
-    return {**message, "tool_calls": parsed}
+def _refuse_rewritten(row: Row, index: int, content: str, rest: str) -> None:
+    """Refuse a trained turn whose text the template changes by more than white space at its end.
 
-
-def _checked_tools(row: Row) -> list[Any] | None:
-    tools = row.get("tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(f"{row}: `tools` must be a list (got {type(tools).__name__})")
-    for number, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"{row}: tools[{number}] needs function.name (got {tool!r:.80})")
-    return tools
-
-
-def _refuse_unrendered(row: Row, messages: list[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
-    """Some templates drop tools and tool calls without a word."""
-    names = [call["function"]["name"] for message in messages for call in message.get("tool_calls") or []]
-    names += [tool["function"]["name"] for tool in tools or []]
-    for name in names:
-        if name not in text:
-            raise DataError(f"{row}: the chat template leaves out the tool {name!r}; the model does not know tools")
-
-
-def _is_empty(turn: dict[str, Any]) -> bool:
-    """Whether a turn says nothing, calls no tool and carries nothing else that a template may render."""
-    return not turn["content"].strip() and not turn.keys() - {"role", "content", "weight", "name"}
+    Raises:
+        DataError: the text of the turn is not what the row wrote.
+    """
+    if content in rest:
+        return
+    if "".join(content.split()) not in "".join(rest.split()):
+        raise DataError(
+            f"{row}: messages[{index}]: the chat template rewrites or leaves out the content of this turn. Put "
+            "reasoning into `reasoning_content`, or set another `model.chat_template`."
+        )
+    first = content[: len(content) - len(content.lstrip())]
+    if first and content.rstrip() not in rest and content.strip() in rest:
+        raise DataError(
+            f"{row}: messages[{index}]: the chat template removes the {first!r} at the beginning of this turn, so it "
+            "would not be trained. Remove it from the row, or set another `model.chat_template`."
+        )
 
 
 def _checked_text(text: str, row: Row) -> str:
@@ -288,6 +303,6 @@ def _checked_text(text: str, row: Row) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row}: {text[error.start]!r} is half a character (a lone surrogate). Mend the text."
+            f"{row}: {text[error.start]!r} is half a character (a lone surrogate). Correct the text."
         ) from None
     return text

@@ -1,172 +1,126 @@
-"""Rows from JSONL files, each with the place it stands at. No torch."""
+"""Rows from JSON files: one object a line, or one array. No torch."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final
 
-from trainer.config.recipe import DataSettings, DataSource
 from trainer.errors import DataError
-from trainer.types import Row
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ZSTANDARD: Final = ".zst"
+GZIP: Final = ".gz"
+SIGNATURES: Final = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x89HDF": "an HDF5 file",
+}
+"""First bytes of files that are not text."""
 
 
-def read_rows(
-    source: DataSource, settings: DataSettings, limit: int | None = None, refused: list[DataError] | None = None
-) -> list[Row]:
-    """Read every row, or the first `limit`.
+def read_json_rows(path: Path, refused: list[DataError] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (number from 1, fields) of every row: its line, or its place in an array.
 
     Args:
-        source: the file or hub data set.
-        settings: how its columns are called.
-        limit: how many rows at most.
+        path: a file of one JSON object a line or of one JSON array, perhaps compressed (.gz, .zst).
         refused: takes the mistakes of single lines, which are then left out; without it the first one is raised.
 
     Raises:
-        DataError: the file is empty or a line is not a JSON object; names file and line.
+        DataError: the file is not JSON, or a line is no JSON object.
     """
-    if source.path is not None and Path(source.path).is_file():
-        fields = _read_jsonl(Path(source.path), refused)
-        name = source.path
-    else:
-        from trainer.data.hub import read_hub
+    try:
+        with _opened(path) as file:
+            start = _start_of(file)
+            for signature, what in SIGNATURES.items():
+                if start.startswith(signature):
+                    raise DataError(f"{path}: is {what}, not JSON. Name the file accordingly, such as rows.parquet.")
+            if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and not _is_rows_of_lists(start):
+                yield from _array_rows(file.read(), path)
+            else:
+                yield from _line_rows(file, path, refused)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be decompressed: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
-        fields = read_hub(source)
-        name = f"{source.hub}[{source.split}]"
-    rows: list[Row] = []
-    for line, raw in fields:
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == GZIP:
+        return io.BufferedReader(gzip.open(path, "rb"))
+    if path.suffix == ZSTANDARD:
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
+
+
+def _start_of(file: IO[bytes]) -> bytes:
+    assert isinstance(file, io.BufferedReader), "opened for reading, buffered"
+    return file.peek(4096)
+
+
+def _is_rows_of_lists(start: bytes) -> bool:
+    """Whether the first line alone is a whole JSON array: then the file has one value a line, not one array."""
+    line, newline, rest = start.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    if not newline or not rest.strip():
+        return False
+    try:
+        return isinstance(json.loads(line), list)
+    except ValueError:
+        return False
+
+
+def _array_rows(content: bytes, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        values = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: the file begins as a JSON array and is not valid JSON: {error.msg} at column "
+            f"{error.colno}. Fix the array, or write one JSON object a line."
+        ) from None
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: element {number}: expected a JSON object, found {type(value).__name__}")
+        yield number, value
+
+
+def _line_rows(file: IO[bytes], path: Path, refused: list[DataError] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
         try:
-            renamed = _rename(raw, settings.columns, f"{name}:{line}")
+            value = parse_line(line, f"{path}:{number}")
         except DataError as error:
             if refused is None:
                 raise
             refused.append(error)
-            continue
-        rows.append(Row(renamed, file=name, line=line, index=len(rows)))
-        if len(rows) == limit:
-            break
-    if not rows and not refused:
-        raise DataError(f"{name}: holds no rows. Give a file with one JSON object a line.")
-    return rows
+        else:
+            yield number, value
 
 
-def _read_jsonl(path: Path, refused: list[DataError] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = _parse_line(line, f"{path}:{number}")
-            except DataError as error:
-                if refused is None:
-                    raise
-                refused.append(error)
-            else:
-                yield number, value
+def parse_line(line: bytes, source: str) -> Mapping[str, Any]:
+    """The fields of a line.
 
-
-def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
+    Raises:
+        DataError: it is no JSON object; the message begins with `source`.
+    """
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
+        raise DataError(f"{source}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         is_cut = error.pos >= len(line.rstrip()) - 1 or error.msg.startswith("Unterminated string")
         cut = " (the line looks cut off)" if is_cut else ""
-        message = f"{where}: not JSON: {error.msg} at column {error.colno}{cut}. Mend or remove it."
+        message = f"{source}: not JSON: {error.msg} at column {error.colno}{cut}. Fix or remove the line."
         raise DataError(message) from None
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise DataError(f"{source}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def _rename(raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
-    if not columns:
-        return raw
-    missing = [name for name in columns.values() if name not in raw]
-    if missing:
-        raise DataError(f"{where}: no field `{missing[0]}` (data.columns); the row has: {', '.join(raw)}")
-    return {**raw, **{ours: raw[theirs] for ours, theirs in columns.items()}}
-
-
-def row_messages(row: Row, settings: DataSettings, *, with_completion: bool) -> list[dict[str, Any]]:
-    """The row as a chat.
-
-    Args:
-        row: has `messages`, or `prompt` (and `completion`).
-        settings: for the default system message.
-        with_completion: whether the chat must end with what is trained (sft) or with a user turn (rft).
-
-    Raises:
-        DataError: the row has neither form, an unknown role, or the wrong last turn.
-    """
-    if "messages" in row:
-        messages = _chat(row, "messages", None)
-    elif "prompt" in row:
-        messages = _chat(row, "prompt", "user")
-        if with_completion:
-            if row.get("completion") is None:
-                raise DataError(f"{row}: has `prompt` and no `completion`")
-            messages += _chat(row, "completion", "assistant")
-    else:
-        raise DataError(f"{row}: needs `messages`, or `prompt` and `completion`; it has: {', '.join(row) or 'nothing'}")
-    if settings.system is not None and messages and messages[0]["role"] not in {"system", "developer"}:
-        messages = [{"role": "system", "content": settings.system}, *messages]
-    last = messages[-1]
-    if with_completion and (last["role"] != "assistant" or last.get("weight", 1) == 0):
-        text = f"the last turn is not trained (role {last['role']}); end the row with an assistant turn"
-        raise DataError(f"{row}: {text}")
-    if not with_completion and last["role"] not in {"user", "tool"}:
-        raise DataError(f"{row}: the last turn is by {last['role']}; an rft prompt ends with a user turn")
-    return messages
-
-
-def _chat(row: Row, field: str, role: str | None) -> list[dict[str, Any]]:
-    """The messages of a field; a plain text is one message of `role`, where there is one."""
-    value = row[field]
-    if role is not None and isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else type(value).__name__
-        raise DataError(f"{row}: `{field}` must be {'a text or ' if role else ''}a list of messages (got {found})")
-    return [_message(row, message, f"{field}[{number}]") for number, message in enumerate(value)]
-
-
-def _message(row: Row, raw: Any, where: str) -> dict[str, Any]:
-    role = raw.get("role") if isinstance(raw, dict) else raw
-    if not isinstance(raw, dict) or role not in ROLES:
-        raise DataError(f"{row}: {where}: unknown role {role!r:.60}; known: {', '.join(ROLES)}")
-    message = {name: value for name, value in raw.items() if value is not None}  # Arrow fills absent fields with null
-    if message.get("weight", 1) not in (0, 1):
-        raise DataError(f"{row}: {where}: weight must be 0 or 1 (got {message['weight']!r})")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_text_part(part, row, where) for part in content)
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise DataError(f"{row}: {where}: content must be text (got {type(content).__name__})")
-    return {**message, "content": content}
-
-
-def _text_part(part: Any, row: Row, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise DataError(f"{row}: {where}: only text parts are supported (got {part!r:.60})")
-
-
-def row_weight(row: Row) -> float:
-    """The row's own `weight`, 1 where it has none.
-
-    Raises:
-        DataError: it is not a number of 0 or more.
-    """
-    weight = row.get("weight")
-    if weight is None:
-        return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise DataError(f"{row}: weight must be a number of 0 or more (got {weight!r})")
-    return float(weight)

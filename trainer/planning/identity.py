@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Final
 
 from trainer.config.presets import ResolvedAlgorithm
-from trainer.config.recipe import DataSource, Recipe, RFTRecipe
+from trainer.config.recipe import BUILTIN_TEMPLATES, DataSettings, DataSource, Recipe, RFTRecipe
+from trainer.config.source_files import source_files
 from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
 
 ROLLOUT_EXEMPT = frozenset({"vllm_url", "eval_samples", "max_sampler_kl"})
 """Fields of `rollout` that do not change what is trained."""
+LATER_DATA_FIELDS: Final = (
+    "ignore",
+    "eval_frac",
+    "train_on",
+    "allow_special_tokens",
+    "chat_template_kwargs",
+    "template_date",
+)
+"""Fields of `data` that the first version did not have; at their defaults they do not enter the hash."""
 
 
 def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[str, object]:
@@ -29,13 +40,18 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
         fields["rollout"] = recipe.rollout.model_dump(exclude=set(ROLLOUT_EXEMPT))
         fields["rewards"] = [reward.model_dump() for reward in recipe.rewards]
     fields["data"] = recipe.data.model_dump(exclude={"train", "eval", "eval_rows"})
+    for name in LATER_DATA_FIELDS:
+        if fields["data"][name] == DataSettings.model_fields[name].get_default(call_default_factory=True):
+            del fields["data"][name]
     fields["data"]["digest"] = source_digest(recipe.data.train)
     fields["model"] = recipe.model.model_dump(include={"revision", "trust_remote_code", "compute_dtype"})
     fields["model"]["digest"] = model_digest(recipe.model.path)
     if recipe.model.quantization is not None:
         fields["model"]["quantization"] = recipe.model.quantization
-    if recipe.model.chat_template is not None:
-        fields["model"]["chat_template"] = _file_digest(Path(recipe.model.chat_template))
+    template = recipe.model.chat_template
+    if template is not None:
+        is_builtin = template in BUILTIN_TEMPLATES
+        fields["model"]["chat_template"] = template if is_builtin else _file_digest(Path(template))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
         fields["lora"]["warm_start"] = model_digest(recipe.lora.warm_start)
     return fields
@@ -47,9 +63,18 @@ def identity_hash(identity: dict[str, object]) -> str:
 
 
 def source_digest(source: DataSource) -> str:
-    """Return the digest of the file's bytes; for a hub data set its name, configuration, split and revision."""
-    if source.path is not None and Path(source.path).is_file():
-        return _file_digest(Path(source.path))
+    """Return the digest of the files' bytes; for a hub data set its name, configuration, split and revision."""
+    if source.sources:
+        return " + ".join(f"{each.repeat:g} x {source_digest(each)}" for each in source.sources)
+    files = [file for path in source_files(source) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    if len(files) == 1:
+        return _file_digest(files[0])
+    if files:
+        digest = hashlib.sha256()
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name}:{_file_digest(file)};".encode())
+        return f"sha256:{digest.hexdigest()}"
     return f"hub:{source.hub}:{source.config}:{source.split}:{source.revision}"
 
 

@@ -9,7 +9,7 @@ from typing import final
 
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
+from trainer.data.sources import read_rows
 from trainer.model.policy import Reference
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
@@ -33,7 +33,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
     """
     recipe, rollout, world = plan.recipe, plan.recipe.rollout, attempt.world
     tokenizer = load_tokenizer(recipe.model)
-    encoder = ChatEncoder(tokenizer, recipe.model, recipe.data)
+    encoder = ChatEncoder(tokenizer, recipe.model, recipe.data, for_prompts=True)
     prompts = _prompts(attempt, plan, encoder, recipe.data.train, None)
     held_out: list[Prompt] = []
     if recipe.data.eval is not None:

@@ -9,8 +9,8 @@ import torch
 
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.jsonl import read_rows
 from trainer.data.order import rows_of_step
+from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch, micro_batches, split_evenly
 from trainer.model.policy import Policy
@@ -32,11 +32,11 @@ def train(attempt: Attempt) -> None:
     plan, recipe, world = attempt.plan, attempt.plan.recipe, attempt.world
     encoder = ChatEncoder(load_tokenizer(recipe.model), recipe.model, recipe.data)
     rows = _encode(attempt, encoder, recipe.data.train, "train")
-    held_out = _encode(attempt, encoder, recipe.data.eval, "held-out") if recipe.data.eval else ()
+    held_out = _encode(attempt, encoder, recipe.data.eval, "held-out").sequences if recipe.data.eval else ()
     learner = attempt.open_learner()
     attempt.resume(learner)
     probe_memory(learner, plan)
-    excluded = {index for index, row in enumerate(rows) if row.source in attempt.bad_rows.excluded}
+    excluded = {index for index, (first, *_) in enumerate(rows.rows) if first.source in attempt.bad_rows.excluded}
 
     def evaluate() -> Values:
         return {"eval/loss": _held_out_loss(attempt, learner.policy, held_out)}
@@ -44,8 +44,8 @@ def train(attempt: Attempt) -> None:
     attempt.evaluate_at_start(learner, evaluate)
     while attempt.step < plan.steps:
         start = time.perf_counter()
-        chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, len(rows), excluded)
-        step_rows = [rows[index] for index in chosen]
+        chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, len(rows.rows), excluded)
+        step_rows = [sequence for index in chosen for sequence in rows.rows[index]]
         rank_rows = _rows_of_rank(attempt, step_rows)
         seed_dropout(recipe, attempt.step, world.rank)
         with attempt.abandonable(learner):
@@ -90,12 +90,14 @@ def _rows_of_rank(attempt: Attempt, sequences: Sequence[TokenSequence]) -> list[
     return [sequences[index] for index in parts[attempt.world.rank]]
 
 
-def _encode(attempt: Attempt, encoder: ChatEncoder, source: DataSource, name: str) -> Sequence[TokenSequence]:
+def _encode(attempt: Attempt, encoder: ChatEncoder, source: DataSource, name: str) -> EncodedRows:
     limit = attempt.plan.recipe.data.eval_rows if name == "held-out" else None
     encoded = encoder.encode(read_rows(source, encoder.data, limit))
     tokens = sum(len(sequence.token_ids) for sequence in encoded.sequences)
     trained = sum(sequence.num_trained for sequence in encoded.sequences)
     cut = f", {encoded.num_truncated} truncated" if encoded.num_truncated else ""
     cut += f", {encoded.num_dropped} dropped" if encoded.num_dropped else ""
+    if encoded.num_split:
+        cut += f", {encoded.num_split:,} rows as {len(encoded.sequences):,} sequences in all, one per rewritten turn"
     attempt.say(f"{name}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
-    return encoded.sequences
+    return encoded
