@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from trainer.config.recipe import DataSource
-from trainer.data.chat import ChatEncoder, load_tokenizer
+from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
 from trainer.data.order import rows_of_step
 from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
