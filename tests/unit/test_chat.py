@@ -90,9 +90,9 @@ def test_the_weight_of_a_user_message_changes_nothing():
 
 
 def test_the_weight_of_a_row_is_the_weight_of_each_trained_token():
-    assert encode(make_encoder(), {"prompt": "a", "completion": "b", "weight": 0.25}).inputs == {
-        "weights": (0.25, 0.25)
-    }
+    assert encode(make_encoder(), {"prompt": "a", "completion": "b", "weight": 0.25}).inputs == TokenInputs(
+        weights=(0.25, 0.25)
+    )
     assert encode(make_encoder(), {"prompt": "a", "completion": "b"}).inputs == TokenInputs(weights=(1.0, 1.0))
 
 

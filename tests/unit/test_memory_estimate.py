@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from small_recipe import RFT, SFT, write_small
 
-from trainer.config import activations, memory
 from trainer.config.load import find_shape, load_recipe
 from trainer.config.recipe import LoraSettings
 from trainer.config.shape import TrainingShape
 from trainer.model import attention, kv_cache, lm_head
+from trainer.planning import activations, memory
 from trainer.planning.activations import Pass
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.model_facts import ModelFacts
@@ -46,7 +46,7 @@ SMALL_MIXTURE = {
 def test_constants_are_those_of_the_code():
     assert activations.EXPLICIT_MAX_TOKENS == attention.EAGER_MAX_TOKENS
     assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (lm_head.TILE_CELLS, lm_head.CPU_BLOCK_ROWS)
-    assert memory.FIRST_ROOM == kv_cache.FIRST_ROOM
+    assert memory.FIRST_ROOM == kv_cache.INITIAL_CAPACITY
     assert memory.FUSED_FAMILIES == fused.FAMILIES
 
 

@@ -14,8 +14,9 @@ from tests.tiny import tiny_model_dir, tiny_tokenizer
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.errors import NumericalError
+from trainer.model.base_model import load_base
 from trainer.model.batch import Batch
-from trainer.model.policy import Policy, load_base, load_policy
+from trainer.model.policy import Policy, load_policy
 from trainer.sampling.decoder import CopiedDecoder
 from trainer.sampling.fused import FusedDecoder
 from trainer.sampling.local import LocalSampler
