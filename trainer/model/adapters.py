@@ -42,12 +42,12 @@ class Adapters:
         self.routing = routing or Routing()
         self._base = causal_lm
         self._peft: peft.PeftModel | None = None
-        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._parameter_names: dict[str, tuple[str, ...]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """In the order they were added."""
-        return tuple(self._parameters)
+        return tuple(self._parameter_names)
 
     @property
     def model(self) -> peft.PeftModel:
@@ -66,7 +66,7 @@ class Adapters:
         Raises:
             ModelError: the target modules do not exist or do not support an adapter.
         """
-        assert name not in self._parameters
+        assert name not in self._parameter_names
         config = _peft_config(lora)
         is_quantized = getattr(self._base, "is_quantized", False)
         if not is_quantized:  # for 4-bit weights PEFT has a layer of its own
@@ -86,11 +86,11 @@ class Adapters:
                 raise ModelError(f"lora.target_modules: {error}") from None
         if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
             raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
-        new = {key: value for key, value in sorted(self._peft.named_parameters()) if id(value) not in known}
-        self._parameters[name] = new
+        named = sorted(self._peft.named_parameters())
+        self._parameter_names[name] = tuple(key for key, value in named if id(value) not in known)
         self._train_all()
         if is_quantized:  # PEFT made them in the dtype of the base's weights, which are bytes
-            for parameter in new.values():
+            for parameter in self.parameters(name).values():
                 parameter.data = parameter.data.to(self._base.dtype)
         for module in self._base.modules():
             if isinstance(module, FusedLinear):
@@ -100,7 +100,8 @@ class Adapters:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their name in the model, sorted."""
-        return dict(self._parameters[name])
+        named = dict(self.model.named_parameters())
+        return {key: named[key] for key in self._parameter_names[name]}
 
     def config(self, name: str) -> peft.LoraConfig:
         """PEFT's configuration of an adapter."""
@@ -121,7 +122,7 @@ class Adapters:
             ModelError: an owner is unknown, or the model has adapters in layers that cannot be routed.
         """
         if owners is not None:
-            unknown = sorted(owners.rows.keys() - self._parameters.keys())
+            unknown = sorted(owners.rows.keys() - self._parameter_names.keys())
             if unknown:
                 raise ModelError(f"no adapter {unknown[0]}; there are {', '.join(self.names)}")
             others = {type(module).__name__ for module in self._base.modules() if _is_unroutable(module)}
@@ -169,7 +170,7 @@ class Adapters:
             saved = load_file(directory / "adapter_model.safetensors")
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory}: no adapter can be read: {error}") from None
-        ours = self._parameters[name]
+        ours = self.parameters(name)
         names = peft.get_peft_model_state_dict(self.model, state_dict={key: key for key in ours}, adapter_name=name)
         loaded = {own: saved[key].float() for key, own in names.items() if key in saved}
         is_complete = loaded.keys() == ours.keys() and len(loaded) == len(saved)
@@ -179,8 +180,8 @@ class Adapters:
 
     def _train_all(self) -> None:
         """PEFT freezes every adapter but the active one; here each has a learner of its own."""
-        for parameters in self._parameters.values():
-            for parameter in parameters.values():
+        for name in self.names:
+            for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
 
 
