@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config.recipe import RewardSpec
-from trainer.rewards import sandbox
+from trainer.rewards.builtin import sandbox
 from trainer.rewards.builtin.code_tests import code_tests
 from trainer.rewards.runner import RewardRunner
 from trainer.types import Row
@@ -115,7 +115,7 @@ def test_the_kernel_refuses_also_what_the_audit_hook_does_not_see(tmp_path):
     (tmp_path / "victim").write_text("kept")
     script = f"""
 import ctypes, os, socket, sys, threading
-from trainer.rewards import sandbox
+from trainer.rewards.builtin import sandbox
 libc = ctypes.CDLL(None)
 libc.prctl(sandbox.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 fences = [sandbox.refuse_writes_outside(libc, {str(tmp_path / "work")!r}), sandbox.refuse_system_calls(libc)]
