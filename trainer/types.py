@@ -65,7 +65,7 @@ class Completion:
 class Rollout:
     """A token sequence, which of its tokens the policy drew, and what they earned.
 
-    The completion above behind the prompt (1, 40), in a group whose mean reward is 0.5:
+    The completion above after the prompt (1, 40), in a group whose mean reward is 0.5:
 
     >>> four = Completion((19, 13, 2), (-0.25, -1.5, -0.125), finish_reason="stop", policy_version=4, text="4.")
     >>> sampled = Rollout.of_completion((1, 40), four)

@@ -28,15 +28,19 @@ def test_only_excluded_rows_are_replaced_and_by_rows_that_are_not_excluded():
             assert before == after or before in excluded
 
 
-def test_replacements_are_chosen_anew_at_each_step():
-    # All rows but four are excluded, so that nearly every row of a step is a replacement.
-    excluded = set(range(4, 40))
-    orders = {step: tuple(rows_of_step(0, step, 4, 40, excluded)) for step in range(10)}
-    replaced = [rows for step, rows in orders.items() if set(rows_of_step(0, step, 4, 40)) <= excluded]
-    assert len(replaced) > 4
-    assert len(set(replaced)) > 1  # one fixed order of the four would train them in the same places at every step
-    assert all(orders[step] == tuple(rows_of_step(0, step, 4, 40, excluded)) for step in orders)
-    assert orders != {step: tuple(rows_of_step(1, step, 4, 40, excluded)) for step in orders}
+def test_replacements_are_chosen_anew_by_seed_and_step():
+    excluded = set(range(4, 40))  # four rows are left
+
+    def replacements(seed: int) -> dict[int, list[int]]:
+        """Rows of the steps all of whose own rows are excluded."""
+        steps = [step for step in range(40) if excluded.issuperset(rows_of_step(seed, step, 4, 40))]
+        return {step: rows_of_step(seed, step, 4, 40, excluded) for step in steps}
+
+    ours, others = replacements(0), replacements(1)
+    assert all(sorted(rows) == [0, 1, 2, 3] for rows in (ours | others).values())
+    assert len({tuple(rows) for rows in ours.values()}) > 4  # of 24 orders; one that ignored the step would give 1
+    assert any(ours[step] != others[step] for step in ours.keys() & others.keys())
+    assert replacements(0) == ours
 
 
 def test_no_row_left_is_refused():

@@ -330,6 +330,19 @@ def test_a_server_that_stumbles_is_asked_again(moody_server):
     assert moods == []
 
 
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_proxies_of_the_environment_are_not_used(moody_server, monkeypatch, name):
+    url, _ = moody_server
+    monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    assert http_reward(["p"], ["a 4"], url=url, num_retries=0, answer=[4]) == [1.0]
+
+
+def test_a_server_that_answers_too_late_is_asked_again():
+    stalled = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
+    with stalled, pytest.raises(UnscoredBatchError, match=r"ReadTimeout: .*\(tried 2 times\)"):
+        http_reward(["p"], ["c"], url=f"http://127.0.0.1:{stalled.getsockname()[1]}", post_timeout_s=0.2, num_retries=1)
+
+
 def test_a_request_that_is_wrong_is_not_repeated(moody_server):
     url, moods = moody_server
     moods[:] = [(404, {"error": "no such path"}), (500, {})]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -177,6 +178,30 @@ def test_a_server_that_is_busy_is_asked_again(server):
     server.script = lambda _path, _body: next(answers, (0, None))
     assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
     assert len(server.asked) == 3
+
+
+def test_a_connection_that_is_dropped_is_made_again(server):
+    def drop_first(_path: str, _body: dict[str, Any]) -> tuple[int, Any]:
+        if len(server.asked) == 1:
+            raise ConnectionResetError  # the handler ends without an answer
+        return 0, None
+
+    server.script = drop_first
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
+    assert len(server.asked) == 2
+
+
+def test_a_server_that_does_not_answer_is_named_with_the_limit():
+    with socket.create_server(("127.0.0.1", 0)) as stalled:  # accepts and never answers
+        url = f"http://127.0.0.1:{stalled.getsockname()[1]}"
+        with pytest.raises(SamplerError, match=r"/v1/completions did not answer within 0\.2 s"):
+            VllmClient(url, model="m").post("/v1/completions", {}, timeout_s=0.2)
+
+
+def test_proxies_of_the_environment_are_not_used(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
 
 
 def test_another_server_at_the_address_is_told_apart(server):

@@ -147,9 +147,7 @@ def _bind(function: Callable[..., Any], args: Mapping[str, Any], use: str) -> Lo
     required = tuple(n for n in names if parameters[n].default is inspect.Parameter.empty and n not in args)
     if is_batch:
         if "completion_ids" in required:
-            raise RewardError(
-                f"reward {use}: requires token ids, but a reward gets text; for lengths use `soft_overlong`"
-            )
+            raise RewardError(f"reward {use}: wants token ids, but a reward gets text; for lengths use `soft_overlong`")
         accepted = frozenset(parameters)
         return LoadedReward(function, args, True, takes_all=takes_all, names=accepted, required=required)
     try:

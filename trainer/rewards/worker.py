@@ -66,7 +66,7 @@ def main() -> None:
 
 def answer(reward: LoadedReward, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Score the items of one call; `split` is set if a failed batch must be bisected."""
-    rows = [Row(AskedFields(item["fields"]), item["file"], item["line"], item["index"]) for item in items]
+    rows = [Row(TrackedFields(item["fields"]), item["file"], item["line"], item["index"]) for item in items]
     start = time.perf_counter()
     if not reward.is_batch:
         results = [_score(reward, item["completion"], row) for item, row in zip(items, rows, strict=True)]
@@ -82,16 +82,16 @@ def answer(reward: LoadedReward, items: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 @final
-class AskedFields(dict[str, Any]):
+class TrackedFields(dict[str, Any]):
     """The fields of a row, with a record of which were read."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         """Start with an empty record."""
         super().__init__(fields)
-        self.asked: set[str] = set()
+        self.names_read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.names_read.add(key)
         return super().__getitem__(key)
 
 
@@ -103,8 +103,8 @@ def _score(reward: LoadedReward, completion: str, row: Row) -> CallResult:
             value = _awaited(value)
     except BaseException as error:  # SystemExit too: a reward must not end its worker
         return _failure(error, row, start)
-    assert isinstance(row.fields, AskedFields)
-    return _result(value, start, tuple(sorted(row.fields.asked)))
+    assert isinstance(row.fields, TrackedFields)
+    return _result(value, start, tuple(sorted(row.fields.names_read)))
 
 
 def _call_batch(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Any]:
@@ -117,8 +117,8 @@ def _call_batch(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: 
     for name in reward.required:
         if not any(name in row for row in rows):
             raise KeyError(name)
-    own = ("prompt", "prompts", "completion", "completions")
-    names = dict.fromkeys(name for row in rows for name in row if name not in own)
+    reserved = ("prompt", "prompts", "completion", "completions")
+    names = dict.fromkeys(name for row in rows for name in row if name not in reserved)
     columns = {name: [row.get(name) for row in rows] for name in names if reward.takes(name)}
     if reward.takes("prompts"):
         columns["prompts"] = [item["prompt"] for item in items]
@@ -167,16 +167,16 @@ def _shown(value: object) -> str:
 
 def _failure(error: BaseException, row: Row, start: float, required: Sequence[str] = ()) -> CallResult:
     seconds = time.perf_counter() - start
-    assert isinstance(row.fields, AskedFields)
-    asked = row.fields.asked.union(required)
+    assert isinstance(row.fields, TrackedFields)
+    fields = row.fields.names_read.union(required)
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
-    missing = key if isinstance(key, str) and key in asked and key not in row else None
-    own = error.__traceback__.tb_next if error.__traceback__ else None  # without the worker's own frame
-    text = "".join(traceback.format_exception(type(error), error, own))
+    missing = key if isinstance(key, str) and key in fields and key not in row else None
+    trace = error.__traceback__.tb_next if error.__traceback__ else None  # without the worker's own frame
+    text = "".join(traceback.format_exception(type(error), error, trace))
     return CallResult(
         failure=text[-MAX_FAILURE_CHARACTERS:],
         missing=missing,
-        fields=tuple(sorted(asked)),
+        fields=tuple(sorted(fields)),
         seconds=seconds,
     )
 

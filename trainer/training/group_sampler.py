@@ -73,7 +73,7 @@ class GroupSampler:
             requests: one per group.
             params: how to sample them.
         """
-        asked = [
+        sample_requests = [
             SampleRequest(each.prompt.token_ids, each.prompt.row.index, each.num_samples, each.first_sample)
             for each in requests
         ]
@@ -82,7 +82,7 @@ class GroupSampler:
                 request.prompt.row,
                 tuple(Rollout.of_completion(request.prompt.token_ids, completion) for completion in completions),
             )
-            for request, completions in zip(requests, self.sampler.sample(asked, params), strict=True)
+            for request, completions in zip(requests, self.sampler.sample(sample_requests, params), strict=True)
         )
         items = [(rollout.text, group.row) for group in sampled for rollout in group.rollouts]
         return PendingGroups(sampled, self.rewards.submit(items))
