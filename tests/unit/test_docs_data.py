@@ -60,9 +60,7 @@ def test_the_forms_are_the_same_row():
 
 
 def test_reasoning_makes_a_sequence_of_each_turn_and_a_turn_of_weight_0_is_not_trained():
-    by_kind = dict(
-        (kind, rows_of(block)[0]) for kind, block in BLOCKS[::-1] if "reasoning" in block or "weight" in block
-    )
+    by_kind = {kind: rows_of(block)[0] for kind, block in BLOCKS[::-1] if "reasoning" in block or "weight" in block}
     assert encoder_for("qwen3").encode([Row(by_kind["qwen3"])]).num_split == 1
     encoder = encoder_for("")
     (sequence,) = encoder.encode([Row(by_kind[""])]).sequences
