@@ -91,13 +91,15 @@ def test_a_contradiction_is_reported_beside_a_wrong_value():
         (
             "train: train.jsonl",
             "train: 7",
-            "8: data.train: must be a section with fields of its own: path, hub, config, split, revision (got 7)",
+            "8: data.train: must be a section with fields of its own: "
+            "path, hub, config, split, revision, repeat, sources (got 7)",
         ),
         ("train: train.jsonl", "train: {file: train.jsonl}", "8: data.train.file: unknown field; "),
         (
             "train: train.jsonl",
             "system: Hi",
-            "7: data.train: missing. Rows to train on: a JSONL path, or `{path, hub, config, split, revision}`.",
+            "7: data.train: missing. "
+            "Rows to train on: a path, `{path, hub, config, split, revision}`, or a list of them.",
         ),
         ("steps: 10", "steps: 10\nsteps: 12", "13: steps: given twice (first on line 12)"),
         ("rank: 4", "rank: 4\n  rank: 5", "7: lora.rank: given twice (first on line 6)"),
@@ -196,7 +198,8 @@ def test_scientific_notation_is_a_number(text):
         (
             "train: train.jsonl",
             "train: model",
-            "recipe.yaml:8: data.train: model is a directory; name a JSONL file in it",
+            "recipe.yaml:8: data.train: model is a directory without data files "
+            "(.jsonl, .json, .ndjson, .parquet, .csv, .tsv, .arrow)",
         ),
         (
             "train: train.jsonl",

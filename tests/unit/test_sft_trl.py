@@ -6,6 +6,7 @@ first matrix has no gradient, would prove little.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,21 @@ TEXTS = (
     {"prompt": "a", "completion": " the quick brown fox jumps over the lazy dog"},
     {"prompt": "the quick brown fox jumps over the lazy", "completion": " dog"},
 )
-QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""SmolLM2's own template with markers, which TRL needs."""
+QWEN3 = re.sub(
+    r"\{\{- '<\|im_end\|>\\n' \}\}\s*\{%- endgeneration %\}",
+    r"{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}",
+    (Path(trl.__file__).parent / "chat_templates" / "qwen3_training.jinja").read_text(encoding="utf-8"),
+)
+"""The training form of TRL, which keeps reasoning in earlier turns; the line break after a turn is not trained."""
 CASES = [
     Case("smollm2", CHATS, None, {}, {"assistant_only_loss": True}),
     Case("qwen3", CHATS, QWEN3, {}, {"assistant_only_loss": True}),
@@ -76,13 +91,10 @@ def our_sequences(case: Case, model: ModelSettings) -> list[TokenSequence]:
     return list(encoder.encode([Row(fields) for fields in case.rows]).sequences)
 
 
-def trl_tokenizer(case: Case, model: ModelSettings) -> PreTrainedTokenizerBase:
-    """TRL knows no training form of SmolLM2's template, so it is handed ours; of Qwen3's it has its own."""
+def trl_tokenizer(case: Case) -> PreTrainedTokenizerBase:
+    """TRL finds what is trained by markers; we find it without them, or by them where a template has some."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = case.template
-    if case.template is None:
-        encoder = ChatEncoder(tiny_tokenizer(), model, DataSettings(train=DataSource(path="x")))
-        tokenizer.chat_template = encoder.template
+    tokenizer.chat_template = case.template or SMOLLM2
     return tokenizer
 
 
@@ -118,7 +130,7 @@ def test_loss_and_gradient_of_a_batch_are_those_of_trl(tmp_path, case):
         **case.trl,
     )
     oracle = SFTTrainer(
-        adapted, config, train_dataset=Dataset.from_list(list(case.rows)), processing_class=trl_tokenizer(case, model)
+        adapted, config, train_dataset=Dataset.from_list(list(case.rows)), processing_class=trl_tokenizer(case)
     )
     (padded,) = oracle.get_train_dataloader()
     expected_loss = oracle.compute_loss(oracle.model, dict(padded))

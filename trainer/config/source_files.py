@@ -12,6 +12,9 @@ ARROW_ENDINGS: Final = (".parquet", ".csv", ".tsv", ".arrow")
 COMPRESSED: Final = (".gz", ".zst")
 READ_ENDINGS: Final = (*JSON_ENDINGS, *ARROW_ENDINGS)
 
+MODEL_FILES: Final = ("config.json", "tokenizer.json")
+"""Files by which a directory of a model is known, whose .json files are no rows."""
+
 
 def ending_of(file: Path) -> str:
     """The ending that says what a file is: `.jsonl` of `rows.jsonl.gz`."""
@@ -28,6 +31,8 @@ def source_files(source: DataSource) -> list[Path]:
     path = Path(source.path)
     if path.is_file() or is_saved_dataset(path):
         return [path]
+    if any((path / name).is_file() for name in MODEL_FILES):
+        return []
     if path.is_dir():
         return [file for file in sorted(path.rglob("*")) if file.is_file() and _is_data(file)]
     if any(letter in source.path for letter in "*?["):

@@ -140,7 +140,8 @@ def _explain(problems: list[ErrorDetails], path: KeyPath, model: type[BaseModel]
 def _wanted(problem: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str:
     kind, message = problem["type"], str(problem["msg"])
     if kind in {"model_type", "model_attributes_type", "dataclass_type"}:
-        return f"a section with fields of its own: {', '.join(_fields_at(model, path))}"
+        fields = [name for name, text in _fields_at(model, path).items() if not (text or "").startswith("Set by")]
+        return f"a section with fields of its own: {', '.join(fields)}"
     if kind == "literal_error":
         options = _options(problem)
         return f"one of {', '.join(options)}" if len(options) > 1 else f"`{options[0]}`"
