@@ -6,7 +6,7 @@ import re
 import textwrap
 from typing import Final
 
-FENCE: Final = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)[^\n`]*$")
+FENCE: Final = re.compile(r"^(?P<indent>[ \t]*)(?P<marks>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)[^\n`]*$")
 PYTHON: Final = frozenset({"python", "python3", "py", "py3"})
 
 
@@ -54,8 +54,8 @@ def python_blocks(text: str) -> list[str]:
         elif (
             found is not None
             and not found["language"]
-            and found["fence"][0] == opened["fence"][0]
-            and len(found["fence"]) >= len(opened["fence"])
+            and found["marks"][0] == opened["marks"][0]
+            and len(found["marks"]) >= len(opened["marks"])
         ):
             close()
             opened = None
