@@ -94,7 +94,7 @@ def test_looking_for_trl_rewards_does_not_import_trl():
         ("mine.py:scale", {}, "give `args: {factor: ...}`"),
         ("mine.py:three", {}, "give `args: {third: ...}`"),
         ("mine.py:alone", {}, "neither `(completion, row)` nor `(prompts, completions, **columns)`"),
-        ("mine.py:tokens", {}, "requires token ids"),
+        ("mine.py:tokens", {}, "wants token ids"),
         ("mine.py:number", {}, "is a int, not a function"),
         ("raises.py:f", {}, "raises.py:3)"),
         ("needs.py:f", {}, "pip install not_installed"),

@@ -187,7 +187,7 @@ def test_a_connection_that_is_dropped_is_made_again(server):
         return 0, None
 
     server.script = drop_first
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    server.handle_error = lambda *_: None
     assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
     assert len(server.asked) == 2
 
