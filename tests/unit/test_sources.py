@@ -140,7 +140,7 @@ def test_nulls_that_arrow_fills_in_are_left_out_and_those_of_a_jsonl_file_stay()
     ("name", "content", "message"),
     [
         ("rows.jsonl", b"PAR1\x00\x01", r"rows.jsonl: is a Parquet file, not JSON. Name the file accordingly"),
-        ("rows.jsonl", gzip.compress(b"{}"), r"rows.jsonl: is compressed with gzip, not JSON"),
+        ("rows.jsonl", gzip.compress(b"{}", mtime=0), r"rows.jsonl: is compressed with gzip, not JSON"),
         ("rows.parquet", b'{"prompt": "a"}\n', r"rows.parquet: cannot be read as PARQUET"),
         ("rows.jsonl.gz", b'{"prompt": "a"}\n', r"rows.jsonl.gz: cannot be decompressed"),
         (
