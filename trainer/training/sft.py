@@ -109,5 +109,6 @@ def _encoded(session: Session, encoder: ChatEncoder, source: DataSource, what: s
     cut += f", {encoded.num_dropped} dropped" if encoded.num_dropped else ""
     if encoded.num_split:
         cut += f", {encoded.num_split:,} rows as {len(encoded.sequences):,} sequences in all, one per rewritten turn"
+    cut += f", white space changed by the template in {encoded.num_respaced:,} rows" if encoded.num_respaced else ""
     session.say(f"{what}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
     return encoded
