@@ -309,6 +309,34 @@ def test_a_text_row_alone_is_trained_whole():
     assert "set `data.format: text`" in refusal(make_encoder(), {"text": "the answer is 98."})
 
 
+# White space
+
+
+def test_white_space_that_a_template_removes_is_counted_at_the_end_and_refused_at_the_beginning():
+    tokenizer = tiny_tokenizer()
+    names = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names, "eos_token": "<|eot_id|>"})
+    encoder = make_encoder("llama3", tokenizer=tokenizer)
+    encoded = encoder.encode([Row({"prompt": "a", "completion": text}) for text in ("b", "b\n", "b  ")])
+    assert encoded.num_respaced == 2
+    assert "removes the '  ' at the beginning of this turn" in refusal(encoder, {"prompt": "a", "completion": "  b"})
+
+
+# Variables of the template
+
+
+def test_variables_of_the_template_are_passed_by_recipe_or_row_and_unread_ones_are_said():
+    chat = {"messages": [user("a"), assistant("b")]}
+    off = {"enable_thinking": False}
+    ((before, own),) = trained(make_encoder("qwen3", chat_template_kwargs=off), chat)
+    assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert own == "b<|im_end|>"
+    assert trained(make_encoder("qwen3"), {**chat, "chat_template_kwargs": off}) == [(before, own)]
+    uses = make_encoder().prepare(Row({**chat, "chat_template_kwargs": off})).uses
+    assert uses["chat_template_kwargs"] == "unread"
+    assert "must be an object of template variables" in refusal(make_encoder(), {**chat, "chat_template_kwargs": [1]})
+
+
 # Forms
 
 
@@ -348,7 +376,9 @@ def test_an_input_that_columns_leave_out_is_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"instruction": "Translate", "input": "cat", "output": "chat"}), encoding="utf-8")
     encoder = make_encoder(columns={"prompt": "instruction", "completion": "output"})
-    with pytest.raises(DataError, match="`input` would not reach the text: the row was read as prompt and completion"):
+    with pytest.raises(
+        DataError, match=r"`input` would not reach the text: the row was read as prompt and .* remove data.columns"
+    ):
         encoder.encode(read_rows(DataSource(path=str(file)), encoder.data))
 
 

@@ -95,6 +95,8 @@ class Survey:
     num_trained: int
     num_truncated: int
     num_dropped: int
+    num_respaced: int
+    """Rows with trained text of which the template removes or changes white space."""
     num_cramped: int
     """Prompts that leave less than `rollout.max_completion_tokens`."""
     refused: tuple[str, ...]
@@ -135,6 +137,8 @@ class Survey:
         if self.num_sequences > num_used:
             text = f"{self.num_sequences:,} of {num_used:,} rows: the template rewrites earlier turns"
             table.append(("sequences", text))
+        if self.num_respaced:
+            table.append(("white space", f"changed by the chat template in trained text of {self.num_respaced:,} rows"))
         if self.weights != (1.0, 1.0):
             low, high = self.weights
             table.append(("row weights", f"{low:g} to {high:g}: factors on the loss, from the field `weight`"))
@@ -214,7 +218,7 @@ class _Counts:
         self.fields = FieldTable()
         self.weights: set[float] = set()
         self.num_tokens = self.num_trained = self.num_truncated = self.num_dropped = self.num_cramped = 0
-        self.num_sequences = 0
+        self.num_sequences = self.num_respaced = 0
         self.longest, self.longest_tokens = "", 0
 
     def add_rows(self, rows: Sequence[Row]) -> None:
@@ -231,6 +235,7 @@ class _Counts:
                 self.num_dropped += 1
                 continue
             self.num_truncated += is_truncated
+            self.num_respaced += item.is_respaced
             self.num_sequences += len(kept)
             self.num_tokens += sum(len(sequence.token_ids) for sequence in kept)
             self.num_trained += sum(sequence.num_trained for sequence in kept)
@@ -267,6 +272,7 @@ class _Counts:
             num_truncated=self.num_truncated,
             num_dropped=self.num_dropped,
             num_cramped=self.num_cramped,
+            num_respaced=self.num_respaced,
             refused=tuple(self.refused),
             refused_rows=tuple(self.refused_rows),
             forms=tuple(self.forms.most_common()),

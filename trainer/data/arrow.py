@@ -24,6 +24,7 @@ def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """
     import datasets
 
+    datasets.disable_progress_bars()
     ending = ending_of(path)
     options: dict[str, Any] = {"sep": "\t"} if ending == ".tsv" else {}
     try:
@@ -62,6 +63,7 @@ def read_saved(path: Path, split: str) -> Iterator[tuple[int, Mapping[str, Any]]
     """Yield (number from 1, fields) of a directory that `datasets` wrote with `save_to_disk`."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # as above
@@ -81,6 +83,7 @@ def read_hub(source: DataSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """
     import datasets
 
+    datasets.disable_progress_bars()
     if source.hub is None:
         raise DataError(f"{source.path}: no such file. Set data.train.path, or data.train.hub.")
     try:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.config.recipe import DataSettings, ModelSettings
 from trainer.data.control_tokens import ControlTokens
-from trainer.data.fields import use_of_fields, use_of_prompt_fields
+from trainer.data.fields import UNREAD, use_of_fields, use_of_prompt_fields
 from trainer.data.fitness import refuse_unfit
 from trainer.data.forms import Conversation, read_conversation, read_plain_text, row_weight, without_ignored
 from trainer.data.joining import Joiner, TokenizedTurn
@@ -43,6 +43,8 @@ class EncodedRows:
     num_dropped: int
     num_split: int
     """Rows of more than one sequence."""
+    num_respaced: int
+    """Rows with trained text of which the template removes or changes white space."""
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:
@@ -62,6 +64,8 @@ class PreparedRow:
     """How the row was recognised, such as `prompt and completion`."""
     uses: dict[str, str]
     """What each field became."""
+    is_respaced: bool = False
+    """Whether the template removes or changes white space of trained text."""
 
 
 @final
@@ -109,7 +113,7 @@ class ChatEncoder:
             DataError: a row cannot be trained on; names file and line.
         """
         encoded: list[tuple[TokenSequence, ...]] = []
-        truncated = dropped = total = split = 0
+        truncated = dropped = total = split = respaced = 0
         pending: list[PreparedRow] = []
 
         def flush() -> None:
@@ -127,13 +131,14 @@ class ChatEncoder:
         for row in rows:
             total += 1
             pending.append(self.prepare(row))
+            respaced += pending[-1].is_respaced
             if len(pending) == ENCODE_ROWS:
                 flush()
         if pending:
             flush()
         if not encoded:
             raise DataError(f"none of {total} rows is within data.max_seq_tokens ({self.data.max_seq_tokens:,})")
-        return EncodedRows(tuple(encoded), total, truncated, dropped, split)
+        return EncodedRows(tuple(encoded), total, truncated, dropped, split, respaced)
 
     def encode_prompt(self, row: Row, room: int = 1) -> tuple[int, ...]:
         """Tokenize an rft prompt, up to where the model goes on.
@@ -195,9 +200,12 @@ class ChatEncoder:
         )
         _checked_text(whole, row)
         self._refuse_lost(row, chat, whole, is_prompt=False)
+        if chat.template_arguments and not any(map(self.template.names, chat.template_arguments)):
+            uses["chat_template_kwargs"] = UNREAD
+        is_respaced = False
         for index, turn in zip(indices, turns, strict=True):
-            _refuse_rewritten(row, index, chat.messages[index]["content"], turn.opening + turn.rest)
-        return PreparedRow(row, tuple(turns), weight, chat.form, uses)
+            is_respaced |= _is_respaced(row, index, chat.messages[index]["content"], turn.opening + turn.rest)
+        return PreparedRow(row, tuple(turns), weight, chat.form, uses, is_respaced)
 
     def tokenize(self, prepared: Sequence[PreparedRow]) -> list[tuple[TokenSequence, ...]]:
         """The sequences of each row, of any length.
@@ -276,14 +284,14 @@ def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _refuse_rewritten(row: Row, index: int, content: str, rest: str) -> None:
-    """Refuse a trained turn whose text the template changes by more than white space at its end.
+def _is_respaced(row: Row, index: int, content: str, rest: str) -> bool:
+    """Whether the template changes white space of a trained turn; other changes are refused.
 
     Raises:
         DataError: the text of the turn is not what the row wrote.
     """
     if content in rest:
-        return
+        return False
     if "".join(content.split()) not in "".join(rest.split()):
         raise DataError(
             f"{row}: messages[{index}]: the chat template rewrites or leaves out the content of this turn. Put "
@@ -295,6 +303,7 @@ def _refuse_rewritten(row: Row, index: int, content: str, rest: str) -> None:
             f"{row}: messages[{index}]: the chat template removes the {first!r} at the beginning of this turn, so it "
             "would not be trained. Remove it from the row, or set another `model.chat_template`."
         )
+    return True
 
 
 def _checked_text(text: str, row: Row) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, final
 
 from trainer.config.recipe import DataSettings
-from trainer.data.forms import SYSTEM_FIELDS, Conversation, PlainText
+from trainer.data.forms import INPUTS, SYSTEM_FIELDS, Conversation, PlainText
 from trainer.data.messages import TRAIN_FLAGS
 from trainer.errors import DataError
 from trainer.types import Row
@@ -81,7 +81,7 @@ def use_of_fields(row: Row, read: Conversation | PlainText, settings: DataSettin
         elif _is_empty(row[name]):
             uses[name] = UNREAD
         else:
-            uses[name] = _unused(row, name, read)
+            uses[name] = _unused(row, name, read, settings)
     return uses
 
 
@@ -95,7 +95,7 @@ def use_of_prompt_fields(row: Row, read: Conversation, settings: DataSettings) -
     return uses
 
 
-def _unused(row: Row, name: str, read: Conversation | PlainText) -> str:
+def _unused(row: Row, name: str, read: Conversation | PlainText, settings: DataSettings) -> str:
     value = row[name]
     if name == "weight" or (name in TRAIN_FLAGS and isinstance(value, bool | int)):
         return "loss weight"
@@ -115,9 +115,12 @@ def _unused(row: Row, name: str, read: Conversation | PlainText) -> str:
             and any(value == message["content"] for message in read.messages)
         ):
             return UNREAD  # a copy of a message
+        remedy = "name it in data.columns"
+        if name in INPUTS and "instruction" in row and settings.columns:
+            remedy = "remove data.columns (instruction, input and output are recognised without)"
         raise DataError(
             f"{row}: `{name}` would not reach the text: the row was read as {read.form}. "
-            f"Move it into the messages, name it in data.columns, or set data.ignore to [{name}]."
+            f"Move it into the messages, {remedy}, or set data.ignore to [{name}]."
         )
     return UNREAD
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -37,6 +38,14 @@ class Joiner:
     ) -> None:
         """Take a fast tokenizer, the stop tokens, and the size of the model's embedding where it is known."""
         self._tokenizer, self._stop_ids, self._num_embeddings = tokenizer, stop_ids, num_embeddings
+        splitters = {
+            token.content: number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        }
+        texts = sorted(splitters, key=len, reverse=True)
+        self._splitters = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._splitter_ids = frozenset(splitters.values())
         eos = tokenizer.eos_token_id
         self._end = eos if eos is not None else min(stop_ids)
 
@@ -70,8 +79,11 @@ class Joiner:
         Raises:
             DataError: a turn's ids cannot stand behind its prompt's.
         """
-        prompts = self.ids_of([turn.prompt for _, turn in turns], add_special_tokens=is_text)
         wholes = self.ids_of([turn.prompt + turn.rest for _, turn in turns], add_special_tokens=is_text)
+        if is_text:
+            prompts = self.ids_of([turn.prompt for _, turn in turns], add_special_tokens=True)
+        else:
+            prompts = self._prompts([turn.prompt for _, turn in turns], wholes)
         result = []
         for (row, turn), prompt, whole in zip(turns, prompts, wholes, strict=True):
             ids = whole if whole[: len(prompt)] == prompt else self._apart(row, turn, prompt, whole)
@@ -80,6 +92,21 @@ class Joiner:
             else:
                 result.append(self._turn(row, turn, ids, len(prompt)))
             self.refuse_bad_ids(row, result[-1].token_ids)
+        return result
+
+    def _prompts(self, prompts: Sequence[str], wholes: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Ids of prompts tokenized alone, given the ids of texts that begin with them.
+
+        A special token splits the text before anything else does, so only what follows the prompt's last one is
+        tokenized again; in most templates these are the same few words in every row.
+        """
+        found = [list(self._splitters.finditer(prompt)) if self._splitters else [] for prompt in prompts]
+        tails = [prompt[marks[-1].start() :] if marks else prompt for prompt, marks in zip(prompts, found, strict=True)]
+        result = []
+        for marks, tail, whole in zip(found, self.ids_of(tails), wholes, strict=True):
+            places = [place for place, token in enumerate(whole) if token in self._splitter_ids] if marks else []
+            head = list(whole[: places[len(marks) - 1]]) if marks else []
+            result.append(head + tail)
         return result
 
     def refuse_bad_ids(self, row: Row, ids: Sequence[int]) -> None:

@@ -99,5 +99,6 @@ def _encode(attempt: Attempt, encoder: ChatEncoder, source: DataSource, name: st
     cut += f", {encoded.num_dropped} dropped" if encoded.num_dropped else ""
     if encoded.num_split:
         cut += f", {encoded.num_split:,} rows as {len(encoded.sequences):,} sequences in all, one per rewritten turn"
+    cut += f", white space changed by the template in {encoded.num_respaced:,} rows" if encoded.num_respaced else ""
     attempt.say(f"{name}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
     return encoded
