@@ -185,6 +185,10 @@ def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
 _SECTIONS: Final = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MROPE: Final = {"rope_parameters": _SECTIONS}
 _MAMBA: Final = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
+_INDEXER: Final = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": WINDOW,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
 _GEMMA4: Final = {
     "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 3, "num_kv_shared_layers": 1,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -225,6 +229,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], **_MAMBA},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [2, 2, 2, 2]}}},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
@@ -237,6 +242,12 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "qwen2_5_omni_thinker": {"text_config": _MROPE},
     "qwen2_5_vl": {"text_config": _MROPE},
     "qwen2_vl": {"text_config": _MROPE},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "step3p7": {"text_config": {"sliding_window": WINDOW}},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+              "attention_head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "num_hidden_layers": 4, "hybrid_layer_ids": [1, 3],
                "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
 }  # fmt: skip

@@ -119,7 +119,7 @@ class Measures:
         """Load the plain model.
 
         Args:
-            directory: as `build` left it, the working directory.
+            directory: as `build` left it.
             family: a model type.
         """
         self.directory, self.kind = directory, getattr(transformers, matrix_configs.families()[family])
@@ -193,7 +193,7 @@ class Measures:
         again = torch.cat([_plain(self.plain(str(saved)), each) for each in self.sequences])
         numbers = {"saved": _largest(again - self.plain_logprobs)}
         plain = self.plain()
-        theirs = dict(plain.named_parameters())
+        theirs = {name: value.requires_grad_() for name, value in plain.named_parameters() if value.is_floating_point()}
         expected = torch.cat([_plain(plain, each) for each in self.sequences])
         gradients = _gradients(expected.sum(), theirs)
         policy.train()
@@ -270,7 +270,7 @@ def _embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
 
     def keep(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         kept.append(output.detach().requires_grad_())
-        return kept[-1]
+        return kept[-1].clone()  # some models write into it
 
     handle = policy.causal_lm.get_input_embeddings().register_forward_hook(keep)
     yield kept

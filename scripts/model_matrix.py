@@ -57,8 +57,9 @@ def main() -> int:
         {**record, "verdicts": {method: verdict(record, method) for method in METHODS}}
         for record in sorted(records, key=lambda each: str(each["family"]))
     ]
-    document = {"versions": VERSIONS, "families": verdicts}
-    (arguments.out / "models.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    lines = ",\n".join(json.dumps(record, sort_keys=True) for record in verdicts)  # a family a line: for diffs
+    document = f'{{"versions": {json.dumps(VERSIONS)},\n"families": [\n{lines}\n]}}\n'
+    (arguments.out / "models.json").write_text(document, encoding="utf-8")
     print(f"written: {arguments.out / 'models.md'}", file=sys.stderr)
     return 0
 
@@ -117,10 +118,11 @@ def _measure(name: str, directory: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.chdir(directory)
+    here = Path()  # so that no message holds the path
     record: dict[str, Any] = {"outcomes": {}, "numbers": {}, "errors": {}}
     try:
-        matrix_measure.build(directory, family, changes)
-        matrix_measure.read_text(directory, family)
+        matrix_measure.build(here, family, changes)
+        matrix_measure.read_text(here, family)
     except Exception as error:  # a model's code may fail in any way
         traceback.print_exc()
         record["unbuilt"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
@@ -128,13 +130,13 @@ def _measure(name: str, directory: Path) -> None:
         return
     for method in matrix_measure.METHODS:
         try:
-            record["outcomes"][method] = matrix_measure.train(directory, method)
+            record["outcomes"][method] = matrix_measure.train(here, method)
         except Exception as error:  # as a worker's process would end
             traceback.print_exc()
             reason = (str(error).strip().splitlines() or [""])[0]
             record["outcomes"][method] = ("CRASH", f"{type(error).__name__}: {reason}"[:300])
         _write(directory, record)
-    matrix_measure.measure(directory, family, record)
+    matrix_measure.measure(here, family, record)
     _write(directory, record)
 
 
