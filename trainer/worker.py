@@ -166,6 +166,8 @@ def _is_main() -> bool:
 
 def _summary(attempt: Attempt) -> str:
     """Message of a finished run, with its first and its best held-out value."""
+    from trainer.training.no_gradient import verdict
+
     text = f"finished {attempt.plan.steps} steps of {attempt.run.root}"
     records = attempt.run.read_metrics() if attempt.world.is_main else []
     best = best_value(records)
@@ -173,7 +175,8 @@ def _summary(attempt: Attempt) -> str:
         first = next(record for record in records if best.name in record)
         text += f"; {best.name} {first[best.name]:.4f} at step {first['step']}, "
         text += f"best {best.value:.4f} at step {best.step}"
-    return text
+    nothing = verdict(records)
+    return f"{text}. {nothing}" if nothing is not None else text
 
 
 def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:

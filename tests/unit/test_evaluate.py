@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import signal
@@ -10,12 +11,13 @@ import signal
 import pytest
 import torch
 
-from trainer.config.recipe import RewardSpec
+from trainer.config.recipe import RewardSpec, RFTRecipe
 from trainer.distributed.preemption import SIGNALS, StopFlag
 from trainer.distributed.world import World
+from trainer.errors import RewardError
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.evaluate import RewardEvaluation, bootstrap_interval, pass_at_k
+from trainer.training.evaluate import HeldOutAnswer, PassRule, RewardEvaluation, bootstrap_interval, pass_at_k
 from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.types import Completion, FinishReason, Row
 
@@ -63,10 +65,11 @@ def signals():
         signal.signal(number, handler)
 
 
-def evaluation(runner, scripts, num_samples, **params):
+def evaluation(runner, scripts, num_samples, *, rule=None, max_failed_frac=1.0, **params):
     prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
     drawn = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
-    return RewardEvaluation(prompts, GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag()), num_samples)
+    sampler = GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag())
+    return RewardEvaluation(prompts, sampler, num_samples, rule or PassRule(1.0), max_failed_frac)
 
 
 def test_values_of_two_prompts(runner):
@@ -75,7 +78,7 @@ def test_values_of_two_prompts(runner):
     assert values == pytest.approx(
         {
             "eval/reward": 2.25 / 6,
-            "eval/pass_at_1": 1 / 3,  # of the first 2/3, of the second none is above 0.5
+            "eval/pass_at_1": 1 / 3,  # of the first 2/3, of the second none reaches 1
             "eval/pass_at_3": 0.5,
             "eval/completion_tokens": 2.0,
             "eval/truncated_frac": 1 / 3,
@@ -93,6 +96,57 @@ def test_a_failed_reward_earns_nothing_and_is_counted(runner):
     assert (values["eval/reward"], values["eval/failed"], values["eval/pass_at_2"]) == (0.5, 2.0, 1.0)
 
 
+def test_too_many_failed_rewards_stop_the_evaluation_with_the_first_traceback(runner, tmp_path):
+    scripts = [[1.0, 1.0, 1.0, "raise"], [0.0, 0.0, 0.0, 0.0]]
+    assert evaluation(runner, scripts, 4, max_failed_frac=0.125)()["eval/failed"] == 1.0
+    with pytest.raises(
+        RewardError, match=r"failed on 1 of 8 held-out answers, more than .*max_failed_frac \(0.1\)"
+    ) as caught:
+        evaluation(runner, scripts, 4, max_failed_frac=0.1)(tmp_path / "answers.jsonl")
+    assert "Traceback" in str(caught.value)
+    recorded = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert "Traceback" in recorded[0]["answers"][3]["failure"]
+
+
+def test_answers_on_which_every_reward_abstains_are_left_out(runner):
+    values = evaluation(runner, [[1.0, None], [None, None], [0.0, 0.5]], 2)()
+    assert values["eval/reward"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)
+    assert values["eval/reward/scripted"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)
+    assert (values["eval/pass_at_1"], values["eval/pass_at_2"], values["eval/failed"]) == (0.5, 0.5, 0.0)
+    with pytest.raises(RewardError, match="every reward abstained"):
+        evaluation(runner, [[None, None]], 2)()
+
+
+def test_a_reward_of_form_alone_is_no_success():
+    """By default the whole sum must be reached: a format reward that is always 1 does not make pass@k 1."""
+    rewards = [{"use": "last_number", "weight": 1.0}, {"use": "regex_match", "args": {"pattern": "x"}, "weight": 0.5}]
+    recipe = {
+        "name": "x",
+        "method": "rft",
+        "model": {"path": "m"},
+        "data": {"train": "t"},
+        "steps": 1,
+        "rewards": rewards,
+    }
+    rule = PassRule.of(RFTRecipe.model_validate(recipe))
+    assert rule == PassRule(1.5)
+
+    def answer(reward: float | None, **rewards: float) -> HeldOutAnswer:
+        return HeldOutAnswer("", reward, rewards, "stop", 1)
+
+    assert [rule.passes(answer(value)) for value in (0.5, 1.0, 1.1 + 0.4, 1.5, None)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    by_name = {"success": {"reward": "last_number", "at_least": 1.0}}
+    named = PassRule.of(RFTRecipe.model_validate({**recipe, "rollout": by_name}))
+    assert named.passes(answer(1.0, last_number=1.0))
+    assert not named.passes(answer(1.5, last_number=0.5))
+
+
 def test_prompts_are_drawn_in_chunks_with_noise_of_their_own_at_the_recipe_s_temperature(runner):
     found = evaluation(runner, [[0.0]] * 20, 1, temperature=0.5, top_k=4)
     assert found() == found()
@@ -106,17 +160,12 @@ def test_prompts_are_drawn_in_chunks_with_noise_of_their_own_at_the_recipe_s_tem
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_pass_at_k_is_the_share_of_k_subsets_with_a_pass(k):
     generator = random.Random(k)
-    rows = [[generator.choice([0.0, 0.5, 0.7, 1.0]) for _ in range(n)] for n in (4, 4, 5, 6, 7)]
+    rows = [[generator.choice([False, True]) for _ in range(n)] for n in (4, 4, 5, 6, 7)]
     shares = []
     for row in rows:
         subsets = list(itertools.combinations(row, k))
-        shares.append(sum(any(reward > 0.5 for reward in subset) for subset in subsets) / len(subsets))
+        shares.append(sum(any(subset) for subset in subsets) / len(subsets))
     assert pass_at_k(rows, k) == pytest.approx(sum(shares) / len(shares))
-
-
-def test_the_threshold_itself_is_no_pass():
-    assert pass_at_k([[0.5, 0.5]], 1) == 0.0
-    assert pass_at_k([[0.5, 0.5]], 1, threshold=0.4) == 1.0
 
 
 def test_bootstrap_is_a_function_of_values_and_seed():

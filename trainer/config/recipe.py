@@ -215,6 +215,15 @@ class AlgorithmSettings(Section):
     """Reward of a truncated completion with `overlong: punish`."""
 
 
+class SuccessRule(Section):
+    """When a held-out answer passes, for pass@k."""
+
+    reward: str | None = None
+    """Name of one reward; the weighted sum if omitted."""
+    at_least: float
+    """The answer passes if the reward is at least this much."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled during training."""
 
@@ -245,6 +254,9 @@ class RolloutSettings(Section):
     """Maximum number of extra sampling rounds per step with `refill`."""
     eval_samples: PositiveInt = 4
     """Completions per held-out prompt in evaluations, the k of pass@k; sampled at `temperature`."""
+    success: SuccessRule | None = None
+    """When a held-out answer passes, for example `{reward: correct, at_least: 1.0}`. By default it passes if the
+    weighted sum reaches the highest value that it can take when every reward gives at most 1."""
     max_sampler_kl: PositiveFloat = 0.1
     """Upper limit of `train/sampler_kl`. Above it the run stops: the sampler and the policy have different weights."""
 

@@ -180,7 +180,7 @@ def _hub_model(recipe: Recipe) -> list[Finding]:
 
 
 def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
-    findings = _rewards(recipe, recipe_dir) + _rollout(recipe)
+    findings = _rewards(recipe, recipe_dir) + _rollout(recipe) + _success(recipe)
     if recipe.lora is not None and recipe.lora.dropout > 0:
         findings.append(
             Finding(
@@ -211,6 +211,14 @@ def _rewards(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
         if names.index(reward.name) != index:
             findings.append(Finding(("rewards", index), f"two rewards are called {reward.name}; give one a `label`"))
     return findings
+
+
+def _success(recipe: RFTRecipe) -> list[Finding]:
+    rule, names = recipe.rollout.success, [spec.name for spec in recipe.rewards]
+    if rule is None or rule.reward is None or rule.reward.partition("/")[0] in names:
+        return []
+    text = f"no reward is called `{rule.reward}`; the recipe has {', '.join(f'`{name}`' for name in names)}"
+    return [Finding(("rollout", "success", "reward"), text)]
 
 
 def _rollout(recipe: RFTRecipe) -> list[Finding]:

@@ -13,7 +13,7 @@ from trainer.config.source_files import source_files
 from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
 
-ROLLOUT_EXEMPT = frozenset({"vllm_url", "eval_samples", "max_sampler_kl"})
+ROLLOUT_EXEMPT = frozenset({"vllm_url", "eval_samples", "success", "max_sampler_kl"})
 """Fields of `rollout` that do not change what is trained."""
 LATER_DATA_FIELDS: Final = (
     "ignore",

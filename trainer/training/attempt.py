@@ -14,6 +14,7 @@ from trainer.run.console import Console
 from trainer.run.directory import RunDir
 from trainer.training.learner import Learner
 from trainer.training.metrics import MetricsLog, Values, peak_gib
+from trainer.training.no_gradient import NoGradientWarning
 from trainer.training.open_learner import open_learner
 from trainer.training.position import Position
 from trainer.training.recovery import BadRows
@@ -40,6 +41,7 @@ class Attempt:
         self.position = Position(stop)
         self.log = MetricsLog(run, number, plan, is_main=world.is_main, show=self._show)
         self.saver = Saver(plan, run, world, number, stop, self.position, self.say)
+        self.no_gradient = NoGradientWarning(self.say)
         self.bad_rows = BadRows(run, world, plan.recipe.recovery.max_bad_steps, self.say)
         self.watchdog = Watchdog(
             run,
@@ -147,6 +149,7 @@ class Attempt:
         is_last = self.step == self.plan.steps
         if recipe.data.eval is not None and self._is_due(recipe.eval_interval):
             values |= self._evaluate(learner, evaluate)
+        self.no_gradient.note(values)
         self.saver.collect(wait=False)
         self.log.write(
             self.step,

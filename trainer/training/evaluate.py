@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
+from trainer.config.recipe import RFTRecipe
+from trainer.errors import RewardError
 from trainer.files import make_directory, write_atomically
+from trainer.rewards.runner import ALL_ABSTAINED
 from trainer.training.group_sampler import GroupRequest, GroupSampler, Prompt
 from trainer.training.rollouts import split_chunks
 from trainer.types import FinishReason, Rollout
@@ -18,6 +21,7 @@ from trainer.types import FinishReason, Rollout
 RESAMPLES: Final = 1000
 CONFIDENCE: Final = 0.95
 CHUNK_PROMPTS: Final = 16
+ROUNDING: Final = 1e-9
 SEED_OFFSET: Final = 1_000_003
 """Offsets the noise stream from that of training; every evaluation uses the same noise."""
 
@@ -33,11 +37,24 @@ class HeldOutAnswer:
     rewards: Mapping[str, float | None]
     finish_reason: FinishReason
     num_tokens: int
+    failure: str | None = None
+    """Traceback of the reward that failed, or that every reward abstained."""
 
     @classmethod
     def of_rollout(cls, rollout: Rollout) -> HeldOutAnswer:
         """What evaluation keeps of a scored rollout."""
-        return cls(rollout.text, rollout.reward, rollout.rewards, rollout.finish_reason, rollout.num_drawn)
+        rewards, reason = rollout.rewards, rollout.finish_reason
+        return cls(rollout.text, rollout.reward, rewards, reason, rollout.num_drawn, rollout.failure)
+
+    @property
+    def has_abstained(self) -> bool:
+        """Whether every reward abstained; such an answer is left out, as in training."""
+        return self.failure == ALL_ABSTAINED
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a reward failed on the answer."""
+        return self.reward is None and not self.has_abstained
 
     @property
     def earned(self) -> float:
@@ -46,18 +63,54 @@ class HeldOutAnswer:
 
 
 @final
+@dataclass(frozen=True)
+class PassRule:
+    """When an answer passes, for pass@k."""
+
+    at_least: float
+    reward: str | None = None
+    """Name of one reward; None is the weighted sum."""
+
+    @classmethod
+    def of(cls, recipe: RFTRecipe) -> PassRule:
+        """The recipe's rule; by default the highest sum that rewards of at most 1 can reach.
+
+        With weights 1.0, 0.5 and -0.2 that is 1.5.
+        """
+        rule = recipe.rollout.success
+        if rule is not None:
+            return cls(rule.at_least, rule.reward)
+        return cls(math.fsum(spec.weight for spec in recipe.rewards if spec.weight > 0))
+
+    def passes(self, answer: HeldOutAnswer) -> bool:
+        """Whether an answer passes; rounding of a weighted sum does not matter."""
+        value = answer.reward if self.reward is None else answer.rewards.get(self.reward)
+        return value is not None and value >= self.at_least - ROUNDING
+
+
+@final
 class RewardEvaluation:
     """Answers each held-out prompt several times and averages the rewards."""
 
-    def __init__(self, prompts: Sequence[Prompt], sampler: GroupSampler, num_samples: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampler: GroupSampler,
+        num_samples: int,
+        rule: PassRule,
+        max_failed_frac: float,
+    ) -> None:
         """Fix the prompts and the noise.
 
         Args:
             prompts: held-out prompts.
             sampler: of training, whose parameters are used with other noise.
             num_samples: answers per prompt.
+            rule: when an answer passes.
+            max_failed_frac: largest fraction of answers on which a reward may fail.
         """
         self.prompts, self.sampler, self.num_samples = prompts, sampler, num_samples
+        self.rule, self.max_failed_frac = rule, max_failed_frac
         self.params, self.world = sampler.params.for_evaluation(SEED_OFFSET), sampler.world
 
     def __call__(self, record_to: Path | None = None) -> dict[str, float]:
@@ -65,6 +118,9 @@ class RewardEvaluation:
 
         Args:
             record_to: file for the answers, one JSON object per prompt; the main rank writes it.
+
+        Raises:
+            RewardError: too many rewards failed; the answers are in the file.
         """
         by_prompt: dict[int, list[HeldOutAnswer]] = {}
         for part in self.world.gather(self._answers_of_rank()):
@@ -72,7 +128,18 @@ class RewardEvaluation:
         if record_to is not None and self.world.is_main:
             make_directory(record_to.parent)
             write_atomically(record_to, "".join(self._record(index, by_prompt[index]) for index in sorted(by_prompt)))
-        return self._metrics([by_prompt[index] for index in sorted(by_prompt)])
+        answers = [by_prompt[index] for index in sorted(by_prompt)]
+        self._refuse_failures([answer for of_prompt in answers for answer in of_prompt], record_to)
+        return self._metrics(answers)
+
+    def _refuse_failures(self, answers: Sequence[HeldOutAnswer], record_to: Path | None) -> None:
+        failures = [answer.failure or "" for answer in answers if answer.has_failed]
+        if len(failures) > self.max_failed_frac * len(answers):
+            place = f"; they are in {record_to}" if record_to is not None else ""
+            raise RewardError(
+                f"a reward failed on {len(failures)} of {len(answers)} held-out answers, more than "
+                f"reward_limits.max_failed_frac ({self.max_failed_frac:g}){place}. The first:\n{failures[0]}"
+            )
 
     def _answers_of_rank(self) -> dict[int, list[HeldOutAnswer]]:
         """The answers to this rank's prompts, by index of the prompt."""
@@ -87,20 +154,24 @@ class RewardEvaluation:
         return answers
 
     def _metrics(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> dict[str, float]:
+        scored = [[answer for answer in of_prompt if not answer.has_abstained] for of_prompt in by_prompt]
+        scored = [of_prompt for of_prompt in scored if of_prompt]
         answers = [answer for of_prompt in by_prompt for answer in of_prompt]
-        rewards = [[answer.earned for answer in of_prompt] for of_prompt in by_prompt]
+        if not scored:
+            raise RewardError("every reward abstained on every held-out answer, so there is nothing to compare")
+        rewards = [[answer.earned for answer in of_prompt] for of_prompt in scored]
         low, high = bootstrap_interval([sum(of_prompt) / len(of_prompt) for of_prompt in rewards], self.params.seed)
-        names = sorted({name for answer in answers for name in answer.rewards if "/" not in name})
-        parts = {f"eval/reward/{name}": [answer.rewards.get(name) or 0.0 for answer in answers] for name in names}
+        passed = [[self.rule.passes(answer) for answer in of_prompt] for of_prompt in scored]
+        num_scored = sum(map(len, scored))
         return {
-            "eval/reward": math.fsum(sum(of_prompt) for of_prompt in rewards) / len(answers),
+            "eval/reward": math.fsum(sum(of_prompt) for of_prompt in rewards) / num_scored,
             "eval/reward_low": low,
             "eval/reward_high": high,
-            **{f"eval/pass_at_{k}": pass_at_k(rewards, k) for k in sorted({1, self.num_samples})},
-            **{name: math.fsum(values) / len(values) for name, values in parts.items()},
+            **{f"eval/pass_at_{k}": pass_at_k(passed, k) for k in sorted({1, self.num_samples})},
+            **_mean_parts(answers),
             "eval/completion_tokens": sum(answer.num_tokens for answer in answers) / len(answers),
             "eval/truncated_frac": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-            "eval/failed": float(sum(answer.reward is None for answer in answers)),
+            "eval/failed": float(sum(answer.has_failed for answer in answers)),
         }
 
     def _record(self, index: int, answers: Sequence[HeldOutAnswer]) -> str:
@@ -109,21 +180,34 @@ class RewardEvaluation:
         return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def pass_at_k(rewards: Sequence[Sequence[float]], k: int, threshold: float = 0.5) -> float:
+def _mean_parts(answers: Sequence[HeldOutAnswer]) -> dict[str, float]:
+    """Mean of each reward over the answers on which it did not abstain; 0 where it failed."""
+    names = sorted({name for answer in answers for name in answer.rewards if "/" not in name})
+    parts = {}
+    for name in names:
+        values = [
+            answer.rewards.get(name) or 0.0
+            for answer in answers
+            if answer.has_failed or answer.rewards.get(name) is not None
+        ]
+        parts[f"eval/reward/{name}"] = math.fsum(values) / max(1, len(values))
+    return parts
+
+
+def pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> float:
     """Unbiased probability that one of k answers passes (arXiv:2107.03374): mean of 1 - C(n - c, k) / C(n, k).
 
-    >>> pass_at_k([[1.0, 0.0], [0.0, 0.0]], 1), pass_at_k([[1.0, 0.0], [0.0, 0.0]], 2)
+    >>> pass_at_k([[True, False], [False, False]], 1), pass_at_k([[True, False], [False, False]], 2)
     (0.25, 0.5)
 
     Args:
-        rewards: of each prompt's n answers, of which c pass.
-        k: number of answers considered, at most n.
-        threshold: an answer passes if its reward is greater.
+        passed: of each prompt's n answers, which of them pass: c of n.
+        k: number of answers considered; of a prompt with fewer answers, all of them.
     """
     chances = []
-    for row in rewards:
-        passed = sum(reward > threshold for reward in row)
-        chances.append(1.0 - math.comb(len(row) - passed, k) / math.comb(len(row), k))
+    for row in passed:
+        size = min(k, len(row))
+        chances.append(1.0 - math.comb(len(row) - sum(row), size) / math.comb(len(row), size))
     return math.fsum(chances) / len(chances)
 
 
