@@ -133,7 +133,7 @@ def _train(attempt: Attempt) -> Outcome:
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
         return Outcome("failed", attempt.step, text, EXIT_FAILED, is_transient=True)
-    return Outcome("finished", plan.steps, _summary(attempt), EXIT_FINISHED)
+    return Outcome("finished", attempt.plan.steps, _summary(attempt), EXIT_FINISHED)
 
 
 def _is_rolled_back(train: Callable[[Attempt], None], attempt: Attempt) -> bool:
@@ -186,7 +186,8 @@ def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
         return run.read_plan(), run
     plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
     if _is_main():
-        return plan, open_run(plan, arguments.name)
+        run = open_run(plan, arguments.name)
+        return run.read_plan(), run
     return plan, named_run(arguments.name or plan.recipe.name)
 
 

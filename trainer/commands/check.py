@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 from trainer.commands.check_report import describe_devices, describe_limit, describe_plan, report_lines
+from trainer.commands.first_look import find_problems
 from trainer.commands.tables import table_lines
 from trainer.config.arguments import override_argv
 from trainer.config.load import all_shapes, load_recipe
+from trainer.errors import EXIT_USER
 from trainer.planning.fit import misfit
 from trainer.planning.plan import make_plan, model_facts
 
@@ -29,13 +31,19 @@ def check(arguments: argparse.Namespace) -> int:
         return _check_data_and_rewards(arguments)
     if arguments.memory:
         return _measure_memory(arguments)
+    problems = find_problems(plan.recipe, Path(plan.recipe_dir))
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
     report = describe_plan(plan, arguments.recipe, override_argv(arguments))
     if arguments.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(report), ensure_ascii=False) + "\n")
     else:
         is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        sys.stdout.write("\n".join(report_lines(report, width=_terminal_width(), is_colored=is_colored)) + "\n")
-    return 0
+        lines = report_lines(
+            report, width=_terminal_width(), is_colored=is_colored, with_values=arguments.values, problems=problems
+        )
+        sys.stdout.write("\n".join(lines) + "\n")
+    return EXIT_USER if problems else 0
 
 
 def shapes(arguments: argparse.Namespace) -> int:

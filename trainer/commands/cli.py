@@ -45,6 +45,7 @@ def _training_commands(commands: _Commands) -> None:
     check = commands.add_parser("check", help="validate a recipe, resolve it on a shape, estimate memory")
     add_recipe_arguments(check)
     check.add_argument("--json", action="store_true", help="print the plan as one JSON document")
+    check.add_argument("--values", action="store_true", help="print every resolved value with its origin")
     check.add_argument("--data", action="store_true", help="show the first rows as tokens, trained ones coloured")
     check.add_argument("--rewards", action="store_true", help="try the rewards on gold answers and on garbage")
     check.add_argument("--memory", action="store_true", help="measure the memory of one training step without weights")

@@ -53,7 +53,8 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
     plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
-    return open_run(plan, arguments.name), plan
+    run = open_run(plan, arguments.name)
+    return run, run.read_plan()
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 from trainer.model.batch import TokenOwners
 from trainer.model.lora_linear import FusedLinear, Routing, use_fused_linear
+from trainer.planning.module_names import target_problems
 
 RUN_ADAPTER: Final = "default"
 """The adapter of a run. PEFT's own name for a single one: it is part of the parameter names in checkpoints."""
@@ -71,6 +72,12 @@ class Adapters:
         is_quantized = getattr(self._base, "is_quantized", False)
         if not is_quantized:  # for 4-bit weights PEFT has a layer of its own
             use_fused_linear(config)
+        if lora.target_modules != "all-linear":
+            problems = target_problems(
+                lora.target_modules, [name for name, module in self._base.named_modules() if _has_matrix(module)]
+            )
+            if problems:
+                raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
         known = {id(parameter) for parameter in self._base.parameters()}
         devices = [self._base.device] if self._base.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -217,3 +224,9 @@ def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:
                 f"lora.warm_start: {directory} was trained with {fields.get(name, name)} {getattr(theirs, name)}; "
                 f"the recipe has {getattr(ours, name)}. Make them equal."
             )
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module has a weight of two or more dimensions, as linear layers have, with or without an adapter."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, BaseTunerLayer) or (weight is not None and weight.ndim >= 2)

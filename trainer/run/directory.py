@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from trainer.errors import LaunchError
+from trainer.files import write_atomically
 from trainer.planning.plan import Plan
 from trainer.run import lock, readers
 from trainer.run.metrics_reader import MetricsReader, Record, newest_records, read_records
@@ -182,6 +183,10 @@ class RunDir:
     def is_run(self) -> bool:
         """Whether the directory holds a run."""
         return self.plan_file.is_file()
+
+    def write_plan(self, plan: Plan) -> None:
+        """Replace the plan by one of the same identity."""
+        write_atomically(self.plan_file, plan.dump())
 
     def read_plan(self) -> Plan:
         """The frozen plan."""

@@ -67,6 +67,9 @@ def open_run(plan: Plan, name: str | None = None, runs_dir: Path = RUNS) -> RunD
             "Give another --name, undo the change, or move the directory away."
         )
     run.refuse_taken()
+    if plan.recipe.epochs is not None and plan.recipe.epochs == old.recipe.epochs:
+        # The same rows give the same length, and the run has counted which of them are trained.
+        plan = plan.model_copy(update={"steps": old.steps, "num_rows": old.num_rows})
     if old.dump() != plan.dump():
         write_atomically(run.plan_file, plan.dump())
     return run

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
 
+from trainer.config.length import num_steps
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import LaunchError, PreemptedError
@@ -66,6 +67,23 @@ class Attempt:
     def _show(self, record: Mapping[str, object]) -> None:
         if self.console is not None:
             self.console.show(record)
+
+    def count_trained_rows(self, num_rows: int) -> None:
+        """Set the length of a run given in epochs by the rows that are trained, without those that were dropped.
+
+        Args:
+            num_rows: rows that are trained; the same at every attempt.
+        """
+        if self.plan.recipe.epochs is None or num_rows == self.plan.num_rows:
+            return
+        steps = num_steps(self.plan.recipe, num_rows)
+        assert steps is not None, "epochs of a known number of rows have a length"
+        self.say(f"{num_rows:,} rows are trained: {steps:,} steps for {self.plan.recipe.epochs:g} epochs")
+        self.plan = self.plan.model_copy(update={"steps": steps, "num_rows": num_rows})
+        if self.world.is_main:
+            self.run.write_plan(self.plan)
+            if self.console is not None:
+                self.console.steps = steps
 
     def open_learner(self) -> Learner:
         """Load, shard and verify the policy as the run begins; create its learner.
