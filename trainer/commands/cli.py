@@ -88,10 +88,12 @@ def _run_commands(commands: _Commands) -> None:
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
 
-    export = commands.add_parser("export", help="write a model from a finished run, and verify it")
+    export = commands.add_parser("export", help="write a model from a run, and verify it")
     _run_argument(export)
     export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
-    export.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
+    which.add_argument("--checkpoint", type=int, metavar="STEP", help="use the weights of this checkpoint")
     export.add_argument("--out", metavar="DIR", help="output directory; RUN/merged when left out")
     export.set_defaults(run=_export)
 

@@ -61,6 +61,7 @@ def export(arguments: argparse.Namespace) -> int:
     run = find_run(arguments.target)
     argv = [sys.executable, "-m", "trainer.export", str(run.root)]
     argv += ["--best"] if arguments.best else []
+    argv += ["--checkpoint", str(arguments.checkpoint)] if arguments.checkpoint is not None else []
     argv += ["--out", arguments.out] if arguments.out else []
     argv += ["--merge"] if arguments.merge else []
     return subprocess.run(argv, check=False).returncode

@@ -1,0 +1,101 @@
+"""`trainer export` of finished and unfinished runs, read back by other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import Done, Project
+
+from trainer.run.directory import RunDir
+from trainer.run.state import Outcome
+
+
+@pytest.fixture(scope="module")
+def lora(shared: Project) -> Done:
+    """An adapter, six steps, with checkpoints at steps 4 and 6."""
+    return shared.trainer("train", "recipe.yaml", "--name", "lora")
+
+
+@pytest.fixture(scope="module")
+def full(shared: Project) -> Done:
+    """A model of which every parameter was trained, in bfloat16."""
+    changes = {"lora": None, "model": {"path": "model"}, "optimizer__learning_rate": 1e-3}
+    return shared.trainer("train", shared.recipe("full.yaml", name="full", **changes))
+
+
+@pytest.fixture(scope="module")
+def stopped(shared: Project, lora: Done) -> Iterator[Path]:
+    """The first run, as if it had failed after step 5."""
+    assert lora.code == 0, lora.said
+    run = RunDir(shared.root / "runs" / "lora")
+    finished = run.read_outcome()
+    assert finished is not None
+    run.write_outcome(Outcome("failed", 5, "a crash", 1))
+    yield run.root
+    run.write_outcome(finished)
+
+
+def test_the_newest_checkpoint_exports_the_same_adapter_as_the_end_of_training(shared: Project, lora: Done) -> None:
+    done = shared.trainer("export", "lora", "--checkpoint", "6", "--out", "six")
+    assert done.code == 0, lora.said + done.said
+    assert "checkpoint, step 6" in done.stderr
+    assert "verified on 4 held-out rows" in done.stderr
+    trained = shared.root / "runs" / "lora" / "adapter" / "adapter_model.safetensors"
+    assert (shared.root / "six" / "adapter_model.safetensors").read_bytes() == trained.read_bytes()
+
+
+def test_the_newest_checkpoint_exports_the_same_full_model_as_the_end_of_training(shared: Project, full: Done) -> None:
+    done = shared.trainer("export", "full", "--checkpoint", "6", "--out", "full-six")
+    assert done.code == 0, full.said + done.said
+    trained = shared.root / "runs" / "full" / "model" / "model.safetensors"
+    assert (shared.root / "full-six" / "model.safetensors").read_bytes() == trained.read_bytes()
+
+
+def test_a_run_that_did_not_finish_exports_its_newest_checkpoint(shared: Project, stopped: Path) -> None:
+    (stopped / "checkpoints" / "step-000006").rename(stopped / "away")
+    try:
+        done = shared.trainer("export", "lora", "--out", "unfinished")
+    finally:
+        (stopped / "away").rename(stopped / "checkpoints" / "step-000006")
+    assert done.code == 0, done.said
+    assert "checkpoint, step 4" in done.stderr
+    assert (shared.root / "unfinished" / "adapter_model.safetensors").is_file()
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused_with_those_that_do(shared: Project, lora: Done) -> None:
+    done = shared.trainer("export", "lora", "--checkpoint", "3", "--out", "three")
+    assert done.code == 2, lora.said + done.said
+    assert "has no checkpoint of step 3; there are: 4, 6." in done.stderr
+    assert not (shared.root / "three").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(shared: Project, lora: Done) -> None:
+    file = next((shared.root / "runs" / "lora" / "checkpoints" / "step-000004").glob("*.distcp"))
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    done = shared.trainer("export", "lora", "--checkpoint", "4", "--out", "four")
+    file.write_bytes(intact)
+    assert done.code == 1, lora.said + done.said
+    assert f"{file.name}: damaged" in done.stderr
+
+
+def test_exported_files_are_as_readable_as_the_umask_allows(shared: Project, lora: Done) -> None:
+    done = shared.trainer("export", "lora", "--merge", "--out", "readable")
+    assert done.code == 0, lora.said + done.said
+    plain = shared.root / "plain"
+    plain.touch()
+    modes = {file.stat().st_mode for file in (shared.root / "readable").iterdir()}
+    assert modes == {plain.stat().st_mode}
+    assert (shared.root / "runs" / "lora" / "adapter" / "adapter_model.safetensors").stat().st_mode == modes.pop()
+
+
+def test_without_held_out_rows_the_verification_says_that_it_used_training_rows(shared: Project) -> None:
+    file = shared.recipe("no_eval.yaml", name="no_eval", data__eval=None, eval_interval=0, steps=2)
+    trained = shared.trainer("train", file)
+    done = shared.trainer("export", "no_eval")
+    assert done.code == 0, trained.said + done.said
+    assert "verified on 4 training rows" in done.stderr
+    assert json.loads((shared.root / "runs" / "no_eval" / "export" / "adapter_config.json").read_text())["r"] == 4
