@@ -92,6 +92,17 @@ def test_exported_files_are_as_readable_as_the_umask_allows(shared: Project, lor
     assert (shared.root / "runs" / "lora" / "adapter" / "adapter_model.safetensors").stat().st_mode == modes.pop()
 
 
+def test_a_merged_model_and_an_adapter_are_written_as_gguf(shared: Project, lora: Done) -> None:
+    merged = shared.trainer("export", "lora", "--merge", "--gguf", "f16")
+    adapter = shared.trainer("export", "lora", "--gguf", "bf16", "--out", "adapter-gguf")
+    assert (merged.code, adapter.code) == (0, 0), lora.said + merged.said + adapter.said
+    assert merged.stdout == "runs/lora/gguf\n"
+    assert "GGUF read back on 4 held-out rows: logits within" in merged.stderr
+    assert "GGUF read back on 4 held-out rows: logits" in adapter.stderr
+    whole, part = shared.root / "runs/lora/gguf/lora-f16.gguf", shared.root / "adapter-gguf/lora-bf16.gguf"
+    assert 0 < part.stat().st_size < whole.stat().st_size
+
+
 def test_without_held_out_rows_the_verification_says_that_it_used_training_rows(shared: Project) -> None:
     file = shared.recipe("no_eval.yaml", name="no_eval", data__eval=None, eval_interval=0, steps=2)
     trained = shared.trainer("train", file)

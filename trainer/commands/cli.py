@@ -94,7 +94,9 @@ def _run_commands(commands: _Commands) -> None:
     which = export.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
     which.add_argument("--checkpoint", type=int, metavar="STEP", help="use the weights of this checkpoint")
-    export.add_argument("--out", metavar="DIR", help="output directory; RUN/merged when left out")
+    export.add_argument("--gguf", choices=("bf16", "f16", "q8_0"), help="write one GGUF file, for llama.cpp and Ollama")
+    export.add_argument("--converter", metavar="PATH", help="--gguf: converter of llama.cpp, for other model families")
+    export.add_argument("--out", metavar="DIR", help="output directory; RUN/export, merged or gguf when left out")
     export.set_defaults(run=_export)
 
 

@@ -62,7 +62,9 @@ def export(arguments: argparse.Namespace) -> int:
     argv = [sys.executable, "-m", "trainer.export", str(run.root)]
     argv += ["--best"] if arguments.best else []
     argv += ["--checkpoint", str(arguments.checkpoint)] if arguments.checkpoint is not None else []
-    argv += ["--out", arguments.out] if arguments.out else []
+    for option in ("gguf", "converter", "out"):
+        value = getattr(arguments, option)
+        argv += [f"--{option}", value] if value else []
     argv += ["--merge"] if arguments.merge else []
     return subprocess.run(argv, check=False).returncode
 
