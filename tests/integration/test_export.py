@@ -93,13 +93,14 @@ def test_exported_files_are_as_readable_as_the_umask_allows(shared: Project, lor
 
 
 def test_a_merged_model_and_an_adapter_are_written_as_gguf(shared: Project, lora: Done) -> None:
-    merged = shared.trainer("export", "lora", "--merge", "--gguf", "f16")
+    merged = shared.trainer("export", "lora", "--merge", "--gguf", "f16", "--ollama")
     adapter = shared.trainer("export", "lora", "--gguf", "bf16", "--out", "adapter-gguf")
     assert (merged.code, adapter.code) == (0, 0), lora.said + merged.said + adapter.said
     assert merged.stdout == "runs/lora/gguf\n"
     assert "GGUF read back on 4 held-out rows: logits within" in merged.stderr
     assert "GGUF read back on 4 held-out rows: logits" in adapter.stderr
     whole, part = shared.root / "runs/lora/gguf/lora-f16.gguf", shared.root / "adapter-gguf/lora-bf16.gguf"
+    assert "FROM ./lora-f16.gguf\n" in (whole.parent / "Modelfile").read_text()
     assert 0 < part.stat().st_size < whole.stat().st_size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama 3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -166,7 +167,7 @@ class LlamaCpp:
         self._server = xllamacpp.Server(parameters)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def post(self, path: str, body: dict) -> dict:
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self._server.listening_address + path, content, kind)
         with self._opener.open(request) as response:

@@ -96,6 +96,7 @@ def _run_commands(commands: _Commands) -> None:
     which.add_argument("--checkpoint", type=int, metavar="STEP", help="use the weights of this checkpoint")
     export.add_argument("--gguf", choices=("bf16", "f16", "q8_0"), help="write one GGUF file, for llama.cpp and Ollama")
     export.add_argument("--converter", metavar="PATH", help="--gguf: converter of llama.cpp, for other model families")
+    export.add_argument("--ollama", action="store_true", help="--gguf: also write a Modelfile for `ollama create`")
     export.add_argument("--out", metavar="DIR", help="output directory; RUN/export, merged or gguf when left out")
     export.set_defaults(run=_export)
 

@@ -66,6 +66,7 @@ def export(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, option)
         argv += [f"--{option}", value] if value else []
     argv += ["--merge"] if arguments.merge else []
+    argv += ["--ollama"] if arguments.ollama else []
     return subprocess.run(argv, check=False).returncode
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from trainer.errors import ModelError, TrainerError
 from trainer.export.merge import write_merged, write_plain
+from trainer.export.ollama import modelfile
 from trainer.export.weights import Weights, choose_weights
 from trainer.files import replaced_directory
 from trainer.planning.plan import Plan
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=int)
     parser.add_argument("--gguf", choices=("bf16", "f16", "q8_0"))
     parser.add_argument("--converter")
+    parser.add_argument("--ollama", action="store_true")
     parser.add_argument("--out")
     return parser
 
@@ -50,6 +52,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     is_merged = arguments.merge and plan.recipe.lora is not None
     if arguments.converter and not arguments.gguf:
         raise ModelError("--converter goes with --gguf")
+    for_ollama = _modelfile(run, plan, arguments)
     weights = choose_weights(run, plan, best=arguments.best, checkpoint=arguments.checkpoint)
     _say(f"{run.root}: {weights}")
     default = run.exported("gguf" if arguments.gguf else "merged" if arguments.merge else "export")
@@ -60,8 +63,24 @@ def _export(arguments: argparse.Namespace) -> Path:
         else:
             with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as files:
                 _write_files(plan, weights, Path(files), is_merged=is_merged)
-                _write_gguf(plan, Path(files), directory / f"{run.name}-{arguments.gguf}.gguf", arguments)
+                _write_gguf(plan, Path(files), directory / _gguf_name(run, arguments), arguments)
+        if for_ollama is not None:
+            (directory / "Modelfile").write_text(for_ollama, encoding="utf-8")
     return out
+
+
+def _gguf_name(run: RunDir, arguments: argparse.Namespace) -> str:
+    return f"{run.name}-{arguments.gguf}.gguf"
+
+
+def _modelfile(run: RunDir, plan: Plan, arguments: argparse.Namespace) -> str | None:
+    """The Modelfile, where the user asked for it."""
+    if not arguments.ollama:
+        return None
+    if not arguments.gguf or (plan.recipe.lora is not None and not arguments.merge):
+        needed = "--gguf q8_0" if plan.recipe.lora is None else "--merge --gguf q8_0"
+        raise ModelError(f"--ollama needs a whole model as GGUF: add {needed} (or bf16, f16)")
+    return modelfile(plan, _gguf_name(run, arguments))
 
 
 def _write_files(plan: Plan, weights: Weights, directory: Path, *, is_merged: bool) -> None:
