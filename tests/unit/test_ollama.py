@@ -17,7 +17,7 @@ from tokenizers import processors
 from trainer.config.load import load_recipe
 from trainer.data.template import TEMPLATES, ChatTemplate
 from trainer.errors import ModelError
-from trainer.export.go_template import default_system, derive_format, varied_chats
+from trainer.export.go_template import default_system, varied_chats
 from trainer.export.ollama import chat_format_of, modelfile
 from trainer.planning.plan import Plan, make_plan
 
@@ -132,8 +132,7 @@ def test_a_first_token_that_the_tokenizer_adds_is_left_to_it():
 
 
 def test_the_default_system_message_is_found():
-    jinja = ChatTemplate(tokenizer_with(DEFAULT_SYSTEM), DATE)
-    chat_format = derive_format(lambda chat: jinja.prompt(chat, None, {}))
+    chat_format = chat_format_of(tokenizer_with(DEFAULT_SYSTEM), DATE, {})
     assert default_system(chat_format) == "You are kind."
 
 

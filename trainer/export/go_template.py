@@ -14,8 +14,8 @@ from typing import Final, TypeAlias, final
 from trainer.errors import ModelError
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
-Render: TypeAlias = Callable[[Chat], str]
-"""The prompt that the model continues after a chat, by its Jinja template."""
+Render: TypeAlias = Callable[[Chat, bool], str]
+"""A chat by its Jinja template; with True followed by the beginning of the answer."""
 REMEDY: Final = "Use the chat template in the GGUF file (llama.cpp does), or set `model.chat_template` and train again."
 
 
@@ -66,14 +66,14 @@ def derive_format(render: Render) -> ChatFormat:
     """Find the fixed texts of a chat template, and compare both on varied chats.
 
     Args:
-        render: the prompt after a chat; raises where the template refuses one.
+        render: a chat by its Jinja template; raises where the template refuses one.
 
     Raises:
         ModelError: the template does not decompose; shows the first chat that is rendered otherwise.
     """
     chat_format = _probe(render)
     for chat in varied_chats(with_system=chat_format.system is not None):
-        if chat_format.render(chat) != render(chat):
+        if chat_format.render(chat) != render(chat, True):
             raise ModelError(
                 "the chat template is not a fixed text around each message, so it has no equal in Ollama's language: "
                 f"it renders a chat of {len(chat)} messages otherwise. {REMEDY}"
@@ -91,6 +91,9 @@ def _probe(render: Render) -> ChatFormat:
     # What follows a user's message begins the same before an answer to be written and before a written one.
     after_user = _common_prefix([one[1], three[1]])
     before_user = _common_suffix([one[0], three[2], *([with_system[1]] if with_system is not None else [])])
+    end = render([{"role": "user", "content": "zqua"}], False).rpartition("zqua")[2]
+    if after_user.startswith(end):  # put the end of a turn behind it, rather than before the next
+        after_user, before_user = end, before_user.removeprefix(end)
     return ChatFormat(
         beginning=one[0].removesuffix(before_user),
         system=None if with_system is None else (with_system[0], with_system[1].removesuffix(before_user)),
@@ -108,7 +111,7 @@ def _split(render: Render, messages: Sequence[tuple[str, str]]) -> list[str]:
     """
     roles = [role for role, _ in messages]
     try:
-        rest = render([{"role": role, "content": content} for role, content in messages])
+        rest = render([{"role": role, "content": content} for role, content in messages], True)
     except Exception as error:  # a template raises whatever its author thought of
         raise ModelError(f"the chat template refuses a chat of {', '.join(roles)}: {error}. {REMEDY}") from None
     parts = []

@@ -63,12 +63,13 @@ def chat_format_of(tokenizer: PreTrainedTokenizerBase, template_date: str, argum
     template = ChatTemplate(tokenizer, template_date)
     bos = str(tokenizer.bos_token) if _adds_bos(tokenizer) else ""
 
-    def prompt(chat: Chat) -> str:
-        return template.prompt(chat, None, arguments)
+    def render(chat: Chat, is_prompt: bool) -> str:
+        text = template.prompt(chat, None, arguments) if is_prompt else template.chat(chat, None, arguments).text
+        return text.removeprefix(bos)
 
-    chat_format = derive_format(lambda chat: prompt(chat).removeprefix(bos))
+    chat_format = derive_format(render)
     for chat in varied_chats(with_system=chat_format.system is not None):
-        wanted = tokenizer(prompt(chat), add_special_tokens=False)["input_ids"]
+        wanted = tokenizer(template.prompt(chat, None, arguments), add_special_tokens=False)["input_ids"]
         if tokenizer(chat_format.render(chat))["input_ids"] != wanted:
             raise ModelError(f"Ollama would read other tokens than the chat template gives. {REMEDY}")
     return chat_format
