@@ -60,13 +60,11 @@ def export(arguments: argparse.Namespace) -> int:
     """Run the exporter in a process of its own, which imports torch."""
     run = find_run(arguments.target)
     argv = [sys.executable, "-m", "trainer.export", str(run.root)]
-    argv += ["--best"] if arguments.best else []
-    argv += ["--checkpoint", str(arguments.checkpoint)] if arguments.checkpoint is not None else []
-    for option in ("gguf", "converter", "out"):
+    for flag in ("merge", "best", "ollama", "public"):
+        argv += [f"--{flag}"] if getattr(arguments, flag) else []
+    for option in ("checkpoint", "gguf", "converter", "intended_use", "push", "out"):
         value = getattr(arguments, option)
-        argv += [f"--{option}", value] if value else []
-    argv += ["--merge"] if arguments.merge else []
-    argv += ["--ollama"] if arguments.ollama else []
+        argv += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     return subprocess.run(argv, check=False).returncode
 
 

@@ -6,13 +6,18 @@ import argparse
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from transformers.utils import logging
 
 from trainer.errors import ModelError, TrainerError
+from trainer.export.hub import push, refuse_unready
 from trainer.export.merge import write_merged, write_plain
+from trainer.export.model_card import CARD, Exported, model_card
 from trainer.export.ollama import modelfile
+from trainer.export.verification import sample_rows
 from trainer.export.weights import Weights, choose_weights
 from trainer.files import replaced_directory
 from trainer.planning.plan import Plan
@@ -20,13 +25,17 @@ from trainer.run.directory import RunDir
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export one run; prints the directory of the export."""
+    """Export one run; prints the directory of the export, and the address where it was uploaded."""
     arguments = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        sys.stdout.write(f"{_export(arguments)}\n")
+        run = RunDir(Path(arguments.run))
+        out = _Export(run, run.read_plan(), arguments).write()
+        sys.stdout.write(f"{out}\n")
+        if arguments.push:
+            sys.stdout.write(f"{push(out, arguments.push, is_public=arguments.public)}\n")
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -42,69 +51,103 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gguf", choices=("bf16", "f16", "q8_0"))
     parser.add_argument("--converter")
     parser.add_argument("--ollama", action="store_true")
+    parser.add_argument("--push")
+    parser.add_argument("--public", action="store_true")
+    parser.add_argument("--intended-use")
     parser.add_argument("--out")
     return parser
 
 
-def _export(arguments: argparse.Namespace) -> Path:
-    run = RunDir(Path(arguments.run))
-    plan = run.read_plan()
-    is_merged = arguments.merge and plan.recipe.lora is not None
-    if arguments.converter and not arguments.gguf:
-        raise ModelError("--converter goes with --gguf")
-    for_ollama = _modelfile(run, plan, arguments)
-    weights = choose_weights(run, plan, best=arguments.best, checkpoint=arguments.checkpoint)
-    _say(f"{run.root}: {weights}")
-    default = run.exported("gguf" if arguments.gguf else "merged" if arguments.merge else "export")
-    out = Path(arguments.out) if arguments.out else default
-    with replaced_directory(out) as directory:
-        if arguments.gguf is None:
-            _write_files(plan, weights, directory, is_merged=is_merged)
+@final
+@dataclass(frozen=True)
+class _Export:
+    """One export: a run and what the user asked for."""
+
+    run: RunDir
+    plan: Plan
+    arguments: argparse.Namespace
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether an adapter is merged into its base."""
+        return self.arguments.merge and self.plan.recipe.lora is not None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the export needs its base model."""
+        return self.plan.recipe.lora is not None and not self.is_merged
+
+    @property
+    def gguf_name(self) -> str | None:
+        """Name of the GGUF file; None where none is written."""
+        return f"{self.run.name}-{self.arguments.gguf}.gguf" if self.arguments.gguf else None
+
+    def write(self) -> Path:
+        """Write the files, verify them, and put them in place as a whole; returns their directory."""
+        self._refuse_contradictions()
+        name = self.gguf_name
+        for_ollama = modelfile(self.plan, name) if self.arguments.ollama and name is not None else None
+        if self.arguments.push:
+            refuse_unready(self.arguments.push)
+        weights = choose_weights(self.run, self.plan, best=self.arguments.best, checkpoint=self.arguments.checkpoint)
+        _say(f"{self.run.root}: {weights}")
+        default = self.run.exported("gguf" if name is not None else "merged" if self.arguments.merge else "export")
+        out = Path(self.arguments.out) if self.arguments.out else default
+        with replaced_directory(out) as directory:
+            verifications = self._write(weights, directory)
+            if for_ollama is not None:
+                (directory / "Modelfile").write_text(for_ollama, encoding="utf-8")
+            exported = Exported(
+                weights,
+                tuple(verifications),
+                is_adapter=self.is_adapter,
+                gguf_name=name,
+                has_modelfile=for_ollama is not None,
+                intended_use=self.arguments.intended_use,
+            )
+            (directory / CARD).write_text(model_card(self.run, self.plan, exported), encoding="utf-8")
+        return out
+
+    def _refuse_contradictions(self) -> None:
+        arguments = self.arguments
+        if arguments.converter and not arguments.gguf:
+            raise ModelError("--converter goes with --gguf")
+        if arguments.ollama and (not arguments.gguf or self.is_adapter):
+            needed = "--merge --gguf q8_0" if self.is_adapter else "--gguf q8_0"
+            raise ModelError(f"--ollama needs a whole model as GGUF: add {needed} (or bf16, f16)")
+        if arguments.public and not arguments.push:
+            raise ModelError("--public goes with --push")
+
+    def _write(self, weights: Weights, directory: Path) -> list[str]:
+        """Write the weights, as a GGUF file where asked for; returns what was verified."""
+        if self.gguf_name is None:
+            return [self._write_files(weights, directory)]
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as files:
+            first = self._write_files(weights, Path(files))
+            return [first, self._write_gguf(Path(files), directory / self.gguf_name)]
+
+    def _write_files(self, weights: Weights, directory: Path) -> str:
+        verified = (write_merged if self.is_merged else write_plain)(self.plan, weights, directory)
+        return _say(str(verified))
+
+    def _write_gguf(self, files: Path, file: Path) -> str:
+        """Write the exported files as one GGUF file."""
+        try:
+            from trainer.export.gguf_export import export_adapter, export_model
+        except ModuleNotFoundError as error:
+            if error.name != "gguf":
+                raise
+            raise ModelError("--gguf needs the package gguf: pip install 'tunesmith[gguf]'") from None
+        converter = Path(self.arguments.converter) if self.arguments.converter else None
+        sample, kind = sample_rows(self.plan), self.arguments.gguf
+        if self.is_adapter:
+            checked = export_adapter(self.plan, files, file, kind, sample, converter)
         else:
-            with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as files:
-                _write_files(plan, weights, Path(files), is_merged=is_merged)
-                _write_gguf(plan, Path(files), directory / _gguf_name(run, arguments), arguments)
-        if for_ollama is not None:
-            (directory / "Modelfile").write_text(for_ollama, encoding="utf-8")
-    return out
+            checked = export_model(files, file, kind, sample, converter)
+        unverified = f"{file.name}: written by {converter}; it was not read back, since transformers cannot read it"
+        return _say(unverified if checked is None else str(checked))
 
 
-def _gguf_name(run: RunDir, arguments: argparse.Namespace) -> str:
-    return f"{run.name}-{arguments.gguf}.gguf"
-
-
-def _modelfile(run: RunDir, plan: Plan, arguments: argparse.Namespace) -> str | None:
-    """The Modelfile, where the user asked for it."""
-    if not arguments.ollama:
-        return None
-    if not arguments.gguf or (plan.recipe.lora is not None and not arguments.merge):
-        needed = "--gguf q8_0" if plan.recipe.lora is None else "--merge --gguf q8_0"
-        raise ModelError(f"--ollama needs a whole model as GGUF: add {needed} (or bf16, f16)")
-    return modelfile(plan, _gguf_name(run, arguments))
-
-
-def _write_files(plan: Plan, weights: Weights, directory: Path, *, is_merged: bool) -> None:
-    _say(str((write_merged if is_merged else write_plain)(plan, weights, directory)))
-
-
-def _write_gguf(plan: Plan, files: Path, file: Path, arguments: argparse.Namespace) -> None:
-    """Write the exported files as one GGUF file."""
-    try:
-        from trainer.export.gguf_export import export_adapter, export_model
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ModelError("--gguf needs the package gguf: pip install 'tunesmith[gguf]'") from None
-    from trainer.export.verification import sample_rows
-
-    converter = Path(arguments.converter) if arguments.converter else None
-    sample = sample_rows(plan)
-    if plan.recipe.lora is not None and not arguments.merge:
-        checked = export_adapter(plan, files, file, arguments.gguf, sample, converter)
-    else:
-        checked = export_model(files, file, arguments.gguf, sample, converter)
-    _say(str(checked or f"{file.name}: written by {converter}; transformers cannot read it, so it was not verified"))
-
-
-def _say(text: str) -> None:
+def _say(text: str) -> str:
     sys.stderr.write(f"{text}\n")
+    return text

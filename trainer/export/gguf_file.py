@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from peft import LoraConfig
@@ -139,7 +138,7 @@ def _write(writer: gguf.GGUFWriter, file: Path, kind: GGUFKind, tensors: Callabl
         stored = _type_of(tensor, ggml_type)
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         num_bytes = tensor.numel() // block * block_bytes
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=stored)
+        writer.add_tensor_info(name, tensor.shape, torch.empty(0).numpy().dtype, num_bytes, raw_dtype=stored)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

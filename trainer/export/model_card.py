@@ -18,6 +18,10 @@ from trainer.run.best import best_value
 from trainer.run.directory import RunDir
 
 CARD: Final = "README.md"
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank."""
+PRIVATE: Final = {"checkpoint": True, "logging": True, "rollout": {"vllm_url"}}
+"""Fields of the recipe that the card leaves out: addresses of storage and servers."""
 SHOWN: Final = ("eval/", "train/loss", "train/reward", "rollout/reward", "train/ref_kld")
 """Beginnings of the names of metrics that the card shows."""
 
@@ -33,6 +37,7 @@ class Exported:
     is_adapter: bool
     gguf_name: str | None = None
     """Of the GGUF file, where one was written."""
+    has_modelfile: bool = False
     intended_use: str | None = None
     """In the user's words."""
 
@@ -45,7 +50,6 @@ def model_card(run: RunDir, plan: Plan, exported: Exported) -> str:
         plan: its plan.
         exported: what was written.
     """
-    recipe = plan.recipe
     parts = [
         _header(plan, exported),
         f"# {run.name}",
@@ -55,7 +59,7 @@ def model_card(run: RunDir, plan: Plan, exported: Exported) -> str:
         "## How to use it",
         _use(run, plan, exported),
         "## Data",
-        *_data(plan),
+        "\n".join(_data(plan)),
         "## Results",
         *_results(run, plan, exported),
         "## Recipe",
@@ -101,19 +105,22 @@ def _default_use(plan: Plan) -> str:
 
 
 def _use(run: RunDir, plan: Plan, exported: Exported) -> str:
-    base, here = plan.recipe.model.path, "PATH"
-    rank = 0 if plan.recipe.lora is None else plan.recipe.lora.rank
-    if exported.gguf_name is not None:
-        lines = [f"llama-server -m BASE.gguf --lora {exported.gguf_name}"]
-        if not exported.is_adapter:
-            lines = [f"llama-server -m {exported.gguf_name}", f"ollama create {run.name} -f Modelfile  # if it is here"]
-    elif exported.is_adapter:
-        lines = [f"vllm serve {base} --enable-lora --max-lora-rank {max(rank, 8)} --lora-modules {run.name}={here}"]
+    base, lora = plan.recipe.model.path, plan.recipe.lora
+    if exported.gguf_name is not None and exported.is_adapter:
+        lines = [f"llama-server -m BASE.gguf --lora {exported.gguf_name}   # BASE.gguf: {base}, converted to GGUF"]
+    elif exported.gguf_name is not None:
+        ollama = [f"ollama create {run.name} -f Modelfile"] if exported.has_modelfile else []
+        lines = [f"llama-server -m {exported.gguf_name}", *ollama]
+    elif exported.is_adapter and lora is not None:
+        rank = next((rank for rank in VLLM_RANKS if rank >= lora.rank), lora.rank)
+        lines = [f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {run.name}=."]
     else:
-        lines = [f"vllm serve {here}"]
-    again = "as `lora.warm_start` of a recipe" if exported.is_adapter else "as `model.path` of a recipe"
-    further = "" if exported.gguf_name else f"\n\nTo train it further, name this directory {again}."
-    return "```sh\n" + "\n".join(lines) + "\n```\n\n`PATH` is this directory." * 1 + further
+        lines = [f"vllm serve . --served-model-name {run.name}"]
+    text = "In this directory:\n\n```sh\n" + "\n".join(lines) + "\n```"
+    if exported.gguf_name is not None:
+        return text
+    field = "lora.warm_start" if exported.is_adapter else "model.path"
+    return f"{text}\n\nTo train it further with tunesmith, name the directory as `{field}` of a recipe."
 
 
 def _data(plan: Plan) -> Iterator[str]:
@@ -149,7 +156,8 @@ def _table(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _recipe(plan: Plan) -> str:
-    text = yaml.safe_dump(json.loads(plan.recipe.model_dump_json(exclude_defaults=True)), sort_keys=False)
+    values = json.loads(plan.recipe.model_dump_json(exclude_defaults=True, exclude=PRIVATE))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     rewards = ""
     if isinstance(plan.recipe, RFTRecipe):
         rewards = "\n\nRewards of the kind `file.py:function` are code that is not part of this card."
