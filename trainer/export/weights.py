@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
 import torch
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from trainer.checkpoints.manifest import verified_manifest
-from trainer.checkpoints.reader import SafeReader
 from trainer.data.chat import load_tokenizer
 from trainer.errors import CheckpointError, ModelError
 from trainer.model.adapters import RUN_ADAPTER
@@ -21,7 +17,7 @@ from trainer.model.policy import Policy, load_policy
 from trainer.planning.plan import Plan
 from trainer.run.best import best_value
 from trainer.run.directory import RunDir
-from trainer.training.learner import MASTER_PREFIX
+from trainer.training.masters import read_masters
 
 CPU: Final = torch.device("cpu")
 
@@ -110,24 +106,12 @@ def load_trained(plan: Plan, weights: Weights) -> Policy:
     parameters = policy.trained_parameters()
     with torch.no_grad():
         if weights.is_checkpoint:
-            _read_masters(weights.directory, {name: value.data for name, value in parameters.items()})
+            read_masters(weights.directory, {name: value.data for name, value in parameters.items()})
         elif policy.adapters is not None:
             saved = policy.adapters.load_tensors(RUN_ADAPTER, weights.directory)
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
     return policy
-
-
-def _read_masters(directory: Path, parameters: dict[str, torch.Tensor]) -> None:
-    """Read the masters of a checkpoint into parameters, by name; the state of the optimizer is not read."""
-    masters = {MASTER_PREFIX + name: parameter for name, parameter in parameters.items()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP warns when there is a single process
-            state_dict_loader.load(masters, storage_reader=SafeReader(directory), no_dist=True)
-    except (Exception, CheckpointException) as error:  # DCP wraps whatever happened
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{directory}: cannot be read: {first}") from error
 
 
 def write_weights(plan: Plan, weights: Weights, policy: Policy, directory: Path) -> None:
