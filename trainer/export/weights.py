@@ -128,6 +128,6 @@ def write_weights(plan: Plan, weights: Weights, policy: Policy, directory: Path)
         return
     masters = {name: value.detach().clone() for name, value in policy.trained_parameters().items()}
     if plan.recipe.lora is None:
-        policy.causal_lm.to(getattr(torch, plan.recipe.model.compute_dtype))
+        policy.to(getattr(torch, plan.recipe.model.compute_dtype))
     policy.save(directory, masters)
     load_tokenizer(plan.recipe.model).save_pretrained(str(directory))
