@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_override_arguments
-from trainer.config.load import load_recipe
 from trainer.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -24,10 +23,11 @@ from trainer.errors import (
     RolledBackError,
     TrainerError,
 )
-from trainer.planning.plan import Plan, RFTPlan, make_plan
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.best import best_value
 from trainer.run.directory import RunDir
 from trainer.run.find import named_run, open_run
+from trainer.run.plan_recipe import plan_recipe
 from trainer.run.protocol import SHUTDOWN_TIMEOUT
 from trainer.run.state import EndState, Outcome
 
@@ -184,7 +184,7 @@ def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
     if target.is_dir():
         run = RunDir(target)
         return run.read_plan(), run
-    plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
+    plan = plan_recipe(target, arguments.set, arguments.shape)
     if _is_main():
         run = open_run(plan, arguments.name)
         return run.read_plan(), run

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from trainer.config.arguments import add_recipe_arguments
-from trainer.config.load import all_shapes, config_dirs, load_recipe
+from trainer.config.load import all_shapes, config_dirs
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FINISHED, EXIT_USER, ModelError, ShapeError, TrainerError
 from trainer.model import attention
@@ -37,8 +37,9 @@ from trainer.model.policy import Policy, Reference, make_policy
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.memory import GIB, MemoryEstimate
 from trainer.planning.model_facts import find_model_config
-from trainer.planning.plan import Plan, RFTPlan, make_plan
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.planning.remedies import find_remedies, remedy_lines
+from trainer.run.plan_recipe import plan_recipe
 from trainer.training import policy_update
 from trainer.training.learner import Learner
 from trainer.training.losses import sft_loss
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+        plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
         if plan.memory is None:
             raise ModelError(
                 f"{plan.recipe.model.path}: the sizes of the model are unknown, so its memory cannot be measured"

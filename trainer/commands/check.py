@@ -18,12 +18,13 @@ from trainer.config.arguments import override_argv
 from trainer.config.load import all_shapes, load_recipe
 from trainer.errors import EXIT_USER
 from trainer.planning.fit import misfit
-from trainer.planning.plan import make_plan, model_facts
+from trainer.planning.plan import model_facts
+from trainer.run.plan_recipe import plan_recipe
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Validate, resolve and estimate; `--data`, `--rewards` and `--memory` run in a second process."""
-    plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+    plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
     sys.stderr.flush()

@@ -89,12 +89,25 @@ def _run_commands(commands: _Commands) -> None:
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
 
-    export = commands.add_parser("export", help="write a model from a finished run, and verify it")
+    export = commands.add_parser("export", help="write a model from a run, verify it, upload it")
     _run_argument(export)
-    export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
-    export.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
-    export.add_argument("--out", metavar="DIR", help="output directory; RUN/merged when left out")
+    _export_arguments(export)
     export.set_defaults(run=_export)
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    """What `trainer export` writes, and where."""
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
+    which.add_argument("--checkpoint", type=int, metavar="STEP", help="use the weights of this checkpoint")
+    export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
+    export.add_argument("--gguf", choices=("bf16", "f16", "q8_0"), help="write one GGUF file, for llama.cpp and Ollama")
+    export.add_argument("--converter", metavar="PATH", help="--gguf: converter of llama.cpp, for other model families")
+    export.add_argument("--ollama", action="store_true", help="--gguf: also write a Modelfile for `ollama create`")
+    export.add_argument("--intended-use", metavar="TEXT", help="what the model card says about the intended use")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository of the hub")
+    export.add_argument("--public", action="store_true", help="--push: make a new repository public, not private")
+    export.add_argument("--out", metavar="DIR", help="output directory; RUN/export, merged or gguf when left out")
 
 
 def _job_commands(commands: _Commands) -> None:

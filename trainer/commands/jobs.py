@@ -12,20 +12,19 @@ from typing import final
 
 from trainer.commands.status import describe_run
 from trainer.commands.tables import table_lines
-from trainer.config.load import load_recipe
 from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.start import stop_job
 from trainer.jobs.state import Launcher, read_record
-from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, named_run
+from trainer.run.plan_recipe import plan_recipe
 
 
 def submit(arguments: argparse.Namespace) -> int:
     """Start a run in the background; prints the job id, or with --print only the batch script."""
-    plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+    plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
     options = SlurmOptions(arguments.partition, arguments.time, _extra(arguments.slurm))

@@ -72,7 +72,8 @@ class LoraSettings(Section):
     dora: bool = False
     """Train magnitude and direction of the weights separately (DoRA, arXiv:2402.09353); slower."""
     warm_start: str | None = None
-    """A directory with a trained adapter to initialize from. This starts a new run; it does not resume one."""
+    """A trained adapter to initialize from: a directory, or a run as `NAME`, `NAME@best` or `NAME@STEP` (a checkpoint,
+    which must be kept until this run has ended). This starts a new run; it does not resume one."""
 
 
 class DataSource(Section):

@@ -145,8 +145,9 @@ def _model(recipe: Recipe) -> list[Finding]:
         text = f"no such file: {template}; built-in templates are {', '.join(BUILTIN_TEMPLATES)}"
         findings.append(Finding(("model", "chat_template"), text))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
-        config = Path(recipe.lora.warm_start) / "adapter_config.json"
-        if not config.is_file():
+        directory = Path(recipe.lora.warm_start)
+        config = directory / "adapter_config.json"
+        if directory.is_dir() and not config.is_file():
             findings.append(Finding(("lora", "warm_start"), f"{config} is missing: not an adapter directory"))
     return findings
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar, final
 
-from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
 from trainer.jobs.state import Launcher, is_alive, observe, read_record, read_state, waiting_reason
 from trainer.launch.local import refuse_many_machines
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import Plan
 from trainer.retry import retry
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, all_runs, find_run, named_run, open_run
+from trainer.run.plan_recipe import plan_recipe
 from trainer.run.polling import pauses
 from trainer.run.state import JobState, Outcome, RunState
 
@@ -110,7 +110,7 @@ def submit(
         LaunchError: the run is running already, or sbatch refuses it.
         QueueError: Slurm is unreachable.
     """
-    plan = make_plan(load_recipe(Path(recipe), set), shape)
+    plan = plan_recipe(Path(recipe), set, shape)
     return submit_plan(plan, launcher, name=name, slurm=slurm)
 
 

@@ -138,9 +138,9 @@ class RunDir:
         """Every directory of trained weights that exists."""
         return [directory for name in WEIGHTS if (directory := self.root / name).is_dir()]
 
-    def exported(self, *, is_merged: bool) -> Path:
+    def exported(self, kind: Literal["export", "merged", "gguf"]) -> Path:
         """Where `trainer export` writes unless told otherwise."""
-        return self.root / ("merged" if is_merged else "export")
+        return self.root / kind
 
     def checkpoint(self, step: int) -> Path:
         """Directory of one checkpoint."""
