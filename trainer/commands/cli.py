@@ -59,6 +59,7 @@ def _training_commands(commands: _Commands) -> None:
 
     shapes = commands.add_parser("shapes", help="list the training shapes; with a recipe, which of them it fits")
     shapes.add_argument("recipe", nargs="?", metavar="RECIPE", help="path of a recipe")
+    shapes.add_argument("--print", metavar="NAME", help="print a shape as YAML, to copy and change it")
     shapes.set_defaults(run=_shapes)
 
     verify = commands.add_parser("verify-resume", help="prove that an interrupted run equals an undisturbed one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import ShapeLimit, TrainingShape
-from trainer.planning.memory import estimate_memory
+from trainer.planning.memory import base_bytes, compute_bytes_of, estimate_memory
 from trainer.planning.model_facts import ModelFacts
 
 
@@ -32,7 +32,7 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
         return f"supports sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
     if facts is None:
         return None
-    if facts.params > limit.max_params_b * 1e9:
+    if base_bytes(recipe, facts) > limit.max_params_b * 1e9 * compute_bytes_of(recipe):  # 4-bit weights count less
         return f"supports models up to {limit.max_params_b:g} B parameters for {kind} ({limit.basis})"
     memory = estimate_memory(recipe, shape, facts)
     if not memory.fits:
