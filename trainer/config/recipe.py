@@ -326,7 +326,8 @@ class RecipeBase(Section):
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     """What to do after preemption, crashes, hangs and non-finite values."""
     shape: str = "auto"
-    """Name of a training shape in configs/shapes/, path of a shape file, or `auto` for the smallest shape that fits."""
+    """Name of a training shape (`trainer shapes`), path of a shape file, or `auto`: the smallest that fits, of this
+    machine's GPUs if it has any (docs/machine.md)."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     """Copies of the metrics, for example to Weights & Biases."""
 

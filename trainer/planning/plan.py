@@ -94,7 +94,10 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     recipe, document = loaded.recipe, loaded.document
     facts = model_facts(recipe)
     name = shape_name or recipe.shape
-    shape = choose_shape(recipe, facts, name, "--shape" if shape_name else document.where(("shape",)))
+    source = "--shape" if shape_name else document.where(("shape",))
+    is_given = document.origin_of(("model", "gradient_checkpointing")) is not None
+    choice = choose_shape(recipe, facts, name, source, may_checkpoint=not is_given)
+    recipe, shape = choice.recipe, choice.shape
     num_rows = count_rows(recipe.data.train)
     steps = num_steps(recipe, num_rows)
     assert steps is not None, "`load_recipe` refuses recipes of unknown length"
@@ -102,10 +105,9 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     origins = _origins(recipe, algorithm, document) | {
         f"shape.{field}": f"shape {shape.name}" for field in SHAPE_VALUES
     }
-    if name == "auto":
-        origins["shape"] = "auto: the smallest that fits"
-    elif shape_name is not None:
+    if shape_name is not None:
         origins["shape"] = "--shape"
+    origins |= choice.origins
     identity = make_identity(recipe, algorithm)
     values = {
         "recipe": recipe.model_copy(update={"shape": shape.name}),
@@ -119,7 +121,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         "identity": identity,
         "identity_hash": identity_hash(identity),
         "origins": origins,
-        "warnings": [*loaded.warnings, *_warnings(recipe, facts, shape)],
+        "warnings": [*loaded.warnings, *choice.notes, *_warnings(recipe, facts, shape)],
     }
     if algorithm is None:
         return SFTPlan.model_validate(values)
