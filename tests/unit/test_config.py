@@ -266,11 +266,6 @@ def test_a_reward_in_a_file_beside_the_recipe_is_found_without_importing_it():
         ),
         ("rows_per_step: 2", "rows_per_step: 7", "recipe.yaml:11: rows_per_step: more than the 6 rows"),
         (
-            "path: model",
-            "path: owner/name\n  revision: main",
-            "recipe.yaml:5: model.revision: `main` is a branch or a tag, which can change; pin a commit",
-        ),
-        (
             "train: train.jsonl",
             "train: {path: none.jsonl, hub: owner/rows}",
             "recipe.yaml:8: data.train: rows come from the hub (owner/rows) and may change; pin `revision`",

@@ -214,7 +214,7 @@ def config_of(plan: Plan) -> PretrainedConfig:
         ModelError: There is none, or transformers does not know its type.
     """
     model = plan.recipe.model
-    known = find_model_config(model.path, config_dirs("models"))
+    known = find_model_config(model.path, config_dirs("models"), model.revision)
     if known is None:
         raise ModelError(f"{model.path}: no config.json was found, so its memory cannot be measured")
     fields = {str(name): value for name, value in known.items() if name != "model_type"}

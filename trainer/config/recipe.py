@@ -38,7 +38,8 @@ class ModelSettings(Section):
     path: str
     """A directory with config.json and safetensors weights, or the name of a Hugging Face hub model."""
     revision: str | None = None
-    """Commit of a hub model, required for one. A branch or tag is accepted with a warning, because it can change."""
+    """Commit of a hub model, required for one. Of a branch or tag, such as `main`, the plan keeps the commit that it is
+    then; where that cannot be found out, it stays, with a warning."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template. It must contain `{% generation %}` markers."""
     trust_remote_code: bool = False

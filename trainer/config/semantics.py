@@ -13,7 +13,6 @@ from trainer.config.document import KeyPath
 from trainer.config.length import count_rows, num_steps
 from trainer.config.recipe import DataSource, Recipe, RFTRecipe
 
-COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<location>.+)")
 BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos", "oci")
 """Object storage: addresses of these protocols begin with a bucket."""
@@ -128,7 +127,7 @@ def _source(path: KeyPath, source: DataSource) -> list[Finding]:
 def _model(recipe: Recipe) -> list[Finding]:
     model = recipe.model
     directory = Path(model.path)
-    findings = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
+    findings = _hub_model(recipe) if is_hub_name(model.path) else _model_directory(directory)
     if model.quantization is not None and recipe.lora is None:
         findings.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
     if model.chat_template is not None and not Path(model.chat_template).is_file():
@@ -140,7 +139,7 @@ def _model(recipe: Recipe) -> list[Finding]:
     return findings
 
 
-def _is_hub_name(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
     """Whether the path is a hub name `owner/name`: one slash, and no such file or directory."""
     looks_local = path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
     return not looks_local and not Path(path).exists()
@@ -159,13 +158,12 @@ def _model_directory(directory: Path) -> list[Finding]:
 
 
 def _hub_model(recipe: Recipe) -> list[Finding]:
-    revision = recipe.model.revision
-    if revision is None:
-        return [Finding(("model", "path"), "a hub name needs `model.revision`, a commit: a branch can change")]
-    if not COMMIT.fullmatch(revision):
-        text = f"`{revision}` is a branch or a tag, which can change; pin a commit (40 hexadecimal digits)"
-        return [Finding(("model", "revision"), text, is_error=False)]
-    return []
+    if recipe.model.revision is not None:
+        return []
+    text = (
+        "a hub name needs `model.revision`, a commit, or a branch such as `main`, which the plan resolves to its commit"
+    )
+    return [Finding(("model", "path"), text)]
 
 
 def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
