@@ -11,6 +11,8 @@ from typing import Final
 
 COMMIT: Final = "c0ffee" + "0" * 34
 """What `main` points to."""
+FRONT_PAGE: Final = ("", "", "", "", "main", "config.json")
+"""Of the hub itself: anything that exists."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ def fake_hub(config: bytes) -> Iterator[FakeHub]:
 
         def respond(self, *, with_body: bool) -> None:
             hub.requests.append(f"{self.command} {self.path}")
-            _, _, name, _, revision, file = self.path.split("/", 5)
+            _, _, name, _, revision, file = self.path.split("/", 5) if self.path.count("/") > 4 else FRONT_PAGE
             problem = {"gated": (403, "GatedRepo"), "gone": (404, "RepoNotFound")}.get(name)
             if problem is None and revision not in ("main", hub.commit):
                 problem = (404, "RevisionNotFound")

@@ -55,6 +55,7 @@ def run_quietly(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         ["shapes", "recipe.yaml"],
         ["submit", "recipe.yaml", "--launcher", "slurm", "--print"],
         ["jobs"],
+        ["doctor"],
     ],
 )
 @pytest.mark.parametrize("recipe", [SFT, RFT], ids=["sft", "rft"])

@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _training_commands(commands)
     _run_commands(commands)
     _job_commands(commands)
+    _machine_commands(commands)
     return parser
 
 
@@ -121,6 +122,13 @@ def _job_commands(commands: _Commands) -> None:
     reconnect.set_defaults(run=_reconnect)
 
 
+def _machine_commands(commands: _Commands) -> None:
+    """Commands about this machine."""
+    doctor = commands.add_parser("doctor", help="whether this machine can train: devices, versions, disk, hub")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    doctor.set_defaults(run=_doctor)
+
+
 def _name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run; the recipe's when left out")
 
@@ -193,6 +201,12 @@ def _reconnect(arguments: argparse.Namespace) -> int:
     from trainer.commands.jobs import reconnect
 
     return reconnect(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from trainer.commands.doctor import doctor
+
+    return doctor(arguments)
 
 
 if __name__ == "__main__":

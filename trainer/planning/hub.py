@@ -82,9 +82,9 @@ def hub_model(name: str, revision: str) -> HubModel:
     cached = cached_model(name, revision)
     if cached.config_file is not None:
         return cached
-    offline = [variable for variable in OFFLINE_VARIABLES if os.environ.get(variable, "").lower() in TRUE_WORDS]
-    if offline:
-        return HubModel(cached.commit, None, f"{offline[0]} is set")
+    problem = _offline_problem()
+    if problem is not None:
+        return HubModel(cached.commit, None, problem)
     return _downloaded(name, revision, cached)
 
 
@@ -114,9 +114,43 @@ def _downloaded(name: str, revision: str, cached: HubModel) -> HubModel:
     return HubModel(file.parent.name, file)
 
 
+def _offline_problem() -> str | None:
+    """Return the variable that forbids requests, as text; None if they are allowed."""
+    offline = [variable for variable in OFFLINE_VARIABLES if os.environ.get(variable, "").lower() in TRUE_WORDS]
+    return f"{offline[0]} is set" if offline else None
+
+
 def _cache_dir() -> Path:
     """Return the cache of huggingface_hub, which the same variables move."""
     if "HF_HUB_CACHE" in os.environ:
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser() / "hub"
+
+
+@final
+@dataclass(frozen=True)
+class HubState:
+    """Whether models can be downloaded, and what is in the cache."""
+
+    endpoint: str
+    has_token: bool
+    cache: Path
+    num_cached: int
+    """Number of models in the cache."""
+    problem: str | None
+    """Why the hub cannot be used; None if it answers."""
+
+
+def hub_state() -> HubState:
+    """Ask the hub for its front page's header."""
+    from huggingface_hub import constants, get_session, get_token
+
+    problem = _offline_problem()
+    if problem is None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S)
+        except Exception as error:  # its HTTP library raises errors of its own
+            problem = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    cached = len(list(_cache_dir().glob("models--*")))
+    return HubState(constants.ENDPOINT, get_token() is not None, _cache_dir(), cached, problem)
