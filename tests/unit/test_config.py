@@ -212,7 +212,7 @@ def test_scientific_notation_is_a_number(text):
             "path: model\n  chat_template: no.jinja",
             "recipe.yaml:5: model.chat_template: no such file: no.jinja",
         ),
-        ("rank: 4", "warm_start: model", "recipe.yaml:6: lora.warm_start: model/adapter_config.json is missing"),
+        ("rank: 4", "warm_start: model", "recipe.yaml:6: lora.warm_start: model holds no adapter (no adapter_config"),
         ("shape: cpu", "rewards: [{use: last_number}]", "recipe.yaml:18: rewards: belongs to `method: rft`"),
     ],
 )

@@ -12,6 +12,16 @@ from typing import Final, final
 from trainer.config.document import KeyPath
 from trainer.config.length import count_rows, num_steps
 from trainer.config.recipe import DataSource, Recipe, RFTRecipe
+from trainer.config.unsupported import (
+    HEAD_ADAPTER,
+    HEAD_NAME,
+    VLLM_DORA,
+    VLLM_FULL,
+    VLLM_TRUNCATED,
+    truncates,
+    vllm_url_problem,
+    warm_start_problem,
+)
 
 ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<location>.+)")
 BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos", "oci")
@@ -133,9 +143,12 @@ def _model(recipe: Recipe) -> list[Finding]:
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         findings.append(Finding(("model", "chat_template"), f"no such file: {model.chat_template}"))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
-        config = Path(recipe.lora.warm_start) / "adapter_config.json"
-        if not config.is_file():
-            findings.append(Finding(("lora", "warm_start"), f"{config} is missing: not an adapter directory"))
+        problem = warm_start_problem(recipe.lora, Path(recipe.lora.warm_start))
+        if problem is not None:
+            findings.append(Finding(("lora", "warm_start"), problem))
+    targets = recipe.lora.target_modules if recipe.lora is not None else "all-linear"
+    if isinstance(targets, list) and HEAD_NAME in {name.rpartition(".")[2] for name in targets}:
+        findings.append(Finding(("lora", "target_modules"), HEAD_ADAPTER))
     return findings
 
 
@@ -214,4 +227,18 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
             f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
         )
         findings.append(Finding(("rollout", "max_completion_tokens"), text))
+    return findings + (_vllm(recipe) if rollout.sampler == "vllm" else [])
+
+
+def _vllm(recipe: RFTRecipe) -> list[Finding]:
+    findings = []
+    url_problem = vllm_url_problem(recipe.rollout.vllm_url)
+    if url_problem is not None:
+        findings.append(Finding(("rollout", "vllm_url"), url_problem))
+    if recipe.lora is None:
+        findings.append(Finding(("rollout", "sampler"), VLLM_FULL))
+    elif recipe.lora.dora:
+        findings.append(Finding(("lora", "dora"), VLLM_DORA))
+    if recipe.rollout.temperature != 1.0 and truncates(recipe.rollout):
+        findings.append(Finding(("rollout", "temperature"), VLLM_TRUNCATED))
     return findings

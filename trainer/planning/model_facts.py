@@ -55,6 +55,8 @@ class ModelFacts:
     """Attention scores are capped or have sinks, which the fused CPU kernel does not support."""
     stored_bytes: int = 2
     """Bytes per weight in the files."""
+    attention_dropout: float = 0.0
+    """Fraction of attention probabilities that training would drop."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
@@ -84,6 +86,7 @@ class ModelFacts:
                 has_fused_norms=model_type not in OTHER_NORMS,
                 has_eager_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
                 stored_bytes=4 if stored == "float32" else 2,
+                attention_dropout=float(config.get("attention_dropout") or 0.0),
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -112,6 +115,11 @@ class ModelFacts:
             return self.linears(1)
         shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
         return self.attention_linears() + shared
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether attention has sinks: a learned share of the probability that goes to no token."""
+        return self.model_type == "gpt_oss"
 
     @property
     def has_adapted_experts(self) -> bool:

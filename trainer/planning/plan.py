@@ -15,6 +15,7 @@ from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
 from trainer.config.section import Section
 from trainer.config.semantics import is_hub_name
 from trainer.config.shape import TrainingShape
+from trainer.config.unsupported import ATTENTION_DROPOUT, FULL_EXPERTS
 from trainer.errors import ModelError
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 from trainer.planning.choose_shape import choose_shape
@@ -97,6 +98,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     document = loaded.document
     recipe, revision_origin, revision_notes = _with_commit(loaded.recipe, document)
     facts = model_facts(recipe)
+    _refuse_model(recipe, facts, document)
     name = shape_name or recipe.shape
     source = "--shape" if shape_name else document.where(("shape",))
     is_given = document.origin_of(("model", "gradient_checkpointing")) is not None
@@ -157,6 +159,23 @@ def _with_commit(recipe: Recipe, document: Document) -> tuple[Recipe, dict[str, 
         return recipe, {}, [f"{text}. It was not resolved to one, since {on_hub.problem}."]
     pinned = recipe.model_copy(update={"model": model.model_copy(update={"revision": on_hub.commit})})
     return pinned, {"model.revision": f"commit of `{model.revision}` when the plan was made"}, []
+
+
+def _refuse_model(recipe: Recipe, facts: ModelFacts | None, document: Document) -> None:
+    """Refuse what no shape supports for this model.
+
+    Args:
+        recipe: The recipe.
+        facts: Sizes of the model; None if unknown, then the run refuses.
+        document: For the line.
+
+    Raises:
+        ModelError: It is not supported.
+    """
+    if facts is not None and facts.num_experts > 1 and recipe.lora is None:
+        raise ModelError(f"{document.where(('lora',))}: {FULL_EXPERTS}")
+    if facts is not None and facts.attention_dropout > 0:
+        raise ModelError(f"{document.where(('model', 'path'))}: {ATTENTION_DROPOUT}")
 
 
 def _warnings(recipe: Recipe, facts: ModelFacts | None, shape: TrainingShape) -> list[str]:

@@ -126,7 +126,7 @@ def _on_same_devices(start: Remedy) -> Iterator[Remedy]:
 
 def _enabling(start: Remedy) -> Iterator[Remedy]:
     """Yield the changes that are tried together with a second one."""
-    for change in (checkpointed, _with_vllm):
+    for change in (checkpointed, _with_vllm, _with_adapter):
         changed = change(start)
         if changed is not None:
             yield changed
@@ -192,6 +192,8 @@ def _with_vllm(start: Remedy) -> Remedy | None:
     recipe = start.recipe
     if not isinstance(recipe, RFTRecipe) or recipe.rollout.sampler == "vllm":
         return None
+    if recipe.lora is None or recipe.lora.dora:
+        return None  # vLLM serves neither
     rollout = recipe.rollout.model_copy(update={"sampler": "vllm"})
     return start.with_recipe("`rollout.sampler: vllm`", recipe.model_copy(update={"rollout": rollout}))
 
