@@ -286,7 +286,7 @@ def test_shapes_say_which_of_them_a_recipe_fits_and_why_not(capsys):
     assert lines["h100x1"].endswith("supports sequences up to 16,384 tokens (estimated)")
     assert lines["h200x1"].endswith("  fits")
     assert lines["rtx4090"].endswith("  does not fit")
-    assert lines["h100"].endswith("  fits h100x2")  # sharded, two H100 hold 32,768 tokens
+    assert lines["h100"].endswith("  fits h100x2_dp")  # the file of h100x1 says 16,384 tokens
     assert lines["h200"].endswith("  fits h200x1")
 
 

@@ -48,9 +48,9 @@ def test_a_shape_is_made_from_memory():
     assert [shape.micro_batch_tokens for shape in (one, sharded, whole)] == [4096] * 3
     assert [shape.sharding for shape in (one, sharded, whole)] == ["none", "full", "none"]
     assert [shape.num_ranks for shape in (one, sharded, whole)] == [1, 4, 4]
-    # 23.5 GiB * 0.7 / 2 bytes, and on four devices four times that; sequences may be twice a micro-batch
+    # 23.5 GiB * 0.7 / 2 bytes, and on four devices four times that; a sequence may be four micro-batches long
     assert [shape.limits.lora.max_params_b for shape in (one, sharded, whole)] == [8.8, 35.3, 8.8]
-    assert [shape.limits.lora.max_seq_tokens for shape in (one, sharded, whole)] == [4096, 8192, 4096]
+    assert [shape.limits.lora.max_seq_tokens for shape in (one, sharded, whole)] == [16_384] * 3
     # 18 bytes per parameter
     assert one.limits.full is not None
     assert one.limits.full.max_params_b == 0.98

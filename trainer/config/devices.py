@@ -20,6 +20,8 @@ COUNTS: Final = (1, 2, 4, 8)
 """Devices of one machine for which shapes are made."""
 TOKENS_PER_GIB: Final = 256
 """A micro-batch has this many tokens for each GiB, rounded down to a power of two: 16,384 on 79 GiB."""
+LONGEST: Final = 4
+"""A sequence may have this many times the tokens of a micro-batch: it is then alone in one."""
 WEIGHTS_FRAC: Final = 0.7
 """Largest part of all memory that base weights, or the state of full-parameter training, may take."""
 LORA_BYTES: Final = 2
@@ -119,7 +121,7 @@ def made_shapes(
 def _made(name: str, device_name: str, memory_gib: float, count: int, *, shards: int) -> TrainingShape:
     tokens = 1 << int(memory_gib * TOKENS_PER_GIB).bit_length() - 1
     room = memory_gib * 2**30 * WEIGHTS_FRAC * shards / 1e9
-    longest = tokens * (2 if shards > 1 else 1)
+    longest = tokens * LONGEST
     return TrainingShape(
         name=name,
         device="cuda",
