@@ -29,11 +29,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from trainer.config.arguments import add_recipe_arguments
-from trainer.config.load import all_shapes, config_dirs
+from trainer.config.load import config_dirs
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FINISHED, EXIT_USER, ModelError, ShapeError, TrainerError
 from trainer.model import attention
 from trainer.model.policy import Policy, Reference, make_policy
+from trainer.planning.choose_shape import reachable_shapes
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.memory import GIB, MemoryEstimate
 from trainer.planning.model_facts import find_model_config
@@ -214,7 +215,7 @@ def config_of(plan: Plan) -> PretrainedConfig:
         ModelError: There is none, or transformers does not know its type.
     """
     model = plan.recipe.model
-    known = find_model_config(model.path, config_dirs("models"))
+    known = find_model_config(model.path, config_dirs("models"), model.revision)
     if known is None:
         raise ModelError(f"{model.path}: no config.json was found, so its memory cannot be measured")
     fields = {str(name): value for name, value in known.items() if name != "model_type"}
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("\n".join(comparison_lines(comparison, plan.shape.name)) + "\n")
     if comparison.fits:
         return EXIT_FINISHED
-    remedies = find_remedies(plan.recipe, plan.shape, plan.facts, all_shapes())
+    remedies = find_remedies(plan.recipe, plan.shape, plan.facts, reachable_shapes())
     sys.stderr.write("\n".join(["does not fit", *remedy_lines(remedies)]) + "\n")
     return EXIT_USER
 

@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _training_commands(commands)
     _run_commands(commands)
     _job_commands(commands)
+    _machine_commands(commands)
     return parser
 
 
@@ -62,6 +63,7 @@ def _training_commands(commands: _Commands) -> None:
 
     shapes = commands.add_parser("shapes", help="list the training shapes; with a recipe, which of them it fits")
     shapes.add_argument("recipe", nargs="?", metavar="RECIPE", help="path of a recipe")
+    shapes.add_argument("--print", metavar="NAME", help="print a shape as YAML, to copy and change it")
     shapes.set_defaults(run=_shapes)
 
     verify = commands.add_parser("verify-resume", help="prove that an interrupted run equals an undisturbed one")
@@ -136,6 +138,13 @@ def _job_commands(commands: _Commands) -> None:
     reconnect.set_defaults(run=_reconnect)
 
 
+def _machine_commands(commands: _Commands) -> None:
+    """Commands about this machine."""
+    doctor = commands.add_parser("doctor", help="whether this machine can train: devices, versions, disk, hub")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    doctor.set_defaults(run=_doctor)
+
+
 def _name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run; the recipe's when left out")
 
@@ -208,6 +217,12 @@ def _reconnect(arguments: argparse.Namespace) -> int:
     from trainer.commands.jobs import reconnect
 
     return reconnect(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from trainer.commands.doctor import doctor
+
+    return doctor(arguments)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class ModelSettings(Section):
     path: str
     """A directory with config.json and safetensors weights, or the name of a Hugging Face hub model."""
     revision: str | None = None
-    """Commit of a hub model, required for one. A branch or tag is accepted with a warning, because it can change."""
+    """Commit of a hub model, required for one. Of a branch or tag, such as `main`, the plan keeps the commit that it is
+    then; where that cannot be found out, it stays, with a warning."""
     chat_template: str | None = None
     """A Jinja file, or `chatml`, `llama3`, `gemma` or `zephyr`, that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
@@ -382,7 +383,8 @@ class RecipeBase(Section):
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     """What to do after preemption, crashes, hangs and non-finite values."""
     shape: str = "auto"
-    """Name of a training shape in configs/shapes/, path of a shape file, or `auto` for the smallest shape that fits."""
+    """Name of a training shape (`trainer shapes`), path of a shape file, or `auto`: the smallest that fits, of this
+    machine's GPUs if it has any (docs/machine.md)."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     """Copies of the metrics, for example to Weights & Biases."""
 

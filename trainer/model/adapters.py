@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings
+from trainer.config.unsupported import HEAD_ADAPTER, warm_start_problem
 from trainer.errors import ModelError
 from trainer.model.batch import TokenOwners
 from trainer.model.lora_linear import FusedLinear, Routing, use_fused_linear
@@ -92,7 +93,7 @@ class Adapters:
             except ValueError as error:
                 raise ModelError(f"lora.target_modules: {error}") from None
         if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
-            raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
+            raise ModelError(f"lora.target_modules: {HEAD_ADAPTER}")
         named = sorted(self._peft.named_parameters())
         self._parameter_names[name] = tuple(key for key, value in named if id(value) not in known)
         self._train_all()
@@ -103,7 +104,17 @@ class Adapters:
             if isinstance(module, FusedLinear):
                 module.routing = self.routing
         if lora.warm_start is not None:
-            _refuse_other_adapter(self.config(name), Path(lora.warm_start))
+            problem = warm_start_problem(lora, Path(lora.warm_start), self.config(name).alpha_pattern)
+            if problem is not None:
+                raise ModelError(f"lora.warm_start: {problem}")
+
+    def _refuse_unknown_targets(self, lora: LoraSettings) -> None:
+        if lora.target_modules == "all-linear":
+            return
+        names = [name for name, module in self._base.named_modules() if _has_matrix(module)]
+        problems = target_problems(lora.target_modules, names)
+        if problems:
+            raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their name in the model, sorted."""
@@ -206,24 +217,6 @@ def _peft_config(lora: LoraSettings) -> peft.LoraConfig:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-
-
-def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:
-    if not (directory / "adapter_config.json").is_file():
-        raise ModelError(f"lora.warm_start: {directory} holds no adapter (no adapter_config.json)")
-    try:
-        theirs = peft.PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"lora.warm_start: {directory}/adapter_config.json cannot be read: {error}") from None
-    if not isinstance(theirs, peft.LoraConfig):
-        raise ModelError(f"lora.warm_start: {directory} holds an adapter of type {theirs.peft_type}, not LORA")
-    fields = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
-    for name in (*fields, "alpha_pattern"):
-        if getattr(theirs, name) != getattr(ours, name):
-            raise ModelError(
-                f"lora.warm_start: {directory} was trained with {fields.get(name, name)} {getattr(theirs, name)}; "
-                f"the recipe has {getattr(ours, name)}. Make them equal."
-            )
 
 
 def _has_matrix(module: nn.Module) -> bool:
