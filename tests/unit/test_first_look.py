@@ -65,7 +65,6 @@ def test_a_table_of_the_wrong_form_is_refused(capsys: pytest.CaptureFixture[str]
         ("[q_proj, FAKE_TARGET]", "lora.target_modules: no module is called `FAKE_TARGET`; the model has"),
         ("[q_prj]", "lora.target_modules: no module is called `q_prj`; did you mean `q_proj`?"),
         ("[q_proj, embed_tokens]", "lora.target_modules: `embed_tokens` is an embedding"),
-        ("[lm_head]", "lora.target_modules: `lm_head` is an embedding"),
     ],
 )
 def test_target_modules_that_cannot_have_an_adapter_are_refused(

@@ -294,7 +294,7 @@ def test_a_directory_without_an_adapter_is_refused(model_dir, adapter_dir, spoil
     ("modules", "message"),
     [
         (["query"], r"lora.target_modules: no module is called `query`; the model has down_proj, .*q_proj"),
-        (["q_proj", "lm_head"], r"lora.target_modules: `lm_head` is an embedding: adapters go on linear layers"),
+        (["q_proj", "lm_head"], r"lora.target_modules: the head cannot have an adapter; leave it out"),
     ],
 )
 def test_target_modules_that_cannot_be_trained_are_refused(model_dir, modules, message):

@@ -73,12 +73,7 @@ class Adapters:
         is_quantized = getattr(self._base, "is_quantized", False)
         if not is_quantized:  # for 4-bit weights PEFT has a layer of its own
             use_fused_linear(config)
-        if lora.target_modules != "all-linear":
-            problems = target_problems(
-                lora.target_modules, [name for name, module in self._base.named_modules() if _has_matrix(module)]
-            )
-            if problems:
-                raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
+        self._refuse_unknown_targets(lora)
         known = {id(parameter) for parameter in self._base.parameters()}
         devices = [self._base.device] if self._base.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from trainer.config.unsupported import HEAD_ADAPTER, HEAD_NAME
+
 EMBEDDINGS: Final = frozenset(
     {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "embed_positions", "lm_head"}
     | {"embed_out", "shared"}
@@ -44,7 +46,9 @@ def target_problems(targets: Sequence[str], modules: Iterable[str]) -> list[str]
     leaves = sorted({name.rpartition(".")[2] for name in names} - EMBEDDINGS)
     problems = []
     for target in targets:
-        if target.rpartition(".")[2] in EMBEDDINGS:
+        if target.rpartition(".")[2] == HEAD_NAME:
+            problems.append(HEAD_ADAPTER)
+        elif target.rpartition(".")[2] in EMBEDDINGS:
             problems.append(f"`{target}` is an embedding: adapters go on linear layers")
         elif not any(name == target or name.endswith("." + target) for name in names):
             near = difflib.get_close_matches(target, leaves, n=1)
