@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Final, final
 
@@ -62,9 +64,10 @@ def export_model(model: Path, file: Path, kind: GGUFKind, sample: Sample, conver
     expected = logits_of(load_plain(str(model)), sample.sequences)
     config = AutoConfig.from_pretrained(model)  # transformers does not read all of it from the file
     try:
-        read = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, config=config, dtype=torch.float32
-        )
+        with redirect_stderr(StringIO()):  # a progress bar that transformers has no setting for
+            read = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+            )
     except ValueError:
         if converter is None:
             raise
