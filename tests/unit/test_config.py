@@ -8,7 +8,8 @@ import pytest
 from small_recipe import RFT, SFT, write_small
 
 from trainer.config.load import load_recipe
-from trainer.config.recipe import AlgorithmSettings, RFTRecipe, RolloutSettings, SFTRecipe
+from trainer.config.recipe import RFTRecipe, SFTRecipe
+from trainer.config.rft_sections import AlgorithmSettings, RolloutSettings
 from trainer.errors import RecipeError
 
 

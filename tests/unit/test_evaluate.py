@@ -11,7 +11,8 @@ import signal
 import pytest
 import torch
 
-from trainer.config.recipe import RewardSpec, RFTRecipe
+from trainer.config.recipe import RFTRecipe
+from trainer.config.rft_sections import RewardSpec
 from trainer.distributed.preemption import SIGNALS, StopFlag
 from trainer.distributed.world import World
 from trainer.errors import RewardError

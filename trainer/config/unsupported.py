@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from trainer.config.recipe import LoraSettings, RolloutSettings
+from trainer.config.recipe import LoraSettings
+from trainer.config.rft_sections import RolloutSettings
 
 VLLM_FULL: Final = "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
 VLLM_DORA: Final = "vLLM serves no DoRA adapters: set lora.dora to false, or rollout.sampler to local"

@@ -11,7 +11,8 @@ from typing import TypeVar, final
 
 from trainer.algorithms import group_advantages
 from trainer.config.presets import AdvantageEstimator
-from trainer.config.recipe import RFTRecipe, RolloutSettings
+from trainer.config.recipe import RFTRecipe
+from trainer.config.rft_sections import RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
