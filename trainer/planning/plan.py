@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Final, TypeAlias, final
 
+from pydantic import Field
+
 from trainer.config.document import Document, dotted, leaves
 from trainer.config.length import count_rows, mean_row_tokens, num_steps
 from trainer.config.load import LoadedRecipe, config_dirs
@@ -20,7 +22,7 @@ from trainer.errors import ModelError
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 from trainer.planning.choose_shape import choose_shape
 from trainer.planning.hub import COMMIT, hub_model
-from trainer.planning.identity import identity_hash, make_identity
+from trainer.planning.identity import identity_hash, make_identity, reward_digests
 from trainer.planning.memory import MemoryEstimate, estimate_memory
 from trainer.planning.model_facts import ModelFacts, find_model_facts, flops_per_token
 
@@ -51,6 +53,8 @@ class PlanBase(Section):
     identity: dict[str, object]
     """Everything that changes the result."""
     identity_hash: str
+    reward_digests: dict[str, str] = Field(default_factory=dict)
+    """Digest of each reward file. Changed reward code continues the same run; the change is recorded."""
     origins: dict[str, str]
     """Dotted field name -> default, shape, preset, --set or file:line."""
     warnings: list[str]
@@ -126,6 +130,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         "memory": estimate_memory(recipe, shape, facts) if facts is not None else None,
         "identity": identity,
         "identity_hash": identity_hash(identity),
+        "reward_digests": reward_digests(recipe, Path(document.file).resolve().parent),
         "origins": origins,
         "warnings": [*loaded.warnings, *revision_notes, *choice.notes, *_warnings(recipe, facts, shape)],
     }

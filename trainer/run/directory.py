@@ -17,7 +17,7 @@ from trainer.planning.plan import Plan
 from trainer.run import lock, readers
 from trainer.run.metrics_reader import MetricsReader, Record, newest_records, read_records
 from trainer.run.polling import wait_until
-from trainer.run.readers import Heartbeat
+from trainer.run.readers import Heartbeat, HeldOut
 from trainer.run.state import Outcome
 
 JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
@@ -106,6 +106,11 @@ class RunDir:
     def excluded_file(self) -> Path:
         """Rows that the run leaves out since their loss was not finite."""
         return self.root / "excluded.json"
+
+    @property
+    def held_out_file(self) -> Path:
+        """Digest of the held-out rows, and since which step they are evaluated."""
+        return self.root / "held_out.json"
 
     @property
     def heartbeat_file(self) -> Path:
@@ -228,6 +233,20 @@ class RunDir:
     def read_metrics(self) -> list[Record]:
         """Every step's metrics. Reads the whole file: to poll use `metrics_reader`."""
         return read_records(self.metrics_file)
+
+    def read_held_out(self) -> HeldOut | None:
+        """Which held-out rows are evaluated; None before the first attempt, and in runs of earlier versions."""
+        return readers.read_held_out(self.held_out_file)
+
+    def write_held_out(self, held_out: HeldOut) -> None:
+        """Write which held-out rows are evaluated."""
+        readers.write_held_out(self.held_out_file, held_out)
+
+    def comparable_metrics(self) -> list[Record]:
+        """The metrics whose held-out values may be compared: those since the held-out rows were last replaced."""
+        held_out = self.read_held_out()
+        first = -1 if held_out is None else held_out.since_step
+        return [record for record in self.read_metrics() if record["step"] > first]
 
     def metrics_reader(self, last: int = 0) -> MetricsReader:
         """A cursor in the metrics that begins with the `last` newest records."""

@@ -10,9 +10,11 @@ from trainer.config.length import num_steps
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import LaunchError, PreemptedError
+from trainer.planning.identity import held_out_digest
 from trainer.planning.plan import Plan
 from trainer.run.console import Console
 from trainer.run.directory import RunDir
+from trainer.run.readers import HeldOut
 from trainer.training.learner import Learner
 from trainer.training.metrics import MetricsLog, Values, peak_gib
 from trainer.training.no_gradient import NoGradientWarning
@@ -110,6 +112,8 @@ class Attempt:
                 )
             self.say(f"resumed {self.run.root} at step {saved_step} of {self.plan.steps}")
         self.bad_rows.load()
+        if self.world.is_main:
+            self._note_held_out(-1 if saved_step is None else saved_step)
         self.log.rewind(-1 if saved_step is None else saved_step)
         self.position.step = saved_step or 0
         self.position.enter("training")
@@ -117,6 +121,22 @@ class Attempt:
             raise PreemptedError(
                 f"stopped at step {self.step} of {self.plan.steps}, before the next step; nothing is lost"
             )
+
+    def _note_held_out(self, step: int) -> None:
+        """Record which held-out rows are evaluated after `step`; values of replaced ones are not compared any more."""
+        digest, before = held_out_digest(self.plan.recipe), self.run.read_held_out()
+        if digest is None:
+            return
+        if before is None:
+            self.run.write_held_out(HeldOut(digest, -1))
+        elif before.digest != digest:
+            self.run.write_held_out(HeldOut(digest, step))
+            if step >= 0:
+                self.say(
+                    f"warning: the held-out rows were replaced: values up to step {step} count no more as the best"
+                )
+        elif step < before.since_step:  # it continues from an older checkpoint
+            self.run.write_held_out(HeldOut(digest, step))
 
     def evaluate_at_start(self, learner: Learner, evaluate: Callable[[], Values]) -> None:
         """Log the held-out values before step 1, unless the run is resumed or has no held-out rows.
