@@ -179,7 +179,7 @@ class Measures:
         ours = torch.cat([_ours(policy, pack) for pack in packs])
         found["adapter"] = _largest(ours - expected)
         own = _gradients(ours.sum(), trained)
-        found["adapter_gradient"] = _relative(_by_key(policy.adapted, trained, own), gradients)
+        found["adapter_gradient"] = _relative(_by_key(policy.adapters.model, trained, own), gradients)
         found["dead"] = _kinds_of_layers([name for name, value in own.items() if not value.any()])
         return found
 

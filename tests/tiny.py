@@ -44,6 +44,15 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "mistral": _SLIDING,
     "mixtral": _MIXTURE,
     "gemma2": {**_SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma4_text": {
+        **_SLIDING,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt_oss": {**_SLIDING, **_MIXTURE, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen2_moe": {
         **_EXPERTS,
@@ -57,7 +66,7 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "stablelm": {},
     "mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2},
 }
-"""Families worth a test: windows of 8 tokens, soft caps (gemma2), sinks (gpt_oss), experts, and what is refused:
+"""Families worth a test: windows of 8 tokens, soft caps (gemma2), stored buffers (gemma4_text), sinks (gpt_oss), experts, and what is refused:
 windows only in the mask (qwen2_moe), recurrent state (qwen3_next), convolutions (lfm2), attention of their own (rest).
 """
 

@@ -23,6 +23,7 @@ from trainer.model.batch import Batch
 from trainer.model.lm_head import tiled_logprobs
 from trainer.model.lora_linear import Routing
 from trainer.model.rms_norm import use_fused_norms
+from trainer.model.saved_model import save_model
 
 
 @final
@@ -141,7 +142,7 @@ class Policy(nn.Module):
             self.adapters.save(adapter, directory, detached, base_path=self.model_path)
         else:
             weights = {name: tensor.to(self.compute_dtype) for name, tensor in detached.items()}
-            self.causal_lm.save_pretrained(str(directory), state_dict=weights)
+            save_model(self.causal_lm, directory, weights, self.model_path)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
