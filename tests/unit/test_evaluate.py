@@ -10,16 +10,18 @@ import signal
 import pytest
 import torch
 
-from trainer.config.recipe import RewardSpec
+from trainer.config.recipe import DataSettings, RewardSpec
 from trainer.distributed.preemption import SIGNALS, StopFlag
 from trainer.distributed.world import World
 from trainer.rewards.runner import RewardRunner
+from trainer.run.intervals import bootstrap_interval
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.evaluate import RewardEvaluation, bootstrap_interval, pass_at_k
+from trainer.training.evaluate import RewardEvaluation, pass_at_k
 from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.types import Completion, FinishReason, Row
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+DATA = DataSettings.model_validate({"train": "rows.jsonl"})
 REWARDS = """
 def scripted(completion, row):
     value = row["script"][len(completion)]
@@ -66,7 +68,9 @@ def signals():
 def evaluation(runner, scripts, num_samples, **params):
     prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
     drawn = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
-    return RewardEvaluation(prompts, GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag()), num_samples)
+    return RewardEvaluation(
+        prompts, GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag()), num_samples, DATA
+    )
 
 
 def test_values_of_two_prompts(runner):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
+from trainer.config.recipe import DataSettings
 from trainer.files import make_directory, write_atomically
+from trainer.run.intervals import bootstrap_interval
+from trainer.run.journal import json_line
 from trainer.training.group_sampler import GroupRequest, GroupSampler, Prompt
+from trainer.training.prompt_record import journal_prompt
 from trainer.training.rollouts import split_chunks
 from trainer.types import FinishReason, Rollout
 
-RESAMPLES: Final = 1000
-CONFIDENCE: Final = 0.95
 CHUNK_PROMPTS: Final = 16
 SEED_OFFSET: Final = 1_000_003
 """Offsets the noise stream from that of training; every evaluation uses the same noise."""
@@ -49,15 +49,16 @@ class HeldOutAnswer:
 class RewardEvaluation:
     """Answers each held-out prompt several times and averages the rewards."""
 
-    def __init__(self, prompts: Sequence[Prompt], sampler: GroupSampler, num_samples: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], sampler: GroupSampler, num_samples: int, data: DataSettings) -> None:
         """Fix the prompts and the noise.
 
         Args:
             prompts: held-out prompts.
             sampler: of training, whose parameters are used with other noise.
             num_samples: answers per prompt.
+            data: how rows are read, to record what was asked.
         """
-        self.prompts, self.sampler, self.num_samples = prompts, sampler, num_samples
+        self.prompts, self.sampler, self.num_samples, self.data = prompts, sampler, num_samples, data
         self.params, self.world = sampler.params.for_evaluation(SEED_OFFSET), sampler.world
 
     def __call__(self, record_to: Path | None = None) -> dict[str, float]:
@@ -66,13 +67,18 @@ class RewardEvaluation:
         Args:
             record_to: file for the answers, one JSON object per prompt; the main rank writes it.
         """
+        answers = self.answers()
+        if record_to is not None and self.world.is_main:
+            make_directory(record_to.parent)
+            write_atomically(record_to, self.records(answers))
+        return self.metrics(answers)
+
+    def answers(self) -> list[list[HeldOutAnswer]]:
+        """The answers to each prompt, in the order of the prompts; every rank calls it."""
         by_prompt: dict[int, list[HeldOutAnswer]] = {}
         for part in self.world.gather(self._answers_of_rank()):
             by_prompt |= part
-        if record_to is not None and self.world.is_main:
-            make_directory(record_to.parent)
-            write_atomically(record_to, "".join(self._record(index, by_prompt[index]) for index in sorted(by_prompt)))
-        return self._metrics([by_prompt[index] for index in sorted(by_prompt)])
+        return [by_prompt[index] for index in sorted(by_prompt)]
 
     def _answers_of_rank(self) -> dict[int, list[HeldOutAnswer]]:
         """The answers to this rank's prompts, by index of the prompt."""
@@ -86,7 +92,8 @@ class RewardEvaluation:
                 answers[index] = [HeldOutAnswer.of_rollout(rollout) for rollout in group.rollouts]
         return answers
 
-    def _metrics(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> dict[str, float]:
+    def metrics(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> dict[str, float]:
+        """The eval/ metrics of the answers to each prompt."""
         answers = [answer for of_prompt in by_prompt for answer in of_prompt]
         rewards = [[answer.earned for answer in of_prompt] for of_prompt in by_prompt]
         low, high = bootstrap_interval([sum(of_prompt) / len(of_prompt) for of_prompt in rewards], self.params.seed)
@@ -103,10 +110,15 @@ class RewardEvaluation:
             "eval/failed": float(sum(answer.reward is None for answer in answers)),
         }
 
-    def _record(self, index: int, answers: Sequence[HeldOutAnswer]) -> str:
-        row = self.prompts[index].row
-        record = {"row": row.index, "where": str(row), "answers": [answer.__dict__ for answer in answers]}
-        return json.dumps(record, ensure_ascii=False) + "\n"
+    def records(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> str:
+        """The answers as JSON, one prompt a line."""
+        pairs = zip(self.prompts, by_prompt, strict=True)
+        return "".join(
+            json_line(
+                journal_prompt(prompt.row, self.data).record() | {"answers": [answer.__dict__ for answer in answers]}
+            )
+            for prompt, answers in pairs
+        )
 
 
 def pass_at_k(rewards: Sequence[Sequence[float]], k: int, threshold: float = 0.5) -> float:
@@ -125,11 +137,3 @@ def pass_at_k(rewards: Sequence[Sequence[float]], k: int, threshold: float = 0.5
         passed = sum(reward > threshold for reward in row)
         chances.append(1.0 - math.comb(len(row) - passed, k) / math.comb(len(row), k))
     return math.fsum(chances) / len(chances)
-
-
-def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; a function of values and seed."""
-    generator = random.Random(f"bootstrap:{seed}")
-    means = sorted(math.fsum(generator.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
-    tail = int((1 - CONFIDENCE) / 2 * RESAMPLES)
-    return means[tail], means[-1 - tail]

@@ -60,7 +60,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         probe_sampling(sampler, params, plan, policy, world)
         group_sampler = GroupSampler(sampler, rewards, params, world, attempt.stop)
         rollouts = Rollouts(plan, prompts, group_sampler, attempt.run)
-        evaluation = RewardEvaluation(held_out, group_sampler, rollout.eval_samples)
+        evaluation = RewardEvaluation(held_out, group_sampler, rollout.eval_samples, recipe.data)
 
         def evaluate() -> Values:
             sampler.publish(policy, attempt.step)
