@@ -88,6 +88,8 @@ def _run_commands(commands: _Commands) -> None:
     _run_argument(rollouts)
     rollouts.add_argument("--step", type=int, help="the step trained on them; the newest when left out")
     rollouts.add_argument("--groups", type=int, default=4, metavar="N", help="number of prompts to show")
+    rollouts.add_argument("--full", action="store_true", help="show whole prompts and completions")
+    rollouts.add_argument("--refused", action="store_true", help="show rollouts that a failing reward made unusable")
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
 

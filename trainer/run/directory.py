@@ -22,6 +22,8 @@ from trainer.run.state import Outcome
 
 JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
 WEIGHTS = ("adapter", "adapter-best", "model", "model-best")
+REFUSED = "refused-"
+"""Begins the name of a step's rollouts that were set aside, because too many had no reward."""
 
 
 def step_name(step: int) -> str:
@@ -43,8 +45,9 @@ def step_number(name: str) -> int | None:
     return int(digits) if digits != name and digits.isdigit() else None
 
 
-def _steps(directory: Path) -> list[int]:
-    numbers = (step_number(entry.name) for entry in directory.glob("*/"))
+def _steps(directory: Path, prefix: str = "") -> list[int]:
+    entries = (entry.name for entry in directory.glob("*/") if entry.name.startswith(prefix))
+    numbers = (step_number(name.removeprefix(prefix)) for name in entries)
     return sorted(number for number in numbers if number is not None)
 
 
@@ -163,21 +166,21 @@ class RunDir:
         """Directories of checkpoints that are being written, or whose writer died."""
         return list(self.checkpoints.glob(".step-*.tmp"))
 
-    def journal(self, step: int) -> Path:
-        """Directory of one step's rollouts."""
-        return self.rollouts / step_name(step)
+    def journal(self, step: int, *, refused: bool = False) -> Path:
+        """Directory of one step's rollouts, or of those that were set aside."""
+        return self.rollouts / f"{REFUSED if refused else ''}{step_name(step)}"
 
-    def journal_steps(self) -> list[int]:
-        """Steps that have rollouts, ascending."""
-        return _steps(self.rollouts)
+    def journal_steps(self, *, refused: bool = False) -> list[int]:
+        """Steps that have rollouts, or some that were set aside, ascending."""
+        return _steps(self.rollouts, REFUSED if refused else "")
 
     def journal_chunk(self, step: int, number: int) -> Path:
         """One chunk of a step's rollouts."""
         return self.journal(step) / f"chunk-{number:04d}.jsonl"
 
-    def journal_chunks(self, step: int) -> list[Path]:
+    def journal_chunks(self, step: int, *, refused: bool = False) -> list[Path]:
         """The chunks of a step that were written, in order."""
-        return sorted(self.journal(step).glob("chunk-*.jsonl"))
+        return sorted(self.journal(step, refused=refused).glob("chunk-*.jsonl"))
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""
