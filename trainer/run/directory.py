@@ -134,6 +134,11 @@ class RunDir:
         """What one attempt printed."""
         return self.logs / f"attempt-{attempt}.log"
 
+    def submission_logs(self) -> list[Path]:
+        """What submitted processes printed, the newest last."""
+        files = [*self.logs.glob("supervisor.log"), *self.logs.glob("slurm-*.log")]
+        return sorted(files, key=lambda file: file.stat().st_mtime)
+
     def of_job(self, name: JobFile) -> Path:
         """A file of `submit`: how the run was submitted, the batch script, what the submitted process printed."""
         return self.root / name
@@ -184,7 +189,16 @@ class RunDir:
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""
-        return self.root / "evaluations" / f"{step_name(step)}.jsonl"
+        return self._evaluations / f"{step_name(step)}.jsonl"
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps after which held-out prompts were answered, ascending."""
+        numbers = (step_number(file.stem) for file in self._evaluations.glob("*.jsonl"))
+        return sorted(number for number in numbers if number is not None)
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.root / "evaluations"
 
     # ---- contents: readers.py, metrics_reader.py
 
