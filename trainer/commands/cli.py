@@ -220,6 +220,7 @@ def _machine_commands(commands: _Commands) -> None:
 
 def _name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run; the recipe's when left out")
+    parser.add_argument("--overwrite", action="store_true", help="move another run of this name to runs/NAME.old-N")
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
