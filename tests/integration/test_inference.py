@@ -10,7 +10,14 @@ import pytest
 from project import Project, Run
 from rft_project import prepare, run_here
 
+from trainer.config.load import load_recipe
+from trainer.errors import UserError
 from trainer.inference import chat, evaluation, generate
+from trainer.inference.chat_model import ChatModel, Draw
+from trainer.inference.source import find_source
+from trainer.jobs import find_job
+from trainer.planning.plan import make_plan
+from trainer.run.find import open_run
 from trainer.worker import main as work
 
 
@@ -150,14 +157,12 @@ def test_generate_reads_a_prompt_a_line_and_repeats_its_noise(sft: Run, inside: 
 def test_chat_answers_beside_the_base_as_generate_does(sft: Run, project: Project, inside: Path, capsys) -> None:
     Path("question.txt").write_text("what is the sum of 1 and 3?\n")
     texts = []
-    for model in ("tiny", "model"):
+    for target in ("tiny", "model"):
         capsys.readouterr()
-        assert generate.main([model, "question.txt", "--max-tokens", "8"]) == 0
+        assert generate.main([target, "question.txt", "--max-tokens", "8"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["completion"])
     lines = iter(["what is the sum of 1 and 3?", "/help", "/reset", "what is the sum of 1 and 3?", "/quit", "more"])
-    model = chat.ChatModel(chat_source("tiny"))
-    base = chat.ChatModel(chat_source("model"))
-    talk = chat.Chat([model, base], chat.Draw(max_tokens=8), None)
+    talk = chat.Chat([loaded("tiny"), loaded("model")], Draw(max_tokens=8), None)
     answers = [talk.say("what is the sum of 1 and 3?")]
     assert [text.removesuffix(chat.CUT) for text in answers[0]] == texts
     assert [len(history) for history in talk.histories] == [2, 2]
@@ -171,14 +176,23 @@ def test_chat_answers_beside_the_base_as_generate_does(sft: Run, project: Projec
     assert next(lines) == "more"  # nothing is read after /quit
 
 
-def chat_source(target: str) -> Any:
-    from trainer.inference.source import find_source
+def loaded(target: str) -> ChatModel:
+    return ChatModel(find_source(target))
 
-    return find_source(target)
+
+def test_job_exports_its_model_and_says_why_it_cannot(sft: Run, project: Project, inside: Path) -> None:
+    job = find_job("tiny")
+    assert job.weights() == Path("runs/tiny/adapter")
+    merged = job.export("merged", merge=True)
+    assert (merged, (merged / "config.json").is_file()) == (Path("merged"), True)
+    project.recipe("fresh.yaml", name="fresh")
+    fresh = open_run(make_plan(load_recipe(Path("fresh.yaml"))))
+    with pytest.raises(UserError, match="runs/fresh/adapter: does not exist yet"):
+        find_job(str(fresh.root)).export()
 
 
 def test_chat_says_why_a_turn_is_refused_and_goes_on(sft: Run, inside: Path) -> None:
-    talk = chat.Chat([chat.ChatModel(chat_source("tiny"))], chat.Draw(max_tokens=2), "Be short.")
+    talk = chat.Chat([loaded("tiny")], Draw(max_tokens=2), "Be short.")
     with Path("said.txt").open("w") as out:
         chat.talk(talk, iter(["hello <|im_start|>", "hello"]), out, 100)
     refusal, *answer = Path("said.txt").read_text().split("\n")
