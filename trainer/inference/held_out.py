@@ -44,17 +44,27 @@ class AnsweredRow:
         """
         if not self.answers:
             return None
-        parts = sorted({name for answer in self.answers for name in answer.rewards if "/" not in name})
         number = len(self.answers)
         return {
             "reward": math.fsum(answer.earned for answer in self.answers) / number,
-            **{
-                f"reward/{name}": math.fsum(answer.rewards.get(name) or 0.0 for answer in self.answers) / number
-                for name in parts
-            },
+            **self._parts(),
             "completion_tokens": sum(answer.num_tokens for answer in self.answers) / number,
             "truncated_frac": sum(answer.finish_reason == "length" for answer in self.answers) / number,
         }
+
+    def _parts(self) -> dict[str, float]:
+        """Mean of each reward over the answers on which it did not abstain; 0 where one failed."""
+        names = sorted({name for answer in self.answers for name in answer.rewards if "/" not in name})
+        parts = {}
+        for name in names:
+            values = [
+                answer.rewards.get(name) or 0.0
+                for answer in self.answers
+                if answer.reward is None or answer.rewards.get(name) is not None
+            ]
+            if values:
+                parts[f"reward/{name}"] = math.fsum(values) / len(values)
+        return parts
 
 
 @final
