@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.recipe import DataSettings, ModelSettings, RewardLimits
+from trainer.config.recipe import DataSettings, ModelSettings
+from trainer.config.rft_sections import RewardLimits
 from trainer.errors import DataError, LaunchError, ModelError
 from trainer.inference.chat import answer_lines
 from trainer.inference.chat_model import prompt_row

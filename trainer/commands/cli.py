@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ALIASES: Final = {
     "compare": "diff",
+    "evaluate": "eval",
     "list": "runs",
     "log": "logs",
     "ls": "runs",
@@ -30,13 +31,17 @@ ALIASES: Final = {
 MEANT: Final = {
     "finetune": "train",
     "fit": "train",
+    "inference": "generate",
+    "infer": "generate",
     "kill": "cancel",
     "lint": "check",
     "merge": "export",
+    "predict": "generate",
     "preview": "check",
     "samples": "rollouts",
     "sft": "train",
     "tail": "logs",
+    "test": "eval",
     "validate": "check",
 }
 """Names that other tools use, for the question "did you mean ...?"."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from trainer.config.model_arguments import add_eval_arguments
-from trainer.config.recipe import DataSettings, DataSource, RewardLimits, RewardSpec
+from trainer.config.recipe import DataSettings, DataSource
+from trainer.config.rft_sections import RewardLimits, RewardSpec
 from trainer.data.sources import read_rows
 from trainer.errors import LaunchError, UserError
 from trainer.files import write_atomically

@@ -10,7 +10,8 @@ from typing import Final, final
 
 import torch
 
-from trainer.config.recipe import DataSettings, RewardLimits, RewardSpec
+from trainer.config.recipe import DataSettings
+from trainer.config.rft_sections import RewardLimits, RewardSpec
 from trainer.data.chat import ChatEncoder
 from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, RewardError
