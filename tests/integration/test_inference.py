@@ -187,7 +187,7 @@ def test_job_exports_its_model_and_says_why_it_cannot(sft: Run, project: Project
     assert (merged, (merged / "config.json").is_file()) == (Path("merged"), True)
     project.recipe("fresh.yaml", name="fresh")
     fresh = open_run(make_plan(load_recipe(Path("fresh.yaml"))))
-    with pytest.raises(UserError, match="runs/fresh/adapter: does not exist yet"):
+    with pytest.raises(UserError, match="runs/fresh: has no weights to export"):
         find_job(str(fresh.root)).export()
 
 
