@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from project import Project, Run
+from preloaded import FLOCK, preloaded
+from project import BIN, Project, Run
 from rft_project import prepare
 from tiny import tiny_model_dir
 
@@ -99,3 +101,12 @@ def test_changed_reward_code_is_recorded(project: Project, capfd: pytest.Capture
     assert attempt(project, "rft.yaml", "--set", "steps=2") == 0
     assert [each["changed_rewards"] for each in run.attempts()] == [[], ["rewards.py"]]
     assert "warning: rewards.py changed since the attempt before" in capfd.readouterr().err
+
+
+def test_file_system_without_locks(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    environment = preloaded(tmp_path_factory.mktemp("shim"), FLOCK, FLOCK_ERRNO=str(errno.ENOSYS))
+    started = project.start([str(BIN / "trainer"), "train", project.recipe()], environment)
+    done = started.wait()
+    assert done.code == 0, done.said
+    assert done.stderr.count("has no working file locks") == 1
+    assert project.run("tiny").steps() == list(range(7))

@@ -38,7 +38,9 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
         refuse_live(run, is_launching=True)
         with _cleared_outcome(run):
             if launcher == "local":
-                record = JobRecord(launcher, str(directory), time.time(), pid=_start_local(run, directory, lock))
+                pid = _start_local(run, directory, lock)
+                run.hand_launch_to(pid)
+                record = JobRecord(launcher, str(directory), time.time(), pid=pid)
             else:
                 record = _start_slurm(run, directory, options or SlurmOptions())
         write_record(run, record)

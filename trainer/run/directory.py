@@ -331,27 +331,31 @@ class RunDir:
 
     def locked(self) -> AbstractContextManager[int]:
         """Hold the run within the block, as its attempt; LaunchError where another process does."""
-        return lock.hold(self._lock_file(""), self._taken())
+        return lock.hold(self._lock_file(""), self._taken(), self.heartbeat_file)
 
     def supervised(self) -> AbstractContextManager[int]:
         """Be the run's only supervisor within the block; its worker stops when the supervisor is gone."""
-        return lock.hold(self._lock_file("supervisor."), self._taken())
+        return lock.hold(self._lock_file("supervisor."), self._taken(), self.heartbeat_file)
 
     def launching(self) -> AbstractContextManager[int]:
         """Be the only process that starts the run; a child that inherits the yielded handle keeps the lock."""
-        return lock.hold(self._lock_file("launch."), self._taken())
+        return lock.hold(self._lock_file("launch."), self._taken(), self.heartbeat_file)
+
+    def hand_launch_to(self, pid: int) -> None:
+        """Say that a child holds the launch lock that it inherited."""
+        lock.hand_over(self._lock_file("launch."), pid)
 
     def is_locked(self) -> bool:
         """Whether an attempt holds the run."""
-        return lock.is_held(self._lock_file(""))
+        return lock.is_held(self._lock_file(""), self.heartbeat_file)
 
     def is_supervised(self) -> bool:
         """Whether a `trainer train` supervises the run."""
-        return lock.is_held(self._lock_file("supervisor."))
+        return lock.is_held(self._lock_file("supervisor."), self.heartbeat_file)
 
     def is_launched(self) -> bool:
         """Whether a process that `submit` started lives."""
-        return lock.is_held(self._lock_file("launch."))
+        return lock.is_held(self._lock_file("launch."), self.heartbeat_file)
 
     def wait_unlocked(self, poll_s: float = 0.05, timeout_s: float = float("inf")) -> bool:
         """Wait until no attempt holds the run; returns whether that came true in time."""
