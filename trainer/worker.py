@@ -29,6 +29,7 @@ from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.best import best_value
 from trainer.run.directory import RunDir
 from trainer.run.find import named_run, open_run
+from trainer.run.place import settle
 from trainer.run.plan_recipe import plan_recipe
 from trainer.run.protocol import SHUTDOWN_TIMEOUT
 from trainer.run.state import EndState, Outcome
@@ -200,8 +201,8 @@ def _summary(attempt: Attempt) -> str:
 def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
     target = Path(arguments.target)
     if target.is_dir():
-        run = RunDir(target)
-        return run.read_plan(), run
+        run, plan = settle(RunDir(target))
+        return plan, run
     plan = plan_recipe(target, arguments.set, arguments.shape)
     if _is_main():
         run = open_run(plan, arguments.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from preloaded import FLOCK, preloaded
-from project import BIN, Project, Run
+from project import BIN, Project, Run, wait_for
 from rft_project import prepare
 from tiny import tiny_model_dir
 
@@ -110,3 +110,14 @@ def test_file_system_without_locks(project: Project, tmp_path_factory: pytest.Te
     assert done.code == 0, done.said
     assert done.stderr.count("has no working file locks") == 1
     assert project.run("tiny").steps() == list(range(7))
+
+
+def test_copied_project_trains_on_its_own_files(project: Project, begun: Run, tmp_path_factory) -> None:
+    copy = Project(shutil.copytree(project.root, tmp_path_factory.mktemp("other") / "copy"))
+    shutil.rmtree(project.root / "model")
+    done = copy.trainer("reconnect", "tiny")
+    assert done.code == 0, done.said
+    assert f"note: runs/tiny is a copy of the run in {project.root}; its paths now start in {copy.root}" in done.stderr
+    wait_for(lambda: copy.run("tiny").steps() == [0, 1, 2, 3, 4])
+    copy.kill_all()
+    assert begun.steps() == [0, 1, 2]

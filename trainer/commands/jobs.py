@@ -16,7 +16,8 @@ from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.start import stop_job
-from trainer.jobs.state import Launcher, read_record
+from trainer.jobs.state import Launcher, project_place, read_record
+from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, named_run
 from trainer.run.plan_recipe import plan_recipe
@@ -105,6 +106,10 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 def reconnect(arguments: argparse.Namespace) -> int:
     """Join a run, or resume it and wait for its first step; prints the job id."""
+    run = find_run(arguments.job)
+    notice = project_place(run).notice(run)
+    if notice is not None:
+        tell(notice)
     job = reconnect_and_wait(arguments.job, poll_interval_s=1.0, timeout_s=arguments.timeout)
     sys.stderr.write(f"{job.state().lower()}\n")
     sys.stdout.write(f"{job.id}\n")

@@ -14,6 +14,7 @@ from trainer.launch.supervisor import StopSignals
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, open_run
+from trainer.run.place import settle
 from trainer.run.plan_recipe import plan_recipe
 
 
@@ -49,7 +50,7 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
         if arguments.set or arguments.shape or arguments.name or arguments.overwrite:
             raise LaunchError(f"{target} is a run with a plan; --set, --shape, --name and --overwrite go with a recipe")
         run.refuse_taken()
-        return run, run.read_plan()
+        return settle(run)
     plan = plan_recipe(target, arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")

@@ -16,7 +16,7 @@ from trainer.errors import LaunchError
 from trainer.files import write_atomically
 from trainer.jobs.slurm_queue import ACTIVE, WAITING, ask_to_stop, submit_script
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
-from trainer.jobs.state import JobRecord, Launcher, directory_of, observe, read_record, slurm_job, write_record
+from trainer.jobs.state import JobRecord, Launcher, observe, project_place, read_record, slurm_job, write_record
 from trainer.run.directory import RunDir
 from trainer.run.state import RunState
 
@@ -33,7 +33,7 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
         LaunchError: the run is live already, or cannot be started.
         QueueError: Slurm is unreachable.
     """
-    directory = directory_of(run)
+    directory = project_place(run).directory
     with run.launching() as lock:
         refuse_live(run, is_launching=True)
         with _cleared_outcome(run):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final, Literal, final
 
 from trainer.errors import TrainerError
@@ -13,7 +12,7 @@ from trainer.files import write_atomically
 from trainer.jobs.slurm_queue import ACTIVE, TAKEN_AWAY, WAITING, QueuedJob, find_queued
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.run.directory import RunDir
-from trainer.run.find import RUNS
+from trainer.run.place import Place, place_of
 from trainer.run.protocol import FRESH_S
 from trainer.run.state import Facts, JobState, QueueState, RunState, state_of
 
@@ -142,10 +141,7 @@ def waiting_reason(run: RunDir) -> str | None:
     return f"in Slurm's queue: {job.reason}, start {job.start}" if job is not None and job.state in WAITING else None
 
 
-def directory_of(run: RunDir) -> Path:
-    """The directory where the run's relative paths start."""
+def project_place(run: RunDir) -> Place:
+    """Where the run's relative paths start, and whether that has changed."""
     record = read_record(run)
-    if record is not None:
-        return Path(record.directory)
-    parent = run.root.resolve().parent
-    return parent.parent if parent.name == RUNS.name else Path.cwd()
+    return place_of(run, run.read_plan().working_dir or (record.directory if record is not None else None))

@@ -39,6 +39,8 @@ class PlanBase(Section):
     """As the user wrote it, with `shape` resolved."""
     recipe_dir: str
     """Directory of the recipe; `file.py:function` rewards are relative to it."""
+    working_dir: str = ""
+    """Absolute directory in which the plan was made; relative paths of the recipe start there. Empty in old plans."""
     shape: TrainingShape
     steps: int
     """Length of the run."""
@@ -122,6 +124,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     values = {
         "recipe": recipe.model_copy(update={"shape": shape.name}),
         "recipe_dir": str(Path(document.file).resolve().parent),
+        "working_dir": str(Path.cwd()),
         "shape": shape,
         "steps": steps,
         "num_rows": num_rows,
@@ -203,6 +206,30 @@ def parse_plan(text: str | bytes) -> Plan:
         data = _from_format_1(data)
     kind = RFTPlan if "algorithm" in data else SFTPlan
     return kind.model_validate_json(json.dumps(data))
+
+
+def moved_plan(plan: Plan, before: Path, now: Path) -> Plan:
+    """Return the plan for a project that is now in another directory: absolute paths inside it are adjusted.
+
+    Args:
+        plan: As it was made.
+        before: Directory of the project at that time.
+        now: Directory of the project.
+    """
+    data = json.loads(plan.dump())
+    for name in ("recipe", "recipe_dir", "working_dir"):
+        data[name] = _moved(data[name], str(before), str(now))
+    return parse_plan(json.dumps(data))
+
+
+def _moved(value: object, before: str, now: str) -> object:
+    if isinstance(value, dict):
+        return {key: _moved(each, before, now) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_moved(each, before, now) for each in value]
+    if isinstance(value, str) and (value == before or value.startswith(f"{before}/")):
+        return now + value[len(before) :]
+    return value
 
 
 def _from_format_1(data: dict[str, object]) -> dict[str, object]:
