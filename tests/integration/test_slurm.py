@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, Final
@@ -234,3 +235,29 @@ def test_waiting_job_is_joined_cancelled_and_submitted_again(project: Project, l
         trainer(project, lab, "cancel", "held")
         wait_for(lambda: state(project, lab, "held") == "CANCELLED")
         assert int(slurm_id(run)) >= jobs
+
+
+def test_jobs_that_are_not_the_runs_own(project: Project, lab: Lab) -> None:
+    """A time limit over the partition's, a held job, a copied run, and an id that another job has now."""
+    argv = ("submit", "long.yaml", "--launcher", "slurm", "--name", "own")
+    refused = project.start([str(BIN / "trainer"), *argv, "--time", "2:00:00"], lab.environment).wait()
+    assert refused.code == 2
+    assert "--time 2:00:00: over the limit of low (01:00:00)" in refused.stderr
+
+    trainer(project, lab, *argv, "--slurm", "hold")
+    held = slurm_id(project.run("own"))
+    assert f"held; `scontrol release {held}` releases it" in trainer(project, lab, "status", "own").stdout
+
+    shutil.copytree(project.run("own").root, project.run("copy").root)
+    cancelled = project.start([str(BIN / "trainer"), "cancel", "copy"], lab.environment).wait()
+    assert "runs/copy is not running" in cancelled.stderr
+    assert lab.field(held, "JobState") == "PENDING"
+
+    other = lab.command("sbatch", "--parsable", "--hold", "--job-name=own", f"--chdir={project.root}", "--wrap=sleep 9")
+    file = project.run("own").root / "job.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"slurm_id": other}))
+    cancelled = project.start([str(BIN / "trainer"), "cancel", "own"], lab.environment).wait()
+    assert "runs/own is not running" in cancelled.stderr
+    assert lab.field(other, "JobState") == "PENDING"
+    for job in (held, other):
+        lab.command("scancel", job)

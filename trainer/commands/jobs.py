@@ -14,9 +14,10 @@ from trainer.commands.status import describe_run
 from trainer.commands.tables import table_lines
 from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
+from trainer.jobs.slurm_queue import Ask, QueueSnapshot
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.start import stop_job
-from trainer.jobs.state import Launcher, project_place, read_record
+from trainer.jobs.state import Launcher, observe, project_place, read_record
 from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, named_run
@@ -66,7 +67,9 @@ class JobStatus:
 
 def list_jobs(arguments: argparse.Namespace) -> int:
     """List every submitted run of this directory."""
-    statuses = [_status(job) for job in jobs() if read_record(RunDir(job.run_dir)) is not None]
+    snapshot = QueueSnapshot()
+    submitted = [job for job in jobs() if read_record(RunDir(job.run_dir)) is not None]
+    statuses = [_status(job, snapshot.find) for job in submitted]
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(status) for status in statuses]) + "\n")
         return 0
@@ -83,14 +86,14 @@ def _launcher(job: JobStatus) -> str:
     return f"Slurm job {job.slurm_id}" if job.slurm_id else job.launcher
 
 
-def _status(job: Job) -> JobStatus:
+def _status(job: Job, ask: Ask) -> JobStatus:
     run = RunDir(job.run_dir)
     record = read_record(run)
     try:
-        state = str(job.state())
+        state = str(observe(run, ask=ask).job)
     except (TrainerError, OSError) as error:
         state = f"unknown: {error}"
-    progress = describe_run(run)
+    progress = describe_run(run, ask)
     launcher: Launcher = record.launcher if record is not None else "local"
     slurm_id = record.slurm_id if record is not None else None
     return JobStatus(job.id, state, progress.step, progress.steps, launcher, slurm_id)

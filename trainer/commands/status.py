@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
 from trainer.errors import QueueError, TrainerError
+from trainer.jobs.slurm_queue import Ask, find_queued
 from trainer.jobs.state import observe, waiting_reason
 from trainer.run.console import Console, describe, duration, seconds_left
 from trainer.run.directory import RunDir
@@ -38,18 +39,23 @@ class RunStatus:
     metrics: dict[str, Any]
 
 
-def describe_run(run: RunDir) -> RunStatus:
-    """The status of a run now."""
+def describe_run(run: RunDir, ask: Ask = find_queued) -> RunStatus:
+    """The status of a run now.
+
+    Args:
+        run: any run.
+        ask: how Slurm's queue is asked.
+    """
     plan, outcome, beat = run.read_plan(), run.read_outcome(), run.read_heartbeat()
-    state = _state(run)
+    state = _state(run, ask)
     records = run.newest_records(RATE_RECORDS)
     recent = deque((record["time"], record["step"]) for record in records)
     is_running = state is RunState.RUNNING
-    reason = waiting_reason(run) if state is RunState.QUEUED else None
+    reason = waiting_reason(run, ask) if state is RunState.QUEUED else None
     return RunStatus(
         run=str(run.root),
         state=_shown(state, outcome),
-        step=records[-1]["step"] if records else 0,
+        step=min(records[-1]["step"], plan.steps) if records else 0,  # `steps` may have been lowered since
         steps=plan.steps,
         phase=beat.phase if beat is not None and is_running else None,
         attempts=run.newest_attempt(),
@@ -59,9 +65,9 @@ def describe_run(run: RunDir) -> RunStatus:
     )
 
 
-def _state(run: RunDir) -> RunState:
+def _state(run: RunDir, ask: Ask) -> RunState:
     try:
-        return observe(run)
+        return observe(run, ask=ask)
     except TrainerError:  # Slurm does not answer: what the run directory says
         return observe(run, asks_slurm=False)
 

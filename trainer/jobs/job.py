@@ -211,6 +211,8 @@ def submit_plan(
     """
     if launcher == "local":
         refuse_many_machines(plan)
+    if slurm is not None:
+        slurm.refuse_unusable()
     existing = named_run(plan.recipe.name if name is None else name)
     if existing.is_run():
         refuse_live(existing)  # before its plan is replaced

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, final
 
 from trainer.config.shape import TrainingShape
+from trainer.errors import LaunchError
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.protocol import LAUNCHER, SHUTDOWN_TIMEOUT
@@ -33,6 +34,19 @@ class SlurmOptions:
     extra: Mapping[str, str] = field(default_factory=dict)
     """Any other long option of sbatch, for example `{"account": "research", "exclusive": ""}`."""
 
+    def refuse_unusable(self) -> None:
+        """Stop at options with which a run cannot work.
+
+        Raises:
+            LaunchError: there is one.
+        """
+        if {"array", "a"} & self.extra.keys():
+            raise LaunchError("--slurm array: every task of the array would be the same run. Submit several recipes.")
+
+    def job_name(self, run: RunDir) -> str:
+        """Slurm's name of the job."""
+        return self.extra.get("job-name", run.name)
+
 
 def batch_script(run: RunDir, plan: Plan, options: SlurmOptions, directory: Path, python: str = sys.executable) -> str:
     """The script for `sbatch`: it runs the run, forwards signals, and requests a requeue after a preemption.
@@ -43,7 +57,11 @@ def batch_script(run: RunDir, plan: Plan, options: SlurmOptions, directory: Path
         options: of `sbatch`.
         directory: absolute working directory; relative paths of the recipe start there.
         python: the interpreter, the same on every node.
+
+    Raises:
+        LaunchError: an option cannot be used.
     """
+    options.refuse_unusable()
     sections = [
         "#!/bin/bash",
         *_directives(run, plan, options),

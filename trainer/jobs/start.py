@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, QueueError
 from trainer.files import write_atomically
-from trainer.jobs.slurm_queue import ACTIVE, WAITING, ask_to_stop, submit_script
+from trainer.jobs.slurm_queue import ACTIVE, WAITING, ask_to_stop, find_queued, refuse_time_limit, submit_script
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.state import JobRecord, Launcher, observe, project_place, read_record, slurm_job, write_record
 from trainer.run.directory import RunDir
@@ -40,7 +40,7 @@ def start_job(run: RunDir, launcher: Launcher, options: SlurmOptions | None = No
             if launcher == "local":
                 pid = _start_local(run, directory, lock)
                 run.hand_launch_to(pid)
-                record = JobRecord(launcher, str(directory), time.time(), pid=pid)
+                record = JobRecord(launcher, str(directory), time.time(), pid=pid, root=str(run.root.resolve()))
             else:
                 record = _start_slurm(run, directory, options or SlurmOptions())
         write_record(run, record)
@@ -104,12 +104,26 @@ def _start_local(run: RunDir, directory: Path, lock: int) -> int:
 
 
 def _start_slurm(run: RunDir, directory: Path, options: SlurmOptions) -> JobRecord:
+    options.refuse_unusable()
+    if options.time_limit is not None and "qos" not in options.extra:  # a QOS may lift the partition's limit
+        refuse_time_limit(options.partition or os.environ.get("SBATCH_PARTITION"), options.time_limit)
     shown = RunDir(_relative(run.root, directory))
     script = run.of_job("job.sh")
     write_atomically(script, batch_script(shown, run.read_plan(), options, directory))
     run.logs.mkdir(parents=True, exist_ok=True)
     slurm_id = submit_script(script.resolve(), directory)
-    return JobRecord("slurm", str(directory), time.time(), slurm_id=slurm_id, slurm=options)
+    job = None
+    with suppress(QueueError):
+        job = find_queued(slurm_id)
+    return JobRecord(
+        "slurm",
+        str(directory),
+        time.time(),
+        slurm_id=slurm_id,
+        slurm=options,
+        root=str(run.root.resolve()),
+        slurm_submitted=job.submitted if job is not None else None,
+    )
 
 
 def _relative(path: Path, directory: Path) -> Path:

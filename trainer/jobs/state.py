@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Final, Literal, final
 
 from trainer.errors import TrainerError
 from trainer.files import write_atomically
-from trainer.jobs.slurm_queue import ACTIVE, TAKEN_AWAY, WAITING, QueuedJob, find_queued
+from trainer.jobs.slurm_queue import ACTIVE, TAKEN_AWAY, WAITING, Ask, QueuedJob, find_queued
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.run.directory import RunDir
 from trainer.run.place import Place, place_of
@@ -35,6 +36,10 @@ class JobRecord:
     """Slurm's job id."""
     slurm: SlurmOptions | None = None
     """Options of this submission, used again by the next one."""
+    root: str | None = None
+    """Absolute run directory, by which a copy of it is recognized."""
+    slurm_submitted: str | None = None
+    """When Slurm queued the job, as Slurm says it; None if it was not asked in time."""
 
 
 def read_record(run: RunDir) -> JobRecord | None:
@@ -62,13 +67,14 @@ def read_state(run: RunDir) -> JobState:
     return observe(run).job
 
 
-def observe(run: RunDir, *, is_launching: bool = False, asks_slurm: bool = True) -> RunState:
+def observe(run: RunDir, *, is_launching: bool = False, asks_slurm: bool = True, ask: Ask = find_queued) -> RunState:
     """The state of a run now.
 
     Args:
         run: any run, submitted or not.
         is_launching: the caller itself holds the launch lock.
         asks_slurm: whether the queue counts.
+        ask: how the queue is asked.
 
     Raises:
         QueueError: Slurm could not be asked.
@@ -81,7 +87,7 @@ def observe(run: RunDir, *, is_launching: bool = False, asks_slurm: bool = True)
     steps = run.read_plan().steps
     if run.is_finished(steps):
         return state_of(Facts(outcome="finished", is_complete=True))
-    job = slurm_job(run) if asks_slurm else None
+    job = slurm_job(run, ask) if asks_slurm else None
     is_launched = not is_launching and run.is_launched()
     outcome = run.read_outcome()  # last: who writes it may have ended since the lines above
     return state_of(
@@ -122,23 +128,60 @@ def is_alive(run: RunDir) -> bool:
     return beat is not None and beat.attempt == run.newest_attempt() and beat.age_s() < FRESH_S
 
 
-def slurm_job(run: RunDir) -> QueuedJob | None:
+def slurm_job(run: RunDir, ask: Ask = find_queued) -> QueuedJob | None:
     """Slurm's view of the run's last submission; None without one, or once Slurm has forgotten it.
+
+    Args:
+        run: any run.
+        ask: how the queue is asked.
 
     Raises:
         QueueError: Slurm could not be asked.
     """
     record = read_record(run)
-    return find_queued(record.slurm_id) if record is not None and record.slurm_id is not None else None
+    if record is None or record.slurm_id is None or not _is_of_this_directory(record, run):
+        return None
+    job = ask(record.slurm_id)
+    return job if job is not None and is_submission(job, record, run) else None
 
 
-def waiting_reason(run: RunDir) -> str | None:
-    """Why the run waits in Slurm's queue, for people; None where it does not, or Slurm cannot be asked."""
+def is_submission(job: QueuedJob, record: JobRecord, run: RunDir) -> bool:
+    """Whether a job is the run's submission. Slurm gives the ids of forgotten jobs to others.
+
+    Args:
+        job: with the recorded id.
+        record: of the submission.
+        run: that was submitted.
+    """
+    options = record.slurm or SlurmOptions()
+    if job.name != options.job_name(run) or not _is_same(job.directory, options.extra.get("chdir", record.directory)):
+        return False
+    if record.slurm_submitted is None or job.submitted == record.slurm_submitted:
+        return True
+    return job.restarts > 0 and job.submitted > record.slurm_submitted
+
+
+def _is_of_this_directory(record: JobRecord, run: RunDir) -> bool:
+    """Whether this directory was submitted, and not one that this is a copy of."""
+    return record.root is None or _is_same(record.root, str(run.root.resolve()))
+
+
+def _is_same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def waiting_reason(run: RunDir, ask: Ask = find_queued) -> str | None:
+    """Why the run waits in Slurm's queue, for people; None where it does not, or Slurm cannot be asked.
+
+    Args:
+        run: any run.
+        ask: how the queue is asked.
+    """
     try:
-        job = slurm_job(run)
+        job = slurm_job(run, ask)
     except TrainerError:
         return None
-    return f"in Slurm's queue: {job.reason}, start {job.start}" if job is not None and job.state in WAITING else None
+    return f"in Slurm's queue: {job.wait}" if job is not None and job.state in WAITING else None
 
 
 def project_place(run: RunDir) -> Place:
