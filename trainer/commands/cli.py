@@ -172,6 +172,10 @@ def _run_commands(commands: _Commands) -> None:
     delete.add_argument("--yes", action="store_true", help="do not ask")
     delete.set_defaults(run=_delete)
 
+    sync = commands.add_parser("sync", help="send all metrics of a run to Weights & Biases")
+    _run_argument(sync)
+    sync.set_defaults(run=_sync)
+
     export = commands.add_parser("export", help="write a model from a run, verify it, upload it")
     _run_argument(export)
     _export_arguments(export)
@@ -308,6 +312,12 @@ def _use_model(arguments: argparse.Namespace) -> int:
     from trainer.commands.inference import use_model
 
     return use_model(arguments.argv)
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from trainer.commands.sync import sync
+
+    return sync(arguments)
 
 
 def _verify_resume(arguments: argparse.Namespace) -> int:

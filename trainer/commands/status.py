@@ -17,6 +17,7 @@ from trainer.run.console import Console, describe, duration, seconds_left
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
 from trainer.run.state import Outcome, RunState
+from trainer.run.tracker import read_tracker
 
 FOLLOW_S: Final = 1.0
 RATE_RECORDS: Final = 20
@@ -37,6 +38,8 @@ class RunStatus:
     seconds_left: float | None
     message: str | None
     metrics: dict[str, Any]
+    wandb: str | None
+    """Why W&B receives nothing more; None while it works, or is not used."""
 
 
 def describe_run(run: RunDir, ask: Ask = find_queued) -> RunStatus:
@@ -48,6 +51,7 @@ def describe_run(run: RunDir, ask: Ask = find_queued) -> RunStatus:
     """
     plan, outcome, beat = run.read_plan(), run.read_outcome(), run.read_heartbeat()
     state = _state(run, ask)
+    tracker = read_tracker(run)
     records = run.newest_records(RATE_RECORDS)
     recent = deque((record["time"], record["step"]) for record in records)
     is_running = state is RunState.RUNNING
@@ -62,6 +66,7 @@ def describe_run(run: RunDir, ask: Ask = find_queued) -> RunStatus:
         seconds_left=seconds_left(recent, records[-1]["step"], plan.steps) if records and is_running else None,
         message=reason or (outcome.message if outcome is not None else None),
         metrics=records[-1] if records else {},
+        wandb=tracker.problem if tracker is not None else None,
     )
 
 
@@ -95,6 +100,8 @@ def status(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"  {describe(current.metrics)}\n")
     if current.message:
         sys.stdout.write(f"  {current.message}\n")
+    if current.wandb:
+        sys.stdout.write(f"  {current.wandb}; `trainer sync {current.run}` sends what is missing\n")
     return 0
 
 

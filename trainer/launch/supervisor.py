@@ -24,6 +24,7 @@ from trainer.run.metrics_reader import MetricsReader
 from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID
 from trainer.run.readers import Heartbeat
 from trainer.run.state import Outcome
+from trainer.run.tracker import read_tracker
 
 POLL_S: Final = 0.2
 STACKS_S: Final = 2.0
@@ -89,6 +90,8 @@ class Supervisor:
         self._was_frozen = False
         self._last_beat: Heartbeat | None = None
         self._last_beat_at = 0.0
+        tracker = read_tracker(run)
+        self._tracker_problem = tracker.problem if tracker is not None else None
 
     def attempt(self) -> Outcome:
         """Launch, watch and wait; returns the outcome."""
@@ -119,10 +122,20 @@ class Supervisor:
             has_ended = self._has_ended()
             for record in metrics.poll():
                 console.show(record)
+                self._tell_lost_tracker(console)
             if has_ended:
+                self._tell_lost_tracker(console)
                 return
             self._end_frozen()
             time.sleep(POLL_S)
+
+    def _tell_lost_tracker(self, console: Console) -> None:
+        """Say that W&B receives nothing more; the worker's own words are only in its log."""
+        state = read_tracker(self.run) if self.plan.recipe.logging.wandb != "off" else None
+        problem = state.problem if state is not None else None
+        if problem is not None and problem != self._tracker_problem:
+            console.say(f"warning: {problem}; to send what is missing: trainer sync {self.run.root}")
+        self._tracker_problem = problem
 
     def _end_frozen(self) -> None:
         """Kill a worker that is stopped or holds the interpreter lock; its watchdog handles all other hangs."""

@@ -42,7 +42,7 @@ class Attempt:
         self.plan, self.run, self.world, self.number, self.stop = plan, run, world, number, stop
         self.console = Console(plan.steps) if world.is_main else None
         self.position = Position(stop)
-        self.log = MetricsLog(run, number, plan, is_main=world.is_main, show=self._show)
+        self.log = MetricsLog(run, number, plan, is_main=world.is_main, show=self._show, say=self.say)
         self.saver = Saver(plan, run, world, number, stop, self.position, self.say)
         self.no_gradient = NoGradientWarning(self.say)
         self.bad_rows = BadRows(run, world, plan.recipe.recovery.max_bad_steps, self.say)

@@ -14,7 +14,7 @@ import torch
 from trainer.files import write_atomically
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
-from trainer.training.wandb_sink import WandbSink
+from trainer.run.tracker import Tracker, tracker_mode
 
 Values = dict[str, float]
 """Metrics by name, such as {"train/loss": 1.25, "perf/step_s": 0.8}."""
@@ -25,7 +25,14 @@ class MetricsLog:
     """One JSON object per step, fsynced; after a resume no step appears twice and none is missing."""
 
     def __init__(
-        self, run: RunDir, attempt: int, plan: Plan, *, is_main: bool, show: Callable[[Mapping[str, object]], None]
+        self,
+        run: RunDir,
+        attempt: int,
+        plan: Plan,
+        *,
+        is_main: bool,
+        show: Callable[[Mapping[str, object]], None],
+        say: Callable[[str], None],
     ) -> None:
         """Prepare; `rewind` opens the log.
 
@@ -35,10 +42,11 @@ class MetricsLog:
             plan: says whether records are sent to W&B.
             is_main: only the main rank writes.
             show: called with every record, for the console.
+            say: prints a message to the user.
         """
-        self.run, self.attempt, self.is_main, self.show = run, attempt, is_main, show
+        self.run, self.attempt, self.is_main, self.show, self.say = run, attempt, is_main, show, say
         self._plan = plan
-        self._sink: WandbSink | None = None
+        self._tracker: Tracker | None = None
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, from which the run continues.
@@ -50,12 +58,14 @@ class MetricsLog:
         """
         if not self.is_main:
             return
-        if self._sink is None and self._plan.recipe.logging.wandb != "off":
-            self._sink = WandbSink(self.run, self._plan)
         kept = [record for record in self.run.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         self.run.refuse_stale(self.attempt)
         write_atomically(self.run.metrics_file, text)
+        mode = tracker_mode(self._plan.recipe.logging.wandb)
+        if self._tracker is None and mode is not None:
+            self._tracker = Tracker(self.run, self._plan, mode, self.say)
+            self._tracker.catch_up(kept)
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
         """Append one record.
@@ -72,13 +82,13 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         self.show(record)
-        if self._sink is not None:
-            self._sink.send(step, values)
+        if self._tracker is not None:
+            self._tracker.send(step, values)
 
     def close(self, exit_code: int) -> None:
         """End the W&B run with the exit code of the attempt."""
-        if self._sink is not None:
-            self._sink.close(exit_code)
+        if self._tracker is not None:
+            self._tracker.close(exit_code)
 
 
 def peak_gib(device: torch.device) -> float:

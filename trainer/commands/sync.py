@@ -1,0 +1,32 @@
+"""`trainer sync`: send the whole metrics.jsonl of a run to Weights & Biases."""
+
+from __future__ import annotations
+
+import argparse
+
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
+from trainer.run.console import tell
+from trainer.run.find import find_run
+from trainer.run.tracker import Tracker, tracker_mode
+
+
+def sync(arguments: argparse.Namespace) -> int:
+    """Upload all records under the run's W&B id; what W&B has already, it keeps."""
+    run = find_run(arguments.target)
+    plan = run.read_plan()
+    if run.is_locked():
+        raise LaunchError(f"{run.root} is running, and sends its metrics itself. Sync it when it has ended.")
+    records = run.read_metrics()
+    if not records:
+        raise LaunchError(f"{run.metrics_file}: no records yet")
+    mode = tracker_mode("online")
+    if mode is None:
+        raise LaunchError("WANDB_MODE=disabled is set: nothing is sent. Unset it and run the same command again.")
+    tracker = Tracker(run, plan, mode, tell)
+    tracker.catch_up(records, resends=True)
+    outcome = run.read_outcome()
+    tracker.close(outcome.exit_code if outcome is not None else EXIT_FAILED)
+    if tracker.state.problem is not None:
+        return EXIT_FAILED
+    tell(f"{len(records)} records of {run.root} are in W&B run {tracker.state.id} ({mode})")
+    return EXIT_FINISHED
