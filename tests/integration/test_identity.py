@@ -6,13 +6,14 @@ import errno
 import json
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from preloaded import FLOCK, preloaded
-from project import BIN, Project, Run, wait_for
+from project import BIN, LONG, Project, Run, is_at_step, wait_for
 from rft_project import prepare
 from tiny import tiny_model_dir
 
@@ -121,3 +122,16 @@ def test_copied_project_trains_on_its_own_files(project: Project, begun: Run, tm
     wait_for(lambda: copy.run("tiny").steps() == [0, 1, 2, 3, 4])
     copy.kill_all()
     assert begun.steps() == [0, 1, 2]
+
+
+def test_stopped_and_continued_is_no_hang(project: Project) -> None:
+    """Stopped for longer than `hang_timeout_s`, as a suspended machine is."""
+    started = project.start_worker(project.recipe(**LONG, recovery__hang_timeout_s=8))
+    run = project.run("long")
+    wait_for(is_at_step(run, 3), started)
+    started.signal(signal.SIGSTOP)
+    time.sleep(10)
+    started.signal(signal.SIGCONT)
+    done = started.wait()
+    assert done.code == 0, done.said
+    assert len(run.attempts()) == 1

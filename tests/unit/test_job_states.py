@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from contextlib import ExitStack
@@ -18,10 +19,11 @@ from trainer.jobs import find_job, reconnect_and_wait, submit
 from trainer.jobs.slurm_queue import parse_job
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import start_job, stop_job
-from trainer.jobs.state import JobRecord, is_alive, read_record, read_state, write_record
+from trainer.jobs.state import JobRecord, read_record, read_state, write_record
 from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
+from trainer.run.pulse import Pulse
 from trainer.run.state import Outcome
 
 
@@ -71,13 +73,35 @@ def test_a_process_that_lives_counts_more_than_the_last_outcome(run, held, state
 
 
 def test_only_the_newest_attempt_gives_signs_of_life(run):
-    assert not is_alive(run)
+    pulse = Pulse()
+    assert not pulse.is_alive(run)
     run.write_heartbeat(run.take_attempt({}), 3, "training")
-    assert is_alive(run)
+    assert pulse.is_alive(run)
     second = run.take_attempt({})
-    assert not is_alive(run)
+    assert not pulse.is_alive(run)
     run.write_heartbeat(second, 0, "starting")
-    assert is_alive(run)
+    assert pulse.is_alive(run)
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 3600.0])
+def test_clock_of_another_machine_is_an_hour_off(run, skew_s):
+    def beat(time_s: float) -> None:
+        run.heartbeat_file.write_text(
+            json.dumps({"attempt": 1, "step": 3, "phase": "training", "time": time_s + skew_s})
+        )
+
+    run.take_attempt({})
+    beat(time.time())
+    pulse = Pulse()
+    assert not pulse.is_alive(run), "it may be of yesterday"
+    assert not pulse.is_alive(run)
+    beat(time.time() + 1)
+    assert pulse.is_alive(run), "it changed"
+    with run.locked():
+        timer = threading.Timer(0.3, lambda: beat(time.time() + 2))
+        timer.start()
+        assert reconnect_and_wait("small", 0.02, timeout_s=60).state() == "RUNNING"
+        timer.join()
 
 
 def test_record_keeps_the_options_for_the_next_submission(run):

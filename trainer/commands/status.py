@@ -16,6 +16,9 @@ from trainer.jobs.state import observe, waiting_reason
 from trainer.run.console import Console, describe, duration, seconds_left
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
+from trainer.run.polling import wait_until
+from trainer.run.protocol import HEARTBEAT_S, LATE_S
+from trainer.run.pulse import Pulse
 from trainer.run.state import Outcome, RunState
 from trainer.run.tracker import read_tracker
 
@@ -42,15 +45,16 @@ class RunStatus:
     """Why W&B receives nothing more; None while it works, or is not used."""
 
 
-def describe_run(run: RunDir, ask: Ask = find_queued) -> RunStatus:
+def describe_run(run: RunDir, ask: Ask = find_queued, pulse: Pulse | None = None) -> RunStatus:
     """The status of a run now.
 
     Args:
         run: any run.
         ask: how Slurm's queue is asked.
+        pulse: has observed the heartbeat before.
     """
     plan, outcome, beat = run.read_plan(), run.read_outcome(), run.read_heartbeat()
-    state = _state(run, ask)
+    state = _state(run, ask, pulse)
     tracker = read_tracker(run)
     records = run.newest_records(RATE_RECORDS)
     recent = deque((record["time"], record["step"]) for record in records)
@@ -70,11 +74,11 @@ def describe_run(run: RunDir, ask: Ask = find_queued) -> RunStatus:
     )
 
 
-def _state(run: RunDir, ask: Ask) -> RunState:
+def _state(run: RunDir, ask: Ask, pulse: Pulse | None) -> RunState:
     try:
-        return observe(run, ask=ask)
+        return observe(run, ask=ask, pulse=pulse)
     except TrainerError:  # Slurm does not answer: what the run directory says
-        return observe(run, asks_slurm=False)
+        return observe(run, asks_slurm=False, pulse=pulse)
 
 
 def _shown(state: RunState, outcome: Outcome | None) -> str:
@@ -89,7 +93,12 @@ def status(arguments: argparse.Namespace) -> int:
     run = find_run(arguments.target)
     if arguments.follow:
         return _follow(run)
-    current = describe_run(run)
+    pulse = Pulse()
+    current = describe_run(run, pulse=pulse)
+    if current.state == RunState.SILENT.shown and run.read_heartbeat() is not None:
+        # Perhaps only the clocks of two machines differ: a heartbeat that changes is fresh.
+        wait_until(lambda: pulse.is_alive(run), timeout_s=HEARTBEAT_S + LATE_S, poll_s=0.2)
+        current = describe_run(run, pulse=pulse)
     if arguments.json:
         sys.stdout.write(json.dumps(asdict(current)) + "\n")
         return 0

@@ -66,6 +66,10 @@ class StopFlag:
         """Record progress of this rank."""
         self._moved = time.monotonic()
 
+    def forgive(self, seconds: float) -> None:
+        """Leave out a time in which the whole process was stopped: nothing could move."""
+        self._moved += seconds
+
     def note_save(self, seconds: float) -> None:
         """Record the duration of a save; `is_urgent` keeps twice that of the grace period for the next one."""
         self._save_s = seconds

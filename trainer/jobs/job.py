@@ -22,7 +22,7 @@ from trainer.jobs.logs import log_lines
 from trainer.jobs.results import export_weights, metric_records, trained_weights
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
-from trainer.jobs.state import Launcher, is_alive, observe, read_record, read_state, waiting_reason
+from trainer.jobs.state import Launcher, observe, read_record, read_state, waiting_reason
 from trainer.launch.local import refuse_many_machines
 from trainer.planning.plan import Plan
 from trainer.retry import retry
@@ -32,6 +32,7 @@ from trainer.run.find import RUNS, all_runs, find_run, named_run, open_run
 from trainer.run.metrics_reader import Record
 from trainer.run.plan_recipe import plan_recipe
 from trainer.run.polling import pauses
+from trainer.run.pulse import Pulse
 from trainer.run.state import JobState, Outcome, RunState
 
 T = TypeVar("T")
@@ -270,13 +271,14 @@ def reconnect_and_wait(
     run.read_plan()
     end, pending_end = _deadline(timeout_s), _deadline(timeout_s if pending_timeout_s is None else pending_timeout_s)
     resumed_from: _Position | None = None
+    pulse = Pulse()
     while True:
-        state = _retried(lambda: observe(run), max_wait_for_resumable_s, poll_interval_s)
+        state = _retried(lambda: observe(run, pulse=pulse), max_wait_for_resumable_s, poll_interval_s)
         if state is RunState.FINISHED:
             return job
         if state.job == "RUNNING":
             pending_end = _deadline(timeout_s if pending_timeout_s is None else pending_timeout_s)
-            if is_alive(run) and (resumed_from is None or resumed_from.is_passed(run)):
+            if pulse.is_alive(run) and (resumed_from is None or resumed_from.is_passed(run)):
                 return job
         elif not state.is_live:
             if resumed_from is not None and state is not RunState.PREEMPTED:

@@ -14,7 +14,7 @@ from trainer.jobs.slurm_queue import ACTIVE, TAKEN_AWAY, WAITING, Ask, QueuedJob
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.run.directory import RunDir
 from trainer.run.place import Place, place_of
-from trainer.run.protocol import FRESH_S
+from trainer.run.pulse import Pulse
 from trainer.run.state import Facts, JobState, QueueState, RunState, state_of
 
 Launcher = Literal["local", "slurm"]
@@ -67,7 +67,14 @@ def read_state(run: RunDir) -> JobState:
     return observe(run).job
 
 
-def observe(run: RunDir, *, is_launching: bool = False, asks_slurm: bool = True, ask: Ask = find_queued) -> RunState:
+def observe(
+    run: RunDir,
+    *,
+    is_launching: bool = False,
+    asks_slurm: bool = True,
+    ask: Ask = find_queued,
+    pulse: Pulse | None = None,
+) -> RunState:
     """The state of a run now.
 
     Args:
@@ -75,13 +82,14 @@ def observe(run: RunDir, *, is_launching: bool = False, asks_slurm: bool = True,
         is_launching: the caller itself holds the launch lock.
         asks_slurm: whether the queue counts.
         ask: how the queue is asked.
+        pulse: has observed the heartbeat before.
 
     Raises:
         QueueError: Slurm could not be asked.
         OSError: the run directory could not be read.
     """
     if run.is_locked():
-        return state_of(Facts(is_locked=True, is_alive=is_alive(run)))
+        return state_of(Facts(is_locked=True, is_alive=(pulse or Pulse()).is_alive(run)))
     if run.is_supervised():
         return state_of(Facts(is_supervised=True))
     steps = run.read_plan().steps
@@ -120,12 +128,6 @@ _QUEUE_STATES: Final[Mapping[frozenset[str], QueueState]] = {
     TAKEN_AWAY: "taken away",
     frozenset({"CANCELLED"}): "cancelled",
 }
-
-
-def is_alive(run: RunDir) -> bool:
-    """Whether the newest attempt has a fresh heartbeat."""
-    beat = run.read_heartbeat()
-    return beat is not None and beat.attempt == run.newest_attempt() and beat.age_s() < FRESH_S
 
 
 def slurm_job(run: RunDir, ask: Ask = find_queued) -> QueuedJob | None:

@@ -21,7 +21,7 @@ from trainer.planning.plan import Plan
 from trainer.run.console import Console
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import MetricsReader
-from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID
+from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, STOPPED_S, SUPERVISOR, SUPERVISOR_PID
 from trainer.run.readers import Heartbeat
 from trainer.run.state import Outcome
 from trainer.run.tracker import read_tracker
@@ -127,7 +127,11 @@ class Supervisor:
                 self._tell_lost_tracker(console)
                 return
             self._end_frozen()
+            before = time.monotonic()
             time.sleep(POLL_S)
+            held_up_s = time.monotonic() - before - POLL_S
+            if held_up_s > STOPPED_S:  # this process was stopped, and perhaps the worker with it
+                self._last_beat_at += held_up_s
 
     def _tell_lost_tracker(self, console: Console) -> None:
         """Say that W&B receives nothing more; the worker's own words are only in its log."""

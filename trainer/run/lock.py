@@ -26,12 +26,10 @@ from trainer.files import fsync_dir, make_directory
 from trainer.run.console import tell
 from trainer.run.owner import Owner
 from trainer.run.polling import wait_until
-from trainer.run.protocol import HEARTBEAT_S
+from trainer.run.protocol import HEARTBEAT_S, LATE_S
 
 PROBE_S: Final = 1.0
 """Probing takes the lock briefly; retry acquiring for this long."""
-LATE_S: Final = 2.0
-"""How late a heartbeat may be."""
 
 
 class _Answer(Enum):

@@ -7,6 +7,10 @@ from typing import Final
 
 HEARTBEAT_S: Final = 10.0
 """A worker rewrites its heartbeat at least this often."""
+LATE_S: Final = 2.0
+"""How late a heartbeat may be while its writer is alive."""
+STOPPED_S: Final = 5.0
+"""A polling loop that was held up longer than this was stopped (SIGSTOP, a suspended machine), not slow."""
 FRESH_S: Final = 3 * HEARTBEAT_S
 """A heartbeat older than this is stale."""
 LAUNCHER: Final = "TRAINER_LAUNCHER"

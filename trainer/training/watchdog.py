@@ -15,7 +15,7 @@ from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, TrainerError
 from trainer.run.directory import RunDir
-from trainer.run.protocol import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR
+from trainer.run.protocol import HEARTBEAT_S, LAUNCHER, STACKS_SIGNAL, STOPPED_S, SUPERVISOR
 from trainer.run.state import EndState, Outcome
 from trainer.training.position import Position
 
@@ -76,8 +76,12 @@ class Watchdog:
 
     def _watch(self, ended: threading.Event) -> None:
         is_supervised = self.world.is_main and os.environ.get(LAUNCHER) == SUPERVISOR
-        last_beat = time.monotonic()
+        last_beat = last_check = time.monotonic()
         while not ended.wait(CHECK_INTERVAL_S):
+            held_up_s = time.monotonic() - last_check - CHECK_INTERVAL_S
+            last_check = time.monotonic()
+            if held_up_s > STOPPED_S:
+                self.stop.forgive(held_up_s)
             if is_supervised and self.stop.reason is None and not self.run.is_supervised():
                 self.say("the supervisor is gone: saving after this step")
                 self.stop.request("supervisor gone")
