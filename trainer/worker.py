@@ -31,7 +31,7 @@ from trainer.run.directory import RunDir
 from trainer.run.find import named_run, open_run
 from trainer.run.place import settle
 from trainer.run.plan_recipe import plan_recipe
-from trainer.run.protocol import SHUTDOWN_TIMEOUT
+from trainer.run.protocol import LAUNCHER, SHUTDOWN_TIMEOUT
 from trainer.run.state import EndState, Outcome
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def _run_attempt(plan: Plan, run: RunDir) -> int:
         if world.is_main:
             stack.enter_context(run.locked())
             run.outcome_file.unlink(missing_ok=True)
+            if LAUNCHER not in os.environ:  # a person started it; supervisor and batch script refuse cancelled runs
+                run.cancel_file.unlink(missing_ok=True)
         number = world.from_main(run.take_attempt(describe_attempt(plan, run, world)) if world.is_main else None)
         attempt = Attempt(plan, run, world, number, stop)
         stack.enter_context(attempt.watchdog.watching())
@@ -129,7 +131,7 @@ def _train(attempt: Attempt) -> Outcome:
     except TrainerError as error:
         remedy = _remedy(attempt) if isinstance(error, CheckpointError) else ""
         is_transient = isinstance(error, CheckpointError | MirrorError) and error.exit_code == EXIT_FAILED
-        return Outcome(_state_of(error, run), attempt.step, f"{error}{remedy}", error.exit_code, is_transient)
+        return Outcome(_state_of(error, attempt), attempt.step, f"{error}{remedy}", error.exit_code, is_transient)
     except OSError as error:
         message = f"{error.filename or run.root}: {error.strerror or error}{_remedy(attempt)}"
         return Outcome("failed", attempt.step, message, EXIT_FAILED, is_transient=True)
@@ -167,9 +169,9 @@ def _is_rolled_back(train: Callable[[Attempt], None], attempt: Attempt) -> bool:
     return False
 
 
-def _state_of(error: TrainerError, run: RunDir) -> EndState:
+def _state_of(error: TrainerError, attempt: Attempt) -> EndState:
     if isinstance(error, PreemptedError):
-        return "cancelled" if run.cancel_file.exists() else "preempted"
+        return "cancelled" if attempt.stop.was_interrupted or attempt.run.cancel_file.exists() else "preempted"
     return "failed"
 
 

@@ -108,6 +108,7 @@ class TestSignals:
         assert done.code == 75, done.said
         assert "saving after this step, then stopping; press Ctrl-C again to stop at once" in done.stderr
         assert "the state is saved" in done.stderr
+        assert run.outcome()["state"] == "cancelled"
         assert run.checkpoints()[-1] == run.steps()[-1]
 
     def test_fewer_steps_than_the_run_has_made_are_refused(self, shared: Project, whole: Run) -> None:
@@ -124,7 +125,7 @@ class TestSignals:
         started = shared.start_trainer("train", "long.yaml", "--name", "stopped")
         wait_for(lambda: len(run.attempts()) > attempts, started)
         started.signal(signal.SIGINT)
-        wait_for(lambda: "Ctrl-C again" in started.err.read_text())
+        wait_for(lambda: "press Ctrl-C again" in started.err.read_text())
         started.signal(signal.SIGINT)
         done = started.wait()
         assert done.code == 1, done.said
@@ -143,7 +144,7 @@ class TestSignals:
         done = started.wait()
         assert done.code == 75, done.said
         assert "interrupted: saving after this step; Ctrl-C again stops at once" in done.stderr
-        assert run.outcome()["state"] == "preempted"
+        assert run.outcome()["state"] == "cancelled"
 
     def test_after_all_that_it_equals_the_whole_run(self, shared: Project, whole: Run) -> None:
         done = shared.worker("long.yaml", "--name", "stopped")

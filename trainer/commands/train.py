@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
@@ -12,6 +13,7 @@ from trainer.launch.local import refuse_many_machines
 from trainer.launch.restarts import supervise
 from trainer.launch.supervisor import StopSignals
 from trainer.planning.plan import Plan
+from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, open_run
 from trainer.run.place import settle
@@ -22,24 +24,29 @@ def train(arguments: argparse.Namespace) -> int:
     """Freeze the plan, then launch, supervise and restart until the run ends."""
     run, plan = _run_and_plan(arguments)
     if run.is_finished(plan.steps):
-        sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
+        tell(f"{run.root} is finished; give another --name to train again")
         _print_weights(run, is_lora=plan.recipe.lora is not None)
         return EXIT_FINISHED
     if arguments.resubmitted and run.cancel_file.exists():
-        sys.stderr.write(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` resumes it\n")
+        tell(f"{run.root} was cancelled; `trainer reconnect` or `trainer train` resumes it")
         return EXIT_FAILED
     refuse_many_machines(plan)
-    with StopSignals() as stop, run.supervised():
-        sys.stderr.write(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.logs}/\n")
+    with StopSignals(lambda: _note_cancelled(run)) as stop, run.supervised():
+        tell(f"{run.root}: {plan.steps} steps on {plan.shape.name}; log: {run.logs}/")
         if not arguments.resubmitted:
             run.cancel_file.unlink(missing_ok=True)
         outcome = supervise(plan, run, stop)
-    sys.stderr.write(f"{outcome}\n")
-    if outcome.state == "preempted":
-        sys.stderr.write("run the same command again to resume\n")
+    tell(str(outcome))
+    if outcome.state in {"preempted", "cancelled"}:
+        tell("run the same command again to resume")
     if outcome.exit_code == EXIT_FINISHED:
         _print_weights(run, is_lora=plan.recipe.lora is not None)
     return outcome.exit_code
+
+
+def _note_cancelled(run: RunDir) -> None:
+    with suppress(OSError):  # a full disk must not keep anybody from stopping
+        run.cancel_file.touch()
 
 
 def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
@@ -53,7 +60,7 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
         return settle(run)
     plan = plan_recipe(target, arguments.set, arguments.shape)
     for warning in plan.warnings:
-        sys.stderr.write(f"warning: {warning}\n")
+        tell(f"warning: {warning}")
     run = open_run(plan, arguments.name, overwrites=arguments.overwrite)
     return run, run.read_plan()
 

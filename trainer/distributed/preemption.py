@@ -26,6 +26,8 @@ class StopFlag:
             grace_s: seconds between the machine's signal and its kill.
         """
         self.reason: str | None = None
+        self.was_interrupted = False
+        """A person pressed Ctrl-C."""
         self.grace_s = grace_s
         self._save_s = 0.0
         self._since: float | None = None
@@ -39,6 +41,7 @@ class StopFlag:
             os.write(2, b"\ninterrupted twice: stopping at once; the last checkpoint is intact\n")
             os._exit(INTERRUPTED)
         if number == signal.SIGINT:
+            self.was_interrupted = True
             os.write(2, b"\ninterrupted: saving after this step; Ctrl-C again stops at once\n")
         self.reason = name
         if self._since is None:  # a second SIGTERM is normal and changes nothing

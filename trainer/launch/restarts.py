@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Final
 
 from trainer.errors import EXIT_USER
 from trainer.launch.supervisor import StopSignals, Supervisor
 from trainer.planning.plan import Plan
+from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.state import Outcome
 
@@ -36,9 +36,9 @@ def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
             return outcome
         wait_s = min(MAX_BACKOFF_S, settings.restart_backoff_s * 2**in_a_row)
         in_a_row += 1
-        sys.stderr.write(
+        tell(
             f"{outcome}\n"
-            f"restart {in_a_row} of at most {settings.max_restarts} without a new checkpoint, in {wait_s:g} s\n"
+            f"restart {in_a_row} of at most {settings.max_restarts} without a new checkpoint, in {wait_s:g} s"
         )
         if stop.wait(wait_s):
             return outcome

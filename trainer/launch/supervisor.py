@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,12 +17,12 @@ from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
 from trainer.launch.local import launch_argv
 from trainer.launch.processes import descendants, handles_stacks_signal
 from trainer.planning.plan import Plan
-from trainer.run.console import Console
+from trainer.run.console import Console, tell
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import MetricsReader
 from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, STOPPED_S, SUPERVISOR, SUPERVISOR_PID
 from trainer.run.readers import Heartbeat
-from trainer.run.state import Outcome
+from trainer.run.state import EndState, Outcome
 from trainer.run.tracker import read_tracker
 
 POLL_S: Final = 0.2
@@ -40,8 +39,13 @@ FULL_BYTES: Final = 2**16
 class StopSignals:
     """Within the block, signals that ask this process to stop are recorded and forwarded, also between attempts."""
 
-    def __init__(self) -> None:
-        """No signal has come."""
+    def __init__(self, on_interrupt: Callable[[], object] = lambda: None) -> None:
+        """No signal has come.
+
+        Args:
+            on_interrupt: called at the first Ctrl-C.
+        """
+        self.on_interrupt = on_interrupt
         self.was_asked = False
         self.is_immediate = False
         """Ctrl-C came twice: stop without saving."""
@@ -66,7 +70,8 @@ class StopSignals:
         self.is_immediate |= number == signal.SIGINT and self._was_interrupted
         if number == signal.SIGINT and not self._was_interrupted:
             self._was_interrupted = True
-            sys.stderr.write("\nsaving after this step, then stopping; press Ctrl-C again to stop at once\n")
+            self.on_interrupt()
+            tell("\nsaving after this step, then stopping; press Ctrl-C again to stop at once")
         self.forward()
 
     def wait(self, seconds: float) -> bool:
@@ -151,7 +156,7 @@ class Supervisor:
         silent_s = time.monotonic() - self._last_beat_at
         if silent_s > self.plan.recipe.recovery.hang_timeout_s + FRESH_S and not self._was_frozen:
             self._was_frozen = True
-            sys.stderr.write(f"\nno heartbeat for {silent_s:.0f} s while {beat.phase}: killing the worker\n")
+            tell(f"\nno heartbeat for {silent_s:.0f} s while {beat.phase}: killing the worker")
             for pid in filter(handles_stacks_signal, descendants(self.process.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, STACKS_SIGNAL)
@@ -182,7 +187,8 @@ class Supervisor:
             outcome = Outcome("cancelled", step, f"stopped at once; {self._newest_checkpoint()}", EXIT_FAILED)
         elif self.stop.was_asked:
             text = f"stopped before it could save; {self._newest_checkpoint()}"
-            outcome = Outcome("preempted", step, text, EXIT_PREEMPTED)
+            state: EndState = "cancelled" if self.run.cancel_file.exists() else "preempted"
+            outcome = Outcome(state, step, text, EXIT_PREEMPTED)
         else:
             outcome = Outcome("failed", step, self._last_words(log), EXIT_FAILED, is_transient=True)
         with suppress(OSError, TrainerError), self.run.locked():  # unless another attempt has just begun

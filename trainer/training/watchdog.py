@@ -113,7 +113,7 @@ class Watchdog:
         """Write the outcome and exit without cleanup: the training thread cannot be interrupted."""
         if self.world.is_main:
             self.say(message)
-            if state == "preempted" and self.run.cancel_file.exists():
+            if state == "preempted" and (self.stop.was_interrupted or self.run.cancel_file.exists()):
                 state = "cancelled"
             with suppress(OSError, TrainerError):
                 self.run.refuse_stale(self.attempt)
