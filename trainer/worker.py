@@ -27,12 +27,14 @@ from trainer.errors import (
 from trainer.planning.inputs import refuse_changed_inputs
 from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.best import best_value
+from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.find import named_run, open_run
 from trainer.run.place import settle
 from trainer.run.plan_recipe import plan_recipe
 from trainer.run.protocol import LAUNCHER, SHUTDOWN_TIMEOUT
 from trainer.run.state import EndState, Outcome
+from trainer.run.surroundings import complete_surroundings
 
 if TYPE_CHECKING:
     from trainer.training.attempt import Attempt
@@ -43,6 +45,7 @@ TORCHRUN_GRACE_S: Final = 30.0
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank of one attempt; returns the exit code of its outcome."""
+    complete_surroundings()
     arguments = _parse(argv)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
@@ -54,12 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         plan, run = _plan_and_run(arguments)
         if run.is_finished(plan.steps):
-            sys.stderr.write(f"{run.root} is finished; give another --name to train again\n")
+            tell(f"{run.root} is finished; give another --name to train again")
             return EXIT_FINISHED
         return _run_attempt(plan, run)
     except TrainerError as error:
-        sys.stderr.write(f"{error}\n")
+        tell(str(error))
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tell(f"{error.filename}: {error.strerror}")  # for example a run directory that is read-only
+        return EXIT_FAILED
 
 
 def _run_attempt(plan: Plan, run: RunDir) -> int:

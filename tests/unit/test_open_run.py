@@ -118,5 +118,17 @@ def test_damaged_plan_is_no_obstacle_before_the_first_step_and_named_after_it() 
     assert run.plan_file.read_text() == text
     step_made(run, 5)
     run.plan_file.write_text(text[:300])
-    with pytest.raises(LaunchError, match=r"plan\.json: "):
+    with pytest.raises(LaunchError, match=r"plan\.json: not a plan of this version: .* --overwrite") as caught:
         open_run(planned())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_plan_without_a_field_is_named_in_one_line() -> None:
+    run = open_run(planned())
+    whole = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(
+        json.dumps({name: value for name, value in whole.items() if name not in {"steps", "shape"}})
+    )
+    with pytest.raises(LaunchError, match=r"shape: Field required\.") as caught:
+        run.read_plan()
+    assert len(str(caught.value).splitlines()) == 1

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_recipe_arguments
 from trainer.config.model_arguments import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
+from trainer.run.console import tell
+from trainer.run.surroundings import complete_surroundings
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -49,25 +53,40 @@ MEANT: Final = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    complete_surroundings()
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, names = _parser()
     if argv and not argv[0].startswith("-"):
         argv[0] = ALIASES.get(argv[0], argv[0])
         if argv[0] not in names:
-            sys.stderr.write(f"trainer: no command `{argv[0]}`{_guess(argv[0], names)}\n")
+            tell(f"trainer: no command `{argv[0]}`{_guess(argv[0], names)}")
             return EXIT_USER
     arguments = parser.parse_args(argv)
     arguments.argv = argv
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except TrainerError as error:
-        sys.stderr.write(f"{error}\n")
+        tell(str(error))
         return error.exit_code
     except BrokenPipeError:
-        return EXIT_FAILED
+        return _end_without_output()
+    except OSError as error:  # a full disk, a directory that is read-only, ...
+        tell(f"{error.filename or 'output'}: {error.strerror or error}")
+        return _end_without_output()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        tell("interrupted")
         return EXIT_USER
+
+
+def _end_without_output() -> int:
+    """Drop what stdout still holds, so that Python does not complain about it at its end."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    return EXIT_FAILED
 
 
 def _guess(word: str, names: Collection[str]) -> str:

@@ -78,4 +78,6 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _print_weights(run: RunDir, *, is_lora: bool) -> None:
-    sys.stdout.write(f"{run.weights(is_lora=is_lora)}\n")
+    with suppress(OSError):  # the run is finished, whether or not anybody reads this
+        sys.stdout.write(f"{run.weights(is_lora=is_lora)}\n")
+        sys.stdout.flush()

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+from pydantic import ValidationError
+
 from trainer.errors import LaunchError
 from trainer.files import write_atomically
 from trainer.planning.plan import Plan, parse_plan
@@ -54,7 +56,19 @@ def read_plan(file: Path) -> Plan:
     except FileNotFoundError:
         raise LaunchError(f"{file.parent}: no {file.name}, not a run directory") from None
     except ValueError as error:
-        raise LaunchError(f"{file}: not a plan of this version: {error}") from None
+        raise LaunchError(
+            f"{file}: not a plan of this version: {_first_problem(error)}. The file may be cut off. Restore it from a "
+            "copy, or train the recipe again with --overwrite, which keeps this directory under another name."
+        ) from None
+
+
+def _first_problem(error: ValueError) -> str:
+    """One line: the first of the problems that pydantic lists, or the message."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    return str(error).partition("\n")[0]
 
 
 def read_outcome(file: Path) -> Outcome | None:
