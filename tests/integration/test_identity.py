@@ -135,3 +135,44 @@ def test_stopped_and_continued_is_no_hang(project: Project) -> None:
     done = started.wait()
     assert done.code == 0, done.said
     assert len(run.attempts()) == 1
+
+
+@pytest.mark.parametrize("damage", ["nul", "deleted", "cut"])
+def test_damaged_metrics_are_named_kept_and_rebuilt(
+    project: Project, begun: Run, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metrics = begun.root / "metrics.jsonl"
+    whole = begun.metrics()
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    match damage:
+        case "nul":
+            metrics.write_bytes(lines[0] + b"\0" * len(lines[1]) + b"\n" + lines[2])
+        case "cut":
+            metrics.write_bytes(lines[0] + lines[1][:20])
+        case "deleted":
+            metrics.unlink()
+    damaged = metrics.read_bytes() if metrics.exists() else None
+    assert attempt(project, "runs/tiny") == 0
+    said = capfd.readouterr().err
+    expected = "damaged lines: 2; steps without a record: 1" if damage == "nul" else "steps without a record: 1-2"
+    assert f"warning: runs/tiny/metrics.jsonl: {expected}" in said
+    assert "Traceback" not in said
+    kept = begun.root / "metrics.jsonl.broken-1"
+    assert (kept.read_bytes() if kept.exists() else None) == damaged
+    assert begun.steps()[-4:] == [1, 2, 3, 4]
+    rebuilt = [record for record in begun.metrics() if "rebuilt" in record]
+    assert [record["step"] for record in rebuilt] == ([1] if damage == "nul" else [1, 2])
+    if damage != "nul":
+        assert rebuilt[-1]["train/updates"] == whole[-1]["train/updates"]
+
+
+def test_rollout_values_are_rebuilt_from_the_journal(project: Project) -> None:
+    prepare(project)
+    assert attempt(project, "rft.yaml", "--set", "steps=2") == 0
+    run = project.run("rft")
+    whole = run.metrics()
+    (run.root / "metrics.jsonl").unlink()
+    assert attempt(project, "rft.yaml", "--set", "steps=3") == 0
+    names = ("step", "rollout/reward", "rollout/completion_tokens", "rollout/truncated_frac", "eval/reward")
+    for before, after in zip(whole[1:], run.metrics(), strict=False):
+        assert {name: before.get(name) for name in names} == {name: after.get(name) for name in names}

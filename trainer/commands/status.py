@@ -63,7 +63,7 @@ def describe_run(run: RunDir, ask: Ask = find_queued, pulse: Pulse | None = None
     return RunStatus(
         run=str(run.root),
         state=_shown(state, outcome),
-        step=min(records[-1]["step"], plan.steps) if records else 0,  # `steps` may have been lowered since
+        step=_step(run, plan.steps),
         steps=plan.steps,
         phase=beat.phase if beat is not None and is_running else None,
         attempts=run.newest_attempt(),
@@ -72,6 +72,11 @@ def describe_run(run: RunDir, ask: Ask = find_queued, pulse: Pulse | None = None
         metrics=records[-1] if records else {},
         wandb=tracker.problem if tracker is not None else None,
     )
+
+
+def _step(run: RunDir, steps: int) -> int:
+    """The newest step, of metrics or checkpoints: metrics.jsonl may be damaged, `steps` lowered since."""
+    return min(steps, max(run.newest_logged_step(), run.newest_checkpoint_step(), 0))
 
 
 def _state(run: RunDir, ask: Ask, pulse: Pulse | None) -> RunState:

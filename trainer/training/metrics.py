@@ -14,7 +14,9 @@ import torch
 from trainer.files import write_atomically
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
+from trainer.run.metrics_reader import Record
 from trainer.run.tracker import Tracker, tracker_mode
+from trainer.training.metrics_repair import find_damage, quarantine, rebuilt_records
 
 Values = dict[str, float]
 """Metrics by name, such as {"train/loss": 1.25, "perf/step_s": 0.8}."""
@@ -58,7 +60,7 @@ class MetricsLog:
         """
         if not self.is_main:
             return
-        kept = [record for record in self.run.read_metrics() if record["step"] <= step]
+        kept = sorted(self._repaired(step), key=lambda record: record["step"])
         text = "".join(json.dumps(record) + "\n" for record in kept)
         self.run.refuse_stale(self.attempt)
         write_atomically(self.run.metrics_file, text)
@@ -66,6 +68,21 @@ class MetricsLog:
         if self._tracker is None and mode is not None:
             self._tracker = Tracker(self.run, self._plan, mode, self.say)
             self._tracker.catch_up(kept)
+
+    def _repaired(self, step: int) -> list[Record]:
+        """The records up to a step. Those that are damaged or gone are rebuilt as far as possible."""
+        records = [record for record in self.run.read_metrics() if record["step"] <= step]
+        damage = find_damage(self.run, step)
+        if damage is None:
+            return records
+        copy = quarantine(self.run)
+        kept_as = f"; the file is kept as {copy}" if copy is not None else ""
+        lost = "Journal and checkpoints give back a part; other values of these steps are lost"
+        self.say(
+            f"warning: {self.run.metrics_file}: {damage}{kept_as}. "
+            f"{lost if damage.steps else f'No step up to {max(step, 0)} is lost'}"
+        )
+        return records + rebuilt_records(self.run, damage.steps, round(time.time(), 3))
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
         """Append one record.
