@@ -17,6 +17,7 @@ from trainer.commands.tables import table_lines
 from trainer.errors import TrainerError, UserError
 from trainer.jobs.delete import delete_run
 from trainer.jobs.logs import log_lines
+from trainer.jobs.slurm_queue import Ask, QueueSnapshot, find_queued
 from trainer.run.best import BestValue, best_value
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, all_runs, find_run
@@ -41,7 +42,8 @@ class RunSummary:
 
 def list_runs(arguments: argparse.Namespace) -> int:
     """List every run of this directory, the newest last."""
-    summaries = [summarize_run(run) for run in sorted(all_runs(), key=_changed)]
+    snapshot = QueueSnapshot()
+    summaries = [summarize_run(run, snapshot.find) for run in sorted(all_runs(), key=_changed)]
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(summary) for summary in summaries]) + "\n")
         return 0
@@ -61,11 +63,16 @@ def _changed(run: RunDir) -> float:
     return max(file.stat().st_mtime for file in files if file.exists())
 
 
-def summarize_run(run: RunDir) -> RunSummary:
-    """The run in one line; a damaged one does not hide the others."""
+def summarize_run(run: RunDir, ask: Ask = find_queued) -> RunSummary:
+    """The run in one line; a damaged one does not hide the others.
+
+    Args:
+        run: any run.
+        ask: how Slurm's queue is asked.
+    """
     try:
-        recipe, status = run.read_plan().recipe, describe_run(run)
-        best = best_value(run.read_metrics())
+        recipe, status = run.read_plan().recipe, describe_run(run, ask)
+        best = best_value(run.comparable_metrics())
         return RunSummary(
             str(run.root), status.state, recipe.method, recipe.model.path, status.step, status.steps, best
         )

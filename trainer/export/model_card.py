@@ -137,7 +137,7 @@ def _data(plan: Plan) -> Iterator[str]:
 
 def _results(run: RunDir, plan: Plan, exported: Exported) -> Iterator[str]:
     records = [record for record in run.read_metrics() if record["step"] <= exported.weights.step]
-    best = best_value(records)
+    best = best_value(record for record in run.comparable_metrics() if record["step"] <= exported.weights.step)
     if best is not None:
         yield f"Best held-out value up to here: `{best.name}` {best.value:.4f} at step {best.step}."
     table = list(_table(records))

@@ -59,7 +59,7 @@ def choose_weights(run: RunDir, plan: Plan, *, best: bool = False, checkpoint: i
     if checkpoint is not None:
         return _of_checkpoint(run, plan, checkpoint)
     if best:
-        directory, value = run.weights(is_lora=is_lora, best=True), best_value(run.read_metrics())
+        directory, value = run.weights(is_lora=is_lora, best=True), best_value(run.comparable_metrics())
         if not directory.is_dir() or value is None:
             raise ModelError(f"{run.root}: has no best weights: it has not evaluated yet. Leave out --best.")
         return Weights(directory, value.step, "best")

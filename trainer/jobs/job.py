@@ -129,7 +129,7 @@ class Job:
 
     def best(self) -> BestValue | None:
         """The best held-out value so far; None before the first evaluation."""
-        return best_value(RunDir(self.run_dir).read_metrics())
+        return best_value(RunDir(self.run_dir).comparable_metrics())
 
     def weights(self, *, best: bool = False) -> Path:
         """The directory of the trained weights, an adapter or a model.

@@ -88,7 +88,7 @@ def rebuilt_records(run: RunDir, steps: Iterable[int], time: float) -> list[Reco
 
 def _of_journal(run: RunDir, step: int) -> dict[str, float]:
     """The rollout/ values of a step; empty for sft. The journal counts steps from 0."""
-    rollouts = [rollout for group in read_step(run, step - 1) for rollout in group]
+    rollouts = [rollout for group in read_step(run, step - 1) for rollout in group.rollouts]
     rewards = [rollout["reward"] for rollout in rollouts if rollout["reward"] is not None]
     if not rollouts:
         return {}
