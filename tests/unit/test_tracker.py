@@ -17,6 +17,7 @@ from trainer.config.load import load_recipe
 from trainer.planning.plan import Plan, make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
+from trainer.run.polling import wait_until
 from trainer.run.tracker import Tracker, TrackerState, read_tracker, tracker_mode
 
 BLOCK: Final = 2**15
@@ -106,12 +107,13 @@ def test_next_attempt_sends_what_is_missing_and_sync_sends_all(
     assert state is not None
     assert (state.step, state.online_step, state.problem) == (4, -1, None)
     assert first.state.id == second.state.id
-    assert logged_steps(run) == [[0, 1], [2, 3, 4]]
+    # The client's background process may still be writing when `finish` returns.
+    assert wait_until(lambda: logged_steps(run) == [[0, 1], [2, 3, 4]], timeout_s=30, poll_s=0.1), logged_steps(run)
 
     monkeypatch.setenv("WANDB_MODE", "offline")  # as the upload, into a file
     assert main(["sync", "small"]) == 0
     assert f"4 records of runs/small are in W&B run {state.id} (offline)" in capsys.readouterr().err
-    assert logged_steps(run)[-1] == [0, 1, 2, 3]
+    assert wait_until(lambda: logged_steps(run)[-1] == [0, 1, 2, 3], timeout_s=30, poll_s=0.1), logged_steps(run)
     assert not said
 
 
