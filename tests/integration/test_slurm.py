@@ -222,7 +222,7 @@ def test_waiting_job_is_joined_cancelled_and_submitted_again(project: Project, l
     assert state(project, lab, "held") == "PENDING"
     status = trainer(project, lab, "status", "held").stdout.splitlines()
     assert status[0] == "runs/held: pending, step 0 of 60"
-    assert status[1].startswith("  in Slurm's queue: JobHeldUser, start ")
+    assert status[1] == f"  in Slurm's queue: held; `scontrol release {slurm_id(run)}` releases it"
     second = project.start([str(BIN / "trainer"), "submit", "long.yaml", "--name", "held"], lab.environment).wait()
     assert second.code == 2, second.said
     assert "runs/held is pending already; `trainer reconnect runs/held` joins it" in second.stderr
@@ -230,7 +230,7 @@ def test_waiting_job_is_joined_cancelled_and_submitted_again(project: Project, l
         argv = [str(BIN / "trainer"), "reconnect", "held", "--timeout", "1"]
         reconnected = project.start(argv, lab.environment).wait()
         assert reconnected.code == 1, reconnected.said
-        assert "runs/held: still pending (in Slurm's queue: JobHeldUser, start " in reconnected.stderr
+        assert "runs/held: still pending (in Slurm's queue: held; `scontrol release " in reconnected.stderr
         assert len(list((run.root / "logs").iterdir())) == 0, "nothing was started"
         trainer(project, lab, "cancel", "held")
         wait_for(lambda: state(project, lab, "held") == "CANCELLED")
