@@ -12,7 +12,7 @@ from typing import Final, final
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from trainer.data.chat import ChatEncoder, load_tokenizer
@@ -20,6 +20,7 @@ from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, TrainerError
 from trainer.files import replaced_directory
+from trainer.model.base_model import model_class
 from trainer.model.own_forward import own_logprobs
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
@@ -133,7 +134,8 @@ def merge(plan: Plan, adapter: Path, out: Path) -> Verification:
 
 
 def _load(path: str, revision: str | None) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
+    kind = model_class(path, revision)
+    model: PreTrainedModel = kind.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
     return model.eval()
 
 

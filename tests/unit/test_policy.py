@@ -293,7 +293,13 @@ def test_a_directory_without_an_adapter_is_refused(model_dir, adapter_dir, spoil
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        (["query"], r"lora.target_modules: Target modules \{'query'\} not found in the base model"),
+        (["query"], r"lora.target_modules: no layer of the model is named `query`; known here: down_proj, gate_proj,"),
+        (
+            ["q_proj", "k_porj"],
+            r"lora.target_modules: no layer of the model is named `k_porj`; did you mean `k_proj`\?",
+        ),
+        (["q_proj", "self_attn"], r"lora.target_modules: no layer of the model is named `self_attn`"),
+        (["q_proj", "embed_tokens"], r"lora.target_modules: the token embedding cannot have an adapter; leave it out"),
         (["q_proj", "lm_head"], r"lora.target_modules: the head cannot have an adapter; leave it out"),
     ],
 )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
+from trainer.model.adapted_layers import lora_config, refuse_unmatched
 from trainer.model.batch import TokenOwners
 from trainer.model.lora_linear import FusedLinear, Routing, use_fused_linear
 
@@ -67,7 +68,7 @@ class Adapters:
             ModelError: the target modules do not exist or do not support an adapter.
         """
         assert name not in self._parameter_names
-        config = _peft_config(lora)
+        config = lora_config(self._base, lora)
         is_quantized = getattr(self._base, "is_quantized", False)
         if not is_quantized:  # for 4-bit weights PEFT has a layer of its own
             use_fused_linear(config)
@@ -83,7 +84,10 @@ class Adapters:
                 else:
                     self._peft.add_adapter(name, config, autocast_adapter_dtype=False)
             except ValueError as error:
+                refuse_unmatched(self._base, lora.target_modules)
                 raise ModelError(f"lora.target_modules: {error}") from None
+        if isinstance(lora.target_modules, list):
+            refuse_unmatched(self._base, self.config(name).target_modules)
         if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
             raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
         named = sorted(self._peft.named_parameters())
@@ -187,18 +191,6 @@ class Adapters:
 
 def _is_unroutable(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and not isinstance(module, FusedLinear)
-
-
-def _peft_config(lora: LoraSettings) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:

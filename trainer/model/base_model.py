@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from trainer.config.recipe import ModelSettings
 from trainer.errors import ModelError
 from trainer.model import attention
 from trainer.model.lm_head import LogitTransform
 from trainer.model.quantization import keep_differentiable, quantized_loading
+
+_TEXT_CLASSES: Final = frozenset(
+    {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+)
+"""Names of the classes of transformers that generate text from text."""
 
 
 def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
@@ -23,7 +41,9 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
     """
     attention.register()
     try:
-        causal_lm, info = AutoModelForCausalLM.from_pretrained(
+        causal_lm, info = model_class(
+            model.path, model.revision, trust_remote_code=model.trust_remote_code
+        ).from_pretrained(
             model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -51,6 +71,53 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
     else:  # it was quantized on the device
         keep_differentiable(causal_lm)
     return causal_lm.eval()
+
+
+def model_class(path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The class to load a model with: the one that `architectures` in its config.json names, if it generates text.
+
+    A model of images and text, such as Qwen2.5-VL, is loaded whole: what is saved has the names of its base.
+
+    Args:
+        path: directory or hub name.
+        revision: of a hub model.
+        trust_remote_code: whether code in the model's directory may run.
+
+    Raises:
+        OSError: there is no config.json.
+        ValueError: transformers does not know the model's type.
+    """
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return class_of(config)
+
+
+def class_of(config: PretrainedConfig) -> Any:
+    """The class of a model with this configuration, as `model_class` chooses it."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):  # code of the model's own
+        return AutoModelForCausalLM
+    for name in config.architectures or ():
+        named = getattr(transformers, name) if name in _TEXT_CLASSES else None
+        if named is not None and isinstance(config, named.config_class):
+            return named
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model with this configuration and packed attention, without weights of its own.
+
+    Args:
+        config: of the model.
+        dtype: of the parameters.
+        trust_remote_code: whether code in the model's directory may run.
+    """
+    attention.register()
+    kind = class_of(config)
+    options = {"dtype": dtype, "attn_implementation": attention.PACKED_ATTENTION}
+    if issubclass(kind, PreTrainedModel):
+        return kind._from_config(config, **options)
+    return kind.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def has_experts(causal_lm: PreTrainedModel) -> bool:

@@ -14,6 +14,7 @@ from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
 from trainer.config.section import Section
 from trainer.config.shape import TrainingShape
+from trainer.planning.adapter_targets import refuse_unfit_targets
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 from trainer.planning.choose_shape import choose_shape
 from trainer.planning.identity import identity_hash, make_identity
@@ -90,9 +91,12 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
 
     Raises:
         ShapeError: No shape fits, or the named one does not.
+        ModelError: A name in `lora.target_modules` selects no layer of the model.
     """
     recipe, document = loaded.recipe, loaded.document
     facts = model_facts(recipe)
+    has_experts = facts is not None and facts.num_experts > 1
+    refuse_unfit_targets(recipe, document.where(("lora", "target_modules")), has_experts=has_experts)
     name = shape_name or recipe.shape
     shape = choose_shape(recipe, facts, name, "--shape" if shape_name else document.where(("shape",)))
     num_rows = count_rows(recipe.data.train)
