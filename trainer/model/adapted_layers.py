@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import peft
@@ -15,6 +15,14 @@ from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 from trainer.planning.adapter_targets import EMBEDDING_TARGET, HEAD_TARGET, is_target, unmatched_target
 
+_READ_WITHOUT_CALL: Final[Mapping[str, frozenset[str]]] = {
+    "gemma3n_text": frozenset({"correction_coefs"}),
+    "longcat_flash": frozenset({"classifier"}),
+}
+"""By model type, linear layers whose weight the model multiplies itself, at least in training, so that an adapter on
+them has no effect."""
+_UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
+"""Classes of modules inside a language part that run only where there are images."""
 _ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
 """In the names of the modules that PEFT puts into an adapted layer."""
 
@@ -89,12 +97,16 @@ def _refuse_ends(causal_lm: PreTrainedModel, targets: list[str]) -> None:
 def _excluded(causal_lm: PreTrainedModel) -> str | None:
     """A pattern of the names of layers that get no adapter; None if there are none.
 
-    Left out are the parts beside the language part, whose adapters would never learn from text, and kinds of linear
-    layers with a forward pass of their own, such as the router of PhiMoE, which returns two tensors.
+    Left out are the parts beside the language part and inside of it those that run only where there are images: their
+    adapters would never learn from text. Also left out are linear layers whose output is not W x + b, such as the
+    router of PhiMoE, which returns two tensors.
     """
-    part = language_part(causal_lm)
-    patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, part)]
-    patterns += [_in_every_layer(name) for name, module in causal_lm.named_modules() if _has_other_forward(module)]
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, language_part(causal_lm))]
+    for name, module in causal_lm.named_modules():
+        if type(module).__name__ in _UNUSED_BY_TEXT:
+            patterns.append(rf"{re.escape(name)}\..*")
+        elif _is_unlike_linear(causal_lm, name, module):
+            patterns.append(_in_every_layer(name))
     return "|".join(dict.fromkeys(patterns)) or None
 
 
@@ -125,5 +137,8 @@ def _has_matrix(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) or (weight is not None and weight.ndim >= 2)
 
 
-def _has_other_forward(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+def _is_unlike_linear(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return True
+    read = _READ_WITHOUT_CALL.get(causal_lm.config.get_text_config().model_type, frozenset())
+    return name.rpartition(".")[2] in read

@@ -32,6 +32,17 @@ _TEXT_CLASSES: Final = frozenset(
 )
 """Names of the classes of transformers that generate text from text."""
 
+_LOGIT_FACTORS: Final = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Logits are multiplied by these: Cohere, Falcon-H1, Muse."""
+_LOGIT_DIVISORS: Final = ("logits_scaling", "logits_mup_width_multiplier")
+"""Logits, or the hidden states before the head, are divided by these: Granite and MiniCPM3, Inkling."""
+_SOFT_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Gemma and others, RecurrentGemma, xLSTM."""
+_SCALING_IS_FACTOR: Final = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
+"""Model types that multiply by `logits_scaling`."""
+_SCALE_LEFT_OUT: Final = frozenset({"aya_vision", "cohere2_vision"})
+"""Model types whose class in transformers ignores the `logit_scale` of their language model."""
+
 
 def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
     """Load the base model in the compute dtype, from safetensors only, with packed attention.
@@ -128,7 +139,24 @@ def has_experts(causal_lm: PreTrainedModel) -> bool:
 
 
 def logit_transform(causal_lm: PreTrainedModel) -> LogitTransform:
-    """What the model's own forward does to the products of its LM head."""
-    config: dict[str, Any] = causal_lm.config.get_text_config().to_dict()
-    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
-    return LogitTransform(scale=scale, softcap=config.get("final_logit_softcapping"))
+    """What the model's own forward does to the products of its LM head, by the names of its configuration's fields.
+
+    Raises:
+        ModelError: transformers leaves out the scale that the configuration has.
+    """
+    config = causal_lm.config.get_text_config()
+    fields = {name: float(getattr(config, name, None) or 1.0) for name in (*_LOGIT_FACTORS, *_LOGIT_DIVISORS)}
+    if causal_lm.config.model_type in _SCALE_LEFT_OUT and fields["logit_scale"] != 1.0:
+        raise ModelError(
+            f"model: {type(causal_lm).__name__} of transformers does not apply the logit_scale "
+            f"{fields['logit_scale']:g} of its language model, so its probabilities are not the model's: not supported"
+        )
+    if causal_lm.config.model_type in _SCALING_IS_FACTOR:
+        fields["logits_scaling"] = 1.0 / fields["logits_scaling"]
+    scale = 1.0
+    for name in _LOGIT_FACTORS:
+        scale *= fields[name]
+    for name in _LOGIT_DIVISORS:
+        scale /= fields[name]
+    caps = [cap for name in _SOFT_CAPS if (cap := getattr(config, name, None)) is not None]
+    return LogitTransform(scale=scale, softcap=caps[0] if caps else None)
