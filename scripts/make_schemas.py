@@ -40,7 +40,9 @@ The first line of a recipe tells editors which schema to use for completion and 
 `# yaml-language-server: $schema=../docs/recipe.schema.json`""",
     "shape": """\
 A training shape specifies the number and kind of devices, and the largest jobs that fit on them. Shapes are files in
-configs/shapes/; of two with the same name, the one in the working directory is used. `trainer shapes` lists them.""",
+configs/shapes/; of two with the same name, the one in the working directory is used. Further shapes are made by rule
+from the GPUs in configs/devices/, such as `rtx4090x2` ([machine.md](machine.md)). `trainer shapes` lists them all;
+`trainer shapes --print NAME` prints one, to copy and change it.""",
 }
 
 

@@ -66,9 +66,9 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "stablelm": {},
     "mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2},
 }
-"""Families worth a test: windows of 8 tokens, soft caps (gemma2), buffers (gemma4_text), sinks (gpt_oss), experts, and
-what is refused: windows only in the mask (qwen2_moe), recurrent state (qwen3_next), convolutions (lfm2), attention of
-their own (rest).
+"""Families worth a test: windows of 8 tokens, soft caps (gemma2), stored buffers (gemma4_text), sinks (gpt_oss),
+experts; and what is refused: windows only in the mask (qwen2_moe), recurrent state (qwen3_next),
+convolutions (lfm2), attention of their own (the rest).
 """
 
 

@@ -64,14 +64,19 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """Fill a temporary directory within the block, then move it to the target; on an error the target is untouched."""
+    """Fill a temporary directory within the block, then move it to the target; on an error the target is untouched.
+
+    Every file gets the mode that the umask gives to new files: safetensors writes weights that only their owner reads.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
+        mode = _mode_of_new_files(temporary)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 fsync_file(file)
         fsync_dir(temporary)
         retired = target.with_name(f".{target.name}.old")
@@ -84,3 +89,12 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _mode_of_new_files(directory: Path) -> int:
+    """The mode that the umask gives. Reading the umask itself would change it for other threads for a moment."""
+    probe = directory / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode

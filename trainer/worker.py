@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_override_arguments
-from trainer.config.load import load_recipe
 from trainer.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -22,12 +21,15 @@ from trainer.errors import (
     MirrorError,
     PreemptedError,
     RolledBackError,
+    RunConflictError,
     TrainerError,
 )
-from trainer.planning.plan import Plan, RFTPlan, make_plan
+from trainer.planning.inputs import refuse_changed_inputs
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.best import best_value
 from trainer.run.directory import RunDir
 from trainer.run.find import named_run, open_run
+from trainer.run.plan_recipe import plan_recipe
 from trainer.run.protocol import SHUTDOWN_TIMEOUT
 from trainer.run.state import EndState, Outcome
 
@@ -81,7 +83,7 @@ def _run_attempt(plan: Plan, run: RunDir) -> int:
         if world.is_main:
             stack.enter_context(run.locked())
             run.outcome_file.unlink(missing_ok=True)
-        number = world.from_main(run.take_attempt(describe_attempt(plan, world)) if world.is_main else None)
+        number = world.from_main(run.take_attempt(describe_attempt(plan, run, world)) if world.is_main else None)
         attempt = Attempt(plan, run, world, number, stop)
         stack.enter_context(attempt.watchdog.watching())
         outcome = _train(attempt)
@@ -119,6 +121,7 @@ def _train(attempt: Attempt) -> Outcome:
     plan, run = attempt.plan, attempt.run
     train = partial(rft.train, plan=plan) if isinstance(plan, RFTPlan) else sft.train
     try:
+        _check_inputs(attempt)
         if _is_rolled_back(train, attempt):
             # Not guarded again: RolledBackError is raised only while no row is excluded, and now some are.
             train(attempt)
@@ -133,7 +136,22 @@ def _train(attempt: Attempt) -> Outcome:
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
         return Outcome("failed", attempt.step, text, EXIT_FAILED, is_transient=True)
-    return Outcome("finished", plan.steps, _summary(attempt), EXIT_FINISHED)
+    return Outcome("finished", attempt.plan.steps, _summary(attempt), EXIT_FINISHED)
+
+
+def _check_inputs(attempt: Attempt) -> None:
+    """Stop every rank where rows, model, template or adapter were replaced; warn of changed reward code.
+
+    Raises:
+        RunConflictError: they were.
+    """
+    plan, run = attempt.plan, attempt.run
+    _, problem = attempt.world.on_main(lambda: refuse_changed_inputs(plan, str(run.root)), (RunConflictError,))
+    if problem is not None:
+        raise RunConflictError(problem)
+    attempts = run.read_attempts() if attempt.world.is_main else []
+    for file in attempts[-1].get("changed_rewards", []) if attempts else []:
+        attempt.say(f"warning: {file} changed since the attempt before; recorded rewards stay, new ones come from it")
 
 
 def _is_rolled_back(train: Callable[[Attempt], None], attempt: Attempt) -> bool:
@@ -169,7 +187,7 @@ def _summary(attempt: Attempt) -> str:
     from trainer.training.no_gradient import verdict
 
     text = f"finished {attempt.plan.steps} steps of {attempt.run.root}"
-    records = attempt.run.read_metrics() if attempt.world.is_main else []
+    records = attempt.run.comparable_metrics() if attempt.world.is_main else []
     best = best_value(records)
     if best is not None:
         first = next(record for record in records if best.name in record)
@@ -184,10 +202,11 @@ def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
     if target.is_dir():
         run = RunDir(target)
         return run.read_plan(), run
-    plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
+    plan = plan_recipe(target, arguments.set, arguments.shape)
     if _is_main():
-        return plan, open_run(plan, arguments.name)
-    return plan, named_run(arguments.name or plan.recipe.name)
+        run = open_run(plan, arguments.name)
+        return run.read_plan(), run
+    return plan, named_run(plan.recipe.name if arguments.name is None else arguments.name)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

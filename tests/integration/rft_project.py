@@ -67,4 +67,5 @@ def journal(run: Run, step: int | None = None) -> dict[str, bytes]:
 def rollouts(run: Run, step: int) -> list[dict[str, Any]]:
     """The rollout records of a step, from 0, in order."""
     chunks = [text.decode().split("\n")[1:-2] for _, text in sorted(journal(run, step).items())]
-    return [json.loads(line) for lines in chunks for line in lines]
+    records = [json.loads(line) for lines in chunks for line in lines]
+    return [record for record in records if "prompt" not in record]

@@ -167,12 +167,25 @@ def test_rollouts_shows_a_step_to_people(project: Project, whole: Run) -> None:
     lines = done.stdout.split("\n")
     assert lines[0] == "runs/whole, step 5: 6 prompts"  # the last one
     assert lines[2].startswith("prompts.jsonl:")
-    assert "what is the sum of" in lines[2]
-    best, *_, worst = lines[3:7]
+    assert lines[3].startswith("  user    what is the sum of")
+    assert lines[4].split() == ["reward", "advantage", "tokens", "completion"]
+    best, *_, worst = lines[5:9]
     assert float(best.split()[0]) > float(worst.split()[0])
     assert float(best.split()[1]) > 0 > float(worst.split()[1])
     assert lines[-2] == "4 more prompts: --groups 6"
     assert all(letter.isprintable() for line in lines for letter in line)
+
+
+def test_rollouts_shows_what_was_asked_after_the_file_has_changed(project: Project, whole: Run) -> None:
+    file = project.root / "prompts.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace("what is the sum of", "what is the product of"))
+    try:
+        done = project.trainer("rollouts", "whole", "--groups", "9")
+    finally:
+        file.write_text(before)
+    assert done.stdout.count("what is the sum of") == 6, done.said
+    assert "product" not in done.stdout
 
 
 def test_rollouts_of_a_step_that_is_not_there_says_which_are(project: Project, whole: Run) -> None:

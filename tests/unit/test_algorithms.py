@@ -26,7 +26,7 @@ from trainer.algorithms import (
     token_weights,
     truncated_weights,
 )
-from trainer.config.recipe import AlgorithmSettings
+from trainer.config.rft_sections import AlgorithmSettings
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 
 LENGTHS = (3, 1, 5, 2)

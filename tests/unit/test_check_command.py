@@ -15,7 +15,7 @@ from small_recipe import RFT, SFT, write_small
 
 from trainer.commands.check_report import ValueReport, describe_plan, report_lines
 from trainer.commands.cli import main
-from trainer.config.load import load_recipe
+from trainer.config.load import find_shape, load_recipe
 from trainer.planning.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,7 @@ def run_quietly(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         ["shapes", "recipe.yaml"],
         ["submit", "recipe.yaml", "--launcher", "slurm", "--print"],
         ["jobs"],
+        ["doctor"],
     ],
 )
 @pytest.mark.parametrize("recipe", [SFT, RFT], ids=["sft", "rft"])
@@ -202,7 +203,7 @@ def test_on_two_machines_each_launcher_is_told_its_rank(capsys):
 
 def test_every_value_is_shown_with_its_origin(capsys):
     write_small(Path(), RFT)
-    assert main(["check", "recipe.yaml", "--set", "seed=7"]) == 0
+    assert main(["check", "recipe.yaml", "--set", "seed=7", "--values"]) == 0
     values = section(capsys.readouterr().out, "values")
     for line in (
         "seed 7 --set",
@@ -237,7 +238,7 @@ def test_colour_only_where_it_is_seen(capsys):
     assert main(["check", "recipe.yaml"]) == 0
     assert "\x1b" not in capsys.readouterr().out
     about = describe_plan(make_plan(load_recipe(Path("recipe.yaml"))), "recipe.yaml")
-    colored, plain = report_lines(about, is_colored=True), report_lines(about)
+    colored, plain = report_lines(about, is_colored=True, with_values=True), report_lines(about, with_values=True)
     assert [re.sub(r"\x1b\[\d+m", "", line).rstrip() for line in colored] == plain
     is_dim = ["\x1b[2m" in line for line in colored]
     assert any(is_dim)
@@ -248,8 +249,8 @@ def test_a_narrow_terminal_folds_long_values_and_loses_nothing():
     write_small(Path(), SFT.replace("train: train.jsonl", "train: train.jsonl\n  columns: {prompt: a, completion: b}"))
     report = describe_plan(make_plan(load_recipe(Path("recipe.yaml"))), "recipe.yaml")
     report = replace(report, values={"data.system": ValueReport("word " * 40, "recipe.yaml:7")})
-    values = report_lines(report, width=60)
-    values = values[values.index("values") + 1 :]
+    values = report_lines(report, width=60, with_values=True)
+    values = values[values.index("values") + 1 : -2]  # the verdict stands below
     assert max(len(line) for line in values) <= 60
     assert " ".join(" ".join(values).split()).count("word") == 40
 
@@ -265,20 +266,34 @@ def test_a_model_of_unknown_size_is_not_estimated(capsys):
 def test_shapes_are_listed_with_limits_and_basis(capsys):
     assert main(["shapes"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    lines, made = lines[: lines.index("")], lines[lines.index("") + 3 :]
     assert " ".join(lines[1].split()) == ("cpu CPU 16 2 B, 4,096 tokens (estimated) 0.5 B, 4,096 tokens (estimated)")
     assert [line.split()[0] for line in lines[1:]] == [
         "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_dp", "h100x8_vllm2",
         "h200x8", "h200x8_dp", "h100x16", "h200x16",
     ]  # fmt: skip
+    assert [line.split()[0] for line in made] == [
+        "rtx3090", "rtx4090", "rtx5090", "a6000", "l40s", "a100_40g", "a100", "h100", "h200", "b200",
+    ]  # fmt: skip
+    assert " ".join(made[1].split()) == "rtx4090 RTX-4090-24G 23.5 165.2 1008 none"
 
 
 def test_shapes_say_which_of_them_a_recipe_fits_and_why_not(capsys):
     write_small(Path(), SFT.replace("max_seq_tokens: 128", "max_seq_tokens: 20000"))
     assert main(["shapes", "recipe.yaml"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert lines["cpu"].endswith("supports sequences up to 4,096 tokens (estimated)")
     assert lines["h100x1"].endswith("supports sequences up to 16,384 tokens (estimated)")
     assert lines["h200x1"].endswith("  fits")
+    assert lines["rtx4090"].endswith("  does not fit")
+    assert lines["h100"].endswith("  fits h100x2_dp")  # the file of h100x1 says 16,384 tokens
+    assert lines["h200"].endswith("  fits h200x1")
+
+
+def test_a_printed_shape_is_a_shape_file(capsys):
+    assert main(["shapes", "--print", "rtx4090x2"]) == 0
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    assert find_shape("mine.yaml") == find_shape("rtx4090x2")
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 from small_recipe import RFT, SFT, write_small
 
 from trainer.config.load import load_recipe
-from trainer.config.recipe import AlgorithmSettings, RFTRecipe, RolloutSettings, SFTRecipe
+from trainer.config.recipe import RFTRecipe, SFTRecipe
+from trainer.config.rft_sections import AlgorithmSettings, RolloutSettings
 from trainer.errors import RecipeError
 
 
@@ -215,7 +216,7 @@ def test_scientific_notation_is_a_number(text):
             "path: model\n  chat_template: no.jinja",
             "recipe.yaml:5: model.chat_template: no such file: no.jinja",
         ),
-        ("rank: 4", "warm_start: model", "recipe.yaml:6: lora.warm_start: model/adapter_config.json is missing"),
+        ("rank: 4", "warm_start: model", "recipe.yaml:6: lora.warm_start: model holds no adapter (no adapter_config"),
         ("shape: cpu", "rewards: [{use: last_number}]", "recipe.yaml:18: rewards: belongs to `method: rft`"),
     ],
 )
@@ -268,11 +269,6 @@ def test_a_reward_in_a_file_beside_the_recipe_is_found_without_importing_it():
             "recipe.yaml:17: dcp_save_interval: 0: no checkpoints are saved",
         ),
         ("rows_per_step: 2", "rows_per_step: 7", "recipe.yaml:11: rows_per_step: more than the 6 rows"),
-        (
-            "path: model",
-            "path: owner/name\n  revision: main",
-            "recipe.yaml:5: model.revision: `main` is a branch or a tag, which can change; pin a commit",
-        ),
         (
             "train: train.jsonl",
             "train: {path: none.jsonl, hub: owner/rows}",

@@ -11,17 +11,20 @@ import signal
 import pytest
 import torch
 
-from trainer.config.recipe import RewardSpec, RFTRecipe
+from trainer.config.recipe import DataSettings, RFTRecipe
+from trainer.config.rft_sections import RewardSpec
 from trainer.distributed.preemption import SIGNALS, StopFlag
 from trainer.distributed.world import World
 from trainer.errors import RewardError
 from trainer.rewards.runner import RewardRunner
+from trainer.run.intervals import bootstrap_interval
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.evaluate import HeldOutAnswer, PassRule, RewardEvaluation, bootstrap_interval, pass_at_k
+from trainer.training.evaluate import EvaluationSettings, HeldOutAnswer, PassRule, RewardEvaluation, pass_at_k
 from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.types import Completion, FinishReason, Row
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+DATA = DataSettings.model_validate({"train": "rows.jsonl"})
 REWARDS = """
 def scripted(completion, row):
     value = row["script"][len(completion)]
@@ -66,10 +69,12 @@ def signals():
 
 
 def evaluation(runner, scripts, num_samples, *, rule=None, max_failed_frac=1.0, **params):
-    prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
+    rows = [{"prompt": f"question {n}", "script": script} for n, script in enumerate(scripts)]
+    prompts = [Prompt(Row(row, "eval.jsonl", n + 1, n), (1, n)) for n, row in enumerate(rows)]
     drawn = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
     sampler = GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag())
-    return RewardEvaluation(prompts, sampler, num_samples, rule or PassRule(1.0), max_failed_frac)
+    settings = EvaluationSettings(num_samples, rule or PassRule(1.0), max_failed_frac, DATA)
+    return RewardEvaluation(prompts, sampler, settings)
 
 
 def test_values_of_two_prompts(runner):

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import pytest
 
 from trainer.run.directory import RunDir
-from trainer.run.journal import ChunkHeader, read_chunk, read_step, set_aside, write_chunk
+from trainer.run.journal import (
+    ChunkHeader,
+    JournalPrompt,
+    count_sampled,
+    note_begun,
+    read_chunk,
+    read_step,
+    set_aside,
+    write_chunk,
+)
 from trainer.types import Group, Rollout, Row
 
 STEP, NUMBER = 3, 1
@@ -60,6 +70,10 @@ def run(tmp_path):
 def read(run, **changes):
     header = replace(HEADER, **changes)
     return read_chunk(run, NUMBER, header, [ROWS[index] for index in header.rows])
+
+
+def prompts(run: RunDir) -> list[dict[str, Any]]:
+    return [group.prompt for group in read_step(run, STEP) if group.prompt is not None]
 
 
 def test_everything_comes_back_exactly(run):
@@ -128,32 +142,75 @@ def test_a_chunk_with_another_header_on_disk_is_not_replayed(run, ours, theirs):
     assert read(run) is None
 
 
-def test_the_format_on_disk_stays_readable(tmp_path):
-    """A chunk as it is written since format 1: logprobs are as long as the tokens, 0.0 where nothing was drawn."""
+HEADER_LINE = '{"format": %d, "step": 3, "rows": [4], "group_size": 2, "world_size": 1, "length": [15, null]}'
+LINES = (
+    '{"row": 4, "where": "rows.jsonl:5", "advantage": 0.5, "token_ids": [1, 500, 7, 8], "trained": "0011", '
+    '"sampler_logprobs": [0.0, 0.0, -0.25, -0.5], "finish_reason": "stop", "policy_version": 3, "text": "it is 4", '
+    '"reward": 1.0, "rewards": {"right": 1.0}, "failure": null}',
+    '{"row": 4, "where": "rows.jsonl:5", "advantage": -0.5, "token_ids": [1, 500, 9], "trained": "001", '
+    '"sampler_logprobs": [0.0, 0.0, -2.5], "finish_reason": "length", "policy_version": 3, "text": "é", '
+    '"reward": 0.0, "rewards": {"right": 0.0}, "failure": null}',
+)
+"""Logprobs are as long as the tokens, 0.0 where nothing was drawn."""
+WRITTEN = Group(
+    ROWS[4],
+    (
+        Rollout((1, 500, 7, 8), (False, False, True, True), (-0.25, -0.5), "stop", 3, "it is 4", 1.0,
+                {"right": 1.0}, advantage=0.5),
+        Rollout((1, 500, 9), (False, False, True), (-2.5,), "length", 3, "é", 0.0, {"right": 0.0}, advantage=-0.5),
+    ),
+)  # fmt: skip
+ASKED = JournalPrompt(4, "rows.jsonl:5", ({"role": "user", "content": "2+2?"},), {"answer": "4"})
+
+
+def test_format_1_stays_readable(tmp_path):
+    """A chunk as the first versions wrote it; an interrupted run replays it."""
     run = RunDir(tmp_path)
-    lines = [
-        '{"format": 1, "step": 3, "rows": [4], "group_size": 2, "world_size": 1, "length": [15, null]}',
-        '{"row": 4, "where": "rows.jsonl:5", "advantage": 0.5, "token_ids": [1, 500, 7, 8], "trained": "0011", '
-        '"sampler_logprobs": [0.0, 0.0, -0.25, -0.5], "finish_reason": "stop", "policy_version": 3, "text": "it is 4", '
-        '"reward": 1.0, "rewards": {"right": 1.0}, "failure": null}',
-        '{"row": 4, "where": "rows.jsonl:5", "advantage": -0.5, "token_ids": [1, 500, 9], "trained": "001", '
-        '"sampler_logprobs": [0.0, 0.0, -2.5], "finish_reason": "length", "policy_version": 3, "text": "é", '
-        '"reward": 0.0, "rewards": {"right": 0.0}, "failure": null}',
-        '{"end": 2}',
-    ]
-    header = replace(HEADER, rows=(4,))
-    group = Group(
-        ROWS[4],
-        (
-            Rollout((1, 500, 7, 8), (False, False, True, True), (-0.25, -0.5), "stop", 3, "it is 4", 1.0,
-                    {"right": 1.0}, advantage=0.5),
-            Rollout((1, 500, 9), (False, False, True), (-2.5,), "length", 3, "é", 0.0, {"right": 0.0}, advantage=-0.5),
-        ),
-    )  # fmt: skip
-    write_chunk(run, NUMBER, header, [group])
     file = run.journal_chunk(STEP, NUMBER)
-    assert file.read_text(encoding="utf-8") == "\n".join(lines) + "\n"
-    assert read(run, rows=(4,)) == [group]
+    file.parent.mkdir(parents=True)
+    file.write_text("\n".join([HEADER_LINE % 1, *LINES, '{"end": 2}']) + "\n", encoding="utf-8")
+    assert read(run, rows=(4,)) == [WRITTEN]
+    (group,) = read_step(run, STEP)
+    assert group.prompt is None
+    assert [record["text"] for record in group.rollouts] == ["it is 4", "é"]
+
+
+def test_a_prompt_is_written_once_per_chunk_and_does_not_change_the_replay(tmp_path):
+    run = RunDir(tmp_path)
+    header = replace(HEADER, rows=(4, 4))
+    write_chunk(run, NUMBER, header, [WRITTEN, WRITTEN], [ASKED, ASKED])
+    asked = (
+        '{"row": 4, "where": "rows.jsonl:5", "prompt": [{"role": "user", "content": "2+2?"}], '
+        '"fields": {"answer": "4"}}'
+    )
+    lines = [(HEADER_LINE % 2).replace("[4]", "[4, 4]"), asked, *LINES, *LINES, '{"end": 5}']
+    assert run.journal_chunk(STEP, NUMBER).read_text(encoding="utf-8") == "\n".join(lines) + "\n"
+    assert read_chunk(run, NUMBER, header, [ROWS[4], ROWS[4]]) == [WRITTEN, WRITTEN]
+    assert [prompt["fields"] for prompt in prompts(run)] == [{"answer": "4"}, {"answer": "4"}]
+
+
+def test_a_prompt_belongs_to_its_own_row(tmp_path):
+    run = RunDir(tmp_path)
+    other = replace(ASKED, row=7, messages=({"role": "user", "content": "3+4?"},))
+    write_chunk(run, NUMBER, HEADER, GROUPS, [ASKED, other])
+    shown = [prompt["prompt"][0]["content"] for prompt in prompts(run)]
+    assert shown == ["2+2?", "3+4?"]
+
+
+def test_long_fields_and_such_that_are_no_json_are_kept_as_text(tmp_path):
+    run = RunDir(tmp_path)
+    fields = {"tests": "x" * 5000, "when": date(2026, 1, 2)}
+    write_chunk(run, NUMBER, replace(HEADER, rows=(4,)), [WRITTEN], [replace(ASKED, fields=fields)])
+    (prompt,) = prompts(run)
+    assert prompt["fields"] == {"tests": '"' + "x" * 1999 + "...", "when": "2026-01-02"}
+
+
+def test_drawn_tokens_are_counted_without_the_prompts(tmp_path):
+    run = RunDir(tmp_path)
+    write_chunk(run, NUMBER, replace(HEADER, rows=(4,)), [WRITTEN], [ASKED])
+    note_begun(run, STEP, NUMBER)
+    note_begun(run, STEP, NUMBER)
+    assert count_sampled(run) == (3, 3)  # two and one drawn tokens; begun twice
 
 
 def test_nothing_half_written_is_left_by_an_error(tmp_path):
@@ -176,11 +233,11 @@ def test_people_read_a_step_group_by_group_in_order_of_chunks(run):
     write_chunk(run, 0, replace(HEADER, rows=(2,)), [first])
     (run.journal(STEP) / "chunk-0002.jsonl").write_text('{"format": 1}\n{"cut')
     groups = read_step(run, STEP)
-    assert [[record["row"] for record in group] for group in groups] == [[2, 2], [4, 4], [7, 7]]
-    record = groups[0][0]
+    assert [[record["row"] for record in group.rollouts] for group in groups] == [[2, 2], [4, 4], [7, 7]]
+    record = groups[0].rollouts[0]
     assert (record["where"], record["advantage"], record["reward"]) == ("rows.jsonl:3", 1.0, 5.0)
     assert record["trained"] == "00110111"
-    assert groups[1][1]["text"] == AWKWARD
+    assert groups[1].rollouts[1]["text"] == AWKWARD
 
 
 def test_a_step_without_rollouts_has_no_groups(tmp_path):
@@ -198,6 +255,8 @@ def test_a_step_set_aside_is_not_replayed_and_the_newest_one_is_kept(run):
     assert read(run) is None
     assert aside == run.rollouts / "refused-step-000003"
     assert [file.name for file in aside.iterdir()] == ["chunk-0001.jsonl"]
+    assert (read_step(run, STEP), len(read_step(run, STEP, refused=True))) == ([], 2)
+    assert (run.journal_steps(), run.journal_steps(refused=True)) == ([], [STEP])
     write_chunk(run, 5, HEADER, GROUPS)
     assert set_aside(run, STEP) == aside
     assert [file.name for file in aside.iterdir()] == ["chunk-0005.jsonl"]

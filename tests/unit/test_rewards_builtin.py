@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.recipe import RewardSpec
+from trainer.config.rft_sections import RewardSpec
 from trainer.rewards.builtin.http_reward import http_reward
 from trainer.rewards.builtin.last_number import check_row as check_number
 from trainer.rewards.builtin.last_number import find_last_number, last_number

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import trainer
-from trainer.config.recipe import RewardSpec
+from trainer.config.rft_sections import RewardSpec
 from trainer.rewards.builtin.code_tests import check_row, code_tests
 from trainer.rewards.runner import RewardRunner
 from trainer.rewards.sandbox import system_calls

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config.recipe import RewardSpec
+from trainer.config.rft_sections import RewardSpec
 from trainer.errors import RewardError
 from trainer.rewards.dry_run import probe, refuse_missing_fields
 from trainer.rewards.runner import RewardRunner

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trainer.config.recipe import RewardSpec
+from trainer.config.rft_sections import RewardSpec
 from trainer.errors import RewardError
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.types import Row

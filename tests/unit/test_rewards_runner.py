@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.recipe import RewardSpec
+from trainer.config.rft_sections import RewardSpec
 from trainer.errors import RewardError
 from trainer.rewards.runner import ALL_ABSTAINED, RewardRunner
 from trainer.types import Row
@@ -222,7 +222,7 @@ def test_workers_end_with_a_parent_that_was_killed(base_dir, tmp_path):
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
-from trainer.config.recipe import RewardSpec
+from trainer.config.rft_sections import RewardSpec
 from trainer.rewards.runner import RewardRunner
 from trainer.types import Row
 specs = [RewardSpec(use="mine.py:pid"), RewardSpec(use="mine.py:obey")]

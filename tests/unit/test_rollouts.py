@@ -122,7 +122,7 @@ def make(rewards, stop, tmp_path):
 
     def make(scripts=(SIGNAL,) * 10, *, reward="scripted", run="run", world=WORLD, **changes):
         prompts = [
-            Prompt(Row({"script": script}, "rows.jsonl", index + 1, index), (100 + index, 7))
+            Prompt(Row({"prompt": "?", "script": script}, "rows.jsonl", index + 1, index), (100 + index, 7))
             for index, script in enumerate(scripts)
         ]
         settings = recipe(**changes)
@@ -296,7 +296,7 @@ def test_a_mended_reward_is_not_answered_with_the_recorded_failures(make):
         make(scripts).of_step(0)
     refused = make().run.rollouts / "refused-step-000000"
     assert f"they are in {refused}." in str(raised.value)
-    failure = json.loads((refused / "chunk-0000.jsonl").read_text().split("\n")[1])["failure"]
+    failure = json.loads((refused / "chunk-0000.jsonl").read_text().split("\n")[-3])["failure"]
     assert "LookupError" in failure
     mended = make(scripts, reward="mended").of_step(0)
     assert summarize(mended, WORLD)["rollout/reward"] == 0.5

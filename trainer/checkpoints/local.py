@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from trainer.checkpoints.manifest import MANIFEST, FileDigest, Inventory, Manifest
+from trainer.checkpoints.manifest import MANIFEST, FileDigest, Inventory, Manifest, verified_manifest
 from trainer.checkpoints.reader import SafeReader
 from trainer.checkpoints.uploader import Uploader
 from trainer.config.recipe import Recipe
@@ -226,21 +226,7 @@ class Checkpoints:
         return None
 
     def _verified(self, directory: Path, tensors: Mapping[str, torch.Tensor]) -> Manifest:
-        try:
-            manifest = Manifest.parse((directory / MANIFEST).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory}: no readable manifest ({error})") from None
-        files = manifest.inventory.files
-        if manifest.inventory.identity_hash != self.identity_hash:
-            raise CheckpointError(f"{directory}: belongs to another run")
-        if ".metadata" not in files:
-            raise CheckpointError(f"{directory}: lists no metadata")
-        for name, digest in files.items():
-            file = directory / name
-            if Path(name).name != name or not file.is_file():
-                raise CheckpointError(f"{file}: missing")
-            if file.stat().st_size != digest.num_bytes or FileDigest.of(file) != digest:
-                raise CheckpointError(f"{file}: damaged")
+        manifest = verified_manifest(directory, self.identity_hash)
         entries = SafeReader(directory).read_metadata().state_dict_metadata
         sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
         if sizes != {name: tensor.size() for name, tensor in tensors.items()}:

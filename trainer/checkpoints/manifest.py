@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
+from trainer.errors import CheckpointError
 from trainer.files import file_sha256
 
 FORMAT: Final = 1
@@ -96,6 +97,34 @@ class Manifest:
             "files": _entries(self.inventory.files),
         }
         return json.dumps(document, indent=1)
+
+
+def verified_manifest(directory: Path, identity_hash: str) -> Manifest:
+    """The manifest of a checkpoint whose files are all there and undamaged.
+
+    Args:
+        directory: the checkpoint.
+        identity_hash: of the run that it must belong to.
+
+    Raises:
+        CheckpointError: it belongs to another run, or a file is missing or damaged.
+    """
+    try:
+        manifest = Manifest.parse((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: no readable manifest ({error})") from None
+    files = manifest.inventory.files
+    if manifest.inventory.identity_hash != identity_hash:
+        raise CheckpointError(f"{directory}: belongs to another run")
+    if ".metadata" not in files:
+        raise CheckpointError(f"{directory}: lists no metadata")
+    for name, digest in files.items():
+        file = directory / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != digest.num_bytes or FileDigest.of(file) != digest:
+            raise CheckpointError(f"{file}: damaged")
+    return manifest
 
 
 def _entries(files: Mapping[str, FileDigest]) -> dict[str, dict[str, int | str]]:

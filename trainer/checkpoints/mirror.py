@@ -237,7 +237,7 @@ class Mirror:
 def _extra_files(run: RunDir) -> tuple[Path, ...]:
     """Files that a resume needs besides the checkpoint; only metrics.jsonl always exists."""
     best = (run.weights(is_lora=is_lora, best=True) for is_lora in (True, False))
-    return (run.metrics_file, run.tracker_file, run.excluded_file, *best)
+    return (run.metrics_file, run.tracker_file, run.excluded_file, run.held_out_file, *best)
 
 
 def _local_path(name: str, checkpoint: Path, extras: Path, allowed: set[str]) -> Path | None:

@@ -13,9 +13,9 @@ from typing import Any, Final
 from trainer.checks.data_survey import Selection, ShownRow, Survey, overlap, survey_rows
 from trainer.checks.html_page import page
 from trainer.config.arguments import add_recipe_arguments
-from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FINISHED, EXIT_USER, TrainerError, UserError
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import Plan
+from trainer.run.plan_recipe import plan_recipe
 
 UNTRAINED, TRAINED = ("\x1b[2m", "\x1b[2;4m"), ("\x1b[30;42m", "\x1b[30;102m")
 """Dim and black on green; every other token a shade apart, so that their borders are seen."""
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     about: dict[str, Any] = {}
     try:
-        plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+        plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
         is_refused = _show_data(plan, arguments, about) if arguments.data else False
         if arguments.rewards:
             _show_rewards(plan, arguments, about)

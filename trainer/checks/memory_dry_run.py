@@ -29,17 +29,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PretrainedConfig
 
 from trainer.config.arguments import add_recipe_arguments
-from trainer.config.load import all_shapes, config_dirs, load_recipe
+from trainer.config.load import config_dirs
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FINISHED, EXIT_USER, ModelError, ShapeError, TrainerError
 from trainer.model.attention import EAGER_MAX_TOKENS
 from trainer.model.base_model import empty_model
 from trainer.model.policy import Policy, Reference, make_policy
+from trainer.planning.choose_shape import reachable_shapes
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.memory import GIB, MemoryEstimate
 from trainer.planning.model_facts import find_model_config
-from trainer.planning.plan import Plan, RFTPlan, make_plan
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.planning.remedies import find_remedies, remedy_lines
+from trainer.run.plan_recipe import plan_recipe
 from trainer.training import policy_update
 from trainer.training.learner import Learner
 from trainer.training.losses import sft_loss
@@ -208,7 +210,7 @@ def config_of(plan: Plan) -> PretrainedConfig:
         ModelError: There is none, or transformers does not know its type.
     """
     model = plan.recipe.model
-    known = find_model_config(model.path, config_dirs("models"))
+    known = find_model_config(model.path, config_dirs("models"), model.revision)
     if known is None:
         raise ModelError(f"{model.path}: no config.json was found, so its memory cannot be measured")
     fields = {str(name): value for name, value in known.items() if name != "model_type"}
@@ -297,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+        plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
         if plan.memory is None:
             raise ModelError(
                 f"{plan.recipe.model.path}: the sizes of the model are unknown, so its memory cannot be measured"
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("\n".join(comparison_lines(comparison, plan.shape.name)) + "\n")
     if comparison.fits:
         return EXIT_FINISHED
-    remedies = find_remedies(plan.recipe, plan.shape, plan.facts, all_shapes())
+    remedies = find_remedies(plan.recipe, plan.shape, plan.facts, reachable_shapes())
     sys.stderr.write("\n".join(["does not fit", *remedy_lines(remedies)]) + "\n")
     return EXIT_USER
 

@@ -196,13 +196,22 @@ def _values(plan: Plan) -> dict[str, ValueReport]:
     return {name: ValueReport(value, plan.origins[name]) for name, value in values.items()}
 
 
-def report_lines(report: CheckReport, *, width: int | None = None, is_colored: bool = False) -> list[str]:
+def report_lines(
+    report: CheckReport,
+    *,
+    width: int | None = None,
+    is_colored: bool = False,
+    with_values: bool = False,
+    problems: Sequence[str] = (),
+) -> list[str]:
     """Return the report as text.
 
     Args:
         report: The report.
         width: Width of the terminal, to which tables are folded; None does not fold.
         is_colored: Dim values that are defaults.
+        with_values: Print every resolved value with its origin.
+        problems: What the run would refuse; they are printed before.
     """
     shape, limits = report.shape, report.shape.limits
     size = f", {report.model.params / 1e9:.3g} B parameters" if report.model.params else ""
@@ -218,8 +227,17 @@ def report_lines(report: CheckReport, *, width: int | None = None, is_colored: b
         *("", *_memory_lines(report.memory)),
         *("", _hours_line(report)),
         *("", "launch", *table_lines([*report.commands.items()], indent=2)),  # not folded: one can copy them
-        *("", "values", *table_lines(values, indent=2, width=width, is_dim=is_dim)),
+        *(("", "values", *table_lines(values, indent=2, width=width, is_dim=is_dim)) if with_values else ()),
+        "",
+        _verdict(report, problems),
     ]
+
+
+def _verdict(report: CheckReport, problems: Sequence[str]) -> str:
+    """The last line: whether the run would start."""
+    if problems:
+        return f"refused: {_count(len(problems), 'problem')} above"
+    return f"ready: {_count(report.batch.steps, 'step')} on {report.shape.name}; every value with its origin: --values"
 
 
 def _batch_rows(batch: BatchReport) -> list[tuple[str, str, str, str]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_recipe_arguments
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
@@ -13,9 +15,42 @@ if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+ALIASES: Final = {
+    "compare": "diff",
+    "list": "runs",
+    "log": "logs",
+    "ls": "runs",
+    "resume": "reconnect",
+    "rm": "delete",
+    "stop": "cancel",
+    "verify": "verify-resume",
+}
+"""Other names of commands; they work, and `--help` does not list them."""
+MEANT: Final = {
+    "finetune": "train",
+    "fit": "train",
+    "kill": "cancel",
+    "lint": "check",
+    "merge": "export",
+    "preview": "check",
+    "samples": "rollouts",
+    "sft": "train",
+    "tail": "logs",
+    "validate": "check",
+}
+"""Names that other tools use, for the question "did you mean ...?"."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser, names = _parser()
+    if argv and not argv[0].startswith("-"):
+        argv[0] = ALIASES.get(argv[0], argv[0])
+        if argv[0] not in names:
+            sys.stderr.write(f"trainer: no command `{argv[0]}`{_guess(argv[0], names)}\n")
+            return EXIT_USER
+    arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except TrainerError as error:
@@ -28,7 +63,21 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER
 
 
-def _parser() -> argparse.ArgumentParser:
+def _guess(word: str, names: Collection[str]) -> str:
+    """The command that was meant, or all of them.
+
+    >>> _guess("trian", ["train", "runs"]), _guess("xyz", ["train", "runs"])
+    ('; did you mean `train`?', '. There are: train, runs')
+    """
+    known = [*names, *ALIASES]
+    similar = MEANT.get(word) or next(iter(difflib.get_close_matches(word, known, n=1)), None)
+    if similar is not None:
+        return f"; did you mean `{ALIASES.get(similar, similar)}`?"
+    return f". There are: {', '.join(names)}"
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser, and the names of its commands."""
     from trainer import __version__
 
     parser = argparse.ArgumentParser(prog="trainer", description="Fine-tuning from one recipe.")
@@ -37,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     _training_commands(commands)
     _run_commands(commands)
     _job_commands(commands)
-    return parser
+    _machine_commands(commands)
+    return parser, commands.choices.keys()
 
 
 def _training_commands(commands: _Commands) -> None:
@@ -45,6 +95,7 @@ def _training_commands(commands: _Commands) -> None:
     check = commands.add_parser("check", help="validate a recipe, resolve it on a shape, estimate memory")
     add_recipe_arguments(check)
     check.add_argument("--json", action="store_true", help="print the plan as one JSON document")
+    check.add_argument("--values", action="store_true", help="print every resolved value with its origin")
     check.add_argument("--data", action="store_true", help="show the first rows as tokens, trained ones coloured")
     check.add_argument("--rewards", action="store_true", help="try the rewards on gold answers and on garbage")
     check.add_argument("--memory", action="store_true", help="measure the memory of one training step without weights")
@@ -61,6 +112,7 @@ def _training_commands(commands: _Commands) -> None:
 
     shapes = commands.add_parser("shapes", help="list the training shapes; with a recipe, which of them it fits")
     shapes.add_argument("recipe", nargs="?", metavar="RECIPE", help="path of a recipe")
+    shapes.add_argument("--print", metavar="NAME", help="print a shape as YAML, to copy and change it")
     shapes.set_defaults(run=_shapes)
 
     verify = commands.add_parser("verify-resume", help="prove that an interrupted run equals an undisturbed one")
@@ -85,15 +137,52 @@ def _run_commands(commands: _Commands) -> None:
     _run_argument(rollouts)
     rollouts.add_argument("--step", type=int, help="the step trained on them; the newest when left out")
     rollouts.add_argument("--groups", type=int, default=4, metavar="N", help="number of prompts to show")
+    rollouts.add_argument("--full", action="store_true", help="show whole prompts and completions")
+    rollouts.add_argument("--refused", action="store_true", help="show rollouts that a failing reward made unusable")
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
 
-    export = commands.add_parser("export", help="write a model from a finished run, and verify it")
+    runs = commands.add_parser("runs", help="list every run: state, method, model, step, best value")
+    runs.add_argument("--json", action="store_true", help="print one JSON document")
+    runs.set_defaults(run=_runs)
+
+    diff = commands.add_parser("diff", help="compare two runs: settings, results, held-out prompts one by one")
+    diff.add_argument("first", metavar="RUN", help="run directory or name")
+    diff.add_argument("second", metavar="RUN", help="run directory or name")
+    diff.add_argument("--json", action="store_true", help="print one JSON document")
+    diff.set_defaults(run=_diff)
+
+    logs = commands.add_parser("logs", help="print what the newest attempt of a run printed")
+    _run_argument(logs)
+    logs.add_argument("--attempt", type=int, metavar="N", help="another attempt, from 1")
+    logs.add_argument("--lines", type=int, metavar="N", help="only the last lines")
+    logs.add_argument("--follow", action="store_true", help="go on, through restarts, until the run ends")
+    logs.set_defaults(run=_logs)
+
+    delete = commands.add_parser("delete", help="delete runs with their checkpoints and weights")
+    delete.add_argument("targets", nargs="+", metavar="RUN", help="run directories or names")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    delete.set_defaults(run=_delete)
+
+    export = commands.add_parser("export", help="write a model from a run, verify it, upload it")
     _run_argument(export)
-    export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
-    export.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
-    export.add_argument("--out", metavar="DIR", help="output directory; RUN/merged when left out")
+    _export_arguments(export)
     export.set_defaults(run=_export)
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    """What `trainer export` writes, and where."""
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="use the weights of the best held-out value, not the last")
+    which.add_argument("--checkpoint", type=int, metavar="STEP", help="use the weights of this checkpoint")
+    export.add_argument("--merge", action="store_true", help="merge the adapter into a copy of the base model")
+    export.add_argument("--gguf", choices=("bf16", "f16", "q8_0"), help="write one GGUF file, for llama.cpp and Ollama")
+    export.add_argument("--converter", metavar="PATH", help="--gguf: converter of llama.cpp, for other model families")
+    export.add_argument("--ollama", action="store_true", help="--gguf: also write a Modelfile for `ollama create`")
+    export.add_argument("--intended-use", metavar="TEXT", help="what the model card says about the intended use")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository of the hub")
+    export.add_argument("--public", action="store_true", help="--push: make a new repository public, not private")
+    export.add_argument("--out", metavar="DIR", help="output directory; RUN/export, merged or gguf when left out")
 
 
 def _job_commands(commands: _Commands) -> None:
@@ -122,8 +211,16 @@ def _job_commands(commands: _Commands) -> None:
     reconnect.set_defaults(run=_reconnect)
 
 
+def _machine_commands(commands: _Commands) -> None:
+    """Commands about this machine."""
+    doctor = commands.add_parser("doctor", help="whether this machine can train: devices, versions, disk, hub")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    doctor.set_defaults(run=_doctor)
+
+
 def _name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run; the recipe's when left out")
+    parser.add_argument("--overwrite", action="store_true", help="move another run of this name to runs/NAME.old-N")
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +257,30 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     return rollouts(arguments)
 
 
+def _runs(arguments: argparse.Namespace) -> int:
+    from trainer.commands.runs import list_runs
+
+    return list_runs(arguments)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from trainer.commands.diff import diff
+
+    return diff(arguments)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from trainer.commands.runs import logs
+
+    return logs(arguments)
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    from trainer.commands.runs import delete
+
+    return delete(arguments)
+
+
 def _verify_resume(arguments: argparse.Namespace) -> int:
     from trainer.commands.verify import verify_resume
 
@@ -194,6 +315,12 @@ def _reconnect(arguments: argparse.Namespace) -> int:
     from trainer.commands.jobs import reconnect
 
     return reconnect(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from trainer.commands.doctor import doctor
+
+    return doctor(arguments)
 
 
 if __name__ == "__main__":

@@ -12,30 +12,29 @@ from typing import final
 
 from trainer.commands.status import describe_run
 from trainer.commands.tables import table_lines
-from trainer.config.load import load_recipe
 from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.start import stop_job
 from trainer.jobs.state import Launcher, read_record
-from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, named_run
+from trainer.run.plan_recipe import plan_recipe
 
 
 def submit(arguments: argparse.Namespace) -> int:
     """Start a run in the background; prints the job id, or with --print only the batch script."""
-    plan = make_plan(load_recipe(Path(arguments.recipe), arguments.set), arguments.shape)
+    plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
     options = SlurmOptions(arguments.partition, arguments.time, _extra(arguments.slurm))
     if arguments.launcher != "slurm" and (arguments.print or options != SlurmOptions()):
         raise LaunchError("--print, --partition, --time and --slurm go with --launcher slurm")
     if arguments.print:
-        run = named_run(arguments.name or plan.recipe.name)
+        run = named_run(plan.recipe.name if arguments.name is None else arguments.name)
         sys.stdout.write(batch_script(run, plan, options, Path.cwd()))
         return 0
-    job = submit_plan(plan, arguments.launcher, name=arguments.name, slurm=options)
+    job = submit_plan(plan, arguments.launcher, name=arguments.name, slurm=options, overwrites=arguments.overwrite)
     sys.stderr.write(f"{job.state().lower()}; to watch it: trainer status {job.id} --follow\n")
     sys.stdout.write(f"{job.id}\n")
     return 0

@@ -4,89 +4,184 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, final
 
-from trainer.config.recipe import DataSettings
-from trainer.data.forms import row_messages
-from trainer.data.sources import read_rows
-from trainer.errors import DataError, LaunchError
+from trainer.commands.tables import table_lines
+from trainer.errors import LaunchError
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
-from trainer.run.journal import read_step
+from trainer.run.journal import RecordedGroup, read_step
 
 WIDTH: Final = 100
-"""Characters of a completion that are shown."""
+"""Characters of a text that are shown without --full."""
+UNRECORDED: Final = "(not recorded: the journal was written by an earlier version)"
+
+
+@final
+@dataclass(frozen=True)
+class ShownRollout:
+    """One completion, as `trainer rollouts --json` prints it."""
+
+    text: str
+    reward: float | None
+    rewards: Mapping[str, float | None]
+    """Each reward by name, and each part of a reward as name/part."""
+    advantage: float | None
+    finish_reason: str
+    failure: str | None
+    tokens: int
+
+
+@final
+@dataclass(frozen=True)
+class ShownGroup:
+    """The completions of one prompt, by falling reward."""
+
+    row: int
+    where: str
+    prompt: str
+    """Its last turn; empty where the journal has none."""
+    messages: list[dict[str, Any]] | None
+    """The whole prompt; None where the journal has none."""
+    fields: dict[str, Any]
+    """Other fields of the row, such as the gold answer."""
+    spread: float
+    """Difference of the highest and the lowest reward."""
+    rollouts: list[ShownRollout]
 
 
 def rollouts(arguments: argparse.Namespace) -> int:
     """Print the rollouts of a step."""
     run = find_run(arguments.target)
-    steps = [step + 1 for step in run.journal_steps()]  # rollouts of step k are trained on in step k + 1
-    if not steps:
-        raise LaunchError(f"{run.root}: has no rollouts. Only rft runs have them, after their first chunk")
-    step = arguments.step if arguments.step is not None else steps[-1]
-    if step not in steps:
-        raise LaunchError(f"{run.root}: no rollouts of step {step}; there are {steps[0]} to {steps[-1]}")
-    groups = _groups(run, step)
+    step, is_refused = _chosen_step(run, arguments.step, refused_only=arguments.refused)
+    groups = step_groups(run, step, refused=is_refused)
     if arguments.json:
-        sys.stdout.write(json.dumps({"run": str(run.root), "step": step, "groups": groups}) + "\n")
+        about = {"run": str(run.root), "step": step, "refused": is_refused, "groups": [asdict(each) for each in groups]}
+        sys.stdout.write(json.dumps(about) + "\n")
         return 0
-    sys.stdout.write(f"{run.root}, step {step}: {len(groups)} prompts\n")
+    note = ", refused: too many had no reward, so the step was not trained on them" if is_refused else ""
+    lines = [f"{run.root}, step {step}: {len(groups)} prompts{note}"]
+    if not is_refused and step in _steps(run, refused=True):
+        lines.append("an earlier attempt's rollouts of this step were refused: --refused shows them")
     for group in groups[: arguments.groups]:
-        _show(group)
+        lines += ["", *group_lines(group, is_full=arguments.full)]
     if len(groups) > arguments.groups:
-        sys.stdout.write(f"\n{len(groups) - arguments.groups} more prompts: --groups {len(groups)}\n")
+        lines += ["", f"{len(groups) - arguments.groups} more prompts: --groups {len(groups)}"]
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
-def _groups(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Groups by falling spread of rewards, each with its rollouts by falling reward."""
-    prompts = _prompts(run.read_plan().recipe.data)
-    groups = []
-    for records in read_step(run, step - 1):
-        records.sort(key=lambda record: -(record["reward"] if record["reward"] is not None else float("-inf")))
-        scored = [record["reward"] for record in records if record["reward"] is not None]
-        fields = ("text", "reward", "rewards", "advantage", "finish_reason", "failure")
-        groups.append(
-            {
-                "row": records[0]["row"],
-                "where": records[0]["where"],
-                "prompt": prompts.get(records[0]["row"], ""),
-                "spread": max(scored) - min(scored) if scored else 0.0,
-                "rollouts": [
-                    {name: record[name] for name in fields} | {"tokens": record["trained"].count("1")}
-                    for record in records
-                ],
-            }
+def _steps(run: RunDir, *, refused: bool) -> list[int]:
+    """Steps that have rollouts; those of journal step k are trained on in step k + 1."""
+    return [step + 1 for step in run.journal_steps(refused=refused)]
+
+
+def _chosen_step(run: RunDir, wanted: int | None, *, refused_only: bool) -> tuple[int, bool]:
+    """The step to show, and whether its refused rollouts are.
+
+    Raises:
+        LaunchError: there are none; says for which steps there are.
+    """
+    kept, refused = [] if refused_only else _steps(run, refused=False), _steps(run, refused=True)
+    steps = sorted({*kept, *refused})
+    if not steps:
+        if refused_only:
+            raise LaunchError(f"{run.root}: no rollouts were refused")
+        raise LaunchError(f"{run.root}: has no rollouts. Only rft runs have them, after their first chunk")
+    step = wanted if wanted is not None else steps[-1]
+    if step not in steps:
+        what = "refused rollouts" if refused_only else "rollouts"
+        raise LaunchError(f"{run.root}: no {what} of step {step}; there are {steps[0]} to {steps[-1]}")
+    return step, step not in kept
+
+
+def step_groups(run: RunDir, step: int, *, refused: bool) -> list[ShownGroup]:
+    """Groups by falling spread of rewards, each with its rollouts by falling reward.
+
+    Args:
+        run: the run directory.
+        step: the step trained on them, from 1.
+        refused: the rollouts that were set aside.
+    """
+    groups = [_shown(group) for group in read_step(run, step - 1, refused=refused)]
+    return sorted(groups, key=lambda group: (-group.spread, group.row))
+
+
+def _shown(group: RecordedGroup) -> ShownGroup:
+    records = sorted(
+        group.rollouts, key=lambda record: -(record["reward"] if record["reward"] is not None else float("-inf"))
+    )
+    scored = [record["reward"] for record in records if record["reward"] is not None]
+    messages = group.prompt["prompt"] if group.prompt is not None else None
+    names = ("text", "reward", "rewards", "advantage", "finish_reason", "failure")
+    return ShownGroup(
+        row=records[0]["row"],
+        where=records[0]["where"],
+        prompt=str(messages[-1]["content"]) if messages else "",
+        messages=messages,
+        fields=group.prompt["fields"] if group.prompt is not None else {},
+        spread=max(scored) - min(scored) if scored else 0.0,
+        rollouts=[
+            ShownRollout(**{name: record[name] for name in names}, tokens=record["trained"].count("1"))
+            for record in records
+        ],
+    )
+
+
+def group_lines(group: ShownGroup, *, is_full: bool) -> list[str]:
+    """A prompt, its gold fields, and a table of its completions.
+
+    Args:
+        group: to show.
+        is_full: whether long texts are shown whole.
+    """
+    limit = None if is_full else WIDTH
+    lines = [group.where]
+    if group.messages is None:
+        lines.append(f"  prompt  {UNRECORDED}")
+    for message in group.messages if is_full and group.messages else (group.messages or [])[-1:]:
+        lines.append(f"  {message['role']:7} {_plain(str(message['content']), limit)}")
+    if not is_full and group.messages and len(group.messages) > 1:
+        lines.append(f"          after {len(group.messages) - 1} earlier messages: --full shows them")
+    if group.fields:
+        gold = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in group.fields.items())
+        lines.append(f"  gold    {_plain(gold, limit)}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return lines + table_lines(_table(group.rollouts, limit), indent=2, width=width)
+
+
+def _table(rollouts: Sequence[ShownRollout], limit: int | None) -> list[list[str]]:
+    """A header, and a row per completion; single rewards are columns where there are several, or one has parts."""
+    names = list(dict.fromkeys(name for rollout in rollouts for name in rollout.rewards))
+    parts = names if len(names) > 1 else []
+    table = [["reward", "advantage", "tokens", *parts, "completion"]]
+    for rollout in rollouts:
+        reward = f"{rollout.reward:.3f}" if rollout.reward is not None else "failed"
+        advantage = f"{rollout.advantage:+.2f}" if rollout.advantage is not None else ""
+        values = (rollout.rewards.get(name) for name in parts)
+        cut = " ... (cut at the token limit)" if rollout.finish_reason == "length" else ""
+        table.append(
+            [
+                reward,
+                advantage,
+                str(rollout.tokens),
+                *(f"{value:.3f}" if value is not None else "" for value in values),
+                _plain(rollout.text, limit) + cut,
+            ]
         )
-    return sorted(groups, key=lambda group: (-group["spread"], group["row"]))
+        if rollout.failure:
+            last = rollout.failure.strip().splitlines()[-1]
+            table.append(["", "", "", *("" for _ in parts), f"failure: {_plain(last, limit)}"])
+    return table
 
 
-def _prompts(data: DataSettings) -> dict[int, str]:
-    """The last turn of each row's prompt by row index; empty where the rows cannot be read any more."""
-    if data.train.path is None or not Path(data.train.path).is_file():
-        return {}
-    try:
-        rows = read_rows(data.train, data)
-        return {row.index: row_messages(row, data, with_completion=False)[-1]["content"] for row in rows}
-    except DataError:
-        return {}
-
-
-def _show(group: dict[str, Any]) -> None:
-    sys.stdout.write(f"\n{group['where']}  {_plain(group['prompt'])}\n")
-    for rollout in group["rollouts"]:
-        reward = f"{rollout['reward']:6.3f}" if rollout["reward"] is not None else "failed"
-        advantage = f"{rollout['advantage']:+6.2f}" if rollout["advantage"] is not None else "      "
-        ellipsis = " ..." if rollout["finish_reason"] == "length" else ""
-        sys.stdout.write(f"  {reward} {advantage} {rollout['tokens']:4d}  {_plain(rollout['text'])}{ellipsis}\n")
-        if rollout["failure"]:
-            sys.stdout.write(f"         {_plain(rollout['failure'].strip().splitlines()[-1])}\n")
-
-
-def _plain(text: str) -> str:
+def _plain(text: str, limit: int | None) -> str:
     """The text on one line without control characters: a model may write terminal escapes."""
-    line = " ".join(text.split())[:WIDTH]
+    line = " ".join(text.split())
+    if limit is not None and len(line) > limit:
+        line = line[:limit] + " ..."
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

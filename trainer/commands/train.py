@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
 from trainer.launch.local import refuse_many_machines
 from trainer.launch.restarts import supervise
 from trainer.launch.supervisor import StopSignals
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, open_run
+from trainer.run.plan_recipe import plan_recipe
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -46,23 +46,26 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
     target = Path(arguments.recipe)
     run = RunDir(target)
     if run.is_run():
-        if arguments.set or arguments.shape or arguments.name:
-            raise LaunchError(f"{target} is a run with a plan; --set, --shape and --name go with a recipe")
+        if arguments.set or arguments.shape or arguments.name or arguments.overwrite:
+            raise LaunchError(f"{target} is a run with a plan; --set, --shape, --name and --overwrite go with a recipe")
         run.refuse_taken()
         return run, run.read_plan()
-    plan = make_plan(load_recipe(target, arguments.set), arguments.shape)
+    plan = plan_recipe(target, arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
-    return open_run(plan, arguments.name), plan
+    run = open_run(plan, arguments.name, overwrites=arguments.overwrite)
+    return run, run.read_plan()
 
 
 def export(arguments: argparse.Namespace) -> int:
     """Run the exporter in a process of its own, which imports torch."""
     run = find_run(arguments.target)
     argv = [sys.executable, "-m", "trainer.export", str(run.root)]
-    argv += ["--best"] if arguments.best else []
-    argv += ["--out", arguments.out] if arguments.out else []
-    argv += ["--merge"] if arguments.merge else []
+    for flag in ("merge", "best", "ollama", "public"):
+        argv += [f"--{flag}"] if getattr(arguments, flag) else []
+    for option in ("checkpoint", "gguf", "converter", "intended_use", "push", "out"):
+        value = getattr(arguments, option)
+        argv += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     return subprocess.run(argv, check=False).returncode
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.commands.certificate import GPU_TOLERANCE, certificate_lines, compare_runs
-from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, LaunchError
 from trainer.files import write_atomically
 from trainer.launch.processes import kill_with_descendants
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, open_run
+from trainer.run.plan_recipe import plan_recipe
 
 POLL_S: Final = 0.002
 """Short, since saving a small model takes milliseconds."""
@@ -31,7 +31,7 @@ def verify_resume(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.set, "logging.wandb=off", "checkpoint.mirror=null"]
     if arguments.steps is not None:
         overrides += [f"steps={arguments.steps}", "epochs=null"]
-    plan = make_plan(load_recipe(Path(arguments.recipe), overrides), arguments.shape)
+    plan = plan_recipe(Path(arguments.recipe), overrides, arguments.shape)
     if not 0 <= arguments.kills < plan.steps:
         raise LaunchError(
             f"--kills {arguments.kills}: the run has {plan.steps} steps. Set it to less: at most one kill a step"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
+from trainer.config.devices import KnownDevice, catalog_shape, made_shapes, read_devices
 from trainer.config.document import Document, apply_override, read_document
 from trainer.config.recipe import Recipe, RecipeBase, RFTRecipe, SFTRecipe
 from trainer.config.semantics import Finding, contradictions
@@ -66,14 +67,14 @@ def load_shape(path: Path) -> TrainingShape:
 
 
 def config_dirs(kind: str) -> list[Path]:
-    """Return the directories of shapes, accelerate configurations or model cards: the user's first, then ours."""
+    """Return the directories of shapes, devices, accelerate configurations or model cards: the user's first."""
     package = Path(__file__).resolve().parent.parent
     directories = [Path("configs") / kind, package.parent / "configs" / kind, package / "configs" / kind]
     return [directory for directory in directories if directory.is_dir()]
 
 
 def all_shapes() -> list[TrainingShape]:
-    """Return all shapes, smallest first; of two with the same name, the first one found."""
+    """Return the shapes that have a file, smallest first; of two with the same name, the first one found."""
     shapes: dict[str, TrainingShape] = {}
     for directory in config_dirs("shapes"):
         for path in sorted(directory.glob("*.yaml")):
@@ -82,8 +83,25 @@ def all_shapes() -> list[TrainingShape]:
     return sorted(shapes.values(), key=lambda shape: (shape.gpus, shape.gpu_memory_gib, shape.name))
 
 
+def known_devices() -> dict[str, KnownDevice]:
+    """Return the catalog of GPUs, by short name."""
+    return read_devices(config_dirs("devices"))
+
+
+def known_shapes(name: str, device: KnownDevice, files: Sequence[TrainingShape]) -> list[TrainingShape]:
+    """Return the shapes of a known GPU, smallest first; those that have a file as the file says.
+
+    Args:
+        name: Short name of the device.
+        device: The device.
+        files: The shapes that have a file.
+    """
+    by_name = {shape.name: shape for shape in files}
+    return [by_name.get(shape.name, shape) for shape in made_shapes(name, device.device_name, device.memory_gib)]
+
+
 def find_shape(name: str) -> TrainingShape:
-    """Return the shape with this name, or in this file.
+    """Return the shape in this file, or with this name: one that has a file, or one of known devices.
 
     Raises:
         ShapeError: There is none; the message suggests the nearest name.
@@ -92,6 +110,9 @@ def find_shape(name: str) -> TrainingShape:
         return load_shape(Path(name))
     shapes = {shape.name: shape for shape in all_shapes()}
     if name not in shapes:
+        made = catalog_shape(name, known_devices())
+        if made is not None:
+            return made
         near = difflib.get_close_matches(name, shapes, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else f". Available: {', '.join(shapes)}"
         raise ShapeError(f"shape {name}: unknown{hint}")

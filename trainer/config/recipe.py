@@ -17,18 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.config.presets import (
-    AdvantageEstimator,
-    AlgorithmName,
-    KLEstimator,
-    Normalizer,
-    OverlongHandling,
-    ReferencePolicy,
-)
-from trainer.config.section import Section
+from trainer.config.rft_sections import AlgorithmSettings, RewardLimits, RewardSpec, RolloutSettings
+from trainer.config.section import Fraction, OpenFraction, Section
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "zephyr")
 """Names that `model.chat_template` takes beside files."""
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -41,7 +32,8 @@ class ModelSettings(Section):
     path: str
     """A directory with config.json and safetensors weights, or the name of a Hugging Face hub model."""
     revision: str | None = None
-    """Commit of a hub model, required for one. A branch or tag is accepted with a warning, because it can change."""
+    """Commit of a hub model, required for one. Of a branch or tag, such as `main`, the plan keeps the commit that it is
+    then; where that cannot be found out, it stays, with a warning."""
     chat_template: str | None = None
     """A Jinja file, or `chatml`, `llama3`, `gemma` or `zephyr`, that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
@@ -72,7 +64,8 @@ class LoraSettings(Section):
     dora: bool = False
     """Train magnitude and direction of the weights separately (DoRA, arXiv:2402.09353); slower."""
     warm_start: str | None = None
-    """A directory with a trained adapter to initialize from. This starts a new run; it does not resume one."""
+    """A trained adapter to initialize from: a directory, or a run as `NAME`, `NAME@best` or `NAME@STEP` (a checkpoint,
+    which must be kept until this run has ended). This starts a new run; it does not resume one."""
 
 
 class DataSource(Section):
@@ -182,116 +175,6 @@ class OptimizerSettings(Section):
     """Clip the gradient to this norm; null disables clipping."""
 
 
-class AlgorithmSettings(Section):
-    """The policy-gradient algorithm of rft. Omitted fields take the defaults of the named algorithm."""
-
-    name: AlgorithmName = "grpo"
-    """The algorithm. `dapo` and `dr_grpo` use the loss of `grpo` with other defaults (docs/algorithms.md)."""
-    clip_low: NonNegativeFloat | None = None
-    """The probability ratio is clipped below at 1 - clip_low."""
-    clip_high: NonNegativeFloat | None = None
-    """The probability ratio is clipped above at 1 + clip_high."""
-    kl_coef: NonNegativeFloat | None = None
-    """Weight of the penalty on KL(policy || reference). With 0, `train/ref_kld` is still measured and logged."""
-    kl_estimator: KLEstimator | None = None
-    """Estimator used for the KL penalty. The estimators have different gradients (docs/algorithms.md)."""
-    advantage: AdvantageEstimator | None = None
-    """How the rewards of a group are turned into advantages."""
-    normalizer: Normalizer | None = None
-    """What the summed token losses are divided by."""
-    reference: ReferencePolicy = "initial"
-    """The reference policy: the policy at the start of the run, or the base model without the adapter."""
-    minibatches_per_step: PositiveInt = 1
-    """Optimizer updates per pass over the rollouts of a step. With 1, and one epoch, `ppo_kl` is always 0."""
-    epochs_per_batch: PositiveInt = 1
-    """Passes over the rollouts of a step."""
-    mismatch_cap: Annotated[float, Field(ge=1.0)] | None = None
-    """Upper bound of the importance weight that corrects for differences between sampler and trainer (truncated as in
-    arXiv:1802.01561); null disables the correction."""
-    overlong: OverlongHandling | None = None
-    """Completions truncated at `max_completion_tokens`: `keep` trains on them, `mask` excludes them from the loss,
-    `punish` sets their reward to `overlong_reward`."""
-    overlong_reward: float = 0.0
-    """Reward of a truncated completion with `overlong: punish`."""
-
-
-class SuccessRule(Section):
-    """When a held-out answer passes, for pass@k."""
-
-    reward: str | None = None
-    """Name of one reward; the weighted sum if omitted."""
-    at_least: float
-    """The answer passes if the reward is at least this much."""
-
-
-class RolloutSettings(Section):
-    """How completions are sampled during training."""
-
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Completions sampled per prompt. At least 2, because advantages compare the completions of a group."""
-    max_completion_tokens: PositiveInt = 256
-    """Maximum length of a completion in tokens; longer ones are truncated."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; also applied to every logprob that is logged or trained on."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling; 1 disables it. Other values require `algorithm.mismatch_cap`."""
-    top_k: NonNegativeInt = 0
-    """Sample only from the k most likely tokens; 0 disables it. Other values require `algorithm.mismatch_cap`."""
-    min_p: OpenFraction = 0.0
-    """Sample only tokens with at least this fraction of the highest probability; 0 disables it. Other values require
-    `algorithm.mismatch_cap`."""
-    stop: list[str] = Field(default_factory=list)
-    """Strings that end a completion, in addition to the stop tokens of the model."""
-    sampler: Literal["local", "vllm"] = "local"
-    """`local` samples in the training process; `vllm` uses a vLLM server that you start (docs/vllm.md)."""
-    vllm_url: str = "http://127.0.0.1:8000"
-    """Address of the vLLM server for `sampler: vllm`."""
-    chunk_prompts: PositiveInt = 8
-    """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
-    refill: bool = False
-    """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
-    max_refill_rounds: PositiveInt = 4
-    """Maximum number of extra sampling rounds per step with `refill`."""
-    eval_samples: PositiveInt = 4
-    """Completions per held-out prompt in evaluations, the k of pass@k; sampled at `temperature`."""
-    success: SuccessRule | None = None
-    """When a held-out answer passes, for example `{reward: correct, at_least: 1.0}`. By default it passes if the
-    weighted sum reaches the highest value that it can take when every reward gives at most 1."""
-    max_sampler_kl: PositiveFloat = 0.1
-    """Upper limit of `train/sampler_kl`. Above it the run stops: the sampler and the policy have different weights."""
-
-
-class RewardSpec(Section):
-    """One reward function and its weight."""
-
-    use: str
-    """Name of a built-in reward, `module:function` or `file.py:function`."""
-    weight: float = 1.0
-    """Weight of this reward in the sum."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the function."""
-    label: str | None = None
-    """Name of the reward in metrics; defaults to the name of the function."""
-
-    @property
-    def name(self) -> str:
-        """Name of the reward in metrics."""
-        return self.label or self.use.rsplit(":", 1)[-1]
-
-
-class RewardLimits(Section):
-    """Resource limits of reward functions; a call that exceeds one counts as failed."""
-
-    timeout_s: PositiveFloat = 10.0
-    """Wall-clock time limit of one call."""
-    memory_limit_gib: PositiveFloat = 4.0
-    """Address space that a reward process may use in addition to what it uses after importing the reward."""
-    num_workers: PositiveInt = 1
-    """Number of reward processes per rank."""
-    max_failed_frac: Fraction = 0.1
-    """Maximum fraction of failed rollouts in a step. Above it the run stops and shows the first traceback."""
-
-
 def _off(value: object) -> object:
     """Accept an unquoted `off`, which YAML reads as false."""
     return "off" if value is False else value
@@ -381,7 +264,8 @@ class RecipeBase(Section):
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     """What to do after preemption, crashes, hangs and non-finite values."""
     shape: str = "auto"
-    """Name of a training shape in configs/shapes/, path of a shape file, or `auto` for the smallest shape that fits."""
+    """Name of a training shape (`trainer shapes`), path of a shape file, or `auto`: the smallest that fits, of this
+    machine's GPUs if it has any (docs/machine.md)."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     """Copies of the metrics, for example to Weights & Biases."""
 

@@ -94,6 +94,22 @@ def importable(use: str, base_dir: Path) -> str | None:
     return f"reward {use}: {spec.origin} has no function `{place.function}`"
 
 
+def source_of_reward(use: str, base_dir: Path) -> Path | None:
+    """Return the source file of a reward that is not built in; None if it has none that can be found.
+
+    Args:
+        use: `file.py:function` or `module:function`.
+        base_dir: directory of the recipe.
+    """
+    if use in BUILT_IN:
+        return None
+    place = locate(use, base_dir)
+    if place.file is not None:
+        return place.file
+    spec = _find_module(place.module, base_dir)
+    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.has_location else None
+
+
 def _file_mistake(use: str, file: Path, function: str) -> str | None:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.py")], n=1)

@@ -13,8 +13,17 @@ from trainer.config.document import KeyPath
 from trainer.config.length import count_rows, num_steps
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSource, Recipe, RFTRecipe
 from trainer.config.source_files import READ_ENDINGS, source_files
+from trainer.config.unsupported import (
+    HEAD_ADAPTER,
+    HEAD_NAME,
+    VLLM_DORA,
+    VLLM_FULL,
+    VLLM_TRUNCATED,
+    truncates,
+    vllm_url_problem,
+    warm_start_problem,
+)
 
-COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 ADDRESS: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<location>.+)")
 BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos", "oci")
 """Object storage: addresses of these protocols begin with a bucket."""
@@ -137,7 +146,7 @@ def _source(path: KeyPath, source: DataSource) -> list[Finding]:
 def _model(recipe: Recipe) -> list[Finding]:
     model = recipe.model
     directory = Path(model.path)
-    findings = _hub_model(recipe) if _is_hub_name(model.path) else _model_directory(directory)
+    findings = _hub_model(recipe) if is_hub_name(model.path) else _model_directory(directory)
     if model.quantization is not None and recipe.lora is None:
         findings.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
     template = model.chat_template
@@ -145,13 +154,17 @@ def _model(recipe: Recipe) -> list[Finding]:
         text = f"no such file: {template}; built-in templates are {', '.join(BUILTIN_TEMPLATES)}"
         findings.append(Finding(("model", "chat_template"), text))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
-        config = Path(recipe.lora.warm_start) / "adapter_config.json"
-        if not config.is_file():
-            findings.append(Finding(("lora", "warm_start"), f"{config} is missing: not an adapter directory"))
+        directory = Path(recipe.lora.warm_start)
+        problem = warm_start_problem(recipe.lora, directory) if directory.is_dir() else None  # else the name of a run
+        if problem is not None:
+            findings.append(Finding(("lora", "warm_start"), problem))
+    targets = recipe.lora.target_modules if recipe.lora is not None else "all-linear"
+    if isinstance(targets, list) and HEAD_NAME in {name.rpartition(".")[2] for name in targets}:
+        findings.append(Finding(("lora", "target_modules"), HEAD_ADAPTER))
     return findings
 
 
-def _is_hub_name(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
     """Whether the path is a hub name `owner/name`: one slash, and no such file or directory."""
     looks_local = path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
     return not looks_local and not Path(path).exists()
@@ -170,13 +183,12 @@ def _model_directory(directory: Path) -> list[Finding]:
 
 
 def _hub_model(recipe: Recipe) -> list[Finding]:
-    revision = recipe.model.revision
-    if revision is None:
-        return [Finding(("model", "path"), "a hub name needs `model.revision`, a commit: a branch can change")]
-    if not COMMIT.fullmatch(revision):
-        text = f"`{revision}` is a branch or a tag, which can change; pin a commit (40 hexadecimal digits)"
-        return [Finding(("model", "revision"), text, is_error=False)]
-    return []
+    if recipe.model.revision is not None:
+        return []
+    text = (
+        "a hub name needs `model.revision`, a commit, or a branch such as `main`, which the plan resolves to its commit"
+    )
+    return [Finding(("model", "path"), text)]
 
 
 def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
@@ -235,4 +247,18 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
             f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
         )
         findings.append(Finding(("rollout", "max_completion_tokens"), text))
+    return findings + (_vllm(recipe) if rollout.sampler == "vllm" else [])
+
+
+def _vllm(recipe: RFTRecipe) -> list[Finding]:
+    findings = []
+    url_problem = vllm_url_problem(recipe.rollout.vllm_url)
+    if url_problem is not None:
+        findings.append(Finding(("rollout", "vllm_url"), url_problem))
+    if recipe.lora is None:
+        findings.append(Finding(("rollout", "sampler"), VLLM_FULL))
+    elif recipe.lora.dora:
+        findings.append(Finding(("lora", "dora"), VLLM_DORA))
+    if recipe.rollout.temperature != 1.0 and truncates(recipe.rollout):
+        findings.append(Finding(("rollout", "temperature"), VLLM_TRUNCATED))
     return findings

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar, final
 
-from trainer.config.load import load_recipe
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
 from trainer.jobs.state import Launcher, is_alive, observe, read_record, read_state, waiting_reason
 from trainer.launch.local import refuse_many_machines
-from trainer.planning.plan import Plan, make_plan
+from trainer.planning.plan import Plan
 from trainer.retry import retry
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, all_runs, find_run, named_run, open_run
+from trainer.run.plan_recipe import plan_recipe
 from trainer.run.polling import pauses
 from trainer.run.state import JobState, Outcome, RunState
 
@@ -91,6 +91,7 @@ def submit(
     shape: str | None = None,
     name: str | None = None,
     slurm: SlurmOptions | None = None,
+    overwrites: bool = False,
 ) -> Job:
     """Freeze the plan, start the run in the background, and return at once.
 
@@ -103,6 +104,7 @@ def submit(
         shape: name of a training shape; the recipe's when None.
         name: name of the run; the recipe's when None.
         slurm: partition, time limit and other options of sbatch.
+        overwrites: move another run of this name to <name>.old-N.
 
     Raises:
         RecipeError: the recipe cannot be used.
@@ -110,11 +112,13 @@ def submit(
         LaunchError: the run is running already, or sbatch refuses it.
         QueueError: Slurm is unreachable.
     """
-    plan = make_plan(load_recipe(Path(recipe), set), shape)
-    return submit_plan(plan, launcher, name=name, slurm=slurm)
+    plan = plan_recipe(Path(recipe), set, shape)
+    return submit_plan(plan, launcher, name=name, slurm=slurm, overwrites=overwrites)
 
 
-def submit_plan(plan: Plan, launcher: Launcher, *, name: str | None, slurm: SlurmOptions | None) -> Job:
+def submit_plan(
+    plan: Plan, launcher: Launcher, *, name: str | None, slurm: SlurmOptions | None, overwrites: bool = False
+) -> Job:
     """Like `submit`, with a plan that was made already.
 
     Args:
@@ -122,13 +126,14 @@ def submit_plan(plan: Plan, launcher: Launcher, *, name: str | None, slurm: Slur
         launcher: as in `submit`.
         name: as in `submit`.
         slurm: as in `submit`.
+        overwrites: as in `submit`.
     """
     if launcher == "local":
         refuse_many_machines(plan)
-    existing = named_run(name or plan.recipe.name)
+    existing = named_run(plan.recipe.name if name is None else name)
     if existing.is_run():
         refuse_live(existing)  # before its plan is replaced
-    run = open_run(plan, name)
+    run = open_run(plan, name, overwrites=overwrites)
     if not run.is_finished(plan.steps):
         start_job(run, launcher, slurm)
     return _job_of(run)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
-from trainer.planning.adapter_targets import EMBEDDING_TARGET, HEAD_TARGET, is_target, unmatched_target
+from trainer.planning.module_names import target_problems
 
 _READ_WITHOUT_CALL: Final[Mapping[str, frozenset[str]]] = {
     "gemma3n_text": frozenset({"correction_coefs"}),
@@ -33,12 +33,7 @@ def lora_config(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.LoraConf
     Args:
         causal_lm: the base model.
         lora: rank, targets and so on.
-
-    Raises:
-        ModelError: a target is the token embedding or the head.
     """
-    if not isinstance(lora.target_modules, str):
-        _refuse_ends(causal_lm, lora.target_modules)
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -52,7 +47,7 @@ def lora_config(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.LoraConf
 
 
 def refuse_unmatched(causal_lm: PreTrainedModel, targets: str | list[str] | set[str] | None) -> None:
-    """Refuse a name that selects no layer, which PEFT ignores where another one selects some.
+    """Refuse an embedding, the head, and a name that selects no layer, which PEFT ignores where another selects some.
 
     Args:
         causal_lm: the base model, with or without adapters.
@@ -66,9 +61,9 @@ def refuse_unmatched(causal_lm: PreTrainedModel, targets: str | list[str] | set[
     excluded = re.compile(_excluded(causal_lm) or r"(?!)")
     named = [(name, module) for name, module in causal_lm.named_modules() if not _ADAPTER_PART.search(name)]
     layers = [name for name, module in named if _has_matrix(module) and not excluded.fullmatch(name)]
-    problem = unmatched_target(sorted(targets), layers)
-    if problem is not None:
-        raise ModelError(f"lora.target_modules: {problem}")
+    problems = target_problems(sorted(targets), layers)
+    if problems:
+        raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
 
 
 def language_part(causal_lm: PreTrainedModel) -> nn.Module:
@@ -83,15 +78,6 @@ def language_part(causal_lm: PreTrainedModel) -> nn.Module:
 def beside_language_part(causal_lm: PreTrainedModel) -> list[nn.Module]:
     """The parts of a model that text does not pass, such as the vision tower and its projector."""
     return [causal_lm.get_submodule(name) for name in _beside(causal_lm, language_part(causal_lm))]
-
-
-def _refuse_ends(causal_lm: PreTrainedModel, targets: list[str]) -> None:
-    ends = ((causal_lm.get_input_embeddings(), EMBEDDING_TARGET), (causal_lm.get_output_embeddings(), HEAD_TARGET))
-    for name, module in causal_lm.named_modules():
-        for target in targets:
-            text = next((text for end, text in ends if module is end), None)
-            if text is not None and is_target(target, name):
-                raise ModelError(f"lora.target_modules: {text}")
 
 
 def _excluded(causal_lm: PreTrainedModel) -> str | None:

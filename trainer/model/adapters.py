@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings
+from trainer.config.unsupported import HEAD_ADAPTER, warm_start_problem
 from trainer.errors import ModelError
 from trainer.model.adapted_layers import lora_config, refuse_unmatched
 from trainer.model.batch import TokenOwners
@@ -89,7 +90,7 @@ class Adapters:
         if isinstance(lora.target_modules, list):
             refuse_unmatched(self._base, self.config(name).target_modules)
         if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
-            raise ModelError("lora.target_modules: the head cannot have an adapter; leave it out")
+            raise ModelError(f"lora.target_modules: {HEAD_ADAPTER}")
         named = sorted(self._peft.named_parameters())
         self._parameter_names[name] = tuple(key for key, value in named if id(value) not in known)
         self._train_all()
@@ -100,7 +101,9 @@ class Adapters:
             if isinstance(module, FusedLinear):
                 module.routing = self.routing
         if lora.warm_start is not None:
-            _refuse_other_adapter(self.config(name), Path(lora.warm_start))
+            problem = warm_start_problem(lora, Path(lora.warm_start), self.config(name).alpha_pattern)
+            if problem is not None:
+                raise ModelError(f"lora.warm_start: {problem}")
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their name in the model, sorted."""
@@ -191,21 +194,3 @@ class Adapters:
 
 def _is_unroutable(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and not isinstance(module, FusedLinear)
-
-
-def _refuse_other_adapter(ours: peft.LoraConfig, directory: Path) -> None:
-    if not (directory / "adapter_config.json").is_file():
-        raise ModelError(f"lora.warm_start: {directory} holds no adapter (no adapter_config.json)")
-    try:
-        theirs = peft.PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"lora.warm_start: {directory}/adapter_config.json cannot be read: {error}") from None
-    if not isinstance(theirs, peft.LoraConfig):
-        raise ModelError(f"lora.warm_start: {directory} holds an adapter of type {theirs.peft_type}, not LORA")
-    fields = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
-    for name in (*fields, "alpha_pattern"):
-        if getattr(theirs, name) != getattr(ours, name):
-            raise ModelError(
-                f"lora.warm_start: {directory} was trained with {fields.get(name, name)} {getattr(theirs, name)}; "
-                f"the recipe has {getattr(ours, name)}. Make them equal."
-            )

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from trainer.config.unsupported import ATTENTION_DROPOUT, SINKS_ON_GPU
 from trainer.errors import ModelError
 from trainer.model.eager_attention import AttentionOptions, causal_mask, eager_attention
 from trainer.model.kv_cache import KeyValueCache, LayerCache
@@ -71,7 +72,7 @@ def packed_attention(
     if attention_mask is not None or query.shape[0] != 1:
         raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
     if dropout:
-        raise ModelError("attention dropout is not supported; set attention_dropout to 0 in the model's config.json")
+        raise ModelError(ATTENTION_DROPOUT)
     window = kwargs.get("sliding_window")
     if window is None:
         _refuse_hidden_window(module, layout.max_len)
@@ -215,7 +216,7 @@ def _flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> torch.Tensor:
     if options.sinks is not None:
-        raise ModelError("attention sinks are not supported on GPU yet; use a CPU shape for this model")
+        raise ModelError(SINKS_ON_GPU)
     softcap = options.softcap or 1.0
 
     def capped(

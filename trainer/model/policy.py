@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.config.unsupported import FULL_EXPERTS, SHARDED_QUANTIZATION
 from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
 from trainer.errors import ModelError
 from trainer.model.adapted_layers import beside_language_part
@@ -109,7 +110,12 @@ class Policy(nn.Module):
         Args:
             mesh: the ranks.
             device: of this rank, where the adapters go.
+
+        Raises:
+            ModelError: the base is quantized.
         """
+        if getattr(self.causal_lm, "is_quantized", False):
+            raise ModelError(f"the shape {SHARDED_QUANTIZATION}")
         register_output(Scores, ["logprobs", "entropy"])
         names = () if self.adapters is None else self.adapters.names
         whole = {parameter for name in names for parameter in self.trained_parameters(name).values()}
@@ -235,7 +241,7 @@ def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSett
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": routing.checkpoint_contexts})
     if lora is None:
         if has_experts(causal_lm):
-            raise ModelError("full-parameter training of mixture-of-experts models needs a router loss; use LoRA")
+            raise ModelError(FULL_EXPERTS)
         unused = {id(value) for module in beside_language_part(causal_lm) for value in module.parameters()}
         for parameter in causal_lm.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in unused)

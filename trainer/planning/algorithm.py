@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from trainer.config.presets import PRESETS, ResolvedAlgorithm
-from trainer.config.recipe import AlgorithmSettings
+from trainer.config.rft_sections import AlgorithmSettings
 
 
 def resolve_algorithm(given: AlgorithmSettings) -> ResolvedAlgorithm:

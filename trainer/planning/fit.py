@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import ShapeLimit, TrainingShape
-from trainer.planning.memory import estimate_memory
+from trainer.config.unsupported import SHARDED_QUANTIZATION, SHARDED_SAMPLING, SINKS_ON_GPU
+from trainer.planning.memory import base_bytes, compute_bytes_of, estimate_memory
 from trainer.planning.model_facts import ModelFacts
 
 
@@ -27,12 +28,16 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
         return f"does not support {kind}"
     is_sharded = shape.sharding == "full" and shape.num_ranks > 1
     if is_sharded and isinstance(recipe, RFTRecipe) and recipe.rollout.sampler == "local":
-        return "shards the base model, which the local sampler does not support: `rollout.sampler: vllm`"
+        return SHARDED_SAMPLING
+    if is_sharded and recipe.model.quantization is not None:
+        return SHARDED_QUANTIZATION
+    if shape.device == "cuda" and facts is not None and facts.has_sinks:
+        return SINKS_ON_GPU
     if recipe.data.max_seq_tokens > limit.max_seq_tokens:
         return f"supports sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
     if facts is None:
         return None
-    if facts.params > limit.max_params_b * 1e9:
+    if base_bytes(recipe, facts) > limit.max_params_b * 1e9 * compute_bytes_of(recipe):  # 4-bit weights count less
         return f"supports models up to {limit.max_params_b:g} B parameters for {kind} ({limit.basis})"
     memory = estimate_memory(recipe, shape, facts)
     if not memory.fits:

@@ -9,6 +9,7 @@ from typing import Final
 
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSettings, DataSource, Recipe, RFTRecipe
+from trainer.config.reward_place import source_of_reward
 from trainer.config.source_files import source_files
 from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
@@ -43,18 +44,58 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
     for name in LATER_DATA_FIELDS:
         if fields["data"][name] == DataSettings.model_fields[name].get_default(call_default_factory=True):
             del fields["data"][name]
-    fields["data"]["digest"] = source_digest(recipe.data.train)
+    digests = input_digests(recipe)
+    fields["data"]["digest"] = digests["data.digest"]
     fields["model"] = recipe.model.model_dump(include={"revision", "trust_remote_code", "compute_dtype"})
-    fields["model"]["digest"] = model_digest(recipe.model.path)
+    fields["model"]["digest"] = digests["model.digest"]
     if recipe.model.quantization is not None:
         fields["model"]["quantization"] = recipe.model.quantization
+    for section, name in (("model", "chat_template"), ("lora", "warm_start")):
+        if f"{section}.{name}" in digests:
+            fields[section][name] = digests[f"{section}.{name}"]
+    return fields
+
+
+def input_digests(recipe: Recipe) -> dict[str, str]:
+    """Return the digest of each file or directory that is part of the identity, by its place there.
+
+    For example {"data.digest": "sha256:9f86...", "model.digest": "sha256:d081..."}.
+    """
+    digests = {"data.digest": source_digest(recipe.data.train), "model.digest": model_digest(recipe.model.path)}
     template = recipe.model.chat_template
     if template is not None:
-        is_builtin = template in BUILTIN_TEMPLATES
-        fields["model"]["chat_template"] = template if is_builtin else _file_digest(Path(template))
+        digests["model.chat_template"] = template if template in BUILTIN_TEMPLATES else _file_digest(Path(template))
     if recipe.lora is not None and recipe.lora.warm_start is not None:
-        fields["lora"]["warm_start"] = model_digest(recipe.lora.warm_start)
-    return fields
+        digests["lora.warm_start"] = model_digest(recipe.lora.warm_start)
+    return digests
+
+
+def held_out_digest(recipe: Recipe) -> str | None:
+    """Return the digest of the held-out rows that are evaluated; None where the recipe has none."""
+    if recipe.data.eval is None:
+        return None
+    limit = recipe.data.eval_rows
+    return source_digest(recipe.data.eval) + (f", first {limit}" if limit is not None else "")
+
+
+def reward_digests(recipe: Recipe, recipe_dir: Path) -> dict[str, str]:
+    """Return the digest of the source file of each reward that is not built in.
+
+    For example {"mine.py": "sha256:9f86..."}.
+
+    Args:
+        recipe: Names the rewards.
+        recipe_dir: Its directory; `file.py:function` rewards are relative to it.
+    """
+    if not isinstance(recipe, RFTRecipe):
+        return {}
+    digests = {}
+    for reward in recipe.rewards:
+        source = source_of_reward(reward.use, recipe_dir)
+        if source is not None:
+            shown = str(source.relative_to(recipe_dir) if source.is_relative_to(recipe_dir) else source)
+            digests[shown] = _file_digest(source)
+    return digests
 
 
 def identity_hash(identity: dict[str, object]) -> str:
@@ -102,4 +143,4 @@ def model_digest(path: str) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    return f"sha256:{file_sha256(path)}"
+    return f"sha256:{file_sha256(path)}" if path.is_file() else f"missing:{path}"

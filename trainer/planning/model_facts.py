@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, Final, final
 import yaml
 
 from trainer.config.recipe import LoraSettings
-from trainer.errors import ModelError
+from trainer.planning.hub import any_cached_config, cached_model, read_config
 
 EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of experts in configs."""
@@ -57,6 +55,8 @@ class ModelFacts:
     """Attention scores are capped or have sinks, which the fused CPU kernel does not support."""
     stored_bytes: int = 2
     """Bytes per weight in the files."""
+    attention_dropout: float = 0.0
+    """Fraction of attention probabilities that training would drop."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
@@ -86,6 +86,7 @@ class ModelFacts:
                 has_fused_norms=model_type not in OTHER_NORMS,
                 has_eager_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
                 stored_bytes=4 if stored == "float32" else 2,
+                attention_dropout=float(config.get("attention_dropout") or 0.0),
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -114,6 +115,11 @@ class ModelFacts:
             return self.linears(1)
         shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
         return self.attention_linears() + shared
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether attention has sinks: a learned share of the probability that goes to no token."""
+        return self.model_type == "gpt_oss"
 
     @property
     def has_adapted_experts(self) -> bool:
@@ -170,16 +176,18 @@ def _shared(config: Mapping[str, Any]) -> int:
     return int(config.get("shared_expert_intermediate_size") or (experts or 0) * (width or 0))
 
 
-def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, Any] | None:
+def find_model_config(path: str, model_card_dirs: list[Path], revision: str | None = None) -> Mapping[str, Any] | None:
     """Return the config.json of a directory or of the local hub cache, or the card of a well-known hub model.
 
     Args:
         path: Directory or hub name of the model.
         model_card_dirs: Directories with cards.
+        revision: Commit of a hub model, preferred to others in the cache.
     """
-    for config in (Path(path) / "config.json", *_cached_configs(path)):
-        if config.is_file():
-            return _read_config(config)
+    at_revision = cached_model(path, revision).config_file if revision is not None else None
+    for config in (Path(path) / "config.json", at_revision, any_cached_config(path)):
+        if config is not None and config.is_file():
+            return read_config(config)
     for directory in model_card_dirs:
         for card in sorted(directory.glob("*.yaml")):
             known = yaml.safe_load(card.read_text(encoding="utf-8"))
@@ -188,27 +196,16 @@ def find_model_config(path: str, model_card_dirs: list[Path]) -> Mapping[str, An
     return None
 
 
-def find_model_facts(path: str, model_card_dirs: list[Path]) -> ModelFacts | None:
-    """Return the sizes of a model; None if its config is not found or not supported."""
-    config = find_model_config(path, model_card_dirs)
+def find_model_facts(path: str, model_card_dirs: list[Path], revision: str | None = None) -> ModelFacts | None:
+    """Return the sizes of a model; None if its config is not found or not supported.
+
+    Args:
+        path: Directory or hub name of the model.
+        model_card_dirs: Directories with cards.
+        revision: Commit of a hub model.
+    """
+    config = find_model_config(path, model_card_dirs, revision)
     return ModelFacts.from_config(config) if config is not None else None
-
-
-def _cached_configs(hub_name: str) -> list[Path]:
-    """Return config.json of every downloaded revision of a hub model, without importing huggingface_hub."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    return sorted(cache.glob(f"models--{hub_name.replace('/', '--')}/snapshots/*/config.json"))
-
-
-def _read_config(file: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ModelError(f"{file}: not JSON ({error}). Copy the model again.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: not a model configuration. Copy the model again.")
-    return config
 
 
 def flops_per_token(facts: ModelFacts, *, is_lora: bool) -> float:

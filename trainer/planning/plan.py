@@ -7,17 +7,22 @@ import math
 from pathlib import Path
 from typing import Final, TypeAlias, final
 
+from pydantic import Field
+
 from trainer.config.document import Document, dotted, leaves
 from trainer.config.length import count_rows, mean_row_tokens, num_steps
 from trainer.config.load import LoadedRecipe, config_dirs
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
 from trainer.config.section import Section
+from trainer.config.semantics import is_hub_name
 from trainer.config.shape import TrainingShape
-from trainer.planning.adapter_targets import refuse_unfit_targets
+from trainer.config.unsupported import ATTENTION_DROPOUT, FULL_EXPERTS
+from trainer.errors import ModelError
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 from trainer.planning.choose_shape import choose_shape
-from trainer.planning.identity import identity_hash, make_identity
+from trainer.planning.hub import COMMIT, hub_model
+from trainer.planning.identity import identity_hash, make_identity, reward_digests
 from trainer.planning.memory import MemoryEstimate, estimate_memory
 from trainer.planning.model_facts import ModelFacts, find_model_facts, flops_per_token
 
@@ -48,6 +53,8 @@ class PlanBase(Section):
     identity: dict[str, object]
     """Everything that changes the result."""
     identity_hash: str
+    reward_digests: dict[str, str] = Field(default_factory=dict)
+    """Digest of each reward file. Changed reward code continues the same run; the change is recorded."""
     origins: dict[str, str]
     """Dotted field name -> default, shape, preset, --set or file:line."""
     warnings: list[str]
@@ -91,14 +98,16 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
 
     Raises:
         ShapeError: No shape fits, or the named one does not.
-        ModelError: A name in `lora.target_modules` selects no layer of the model.
     """
-    recipe, document = loaded.recipe, loaded.document
+    document = loaded.document
+    recipe, revision_origin, revision_notes = _with_commit(loaded.recipe, document)
     facts = model_facts(recipe)
-    has_experts = facts is not None and facts.num_experts > 1
-    refuse_unfit_targets(recipe, document.where(("lora", "target_modules")), has_experts=has_experts)
+    _refuse_model(recipe, facts, document)
     name = shape_name or recipe.shape
-    shape = choose_shape(recipe, facts, name, "--shape" if shape_name else document.where(("shape",)))
+    source = "--shape" if shape_name else document.where(("shape",))
+    is_given = document.origin_of(("model", "gradient_checkpointing")) is not None
+    choice = choose_shape(recipe, facts, name, source, may_checkpoint=not is_given)
+    recipe, shape = choice.recipe, choice.shape
     num_rows = count_rows(recipe.data.train)
     steps = num_steps(recipe, num_rows)
     assert steps is not None, "`load_recipe` refuses recipes of unknown length"
@@ -106,10 +115,9 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     origins = _origins(recipe, algorithm, document) | {
         f"shape.{field}": f"shape {shape.name}" for field in SHAPE_VALUES
     }
-    if name == "auto":
-        origins["shape"] = "auto: the smallest that fits"
-    elif shape_name is not None:
+    if shape_name is not None:
         origins["shape"] = "--shape"
+    origins |= {**revision_origin, **choice.origins}
     identity = make_identity(recipe, algorithm)
     values = {
         "recipe": recipe.model_copy(update={"shape": shape.name}),
@@ -122,12 +130,57 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         "memory": estimate_memory(recipe, shape, facts) if facts is not None else None,
         "identity": identity,
         "identity_hash": identity_hash(identity),
+        "reward_digests": reward_digests(recipe, Path(document.file).resolve().parent),
         "origins": origins,
-        "warnings": [*loaded.warnings, *_warnings(recipe, facts, shape)],
+        "warnings": [*loaded.warnings, *revision_notes, *choice.notes, *_warnings(recipe, facts, shape)],
     }
     if algorithm is None:
         return SFTPlan.model_validate(values)
     return RFTPlan.model_validate(values | {"algorithm": algorithm})
+
+
+def _with_commit(recipe: Recipe, document: Document) -> tuple[Recipe, dict[str, str], list[str]]:
+    """Replace the branch or tag of a hub model by its commit; returns the recipe, the value's origin, and a warning.
+
+    Without a network the branch stays, with a warning. The config.json of an unknown model is fetched by the way.
+    """
+    model = recipe.model
+    if model.revision is None or not is_hub_name(model.path):
+        return recipe, {}, []
+    is_commit = COMMIT.fullmatch(model.revision) is not None
+    if is_commit and find_model_facts(model.path, config_dirs("models"), model.revision) is not None:
+        return recipe, {}, []
+    try:
+        on_hub = hub_model(model.path, model.revision)
+    except ModelError as error:
+        raise ModelError(f"{document.where(('model', 'path'))}: {error}") from None
+    if is_commit:
+        return recipe, {}, []
+    source = document.where(("model", "revision"))
+    if on_hub.commit is None:
+        text = (
+            f"{source}: `{model.revision}` is a branch or a tag, which can change; pin a commit (40 hexadecimal digits)"
+        )
+        return recipe, {}, [f"{text}. It was not resolved to one, since {on_hub.problem}."]
+    pinned = recipe.model_copy(update={"model": model.model_copy(update={"revision": on_hub.commit})})
+    return pinned, {"model.revision": f"commit of `{model.revision}` when the plan was made"}, []
+
+
+def _refuse_model(recipe: Recipe, facts: ModelFacts | None, document: Document) -> None:
+    """Refuse what no shape supports for this model.
+
+    Args:
+        recipe: The recipe.
+        facts: Sizes of the model; None if unknown, then the run refuses.
+        document: For the line.
+
+    Raises:
+        ModelError: It is not supported.
+    """
+    if facts is not None and facts.num_experts > 1 and recipe.lora is None:
+        raise ModelError(f"{document.where(('lora',))}: {FULL_EXPERTS}")
+    if facts is not None and facts.attention_dropout > 0:
+        raise ModelError(f"{document.where(('model', 'path'))}: {ATTENTION_DROPOUT}")
 
 
 def _warnings(recipe: Recipe, facts: ModelFacts | None, shape: TrainingShape) -> list[str]:
@@ -192,7 +245,7 @@ def _origins(recipe: Recipe, algorithm: ResolvedAlgorithm | None, document: Docu
 
 def model_facts(recipe: Recipe) -> ModelFacts | None:
     """Return the sizes of the recipe's model; None if they cannot be known without a hub."""
-    return find_model_facts(recipe.model.path, config_dirs("models"))
+    return find_model_facts(recipe.model.path, config_dirs("models"), recipe.model.revision)
 
 
 def sequences_per_step(recipe: Recipe) -> int:

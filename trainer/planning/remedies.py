@@ -84,10 +84,19 @@ def find_remedies_on_any_shape(
         facts: Sizes of the model; None if unknown.
         shapes: All shapes, smallest first.
     """
+    unchanged = [Remedy((), recipe, shape, facts) for shape in shapes]
+    remedies = _changed_on_smallest(unchanged)
+    if not remedies:
+        remedies = _changed_on_smallest([each for start in unchanged if (each := checkpointed(start)) is not None])
+    return remedies
+
+
+def _changed_on_smallest(starts: Sequence[Remedy]) -> list[Remedy]:
+    """Return each further change after which a recipe fits, with the smallest shape that it fits then."""
     remedies: list[Remedy] = []
-    for change in (_checkpointed, _with_adapter, _with_vllm, _within_limit):
-        starts = [changed for shape in shapes if (changed := change(Remedy((), recipe, shape, facts))) is not None]
-        fitting = [start for start in starts if start.fits()]
+    for change in (checkpointed, quantized, _with_adapter, _with_vllm, _within_limit):
+        changed = [each for start in starts if (each := change(start)) is not None]
+        fitting = [each for each in changed if each.fits()]
         if fitting:
             best = max(fitting, key=lambda each: each.recipe.data.max_seq_tokens)  # the first, smallest shape of those
             remedies.append(best.with_shape(f"`--shape {best.shape.name}`", best.shape))
@@ -104,19 +113,20 @@ def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
 def _on_same_devices(start: Remedy) -> Iterator[Remedy]:
     """Yield each further change after which the recipe fits, on the same devices; the least costly first."""
     is_found = False
-    for change in (_checkpointed, _with_smaller_micro_batch, _with_adapter, _with_vllm, _within_limit):
+    for change in (checkpointed, _with_smaller_micro_batch, _with_adapter, _with_vllm, _within_limit):
         changed = change(start)
         if changed is not None and changed.fits():
             is_found = True
             yield changed
-    shorter = None if is_found else _with_shorter_sequences(start)
-    if shorter is not None:
-        yield shorter
+    for change in () if is_found else (quantized, _with_shorter_sequences):
+        changed = change(start)
+        if changed is not None and changed.fits():
+            yield changed
 
 
 def _enabling(start: Remedy) -> Iterator[Remedy]:
     """Yield the changes that are tried together with a second one."""
-    for change in (_checkpointed, _with_vllm):
+    for change in (checkpointed, _with_vllm, _with_adapter):
         changed = change(start)
         if changed is not None:
             yield changed
@@ -141,12 +151,22 @@ def _on_other_shapes(start: Remedy, shapes: Sequence[TrainingShape]) -> Iterator
             yield moved
 
 
-def _checkpointed(start: Remedy) -> Remedy | None:
+def checkpointed(start: Remedy) -> Remedy | None:
+    """Return the recipe with gradient checkpointing; None if it has it."""
     model = start.recipe.model
     if model.gradient_checkpointing:
         return None
     changed = model.model_copy(update={"gradient_checkpointing": True})
     return start.with_recipe("`model.gradient_checkpointing: true`", start.recipe.model_copy(update={"model": changed}))
+
+
+def quantized(start: Remedy) -> Remedy | None:
+    """Return the recipe with base weights in 4 bits, which changes the model; None on shards, and on a slow CPU."""
+    recipe, model = start.recipe, start.recipe.model
+    if recipe.lora is None or model.quantization is not None or start.shape.sharding == "full" or start.shape.gpus == 0:
+        return None
+    changed = model.model_copy(update={"quantization": "nf4"})
+    return start.with_recipe("`model.quantization: nf4`", recipe.model_copy(update={"model": changed}))
 
 
 def _with_smaller_micro_batch(start: Remedy) -> Remedy | None:
@@ -172,6 +192,8 @@ def _with_vllm(start: Remedy) -> Remedy | None:
     recipe = start.recipe
     if not isinstance(recipe, RFTRecipe) or recipe.rollout.sampler == "vllm":
         return None
+    if recipe.lora is None or recipe.lora.dora:
+        return None  # vLLM serves neither
     rollout = recipe.rollout.model_copy(update={"sampler": "vllm"})
     return start.with_recipe("`rollout.sampler: vllm`", recipe.model_copy(update={"rollout": rollout}))
 

@@ -50,14 +50,21 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+def tell(text: str) -> None:
+    """Write a line to stderr; a terminal that was closed never stops a run."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 @final
 class Console:
     """Progress on a stream, stderr by default; write errors never stop a run."""
 
-    def __init__(self, steps: int, stream: TextIO = sys.stderr) -> None:
-        """Prepare for a run of `steps` steps."""
-        self.steps, self.stream = steps, stream
-        self.is_terminal = stream.isatty()
+    def __init__(self, steps: int, stream: TextIO | None = None) -> None:
+        """Prepare for a run of `steps` steps; the stream is stderr when None."""
+        self.steps, self.stream = steps, sys.stderr if stream is None else stream
+        self.is_terminal = self.stream.isatty()
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
         self._last_line = 0.0
 

@@ -5,6 +5,7 @@ Tests hold other modules to these properties: none spells a file name of the run
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from trainer.errors import LaunchError
+from trainer.files import fsync_dir, write_atomically
 from trainer.planning.plan import Plan
 from trainer.run import lock, readers
 from trainer.run.metrics_reader import MetricsReader, Record, newest_records, read_records
 from trainer.run.polling import wait_until
-from trainer.run.readers import Heartbeat
+from trainer.run.readers import Heartbeat, HeldOut
 from trainer.run.state import Outcome
 
 JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
 WEIGHTS = ("adapter", "adapter-best", "model", "model-best")
+REFUSED = "refused-"
+"""Begins the name of a step's rollouts that were set aside, because too many had no reward."""
 
 
 def step_name(step: int) -> str:
@@ -42,8 +46,9 @@ def step_number(name: str) -> int | None:
     return int(digits) if digits != name and digits.isdigit() else None
 
 
-def _steps(directory: Path) -> list[int]:
-    numbers = (step_number(entry.name) for entry in directory.glob("*/"))
+def _steps(directory: Path, prefix: str = "") -> list[int]:
+    entries = (entry.name for entry in directory.glob("*/") if entry.name.startswith(prefix))
+    numbers = (step_number(name.removeprefix(prefix)) for name in entries)
     return sorted(number for number in numbers if number is not None)
 
 
@@ -107,6 +112,11 @@ class RunDir:
         return self.root / "excluded.json"
 
     @property
+    def held_out_file(self) -> Path:
+        """Digest of the held-out rows, and since which step they are evaluated."""
+        return self.root / "held_out.json"
+
+    @property
     def heartbeat_file(self) -> Path:
         """Heartbeat file."""
         return self.root / "heartbeat.json"
@@ -125,6 +135,11 @@ class RunDir:
         """What one attempt printed."""
         return self.logs / f"attempt-{attempt}.log"
 
+    def submission_logs(self) -> list[Path]:
+        """What submitted processes printed, the newest last."""
+        files = [*self.logs.glob("supervisor.log"), *self.logs.glob("slurm-*.log")]
+        return sorted(files, key=lambda file: file.stat().st_mtime)
+
     def of_job(self, name: JobFile) -> Path:
         """A file of `submit`: how the run was submitted, the batch script, what the submitted process printed."""
         return self.root / name
@@ -137,9 +152,9 @@ class RunDir:
         """Every directory of trained weights that exists."""
         return [directory for name in WEIGHTS if (directory := self.root / name).is_dir()]
 
-    def exported(self, *, is_merged: bool) -> Path:
+    def exported(self, kind: Literal["export", "merged", "gguf"]) -> Path:
         """Where `trainer export` writes unless told otherwise."""
-        return self.root / ("merged" if is_merged else "export")
+        return self.root / kind
 
     def checkpoint(self, step: int) -> Path:
         """Directory of one checkpoint."""
@@ -157,31 +172,44 @@ class RunDir:
         """Directories of checkpoints that are being written, or whose writer died."""
         return list(self.checkpoints.glob(".step-*.tmp"))
 
-    def journal(self, step: int) -> Path:
-        """Directory of one step's rollouts."""
-        return self.rollouts / step_name(step)
+    def journal(self, step: int, *, refused: bool = False) -> Path:
+        """Directory of one step's rollouts, or of those that were set aside."""
+        return self.rollouts / f"{REFUSED if refused else ''}{step_name(step)}"
 
-    def journal_steps(self) -> list[int]:
-        """Steps that have rollouts, ascending."""
-        return _steps(self.rollouts)
+    def journal_steps(self, *, refused: bool = False) -> list[int]:
+        """Steps that have rollouts, or some that were set aside, ascending."""
+        return _steps(self.rollouts, REFUSED if refused else "")
 
     def journal_chunk(self, step: int, number: int) -> Path:
         """One chunk of a step's rollouts."""
         return self.journal(step) / f"chunk-{number:04d}.jsonl"
 
-    def journal_chunks(self, step: int) -> list[Path]:
+    def journal_chunks(self, step: int, *, refused: bool = False) -> list[Path]:
         """The chunks of a step that were written, in order."""
-        return sorted(self.journal(step).glob("chunk-*.jsonl"))
+        return sorted(self.journal(step, refused=refused).glob("chunk-*.jsonl"))
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""
-        return self.root / "evaluations" / f"{step_name(step)}.jsonl"
+        return self._evaluations / f"{step_name(step)}.jsonl"
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps after which held-out prompts were answered, ascending."""
+        numbers = (step_number(file.stem) for file in self._evaluations.glob("*.jsonl"))
+        return sorted(number for number in numbers if number is not None)
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.root / "evaluations"
 
     # ---- contents: readers.py, metrics_reader.py
 
     def is_run(self) -> bool:
         """Whether the directory holds a run."""
         return self.plan_file.is_file()
+
+    def write_plan(self, plan: Plan) -> None:
+        """Replace the plan by one of the same identity."""
+        write_atomically(self.plan_file, plan.dump())
 
     def read_plan(self) -> Plan:
         """The frozen plan."""
@@ -194,6 +222,28 @@ class RunDir:
     def write_outcome(self, outcome: Outcome) -> None:
         """Write how this attempt ended."""
         readers.write_outcome(self.outcome_file, outcome)
+
+    def has_made_step(self) -> bool:
+        """Whether the run has trained: a later start with other inputs would lose something."""
+        is_logged = self.newest_logged_step() > 0 or self.newest_checkpoint_step() > 0
+        return is_logged or any(not directory.name.endswith("-best") for directory in self.all_weights())
+
+    def discard_start(self) -> None:
+        """Delete what an attempt has left that made no step; logs and attempt numbers stay."""
+        files = (self.metrics_file, self.outcome_file, self.cancel_file, self.excluded_file)
+        for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file):
+            file.unlink(missing_ok=True)
+        for directory in (self.checkpoints, self.rollouts, self.root / "evaluations", *self.all_weights()):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def move_aside(self) -> Path:
+        """Rename the directory to <name>.old-N; returns the new path."""
+        number = 1
+        while (aside := self.root.with_name(f"{self.name}.old-{number}")).exists():
+            number += 1
+        self.root.rename(aside)
+        fsync_dir(aside.parent)
+        return aside
 
     def is_finished(self, steps: int) -> bool:
         """Whether the run finished at least `steps` steps."""
@@ -223,6 +273,20 @@ class RunDir:
     def read_metrics(self) -> list[Record]:
         """Every step's metrics. Reads the whole file: to poll use `metrics_reader`."""
         return read_records(self.metrics_file)
+
+    def read_held_out(self) -> HeldOut | None:
+        """Which held-out rows are evaluated; None before the first attempt, and in runs of earlier versions."""
+        return readers.read_held_out(self.held_out_file)
+
+    def write_held_out(self, held_out: HeldOut) -> None:
+        """Write which held-out rows are evaluated."""
+        readers.write_held_out(self.held_out_file, held_out)
+
+    def comparable_metrics(self) -> list[Record]:
+        """The metrics whose held-out values may be compared: those since the held-out rows were last replaced."""
+        held_out = self.read_held_out()
+        first = -1 if held_out is None else held_out.since_step
+        return [record for record in self.read_metrics() if record["step"] > first]
 
     def metrics_reader(self, last: int = 0) -> MetricsReader:
         """A cursor in the metrics that begins with the `last` newest records."""

@@ -15,7 +15,11 @@ from trainer.files import make_directory, write_atomically
 from trainer.run.directory import RunDir
 from trainer.types import Group, Rollout, Row
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+READ_FORMATS: Final = (1, FORMAT)
+"""Format 1 has no prompts."""
+FIELD_CHARS: Final = 2000
+"""A longer field of a row is kept as the first characters of its JSON."""
 
 
 @final
@@ -25,7 +29,7 @@ class ChunkHeader:
 
     On disk, for two rows on one rank in a run of 15 steps:
 
-        {"format": 1, "step": 3, "rows": [4, 7], "group_size": 8, "world_size": 1, "length": [15, null]}
+        {"format": 2, "step": 3, "rows": [4, 7], "group_size": 8, "world_size": 1, "length": [15, null]}
     """
 
     step: int
@@ -43,7 +47,42 @@ class ChunkHeader:
         return {"format": FORMAT, **asdict(self), "rows": list(self.rows), "length": list(self.length)}
 
 
-def write_chunk(run: RunDir, number: int, header: ChunkHeader, groups: Sequence[Group]) -> None:
+@final
+@dataclass(frozen=True)
+class JournalPrompt:
+    """What the policy was asked, for people: a replay does not read it.
+
+    On disk, once per chunk for each row, after the header:
+
+        {"row": 4, "where": "sums.jsonl:5", "prompt": [{"role": "user", "content": "2+2?"}], "fields": {"answer": "4"}}
+    """
+
+    row: int
+    where: str
+    """Source of the row, file:line."""
+    messages: tuple[Mapping[str, Any], ...]
+    fields: Mapping[str, Any]
+    """The other fields of the row, which its rewards read: the gold answer."""
+
+    def record(self) -> dict[str, Any]:
+        """The line of the prompt."""
+        fields = {name: _shortened(value) for name, value in self.fields.items()}
+        return {"row": self.row, "where": self.where, "prompt": list(self.messages), "fields": fields}
+
+
+@final
+@dataclass(frozen=True)
+class RecordedGroup:
+    """A group as it is on disk, for people."""
+
+    rollouts: list[dict[str, Any]]
+    prompt: dict[str, Any] | None
+    """`JournalPrompt.record()`; None in chunks of format 1."""
+
+
+def write_chunk(
+    run: RunDir, number: int, header: ChunkHeader, groups: Sequence[Group], prompts: Sequence[JournalPrompt] = ()
+) -> None:
     """Write one chunk, atomically.
 
     Args:
@@ -51,12 +90,14 @@ def write_chunk(run: RunDir, number: int, header: ChunkHeader, groups: Sequence[
         number: index of the chunk in its step.
         header: what a replay must find equal.
         groups: the chunk's groups, with rewards and advantages.
+        prompts: of the groups; of a row that comes twice the first is written.
     """
-    records = [_record(group.row, rollout) for group in groups for rollout in group.rollouts]
-    lines = [json.dumps(header.record()), *map(_line, records), json.dumps({"end": len(records)})]
+    records = [prompt.record() for prompt in {each.row: each for each in reversed(prompts)}.values()][::-1]
+    records += [_record(group.row, rollout) for group in groups for rollout in group.rollouts]
+    lines = map(json_line, [header.record(), *records, {"end": len(records)}])
     file = run.journal_chunk(header.step, number)
     make_directory(file.parent)
-    write_atomically(file, "\n".join(lines) + "\n")
+    write_atomically(file, "".join(lines))
 
 
 def note_begun(run: RunDir, step: int, number: int) -> None:
@@ -86,7 +127,8 @@ def count_sampled(run: RunDir) -> tuple[int, int]:
     total = repeated = 0
     for (step, number), times in begun.items():
         records = _complete(run.journal_chunk(step, number))
-        tokens = sum(record["trained"].count("1") for record in records[1:-1]) if records else 0
+        rollouts = [each for group in _by_group(records) for each in group.rollouts] if records else []
+        tokens = sum(record["trained"].count("1") for record in rollouts)
         total += tokens
         repeated += tokens * (times - 1)
     return total, repeated
@@ -102,32 +144,37 @@ def read_chunk(run: RunDir, number: int, header: ChunkHeader, rows: Sequence[Row
         rows: the chunk's rows, in the order of `header.rows`.
     """
     records = _complete(run.journal_chunk(header.step, number))
-    if records is None or records[0] != header.record():
+    if records is None or not any(records[0] == header.record() | {"format": known} for known in READ_FORMATS):
         return None
-    groups = _by_group(records)
+    groups = [group.rollouts for group in _by_group(records)]
     if [of_group[0]["row"] for of_group in groups] != [row.index for row in rows]:
         return None
     return [Group(row, tuple(map(_rollout, of_group))) for row, of_group in zip(rows, groups, strict=True)]
 
 
-def read_step(run: RunDir, step: int) -> list[list[dict[str, Any]]]:
-    """The rollout records of each group of a step, as on disk; empty if the step has none."""
-    chunks = [_complete(file) for file in run.journal_chunks(step)]
-    return [of_group for records in chunks if records is not None for of_group in _by_group(records)]
+def read_step(run: RunDir, step: int, *, refused: bool = False) -> list[RecordedGroup]:
+    """The groups of a step, as on disk; empty if the step has none.
+
+    Args:
+        run: the run directory.
+        step: step that trains on the rollouts, from 0.
+        refused: read those that were set aside, because too many had no reward.
+    """
+    chunks = [_complete(file) for file in run.journal_chunks(step, refused=refused)]
+    return [group for records in chunks if records is not None for group in _by_group(records)]
 
 
 def set_aside(run: RunDir, step: int) -> Path:
     """Rename a step's chunk directory so that it is not replayed; returns the new path."""
-    directory = run.journal(step)
-    aside = directory.with_name(f"refused-{directory.name}")
+    directory, aside = run.journal(step), run.journal(step, refused=True)
     shutil.rmtree(aside, ignore_errors=True)
     directory.rename(aside)
     return aside
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    """Readable JSON; a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+def json_line(record: Mapping[str, Any]) -> str:
+    """Readable JSON with a line end; a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def _complete(file: Path) -> list[dict[str, Any]] | None:
@@ -140,11 +187,21 @@ def _complete(file: Path) -> list[dict[str, Any]] | None:
     return records if len(records) > 1 and records[-1] == {"end": len(records) - 2} else None
 
 
-def _by_group(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _by_group(records: list[dict[str, Any]]) -> list[RecordedGroup]:
     """Rollout records group by group; a row may have several groups, and all groups of a chunk have one size."""
-    header, *rollouts, _end = records
+    header, *lines, _end = records
+    prompts = {record["row"]: record for record in lines if "prompt" in record}
+    rollouts = [record for record in lines if "prompt" not in record]
     size = len(rollouts) // len(header["rows"])
-    return [rollouts[begin : begin + size] for begin in range(0, len(rollouts), size)]
+    groups = [rollouts[begin : begin + size] for begin in range(0, len(rollouts), size)]
+    return [RecordedGroup(of_group, prompts.get(of_group[0]["row"])) for of_group in groups]
+
+
+def _shortened(value: Any) -> Any:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > FIELD_CHARS:
+        return text[:FIELD_CHARS] + "..."
+    return json.loads(text)
 
 
 def _record(row: Row, rollout: Rollout) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read and write the small files of a run directory: plan, outcome, heartbeat, excluded rows, attempts."""
+"""Read and write the small files of a run directory: plan, outcome, heartbeat, excluded and held-out rows, attempts."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ class Heartbeat:
     def age_s(self) -> float:
         """Seconds since it was written, by this machine's clock."""
         return time.time() - self.time
+
+
+@final
+@dataclass(frozen=True)
+class HeldOut:
+    """Which held-out rows are evaluated; `HeldOut("sha256:9f86...", 40)` if they were replaced at step 40."""
+
+    digest: str
+    since_step: int
+    """Held-out values of later steps are comparable; -1 if the rows were never replaced."""
 
 
 def read_plan(file: Path) -> Plan:
@@ -96,6 +106,19 @@ def write_excluded(file: Path, rows: Iterable[str], step: int) -> None:
         step: at which that was decided.
     """
     write_atomically(file, json.dumps({"rows": sorted(rows), "decided_at_step": step}, indent=1))
+
+
+def read_held_out(file: Path) -> HeldOut | None:
+    """Which held-out rows are evaluated; None where nothing readable says so."""
+    try:
+        return HeldOut(**json.loads(file.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def write_held_out(file: Path, held_out: HeldOut) -> None:
+    """Write which held-out rows are evaluated."""
+    write_atomically(file, json.dumps(asdict(held_out)) + "\n")
 
 
 def read_attempts(file: Path) -> list[dict[str, Any]]:

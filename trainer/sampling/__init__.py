@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config.recipe import RolloutSettings
+from trainer.config.rft_sections import RolloutSettings
 from trainer.distributed.world import World
 from trainer.model.policy import Policy
 from trainer.sampling.sampler import Sampler

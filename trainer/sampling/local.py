@@ -10,6 +10,7 @@ from typing import Final, final
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trainer.config.unsupported import SHARDED_SAMPLING
 from trainer.errors import ModelError, NumericalError
 from trainer.model.kv_cache import KeyValueCache
 from trainer.model.layout import CachedLayout, PackedLayout
@@ -160,7 +161,7 @@ class _StopRule:
 
 def _decoder_of(policy: Policy) -> Decoder:
     if policy.is_sharded:
-        raise ModelError("a sharded model cannot be sampled in process; set rollout.sampler to vllm")
+        raise ModelError(f"the shape {SHARDED_SAMPLING}")
     return FusedDecoder(policy) if is_fusible(policy) else CopiedDecoder(policy)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar, cast, final
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trainer.config.unsupported import VLLM_DORA, VLLM_FULL, VLLM_TRUNCATED
 from trainer.data.tokens import TokenSequence
 from trainer.distributed.sharding import whole_of
 from trainer.distributed.world import World
@@ -143,12 +144,8 @@ class VllmSampler:
     def _refuse_params(self, requests: Sequence[SampleRequest], params: SamplingParams) -> None:
         """Refuse requests whose logprobs would be of another distribution, or that would be truncated."""
         is_raw = self.served.logprobs_mode == "raw_logprobs"
-        is_truncated = not params.is_greedy and (params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0)
-        if params.temperature != 1.0 and is_truncated:
-            raise SamplerError(
-                "vLLM has no logprobs of the untruncated distribution at a temperature other than 1: turn off "
-                "rollout.top_p, top_k and min_p, or set rollout.temperature to 1, or rollout.sampler to local"
-            )
+        _refuse_truncation(params)
+        is_truncated = _is_truncated(params)
         if params.temperature != 1.0 and params.is_greedy:
             raise SamplerError(
                 "vLLM returns logprobs of greedy completions at temperature 1 only: set rollout.temperature to 1"
@@ -242,13 +239,21 @@ def request_seed(seed: int, step: int, row: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{step}:{row}".encode(), digest_size=7).digest())
 
 
+def _is_truncated(params: SamplingParams) -> bool:
+    """Whether improbable tokens are never sampled."""
+    return not params.is_greedy and (params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0)
+
+
+def _refuse_truncation(params: SamplingParams) -> None:
+    if params.temperature != 1.0 and _is_truncated(params):
+        raise SamplerError(VLLM_TRUNCATED)
+
+
 def _refuse_unservable(policy: Policy) -> None:
     if policy.adapters is None:
-        raise SamplerError(
-            "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
-        )
+        raise SamplerError(VLLM_FULL)
     if policy.adapters.config(RUN_ADAPTER).use_dora:
-        raise SamplerError("vLLM serves no DoRA adapters: set lora.dora to false, or rollout.sampler to local")
+        raise SamplerError(VLLM_DORA)
 
 
 def _retire(client: VllmClient, loaded: list[str], directory: Path) -> None:

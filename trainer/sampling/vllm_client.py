@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from trainer.config.unsupported import vllm_url_problem
 from trainer.errors import TrainerError, UserError
 from trainer.http import direct_client
 
@@ -92,8 +93,9 @@ class VllmClient:
             model: that it should serve, for error messages.
         """
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise SamplerError(f"rollout.vllm_url must begin with http:// or https://, got {url!r}")
+        problem = vllm_url_problem(url)
+        if problem is not None:
+            raise SamplerError(f"rollout.vllm_url {problem}")
         self._http = direct_client()
 
     def command(self, rank: int = 16) -> str:

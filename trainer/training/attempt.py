@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
 
+from trainer.config.length import num_steps
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import LaunchError, PreemptedError
+from trainer.planning.identity import held_out_digest
 from trainer.planning.plan import Plan
 from trainer.run.console import Console
 from trainer.run.directory import RunDir
+from trainer.run.readers import HeldOut
 from trainer.training.learner import Learner
 from trainer.training.metrics import MetricsLog, Values, peak_gib
 from trainer.training.no_gradient import NoGradientWarning
@@ -67,6 +70,23 @@ class Attempt:
         if self.console is not None:
             self.console.show(record)
 
+    def count_trained_rows(self, num_rows: int) -> None:
+        """Set the length of a run given in epochs by the rows that are trained, without those that were dropped.
+
+        Args:
+            num_rows: rows that are trained; the same at every attempt.
+        """
+        if self.plan.recipe.epochs is None or num_rows == self.plan.num_rows:
+            return
+        steps = num_steps(self.plan.recipe, num_rows)
+        assert steps is not None, "epochs of a known number of rows have a length"
+        self.say(f"{num_rows:,} rows are trained: {steps:,} steps for {self.plan.recipe.epochs:g} epochs")
+        self.plan = self.plan.model_copy(update={"steps": steps, "num_rows": num_rows})
+        if self.world.is_main:
+            self.run.write_plan(self.plan)
+            if self.console is not None:
+                self.console.steps = steps
+
     def open_learner(self) -> Learner:
         """Load, shard and verify the policy as the run begins; create its learner.
 
@@ -92,6 +112,8 @@ class Attempt:
                 )
             self.say(f"resumed {self.run.root} at step {saved_step} of {self.plan.steps}")
         self.bad_rows.load()
+        if self.world.is_main:
+            self._note_held_out(-1 if saved_step is None else saved_step)
         self.log.rewind(-1 if saved_step is None else saved_step)
         self.position.step = saved_step or 0
         self.position.enter("training")
@@ -99,6 +121,22 @@ class Attempt:
             raise PreemptedError(
                 f"stopped at step {self.step} of {self.plan.steps}, before the next step; nothing is lost"
             )
+
+    def _note_held_out(self, step: int) -> None:
+        """Record which held-out rows are evaluated after `step`; values of replaced ones are not compared any more."""
+        digest, before = held_out_digest(self.plan.recipe), self.run.read_held_out()
+        if digest is None:
+            return
+        if before is None:
+            self.run.write_held_out(HeldOut(digest, -1))
+        elif before.digest != digest:
+            self.run.write_held_out(HeldOut(digest, step))
+            if step >= 0:
+                self.say(
+                    f"warning: the held-out rows were replaced: values up to step {step} count no more as the best"
+                )
+        elif step < before.since_step:  # it continues from an older checkpoint
+            self.run.write_held_out(HeldOut(digest, step))
 
     def evaluate_at_start(self, learner: Learner, evaluate: Callable[[], Values]) -> None:
         """Log the held-out values before step 1, unless the run is resumed or has no held-out rows.

@@ -15,14 +15,22 @@ from typing import Final
 import torch
 
 from trainer.distributed.world import World
+from trainer.planning.identity import reward_digests
 from trainer.planning.plan import Plan
+from trainer.run.directory import RunDir
 from trainer.run.protocol import LAUNCHER, SUPERVISOR_PID
 
 GIT_TIMEOUT_S: Final = 5
 
 
-def describe_attempt(plan: Plan, world: World) -> dict[str, object]:
-    """The record of this process start, without its number."""
+def describe_attempt(plan: Plan, run: RunDir, world: World) -> dict[str, object]:
+    """The record of this process start, without its number.
+
+    Args:
+        plan: what is trained.
+        run: has the records of earlier attempts.
+        world: the ranks.
+    """
     import accelerate
     import peft
     import transformers
@@ -46,7 +54,20 @@ def describe_attempt(plan: Plan, world: World) -> dict[str, object]:
         "steps": plan.steps,
         "predicted_gib": plan.memory.total_gib if plan.memory is not None else None,
         "argv": sys.argv[1:],
+        **_reward_code(plan, run),
     }
+
+
+def _reward_code(plan: Plan, run: RunDir) -> dict[str, object]:
+    """Digests of the reward files, and which of them changed since the attempt before.
+
+    For example {"reward_digests": {"mine.py": "sha256:9f86..."}, "changed_rewards": ["mine.py"]}.
+    """
+    digests = reward_digests(plan.recipe, Path(plan.recipe_dir))
+    recorded = [attempt["reward_digests"] for attempt in run.read_attempts() if "reward_digests" in attempt]
+    before = recorded[-1] if recorded else plan.reward_digests
+    changed = [file for file, digest in digests.items() if before.get(file, digest) != digest]
+    return {"reward_digests": digests, "changed_rewards": changed} if digests else {}
 
 
 def _processor_name(device: torch.device) -> str:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
-from trainer.config.recipe import RFTRecipe
+from trainer.config.recipe import DataSettings, RFTRecipe
 from trainer.errors import RewardError
 from trainer.files import make_directory, write_atomically
 from trainer.rewards.runner import ALL_ABSTAINED
+from trainer.run.intervals import bootstrap_interval
+from trainer.run.journal import json_line
 from trainer.training.group_sampler import GroupRequest, GroupSampler, Prompt
+from trainer.training.prompt_record import journal_prompt
 from trainer.training.rollouts import split_chunks
 from trainer.types import FinishReason, Rollout
 
-RESAMPLES: Final = 1000
-CONFIDENCE: Final = 0.95
 CHUNK_PROMPTS: Final = 16
 ROUNDING: Final = 1e-9
 SEED_OFFSET: Final = 1_000_003
@@ -89,28 +88,39 @@ class PassRule:
 
 
 @final
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How held-out prompts are answered, judged and recorded."""
+
+    num_samples: int
+    """Answers per prompt."""
+    rule: PassRule
+    max_failed_frac: float
+    """Largest fraction of answers on which a reward may fail."""
+    data: DataSettings
+    """How rows are read, to record the prompts."""
+
+    @classmethod
+    def of(cls, recipe: RFTRecipe) -> EvaluationSettings:
+        """The recipe's settings."""
+        limit = recipe.reward_limits.max_failed_frac
+        return cls(recipe.rollout.eval_samples, PassRule.of(recipe), limit, recipe.data)
+
+
+@final
 class RewardEvaluation:
     """Answers each held-out prompt several times and averages the rewards."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        sampler: GroupSampler,
-        num_samples: int,
-        rule: PassRule,
-        max_failed_frac: float,
-    ) -> None:
+    def __init__(self, prompts: Sequence[Prompt], sampler: GroupSampler, settings: EvaluationSettings) -> None:
         """Fix the prompts and the noise.
 
         Args:
             prompts: held-out prompts.
             sampler: of training, whose parameters are used with other noise.
-            num_samples: answers per prompt.
-            rule: when an answer passes.
-            max_failed_frac: largest fraction of answers on which a reward may fail.
+            settings: answers per prompt, and how they are judged and recorded.
         """
-        self.prompts, self.sampler, self.num_samples = prompts, sampler, num_samples
-        self.rule, self.max_failed_frac = rule, max_failed_frac
+        self.prompts, self.sampler, self.settings = prompts, sampler, settings
+        self.num_samples, self.data = settings.num_samples, settings.data
         self.params, self.world = sampler.params.for_evaluation(SEED_OFFSET), sampler.world
 
     def __call__(self, record_to: Path | None = None) -> dict[str, float]:
@@ -122,23 +132,28 @@ class RewardEvaluation:
         Raises:
             RewardError: too many rewards failed; the answers are in the file.
         """
+        answers = self.answers()
+        if record_to is not None and self.world.is_main:
+            make_directory(record_to.parent)
+            write_atomically(record_to, self.records(answers))
+        self._refuse_failures([answer for of_prompt in answers for answer in of_prompt], record_to)
+        return self.metrics(answers)
+
+    def answers(self) -> list[list[HeldOutAnswer]]:
+        """The answers to each prompt, in the order of the prompts; every rank calls it."""
         by_prompt: dict[int, list[HeldOutAnswer]] = {}
         for part in self.world.gather(self._answers_of_rank()):
             by_prompt |= part
-        if record_to is not None and self.world.is_main:
-            make_directory(record_to.parent)
-            write_atomically(record_to, "".join(self._record(index, by_prompt[index]) for index in sorted(by_prompt)))
-        answers = [by_prompt[index] for index in sorted(by_prompt)]
-        self._refuse_failures([answer for of_prompt in answers for answer in of_prompt], record_to)
-        return self._metrics(answers)
+        return [by_prompt[index] for index in sorted(by_prompt)]
 
     def _refuse_failures(self, answers: Sequence[HeldOutAnswer], record_to: Path | None) -> None:
         failures = [answer.failure or "" for answer in answers if answer.has_failed]
-        if len(failures) > self.max_failed_frac * len(answers):
+        limit = self.settings.max_failed_frac
+        if len(failures) > limit * len(answers):
             place = f"; they are in {record_to}" if record_to is not None else ""
             raise RewardError(
                 f"a reward failed on {len(failures)} of {len(answers)} held-out answers, more than "
-                f"reward_limits.max_failed_frac ({self.max_failed_frac:g}){place}. The first:\n{failures[0]}"
+                f"reward_limits.max_failed_frac ({limit:g}){place}. The first:\n{failures[0]}"
             )
 
     def _answers_of_rank(self) -> dict[int, list[HeldOutAnswer]]:
@@ -153,7 +168,8 @@ class RewardEvaluation:
                 answers[index] = [HeldOutAnswer.of_rollout(rollout) for rollout in group.rollouts]
         return answers
 
-    def _metrics(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> dict[str, float]:
+    def metrics(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> dict[str, float]:
+        """The eval/ metrics of the answers to each prompt."""
         scored = [[answer for answer in of_prompt if not answer.has_abstained] for of_prompt in by_prompt]
         scored = [of_prompt for of_prompt in scored if of_prompt]
         answers = [answer for of_prompt in by_prompt for answer in of_prompt]
@@ -161,7 +177,7 @@ class RewardEvaluation:
             raise RewardError("every reward abstained on every held-out answer, so there is nothing to compare")
         rewards = [[answer.earned for answer in of_prompt] for of_prompt in scored]
         low, high = bootstrap_interval([sum(of_prompt) / len(of_prompt) for of_prompt in rewards], self.params.seed)
-        passed = [[self.rule.passes(answer) for answer in of_prompt] for of_prompt in scored]
+        passed = [[self.settings.rule.passes(answer) for answer in of_prompt] for of_prompt in scored]
         num_scored = sum(map(len, scored))
         return {
             "eval/reward": math.fsum(sum(of_prompt) for of_prompt in rewards) / num_scored,
@@ -174,10 +190,15 @@ class RewardEvaluation:
             "eval/failed": float(sum(answer.has_failed for answer in answers)),
         }
 
-    def _record(self, index: int, answers: Sequence[HeldOutAnswer]) -> str:
-        row = self.prompts[index].row
-        record = {"row": row.index, "where": str(row), "answers": [answer.__dict__ for answer in answers]}
-        return json.dumps(record, ensure_ascii=False) + "\n"
+    def records(self, by_prompt: Sequence[Sequence[HeldOutAnswer]]) -> str:
+        """The answers as JSON, one prompt a line."""
+        pairs = zip(self.prompts, by_prompt, strict=True)
+        return "".join(
+            json_line(
+                journal_prompt(prompt.row, self.data).record() | {"answers": [answer.__dict__ for answer in answers]}
+            )
+            for prompt, answers in pairs
+        )
 
 
 def _mean_parts(answers: Sequence[HeldOutAnswer]) -> dict[str, float]:
@@ -209,11 +230,3 @@ def pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> float:
         size = min(k, len(row))
         chances.append(1.0 - math.comb(len(row) - sum(row), size) / math.comb(len(row), size))
     return math.fsum(chances) / len(chances)
-
-
-def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; a function of values and seed."""
-    generator = random.Random(f"bootstrap:{seed}")
-    means = sorted(math.fsum(generator.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
-    tail = int((1 - CONFIDENCE) / 2 * RESAMPLES)
-    return means[tail], means[-1 - tail]

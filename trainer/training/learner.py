@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 
@@ -28,6 +28,8 @@ from trainer.training.schedule import AdamParams
 
 Loss = Callable[[Scores, Batch], LossTerms]
 """From the scores of a pack to unreduced terms."""
+MASTER_PREFIX: Final = "masters/"
+"""Of the names of float32 masters in a checkpoint."""
 
 
 @final
@@ -266,7 +268,7 @@ class Learner:
             if not state:  # AdamW creates it at the first update
                 state["step"] = torch.zeros((), device=master.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-            tensors[f"masters/{name}"] = placed_like(master.detach(), self.parameters[name])
+            tensors[MASTER_PREFIX + name] = placed_like(master.detach(), self.parameters[name])
             for key, value in state.items():
                 is_part = value.shape == master.shape and key != "step"
                 tensors[f"optimizer/{name}/{key}"] = placed_like(value, self.parameters[name]) if is_part else value

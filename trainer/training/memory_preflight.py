@@ -11,13 +11,13 @@ from typing import Final
 
 import torch
 
-from trainer.config.load import all_shapes
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ShapeError
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Reference
+from trainer.planning.choose_shape import reachable_shapes
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.plan import Plan, RFTPlan
 from trainer.planning.remedies import find_remedies, remedy_lines
@@ -160,7 +160,7 @@ def out_of_memory(plan: Plan, what: str) -> str:
         f"out of memory before step 1: {what} does not fit. The shape {plan.shape.name} has "
         f"{plan.shape.gpu_memory_gib:g} GiB per device, {free:.1f} GiB are free here{predicted}."
     ]
-    return "\n".join([*lines, *remedy_lines(find_remedies(plan.recipe, plan.shape, plan.facts, all_shapes()))])
+    return "\n".join([*lines, *remedy_lines(find_remedies(plan.recipe, plan.shape, plan.facts, reachable_shapes()))])
 
 
 def _available_gib(device: str) -> float:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
+from trainer.checkpoints.manifest import MANIFEST
+from trainer.config.recipe import LoraSettings
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import load_policy, warm_start
 from trainer.planning.plan import Plan
 from trainer.training.learner import Learner
+from trainer.training.masters import read_masters
 
 
 def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
@@ -28,18 +32,29 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
     """
     recipe = plan.recipe
     is_sharded = world.mesh is not None
+    lora, checkpoint = recipe.lora, _warm_checkpoint(recipe.lora)
+    if lora is not None and checkpoint is not None:
+        lora = lora.model_copy(update={"warm_start": None})
     with world.in_turn() if is_sharded else nullcontext():
-        policy = load_policy(
-            recipe.model, recipe.lora, recipe.seed, torch.device("cpu") if is_sharded else world.device
-        )
+        policy = load_policy(recipe.model, lora, recipe.seed, torch.device("cpu") if is_sharded else world.device)
         if world.mesh is not None:
             policy.shard(world.mesh, world.device)
     verify_packing(policy, world.device)
     # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
     learner = Learner(policy, world, _never if is_sharded else stop.is_urgent)
-    warm_start(recipe.lora, policy, learner.masters)
+    warm_start(lora, policy, learner.masters)
+    if checkpoint is not None:
+        read_masters(checkpoint, learner.masters)
     learner.refresh()
     return learner
+
+
+def _warm_checkpoint(lora: LoraSettings | None) -> Path | None:
+    """The checkpoint to begin from; None where the recipe names none, or a directory with an adapter."""
+    if lora is None or lora.warm_start is None:
+        return None
+    directory = Path(lora.warm_start)
+    return directory if (directory / MANIFEST).is_file() else None
 
 
 def _never() -> bool:

@@ -17,7 +17,7 @@ from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
-from trainer.training.evaluate import PassRule, RewardEvaluation
+from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
 from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.metrics import Values
@@ -60,9 +60,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         probe_sampling(sampler, params, plan, policy, world)
         group_sampler = GroupSampler(sampler, rewards, params, world, attempt.stop)
         rollouts = Rollouts(plan, prompts, group_sampler, attempt.run)
-        evaluation = RewardEvaluation(
-            held_out, group_sampler, rollout.eval_samples, PassRule.of(recipe), limits.max_failed_frac
-        )
+        evaluation = RewardEvaluation(held_out, group_sampler, EvaluationSettings.of(recipe))
 
         def evaluate() -> Values:
             sampler.publish(policy, attempt.step)

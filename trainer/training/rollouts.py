@@ -11,7 +11,8 @@ from typing import TypeVar, final
 
 from trainer.algorithms import group_advantages
 from trainer.config.presets import AdvantageEstimator
-from trainer.config.recipe import RFTRecipe, RolloutSettings
+from trainer.config.recipe import RFTRecipe
+from trainer.config.rft_sections import RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
@@ -20,6 +21,7 @@ from trainer.run.directory import RunDir
 from trainer.run.journal import ChunkHeader, note_begun, read_chunk, set_aside, write_chunk
 from trainer.sampling.sampler import SamplingParams
 from trainer.training.group_sampler import GroupRequest, GroupSampler, PendingGroups, Prompt
+from trainer.training.prompt_record import journal_prompt
 from trainer.types import Group, Rollout
 
 T = TypeVar("T")
@@ -167,7 +169,8 @@ class Rollouts:
         if self.overlong_reward is not None:
             groups = [penalize_overlong(group, self.overlong_reward) for group in groups]
         groups = [with_advantages(group, self.estimator) for group in groups]
-        write_chunk(self.run, chunk.number, chunk.header, groups)
+        prompts = [journal_prompt(group.row, self.recipe.data) for group in groups]
+        write_chunk(self.run, chunk.number, chunk.header, groups, prompts)
         return groups
 
     def _header(self, step: int, requests: Sequence[GroupRequest]) -> ChunkHeader:

@@ -92,7 +92,7 @@ class Saver:
             if self.saved_step == self.position.step:
                 return
             state = TrainState(self.position.step, {"updates": learner.updates})
-            best = best_value(self.run.read_metrics()) if self.world.is_main else None
+            best = best_value(self.run.comparable_metrics()) if self.world.is_main else None
             self.checkpoints.begin(state, learner.state_tensors(), keep=None if best is None else best.step)
             self._measured["perf/save_s"] = time.perf_counter() - start
             problem = self.collect(wait=True) if must else None
@@ -128,7 +128,7 @@ class Saver:
             learner: has the weights.
             values: held-out values of the current step, not yet in metrics.jsonl.
         """
-        is_to_keep = self.world.is_main and is_best(self.position.step, values, self.run.read_metrics())
+        is_to_keep = self.world.is_main and is_best(self.position.step, values, self.run.comparable_metrics())
         if self.world.from_main(is_to_keep):
             self.save_weights(learner, best=True)
 

@@ -33,6 +33,8 @@ def train(attempt: Attempt) -> None:
     encoder = ChatEncoder(load_tokenizer(recipe.model), recipe.model, recipe.data)
     rows = _encode(attempt, encoder, recipe.data.train, "train")
     held_out = _encode(attempt, encoder, recipe.data.eval, "held-out").sequences if recipe.data.eval else ()
+    attempt.count_trained_rows(len(rows.rows))
+    plan = attempt.plan
     learner = attempt.open_learner()
     attempt.resume(learner)
     probe_memory(learner, plan)

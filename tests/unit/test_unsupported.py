@@ -1,0 +1,168 @@
+"""What a run refuses from recipe, shape and config.json alone, `trainer check` refuses too, in the same words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_recipe import RFT, SFT, SIZES, write_small
+from tiny import tiny_model, tiny_model_dir
+from torch.distributed.device_mesh import DeviceMesh
+
+from trainer.commands.cli import main
+from trainer.config import unsupported
+from trainer.config.load import load_recipe
+from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.errors import TrainerError
+from trainer.model import attention
+from trainer.model.eager_attention import AttentionOptions
+from trainer.model.layout import PackedLayout
+from trainer.model.policy import Policy, load_policy, make_policy
+from trainer.planning.plan import make_plan
+from trainer.sampling.sampler import SamplingParams
+from trainer.sampling.vllm import _refuse_truncation, _refuse_unservable
+from trainer.sampling.vllm_client import VllmClient
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def policy_of(lora: LoraSettings | None = None, arch: str = "llama") -> Policy:
+    return load_policy(ModelSettings(path=str(tiny_model_dir(Path("tiny"), arch))), lora, 0, CPU)
+
+
+def serve_all_parameters() -> None:
+    _refuse_unservable(policy_of(None))
+
+
+def serve_dora() -> None:
+    _refuse_unservable(policy_of(LoraSettings(rank=2, dora=True)))
+
+
+def truncate_at_another_temperature() -> None:
+    params = SamplingParams(max_completion_tokens=4, stop_ids=frozenset(), seed=0, step=0, temperature=0.5, top_p=0.9)
+    _refuse_truncation(params)
+
+
+def connect_to_an_odd_address() -> None:
+    VllmClient("127.0.0.1:8000", model="m")
+
+
+def train_experts_in_full() -> None:
+    make_policy(tiny_model("mixtral"), ModelSettings(path="tiny"), None, 0)
+
+
+def attend_with_sinks() -> None:
+    layout = PackedLayout.of_lengths([3], CPU)
+    states = torch.zeros(1, 2, 3, 16)
+    attention._flex(states, states, states, layout, AttentionOptions(1.0, None, None, torch.zeros(2)))
+
+
+def attend_with_dropout() -> None:
+    states = torch.zeros(1, 2, 3, 16)
+    layout = PackedLayout.of_lengths([3], CPU)
+    attention.packed_attention(torch.nn.Module(), states, states, states, None, dropout=0.1, packed=layout)
+
+
+def shard_four_bits() -> None:
+    policy = policy_of(LoraSettings(rank=2))
+    policy.causal_lm.is_quantized = True  # what transformers sets after loading with bitsandbytes
+    policy.shard(DeviceMesh("cpu", [0], _init_backend=False, _rank=0), CPU)
+
+
+def adapt_the_head() -> None:
+    policy_of(LoraSettings(rank=2, target_modules=["q_proj", "lm_head"]))
+
+
+def start_from_another_rank() -> None:
+    policy_of(LoraSettings(rank=4, warm_start="adapter"))
+
+
+VLLM = ["rollout.sampler=vllm"]
+CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
+    (RFT, [*VLLM, "lora=null"], {}, serve_all_parameters, unsupported.VLLM_FULL),
+    (RFT, [*VLLM, "lora.dora=true"], {}, serve_dora, unsupported.VLLM_DORA),
+    (
+        RFT,
+        [*VLLM, "rollout.temperature=0.5", "rollout.top_p=0.9", "algorithm.mismatch_cap=2"],
+        {},
+        truncate_at_another_temperature,
+        unsupported.VLLM_TRUNCATED,
+    ),
+    (
+        RFT,
+        [*VLLM, "rollout.vllm_url=127.0.0.1:8000"],
+        {},
+        connect_to_an_odd_address,
+        "must begin with http:// or https://, got '127.0.0.1:8000'",
+    ),
+    (SFT, ["lora=null"], {"num_local_experts": 4}, train_experts_in_full, unsupported.FULL_EXPERTS),
+    (SFT, ["shape=h100x1"], {"model_type": "gpt_oss"}, attend_with_sinks, unsupported.SINKS_ON_GPU),
+    (SFT, [], {"attention_dropout": 0.1}, attend_with_dropout, unsupported.ATTENTION_DROPOUT),
+    (
+        SFT,
+        ["model.quantization=nf4", "shape=h100x8"],
+        {},
+        shard_four_bits,
+        unsupported.SHARDED_QUANTIZATION,
+    ),
+    (SFT, ["lora.target_modules=[q_proj, lm_head]"], {}, adapt_the_head, unsupported.HEAD_ADAPTER),
+    (
+        SFT,
+        ["lora.warm_start=adapter"],
+        {},
+        start_from_another_rank,
+        "adapter was trained with rank 8; the recipe has 4. Make them equal.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "overrides", "config", "run", "words"), CASES, ids=[case[4][:40] for case in CASES])
+def test_check_and_run_refuse_in_the_same_words(recipe, overrides, config, run, words, capsys):
+    path = write_small(Path(), recipe)
+    Path("model/config.json").write_text(json.dumps(SIZES | config))
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 32}))
+    assert main(["check", str(path), *(part for override in overrides for part in ("--set", override))]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith(("--set ", "recipe.yaml:")), "the place comes first"
+    with pytest.raises(TrainerError) as caught:
+        run()
+    assert words in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_what_the_words_are_about_is_all_that_is_refused():
+    for recipe, overrides in [
+        (RFT, VLLM),
+        (RFT, ["lora.dora=true"]),
+        (RFT, [*VLLM, "rollout.temperature=0.5"]),
+        (RFT, [*VLLM, "rollout.top_p=0.9", "algorithm.mismatch_cap=2"]),
+        (RFT, ["rollout.vllm_url=127.0.0.1:8000"]),
+        (SFT, ["model.quantization=nf4", "shape=h100x8_dp"]),
+        (SFT, ["lora.target_modules=[q_proj]"]),
+    ]:
+        make_plan(load_recipe(write_small(Path(), recipe), overrides))
+
+
+def test_sinks_are_supported_on_a_cpu():
+    write_small(Path())
+    Path("model/config.json").write_text(json.dumps(SIZES | {"model_type": "gpt_oss"}))
+    assert make_plan(load_recipe(Path("recipe.yaml"), ["shape=auto"])).shape.name == "cpu"
+
+
+def test_full_parameters_on_shards_are_not_sent_to_vllm(capsys):
+    write_small(Path(), RFT)
+    assert main(["check", "recipe.yaml", "--shape", "a100x8", "--set", "lora=null"]) == 2
+    advised = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    assert advised
+    assert all("sampler" not in line or "lora" in line for line in advised)

@@ -1,0 +1,89 @@
+"""What runs do not support, in the words of both `trainer check` and the run.
+
+`check` refuses what recipe, shape and config.json are enough to see; the run refuses it where it would go wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from trainer.config.recipe import LoraSettings
+from trainer.config.rft_sections import RolloutSettings
+
+VLLM_FULL: Final = "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
+VLLM_DORA: Final = "vLLM serves no DoRA adapters: set lora.dora to false, or rollout.sampler to local"
+VLLM_TRUNCATED: Final = (
+    "vLLM has no logprobs of the untruncated distribution at a temperature other than 1: turn off "
+    "rollout.top_p, top_k and min_p, or set rollout.temperature to 1, or rollout.sampler to local"
+)
+SHARDED_SAMPLING: Final = "shards the base model, which the local sampler does not support: `rollout.sampler: vllm`"
+"""Of a shape."""
+SHARDED_QUANTIZATION: Final = (
+    "shards the base model, which is not supported for 4-bit weights: remove `model.quantization`, or use a shape "
+    "without sharding"
+)
+"""Of a shape."""
+SINKS_ON_GPU: Final = "attention sinks are not supported on GPU yet; use a CPU shape for this model"
+FULL_EXPERTS: Final = "full-parameter training of mixture-of-experts models needs a router loss; use LoRA"
+ATTENTION_DROPOUT: Final = "attention dropout is not supported; set attention_dropout to 0 in the model's config.json"
+HEAD_ADAPTER: Final = "the head cannot have an adapter; leave it out"
+HEAD_NAME: Final = "lm_head"
+"""Name of the head in most models; the run knows the head of every model."""
+ADAPTER_FIELDS: Final[Mapping[str, tuple[str, object]]] = {
+    "r": ("rank", 8),
+    "lora_alpha": ("alpha", 8),
+    "use_rslora": ("rslora", False),
+    "use_dora": ("dora", False),
+    "alpha_pattern": ("alpha_pattern", {}),
+}
+"""PEFT's name -> the recipe's name, and the value where adapter_config.json has none (of PEFT 0.21)."""
+
+
+def truncates(rollout: RolloutSettings) -> bool:
+    """Whether improbable tokens are never sampled."""
+    return rollout.top_p < 1.0 or rollout.top_k > 0 or rollout.min_p > 0.0
+
+
+def vllm_url_problem(url: str) -> str | None:
+    """Return what is wrong with the address of a vLLM server; None if it may be one."""
+    is_web = urlsplit(url).scheme in ("http", "https")
+    return None if is_web else f"must begin with http:// or https://, got {url!r}"
+
+
+def warm_start_problem(
+    lora: LoraSettings, directory: Path, alpha_pattern: Mapping[str, object] | None = None
+) -> str | None:
+    """Return why an adapter is not one to start from; None if it fits the recipe's.
+
+    Args:
+        lora: The recipe's adapter.
+        directory: Holds adapter_config.json.
+        alpha_pattern: Alphas of single modules, which PEFT sets for the model's experts; None if not known yet.
+    """
+    file = directory / "adapter_config.json"
+    if not file.is_file():
+        return f"{directory} holds no adapter (no adapter_config.json)"
+    try:
+        theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = theirs["peft_type"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{file} cannot be read: {error}"
+    if kind != "LORA":
+        return f"{directory} holds an adapter of type {kind}, not LORA"
+    ours: dict[str, object] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+    }
+    ours |= {"alpha_pattern": alpha_pattern} if alpha_pattern is not None else {}
+    for name, here in ours.items():
+        field, default = ADAPTER_FIELDS[name]
+        there = theirs.get(name) or default
+        if there != here:
+            return f"{directory} was trained with {field} {there}; the recipe has {here}. Make them equal."
+    return None

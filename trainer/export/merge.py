@@ -1,0 +1,95 @@
+"""Writes the weights of a run: as they are, or merged into the base model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from trainer.data.chat import load_tokenizer
+from trainer.errors import ModelError
+from trainer.export.verification import (
+    Sample,
+    Verification,
+    load_exported,
+    load_plain,
+    mean_difference,
+    plain_logprobs,
+    policy_logprobs,
+    sample_rows,
+)
+from trainer.export.weights import Weights, load_trained, write_weights
+from trainer.planning.plan import Plan
+
+
+def write_plain(plan: Plan, weights: Weights, directory: Path) -> Verification:
+    """Write the adapter or the trained model, read it back and compare.
+
+    Args:
+        plan: names the base model and the rows.
+        weights: what is exported.
+        directory: an existing, empty directory.
+
+    Raises:
+        ModelError: the written files do not compute what the trained policy does.
+    """
+    sample = sample_rows(plan)
+    expected = _export_files(plan, weights, sample, directory)
+    verified = Verification(
+        sample,
+        written=mean_difference(plain_logprobs(load_exported(plan, str(directory)), sample), expected),
+        base=mean_difference(_base_logprobs(plan, sample), expected),
+    )
+    if not verified.is_same_model:
+        raise ModelError(f"{weights.directory}: the exported files are another model ({verified})")
+    return verified
+
+
+def write_merged(plan: Plan, weights: Weights, directory: Path) -> Verification:
+    """Merge an adapter into the base, write it in the base's dtype, read it back and compare.
+
+    Args:
+        plan: names the base model and the rows.
+        weights: the adapter.
+        directory: an existing, empty directory.
+
+    Raises:
+        ModelError: the written model does not compute what base and adapter do, or the adapter learned nothing.
+    """
+    settings, sample = plan.recipe.model, sample_rows(plan)
+    base = load_plain(settings.path, settings.revision)
+    base_logprobs = plain_logprobs(base, sample)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as adapter:
+        expected = _export_files(plan, weights, sample, Path(adapter))
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    merged_logprobs = plain_logprobs(merged, sample)
+    merged.to(getattr(torch, settings.compute_dtype)).save_pretrained(str(directory))
+    del base, merged
+    load_tokenizer(settings).save_pretrained(str(directory))
+    verified = Verification(
+        sample,
+        written=mean_difference(plain_logprobs(load_plain(str(directory)), sample), expected),
+        base=mean_difference(base_logprobs, expected),
+        merged=mean_difference(merged_logprobs, expected),
+    )
+    if not (verified.is_same_model and verified.has_learned):
+        raise ModelError(
+            f"{weights.directory}: cannot be merged: logprobs differ from the trained policy's by "
+            f"{verified.merged:.3g} merged and {verified.written:.3g} as written, the base's by {verified.base:.3g}. "
+            "An adapter that learned nothing cannot be told from its base; otherwise export without --merge."
+        )
+    return verified
+
+
+def _export_files(plan: Plan, weights: Weights, sample: Sample, directory: Path) -> torch.Tensor:
+    """Write the weights; returns the logprobs of the trained policy."""
+    policy = load_trained(plan, weights)
+    expected = policy_logprobs(policy, sample)
+    write_weights(plan, weights, policy, directory)
+    return expected
+
+
+def _base_logprobs(plan: Plan, sample: Sample) -> torch.Tensor:
+    return plain_logprobs(load_plain(plan.recipe.model.path, plan.recipe.model.revision), sample)
