@@ -15,12 +15,13 @@ from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 from trainer.planning.module_names import target_problems
 
-_READ_WITHOUT_CALL: Final[Mapping[str, frozenset[str]]] = {
-    "gemma3n_text": frozenset({"correction_coefs"}),
-    "longcat_flash": frozenset({"classifier"}),
+_NO_EFFECT: Final[Mapping[str, str]] = {
+    "gemma3n_text": r".*\.correction_coefs",
+    "longcat_flash": r".*\.classifier",
+    "laguna": r".*\.mlp\.shared_experts\..*",
 }
-"""By model type, linear layers whose weight the model multiplies itself, at least in training, so that an adapter on
-them has no effect."""
+"""By model type, a pattern of layers whose adapter would have no effect: the model multiplies the weight itself, at
+least in training (the first two), or PEFT 0.21 does not find it again when it loads a saved adapter (Laguna)."""
 _UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
 """Classes of modules inside a language part that run only where there are images."""
 _ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
@@ -91,8 +92,10 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
     for name, module in causal_lm.named_modules():
         if type(module).__name__ in _UNUSED_BY_TEXT:
             patterns.append(rf"{re.escape(name)}\..*")
-        elif _is_unlike_linear(causal_lm, name, module):
+        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
             patterns.append(_in_every_layer(name))
+    no_effect = _NO_EFFECT.get(causal_lm.config.get_text_config().model_type)
+    patterns += [no_effect] if no_effect is not None else []
     return "|".join(dict.fromkeys(patterns)) or None
 
 
@@ -121,10 +124,3 @@ def _in_every_layer(name: str) -> str:
 def _has_matrix(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return isinstance(module, BaseTunerLayer) or (weight is not None and weight.ndim >= 2)
-
-
-def _is_unlike_linear(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return True
-    read = _READ_WITHOUT_CALL.get(causal_lm.config.get_text_config().model_type, frozenset())
-    return name.rpartition(".")[2] in read

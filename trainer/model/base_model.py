@@ -32,6 +32,10 @@ _TEXT_CLASSES: Final = frozenset(
 )
 """Names of the classes of transformers that generate text from text."""
 
+_HEAD_HAS_LAYERS: Final = frozenset({"electra"})
+"""Model types whose head is more than one matrix."""
+_NEEDS_TOKEN_TYPES: Final = frozenset({"molmo2"})
+"""Model types that in training refuse a text without `mm_token_type_ids`."""
 _LOGIT_FACTORS: Final = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Logits are multiplied by these: Cohere, Falcon-H1, Muse."""
 _LOGIT_DIVISORS: Final = ("logits_scaling", "logits_mup_width_multiplier")
@@ -76,12 +80,21 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no backbone apart from its head")
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
+    if causal_lm.config.model_type in _HEAD_HAS_LAYERS:
+        raise ModelError(f"{model.path}: {type(causal_lm).__name__} has layers between its backbone and its head")
+    if causal_lm.config.model_type in _NEEDS_TOKEN_TYPES:
+        causal_lm.base_model.register_forward_pre_hook(_with_token_types, with_kwargs=True)
     causal_lm.requires_grad_(False)
     if model.quantization is None:
         causal_lm.to(device)
     else:  # it was quantized on the device
         keep_differentiable(causal_lm)
     return causal_lm.eval()
+
+
+def _with_token_types(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Say that every token is text."""
+    return args, {"mm_token_type_ids": torch.zeros_like(kwargs["input_ids"]), **kwargs}
 
 
 def model_class(path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
