@@ -44,6 +44,7 @@ Made by `scripts/model_matrix`; all numbers and reasons are in [models.json](mod
   neighbour's embeddings, which must be 0; *gradients*: of the adapter against plain PEFT, of all parameters against
   plain transformers, relative to the largest entry; *saved*: logprobs of a full-parameter model that was saved
   untrained and loaded again, against its base; *sampler*: logprobs recorded while sampling against the trainer's.
+- Models of images and text train on rows of text: only their language part has adapters or trained parameters.
 - *adapted*: layers that `lora.target_modules: all-linear` adapts; in *italics* those whose adapter gets no gradient.
 """
 

@@ -227,7 +227,7 @@ def test_json_is_one_document_with_everything(capsys):
         "rate_basis", "commands", "values", "warnings",
     }  # fmt: skip
     assert about["batch"]["accumulation"] == 1
-    assert about["model"] == {"path": "model", "params": 28_832}
+    assert about["model"] == {"path": "model", "params": 28_832, "adapted": None}
     assert about["values"]["lora.rank"] == {"value": 4, "origin": "recipe.yaml:6"}
     assert about["values"]["lora.alpha"] == {"value": 32.0, "origin": "default"}
     assert about["memory"]["total_gib"] == pytest.approx(sum(about["memory"]["parts_gib"].values()))

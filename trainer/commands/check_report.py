@@ -36,6 +36,8 @@ class ModelReport:
 
     path: str
     params: int | None
+    adapted: str | None
+    """Which parts of a mixture of experts get adapters; None for other models, full training and chosen modules."""
 
 
 @final
@@ -132,7 +134,7 @@ def describe_plan(plan: Plan, recipe_file: str, overrides: Sequence[str] = ()) -
         name=recipe.name,
         method=recipe.method,
         training="lora" if recipe.lora is not None else "full",
-        model=ModelReport(recipe.model.path, plan.facts.params if plan.facts else None),
+        model=_model(plan),
         identity=plan.identity_hash,
         shape=ShapeReport(shape.name, describe_devices(shape), plan.origins["shape"], _limits(plan)),
         batch=_batch(plan),
@@ -143,6 +145,13 @@ def describe_plan(plan: Plan, recipe_file: str, overrides: Sequence[str] = ()) -
         values=_values(plan),
         warnings=plan.warnings,
     )
+
+
+def _model(plan: Plan) -> ModelReport:
+    lora, facts = plan.recipe.lora, plan.facts
+    is_all = lora is not None and lora.target_modules == "all-linear"
+    adapted = facts.adapted_parts if facts is not None and is_all else None
+    return ModelReport(plan.recipe.model.path, facts.params if facts is not None else None, adapted)
 
 
 def _limits(plan: Plan) -> LimitsReport:
@@ -220,6 +229,7 @@ def report_lines(
     is_dim = [each.origin == "default" for each in report.values.values()] if is_colored else None
     return [
         f"{report.name}: {report.method}, {kind} of {report.model.path}{size}",
+        *([f"adapts  {report.model.adapted}"] if report.model.adapted else []),
         f"shape   {shape.name} ({shape.devices}), by {shape.chosen_by}",
         f"        supports {kind} of up to {limits.max_params_b:g} B parameters at "
         f"{limits.max_seq_tokens:,} tokens (limits {limits.basis})",
