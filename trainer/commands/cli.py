@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_recipe_arguments
+from trainer.config.model_arguments import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 ALIASES: Final = {
     "compare": "diff",
+    "evaluate": "eval",
     "list": "runs",
     "log": "logs",
     "ls": "runs",
@@ -29,13 +31,17 @@ ALIASES: Final = {
 MEANT: Final = {
     "finetune": "train",
     "fit": "train",
+    "inference": "generate",
+    "infer": "generate",
     "kill": "cancel",
     "lint": "check",
     "merge": "export",
+    "predict": "generate",
     "preview": "check",
     "samples": "rollouts",
     "sft": "train",
     "tail": "logs",
+    "test": "eval",
     "validate": "check",
 }
 """Names that other tools use, for the question "did you mean ...?"."""
@@ -51,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"trainer: no command `{argv[0]}`{_guess(argv[0], names)}\n")
             return EXIT_USER
     arguments = parser.parse_args(argv)
+    arguments.argv = argv
     try:
         return int(arguments.run(arguments))
     except TrainerError as error:
@@ -85,6 +92,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _training_commands(commands)
     _run_commands(commands)
+    _model_commands(commands)
     _job_commands(commands)
     _machine_commands(commands)
     return parser, commands.choices.keys()
@@ -185,6 +193,21 @@ def _export_arguments(export: argparse.ArgumentParser) -> None:
     export.add_argument("--out", metavar="DIR", help="output directory; RUN/export, merged or gguf when left out")
 
 
+def _model_commands(commands: _Commands) -> None:
+    """Commands that load a trained model."""
+    chat = commands.add_parser("chat", help="talk to a run or a model; --against puts another one beside it")
+    add_chat_arguments(chat)
+    chat.set_defaults(run=_use_model)
+
+    generate = commands.add_parser("generate", help="answer a file of prompts")
+    add_generate_arguments(generate)
+    generate.set_defaults(run=_use_model)
+
+    evaluate = commands.add_parser("eval", help="held-out loss and rewards, compared with the base row by row")
+    add_eval_arguments(evaluate)
+    evaluate.set_defaults(run=_use_model)
+
+
 def _job_commands(commands: _Commands) -> None:
     """Commands for runs in the background."""
     submit = commands.add_parser("submit", help="start a run in the background; prints its job id")
@@ -279,6 +302,12 @@ def _delete(arguments: argparse.Namespace) -> int:
     from trainer.commands.runs import delete
 
     return delete(arguments)
+
+
+def _use_model(arguments: argparse.Namespace) -> int:
+    from trainer.commands.inference import use_model
+
+    return use_model(arguments.argv)
 
 
 def _verify_resume(arguments: argparse.Namespace) -> int:

@@ -214,6 +214,8 @@ def diff_lines(report: RunDiff, *, width: int | None = None) -> list[str]:
             f"held-out reward, prompt by prompt: {held_out.first:.4f}, {held_out.second:.4f}; {held_out}; "
             f"better on {held_out.num_better}, worse on {held_out.num_worse}",
         ]
+    else:
+        lines += ["", f"row by row: trainer eval {report.second} --against {report.first}"]
     return lines
 
 

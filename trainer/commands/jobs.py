@@ -65,7 +65,7 @@ class JobStatus:
 
 def list_jobs(arguments: argparse.Namespace) -> int:
     """List every submitted run of this directory."""
-    statuses = [_status(job) for job in jobs()]
+    statuses = [_status(job) for job in jobs() if read_record(RunDir(job.run_dir)) is not None]
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(status) for status in statuses]) + "\n")
         return 0

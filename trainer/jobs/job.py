@@ -3,6 +3,7 @@
     job = submit("recipe.yaml")
     outcome = job.wait()
     job = reconnect_and_wait("runs/my_run")     # in any process, at any later time
+    model = job.export(merge=True)
 
 There is no daemon: a job's state follows from its run directory and Slurm's queue.
 """
@@ -10,20 +11,25 @@ There is no daemon: a job's state follows from its run directory and Slurm's que
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
+from trainer.jobs.delete import delete_run
+from trainer.jobs.logs import log_lines
+from trainer.jobs.results import export_weights, metric_records, trained_weights
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
 from trainer.jobs.state import Launcher, is_alive, observe, read_record, read_state, waiting_reason
 from trainer.launch.local import refuse_many_machines
 from trainer.planning.plan import Plan
 from trainer.retry import retry
+from trainer.run.best import BestValue, best_value
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, all_runs, find_run, named_run, open_run
+from trainer.run.metrics_reader import Record
 from trainer.run.plan_recipe import plan_recipe
 from trainer.run.polling import pauses
 from trainer.run.state import JobState, Outcome, RunState
@@ -53,20 +59,30 @@ class Job:
         """
         return read_state(RunDir(self.run_dir))
 
-    def wait(self, timeout_s: float | None = None, poll_interval_s: float = 1.0) -> Outcome:
+    def wait(
+        self,
+        timeout_s: float | None = None,
+        poll_interval_s: float = 1.0,
+        on_metrics: Callable[[Record], None] | None = None,
+    ) -> Outcome:
         """Wait until the run ends; a job that Slurm requeues has not ended.
 
         Args:
             timeout_s: seconds; no limit when None.
             poll_interval_s: seconds between two checks.
+            on_metrics: called with each record of metrics.jsonl that is written from now on.
 
         Raises:
             JobTimeoutError: it has not ended in time, and continues.
             QueueError: Slurm could not be asked for two minutes.
         """
         end = _deadline(timeout_s)
+        metrics = RunDir(self.run_dir).metrics_reader()
         while True:
             state = _retried(lambda: observe(RunDir(self.run_dir)), UNREADABLE_S, poll_interval_s)
+            if on_metrics is not None:
+                for record in metrics.poll():
+                    on_metrics(record)
             if not state.is_live:
                 return _outcome(RunDir(self.run_dir), state)
             if time.monotonic() > end:
@@ -81,6 +97,71 @@ class Job:
             QueueError: Slurm could not be asked.
         """
         stop_job(RunDir(self.run_dir))
+
+    def metrics(self, *, follow: bool = False, poll_interval_s: float = 1.0) -> Iterator[Record]:
+        """Yield the records of metrics.jsonl, one per step.
+
+        After a return to a checkpoint, the steps that are repeated are yielded again.
+
+        Args:
+            follow: go on with new records until the run ends.
+            poll_interval_s: seconds between two looks.
+        """
+        return metric_records(RunDir(self.run_dir), follow=follow, poll_s=poll_interval_s)
+
+    def logs(self, attempt: int | None = None, *, follow: bool = False, poll_interval_s: float = 0.5) -> Iterator[str]:
+        """Yield the lines that an attempt printed.
+
+        Args:
+            attempt: its number, from 1; the newest when None.
+            follow: go on with new lines, and with later attempts, until the run ends.
+            poll_interval_s: seconds between two looks.
+
+        Raises:
+            LaunchError: there is no such log.
+        """
+        return log_lines(RunDir(self.run_dir), attempt, follow=follow, poll_s=poll_interval_s)
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """One record per process start, the oldest first: number, host, ranks, shape, versions."""
+        return RunDir(self.run_dir).read_attempts()
+
+    def best(self) -> BestValue | None:
+        """The best held-out value so far; None before the first evaluation."""
+        return best_value(RunDir(self.run_dir).read_metrics())
+
+    def weights(self, *, best: bool = False) -> Path:
+        """The directory of the trained weights, an adapter or a model.
+
+        Args:
+            best: those of the best held-out value, not the last.
+
+        Raises:
+            LaunchError: there are none yet.
+        """
+        return trained_weights(RunDir(self.run_dir), best=best)
+
+    def export(self, out: str | Path | None = None, *, merge: bool = False, best: bool = False) -> Path:
+        """Write a model from the trained weights and verify it; returns its directory.
+
+        Args:
+            out: output directory; inside the run directory when None.
+            merge: merge the adapter into a copy of the base model.
+            best: use the weights of the best held-out value, not the last.
+
+        Raises:
+            UserError: there is nothing to export, or it would not compute what was trained.
+        """
+        return export_weights(RunDir(self.run_dir), out, merge=merge, best=best)
+
+    def delete(self) -> None:
+        """Delete the run directory with its checkpoints, weights and exports. Copies on a mirror stay.
+
+        Raises:
+            LaunchError: the run is live.
+            QueueError: Slurm could not be asked whether it is.
+        """
+        delete_run(RunDir(self.run_dir))
 
 
 def submit(
@@ -208,10 +289,18 @@ def reconnect_and_wait(
 
 
 def jobs(runs_dir: Path = RUNS) -> list[Job]:
-    """Every submitted run of a directory, the oldest submission first."""
-    records = [(read_record(run), run) for run in all_runs(runs_dir)]
-    submitted = sorted((record.time, run.name, run) for record, run in records if record is not None)
-    return [_job_of(run) for _, _, run in submitted]
+    """Every run of a directory that was submitted, or started by `trainer train`; the oldest first."""
+    started = sorted((time_s, run.name, run) for run in all_runs(runs_dir) if (time_s := _started(run)) is not None)
+    return [_job_of(run) for _, _, run in started]
+
+
+def _started(run: RunDir) -> float | None:
+    """When the run was submitted; without a submission, when its plan was written. None where nothing began it."""
+    record = read_record(run)
+    if record is not None:
+        return record.time
+    has_begun = run.newest_attempt() > 0 or run.is_supervised()
+    return run.plan_file.stat().st_mtime if has_begun else None
 
 
 @final

@@ -1,0 +1,50 @@
+"""The command-line arguments of `trainer chat`, `generate` and `eval`, for the launcher and the process it starts."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trainer chat`."""
+    _add_model(parser)
+    _add_draw(parser)
+    parser.add_argument("--against", metavar="MODEL", help="answer beside this run or model; `base`: the run's base")
+    parser.add_argument("--system", metavar="TEXT", help="a system message; the recipe's when left out")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trainer generate`."""
+    _add_model(parser)
+    parser.add_argument("prompts", metavar="PROMPTS", help="rows in any form that is read; or .txt, a prompt a line; -")
+    _add_draw(parser)
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per prompt")
+    parser.add_argument("--out", metavar="FILE", help="JSONL file; standard output when left out")
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trainer eval`."""
+    _add_model(parser)
+    parser.add_argument("--against", metavar="MODEL", help="compare with this run or model; the run's base; `none`")
+    parser.add_argument("--of", metavar="RUN", help="take rows, rewards and sampling of this run")
+    parser.add_argument("--data", metavar="FILE", help="other rows than the held-out ones of the run")
+    parser.add_argument("--reward", action="append", default=[], metavar="USE", help="another reward, as in a recipe")
+    parser.add_argument("--rows", type=int, metavar="N", help="only the first rows")
+    parser.add_argument("--samples", type=int, metavar="N", help="answers per row")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--out", metavar="FILE", help="JSONL file with the answers and losses of each row")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="MODEL", help="run, adapter directory, model directory or hub name")
+    parser.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
+
+
+def _add_draw(parser: argparse.ArgumentParser) -> None:
+    """Add how answers are drawn."""
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise, with a temperature")

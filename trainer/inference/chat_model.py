@@ -1,0 +1,157 @@
+"""A model that answers chats: policy, tokenizer and sampler of one source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+
+from trainer.data.chat import ChatEncoder, load_tokenizer
+from trainer.data.forms import read_conversation
+from trainer.errors import DataError, ModelError
+from trainer.inference.source import ModelSource
+from trainer.model.adapters import RUN_ADAPTER
+from trainer.model.base_model import load_base
+from trainer.model.policy import Policy, load_policy
+from trainer.model.rms_norm import use_fused_norms
+from trainer.sampling.local import LocalSampler
+from trainer.sampling.sampler import SampleRequest, SamplingParams
+from trainer.types import Completion, Row
+
+UNBOUNDED: Final = 1 << 20
+"""Tokens of a prompt where the model does not say how many it takes."""
+
+
+@final
+@dataclass(frozen=True)
+class Draw:
+    """How answers are drawn."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    seed: int = 0
+    num_samples: int = 1
+
+    def params(self, stop_ids: frozenset[int]) -> SamplingParams:
+        """The sampler's parameters."""
+        is_greedy = self.temperature == 0.0
+        return SamplingParams(
+            max_completion_tokens=self.max_tokens,
+            stop_ids=stop_ids,
+            seed=self.seed,
+            step=0,
+            temperature=1.0 if is_greedy else self.temperature,
+            top_p=self.top_p,
+            is_greedy=is_greedy,
+        )
+
+
+@final
+class ChatModel:
+    """A loaded model."""
+
+    def __init__(self, source: ModelSource) -> None:
+        """Load it, on a GPU where there is one.
+
+        Raises:
+            ModelError: it cannot be loaded, has no chat template, or was trained on text without one.
+        """
+        if source.data.format != "chat":
+            raise ModelError(f"{source.label}: was trained with data.format {source.data.format}, not on chats")
+        self.source = source
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = load_tokenizer(source.model)
+        data = source.data.model_copy(update={"max_seq_tokens": UNBOUNDED})
+        self.encoder = ChatEncoder(self.tokenizer, source.model, data, for_prompts=True)
+        self.policy = _load_policy(source, self.device)
+        self.sampler = LocalSampler(self.policy, self.tokenizer)
+        self.sampler.publish(self.policy, 0)
+
+    def prompt_ids(self, row: Row) -> tuple[int, ...]:
+        """The tokens of a prompt, up to where the model goes on.
+
+        Raises:
+            DataError: the row is no prompt.
+        """
+        return self.encoder.encode_prompt(row)
+
+    def answer(self, rows: Sequence[Row], draw: Draw) -> list[list[Completion]]:
+        """Answer prompts together; `num_samples` completions for each, in their order.
+
+        Args:
+            rows: prompts; the index of each selects its noise.
+            draw: how.
+
+        Raises:
+            DataError: a row is no prompt.
+        """
+        return self.sample(rows, draw.params(self.encoder.stop_ids), draw.num_samples)
+
+    def sample(self, rows: Sequence[Row], params: SamplingParams, num_samples: int) -> list[list[Completion]]:
+        """Like `answer`, with the sampler's own parameters.
+
+        Args:
+            rows: prompts.
+            params: how tokens are drawn.
+            num_samples: completions per prompt.
+        """
+        return self.sampler.sample(
+            [SampleRequest(self.prompt_ids(row), row.index, num_samples) for row in rows], params
+        )
+
+    def reply(self, messages: Sequence[Mapping[str, Any]], draw: Draw) -> Completion:
+        """Answer one chat.
+
+        Args:
+            messages: ends with a user turn.
+            draw: how; the first sample is returned.
+        """
+        ((completion, *_),) = self.answer([Row({"messages": list(messages)}, file="chat", line=1)], draw)
+        return completion
+
+
+def _load_policy(source: ModelSource, device: torch.device) -> Policy:
+    """The policy with the trained weights."""
+    if source.lora is None or source.adapter is None:
+        base = load_base(source.model, device)
+        use_fused_norms(base)
+        return Policy(base, None, source.model.path)  # nothing is trained, so mixtures of experts are fine too
+    policy = load_policy(source.model, source.lora, 0, device)
+    assert policy.adapters is not None, "it was loaded with one"
+    saved = policy.adapters.load_tensors(RUN_ADAPTER, source.adapter)
+    with torch.no_grad():
+        for name, parameter in policy.trained_parameters().items():
+            parameter.copy_(saved[name])
+    return policy
+
+
+def prompt_row(row: Row, source: ModelSource) -> Row:
+    """The row as a prompt: a chat that ends with an answer loses it; the answer becomes the field `completion`.
+
+    Args:
+        row: in any form that is read.
+        source: says how its rows are read.
+
+    Raises:
+        DataError: the row has no form that is read.
+    """
+    data = source.data
+    try:
+        read_conversation(row, data, with_completion=False)
+    except DataError as error:
+        try:
+            chat = read_conversation(row, data, with_completion=True)
+        except DataError:
+            raise error from None
+        kept = {name: value for name, value in row.items() if name not in chat.uses or name in PROMPT_FIELDS}
+        *prompt, gold = chat.messages
+        return Row({**kept, "messages": prompt, "completion": gold["content"]}, row.file, row.line, row.index)
+    return row
+
+
+PROMPT_FIELDS: Final = frozenset({"tools", "chat_template_kwargs"})
+"""Parts of a prompt beside its messages."""

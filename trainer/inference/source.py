@@ -1,0 +1,147 @@
+"""Which model a name on the command line means: a run, an adapter or a model directory, a hub name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+from trainer.config.recipe import DataSettings, LoraSettings, ModelSettings
+from trainer.errors import LaunchError, ModelError
+from trainer.planning.plan import Plan
+from trainer.run.directory import RunDir
+from trainer.run.find import find_run
+
+BASE: Final = "base"
+"""The name of the model that a run began with."""
+ADAPTER_CONFIG: Final = "adapter_config.json"
+
+
+@final
+@dataclass(frozen=True)
+class ModelSource:
+    """Where weights and chat template are.
+
+    Of the run `sums`: `ModelSource("sums", model=..., data=..., adapter=Path("runs/sums/adapter"), lora=...)`; of its
+    base the same without adapter.
+    """
+
+    label: str
+    """What people call it: the name of the run, or the last part of the path."""
+    model: ModelSettings
+    data: DataSettings
+    """How prompts become tokens: system message, variables of the template."""
+    adapter: Path | None = None
+    lora: LoraSettings | None = None
+    """Of the adapter."""
+    plan: Plan | None = None
+    """Of the run, where it is one."""
+
+
+def find_source(target: str, *, best: bool = False) -> ModelSource:
+    """What a name means.
+
+    Args:
+        target: name or directory of a run, directory of an adapter or a model, or a hub name.
+        best: of a run, the weights of the best held-out value, not the last.
+
+    Raises:
+        LaunchError: it is a run without weights, or nothing of the kind.
+        ModelError: an adapter cannot be read.
+    """
+    run = _run_of(target)
+    if run is not None:
+        return _of_run(run, best=best)
+    if best:
+        raise LaunchError(f"{target}: is no run; --best goes with a run")
+    directory = Path(target)
+    if (directory / ADAPTER_CONFIG).is_file():
+        return _of_adapter(directory)
+    if (directory / "config.json").is_file():
+        model = ModelSettings(path=target, compute_dtype=_dtype_of(directory))
+        return ModelSource(directory.resolve().name, model, plain_data())
+    if not directory.exists() and target.count("/") == 1 and not target.startswith((".", "runs/")):
+        return ModelSource(target, ModelSettings(path=target), plain_data())  # a hub name
+    raise LaunchError(
+        f"{target}: no run, no adapter ({ADAPTER_CONFIG}) and no model (config.json). The runs: trainer runs"
+    )
+
+
+def base_of(source: ModelSource) -> ModelSource:
+    """The model that a run or an adapter began with.
+
+    Raises:
+        LaunchError: the source has no base.
+    """
+    if source.plan is not None:
+        lora = source.plan.recipe.lora
+        started = Path(lora.warm_start) if lora is not None and lora.warm_start is not None else None
+        return ModelSource(BASE, source.plan.recipe.model, source.data, started, source.lora if started else None)
+    if source.adapter is None:
+        raise LaunchError(f"{source.label}: has no base; name a model with --against")
+    return replace(source, label=BASE, adapter=None, lora=None)
+
+
+def other_source(target: str, first: ModelSource) -> ModelSource:
+    """What `--against` means: the word `base`, or what `find_source` finds.
+
+    Args:
+        target: as typed.
+        first: the model that it is compared with.
+    """
+    return base_of(first) if target == BASE else find_source(target)
+
+
+def _run_of(target: str) -> RunDir | None:
+    try:
+        return find_run(target)
+    except LaunchError:
+        return None
+
+
+def _of_run(run: RunDir, *, best: bool) -> ModelSource:
+    plan = run.read_plan()
+    recipe = plan.recipe
+    weights = run.weights(is_lora=recipe.lora is not None, best=best)
+    if not weights.is_dir():
+        available = [directory.name for directory in run.all_weights()]
+        remedy = "add --best for the best so far" if f"{weights.name}-best" in available else "let it finish first"
+        raise LaunchError(f"{run.root}: has no {weights.name}/ yet (trainer status {run.root}); {remedy}")
+    if recipe.lora is None:
+        model = recipe.model.model_copy(update={"path": str(weights), "revision": None})
+        return ModelSource(run.name, model, recipe.data, plan=plan)
+    lora = recipe.lora.model_copy(update={"warm_start": None})
+    return ModelSource(run.name, recipe.model, recipe.data, weights, lora, plan)
+
+
+def _of_adapter(directory: Path) -> ModelSource:
+    file = directory / ADAPTER_CONFIG
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        base = str(config["base_model_name_or_path"])
+        lora = LoraSettings(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            target_modules=config["target_modules"],
+            rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: is no LoRA adapter that can be read: {error}") from None
+    model = ModelSettings(path=base, compute_dtype=_dtype_of(Path(base)))
+    return ModelSource(directory.resolve().name, model, plain_data(), directory, lora)
+
+
+def plain_data() -> DataSettings:
+    """How prompts are read where no recipe says it."""
+    return DataSettings.model_validate({"train": "prompts.jsonl"})
+
+
+def _dtype_of(directory: Path) -> Literal["bfloat16", "float32"]:
+    """The dtype of the saved weights; float32 stays float32, and anything else becomes bfloat16."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "bfloat16"
+    return "float32" if config.get("dtype", config.get("torch_dtype")) == "float32" else "bfloat16"
