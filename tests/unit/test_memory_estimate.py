@@ -194,8 +194,8 @@ def test_adapter_parameters_are_those_that_peft_makes(arch: str) -> None:
 def test_gpt_oss_adapts_attention_only() -> None:
     config = {
         "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
-        "head_dim": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "vocab_size": 201_088, "num_local_experts": 32,
-        "num_experts_per_tok": 4,
+        "head_dim": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "vocab_size": 201_088,
+        "num_local_experts": 32, "num_experts_per_tok": 4,
     }  # fmt: skip
     facts = ModelFacts.from_config(config)
     assert facts is not None
