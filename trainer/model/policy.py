@@ -105,11 +105,13 @@ class Policy(nn.Module):
         return any(is_sharded(parameter) for parameter in self.causal_lm.parameters())
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Split the base over the ranks, or with full parameters everything that is trained; adapters stay whole.
+        """Split the base over the ranks, or with full parameters everything that is trained.
+
+        Adapters stay whole, and in full-parameter training what is not trained, such as a vision tower.
 
         Args:
             mesh: the ranks.
-            device: of this rank, where the adapters go.
+            device: of this rank, where the parts that stay whole go.
 
         Raises:
             ModelError: the base is quantized.
@@ -119,6 +121,8 @@ class Policy(nn.Module):
         register_output(Scores, ["logprobs", "entropy"])
         names = () if self.adapters is None else self.adapters.names
         whole = {parameter for name in names for parameter in self.trained_parameters(name).values()}
+        if self.adapters is None:
+            whole = {parameter for parameter in self.causal_lm.parameters() if not parameter.requires_grad}
         layers = set(self.causal_lm._no_split_modules or ())
         shard_module(self, layers, mesh, ignored=whole, compute_dtype=self.compute_dtype)
         for parameter in whole:
