@@ -22,6 +22,7 @@ from torch import nn
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch
+from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Policy, load_policy
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
@@ -30,13 +31,14 @@ from trainer.worker import main as run_worker
 CPU: Final = torch.device("cpu")
 LENGTHS: Final = (12, 21, 9)
 """Longer than the windows of the tiny models, on both sides of the lengths at which rotary embeddings change."""
+MAX_SEQ_TOKENS: Final = 128
 UNTOUCHED: Final = ("A_log", "dt_bias", "inv_freq", "rotary")
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "sft": {"method": "sft", "data": {"train": "rows.jsonl", "max_seq_tokens": 128}},
-    "full": {"method": "sft", "lora": None, "data": {"train": "rows.jsonl", "max_seq_tokens": 128}},
+    "sft": {"method": "sft", "data": {"train": "rows.jsonl", "max_seq_tokens": MAX_SEQ_TOKENS}},
+    "full": {"method": "sft", "lora": None, "data": {"train": "rows.jsonl", "max_seq_tokens": MAX_SEQ_TOKENS}},
     "rft": {
         "method": "rft",
-        "data": {"train": "prompts.jsonl", "max_seq_tokens": 128},
+        "data": {"train": "prompts.jsonl", "max_seq_tokens": MAX_SEQ_TOKENS},
         "rollout": {"group_size": 4, "max_completion_tokens": 8},
         "rewards": [{"use": "soft_overlong", "args": {"max_characters": 16, "ramp_characters": 16}}],
     },
@@ -137,6 +139,7 @@ class Measures:
         """The project's policy, its trained parameters moved away from their initial values."""
         settings = ModelSettings(path=str(self.directory / "model"), compute_dtype="float32")
         policy = load_policy(settings, lora, 0, CPU).eval()
+        verify_packing(policy, CPU, MAX_SEQ_TOKENS)
         if lora is not None:
             generator = torch.Generator().manual_seed(3)
             with torch.no_grad():

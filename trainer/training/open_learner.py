@@ -39,7 +39,7 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         policy = load_policy(recipe.model, lora, recipe.seed, torch.device("cpu") if is_sharded else world.device)
         if world.mesh is not None:
             policy.shard(world.mesh, world.device)
-    verify_packing(policy, world.device)
+    verify_packing(policy, world.device, recipe.data.max_seq_tokens)
     # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
     learner = Learner(policy, world, _never if is_sharded else stop.is_urgent)
     warm_start(lora, policy, learner.masters)

@@ -73,7 +73,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 sampler.publish(policy, attempt.step)
                 drawn = rollouts.of_step(attempt.step)
                 sampled_s = clock.lap()
-                parts = policy_update.minibatches(drawn, plan, world.device)
+                budget = policy.pack_limit(plan.shape.micro_batch_tokens)
+                parts = policy_update.minibatches(drawn, plan, world.device, budget)
                 update = policy_update.learn(learner, parts, reference, plan, attempt.step)
             values = {f"train/{name}": value for name, value in update.metrics.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
