@@ -151,12 +151,14 @@ class Measures:
         """With an adapter on all linear layers."""
         return self.policy(LoraSettings(rank=4))
 
-    def logprobs(self) -> dict[str, float]:
-        """Base model: alone against plain, packed against alone, and what leaks."""
+    def logprobs(self) -> dict[str, Any]:
+        """Base model: alone against plain, packed against alone, and what leaks; or why sequences are not packed."""
         policy = self.adapted()
         with policy.adapter_off(), torch.no_grad():
             alone = torch.cat([_ours(policy, [each]) for each in self.sequences])
-        numbers = {"alone": _largest(alone - self.plain_logprobs)}
+        numbers: dict[str, Any] = {"alone": _largest(alone - self.plain_logprobs)}
+        if policy.separate_reason is not None:
+            return numbers | {"separate": policy.separate_reason}
         with policy.adapter_off(), torch.no_grad():
             packed = _ours(policy, self.sequences)
         numbers["packed"] = _largest(packed - alone)
@@ -178,8 +180,7 @@ class Measures:
         gradients = _by_key(plain, theirs, _gradients(expected.sum(), theirs))
         found: dict[str, Any] = {"adapts": _kinds_of_layers(trained)}
         policy.train()
-        packs = [self.sequences] if self.packs_exactly(policy) else [[each] for each in self.sequences]
-        ours = torch.cat([_ours(policy, pack) for pack in packs])
+        ours = self.as_trained(policy)
         found["adapter"] = _largest(ours - expected)
         own = _gradients(ours.sum(), trained)
         found["adapter_gradient"] = _relative(_by_key(policy.adapters.model, trained, own), gradients)
@@ -200,8 +201,7 @@ class Measures:
         expected = torch.cat([_plain(plain, each) for each in self.sequences])
         gradients = _gradients(expected.sum(), theirs)
         policy.train()
-        packs = [self.sequences] if self.packs_exactly(policy) else [[each] for each in self.sequences]
-        ours = torch.cat([_ours(policy, pack) for pack in packs])
+        ours = self.as_trained(policy)
         numbers["full_gradient"] = _relative(_gradients(ours.sum(), trained), gradients)
         return numbers
 
@@ -221,15 +221,10 @@ class Measures:
                 worst = max(worst, _largest(ours - torch.tensor(completion.logprobs)))
         return {"sampler": worst}
 
-    @torch.no_grad()
-    def packs_exactly(self, policy: Policy) -> bool:
-        """Whether the pack gives what the sequences alone give, roughly."""
-        try:
-            packed = _ours(policy, self.sequences)
-        except Exception:  # a model's code may fail in any way; the run says how
-            return False
-        alone = torch.cat([_ours(policy, [each]) for each in self.sequences])
-        return _largest(packed - alone) < 1e-3
+    def as_trained(self, policy: Policy) -> torch.Tensor:
+        """Logprobs of all sequences, in one pack or one by one."""
+        packs = [self.sequences] if policy.separate_reason is None else [[each] for each in self.sequences]
+        return torch.cat([_ours(policy, pack) for pack in packs])
 
 
 def measure(directory: Path, family: str, found: dict[str, Any]) -> None:
