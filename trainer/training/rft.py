@@ -15,6 +15,7 @@ from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
+from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
@@ -56,6 +57,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
             )
         )
         sampler = make_sampler(rollout, policy, tokenizer, world)
+        if isinstance(sampler, LocalSampler) and sampler.note is not None:
+            attempt.say(sampler.note)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
         group_sampler = GroupSampler(sampler, rewards, params, world, attempt.stop)
