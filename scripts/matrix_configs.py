@@ -234,7 +234,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"]}},
-    "longcat_flash": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron": {"num_key_value_heads": 2},

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,9 +106,14 @@ def train(directory: Path, method: str) -> tuple[str, str]:
     """Run two steps of a method as `trainer train` does; returns finished, REFUSED or CRASH, and the message."""
     recipe = {"name": method, **COMMON, **METHODS[method]}
     (directory / f"{method}.json").write_text(json.dumps(recipe))  # JSON is YAML
-    code = run_worker([f"{method}.json"])
+    stderr = directory / f"{method}.stderr"
+    with stderr.open("w") as written, redirect_stderr(written):  # a real file: faulthandler wants its descriptor
+        code = run_worker([f"{method}.json"])
+    said = stderr.read_text()
+    sys.stderr.write(said)
     outcome = directory / "runs" / method / "outcome.json"
-    message = json.loads(outcome.read_text())["message"] if outcome.is_file() else "no outcome"
+    # without an outcome it was refused from the configuration: `recipe: field: why`
+    message = json.loads(outcome.read_text())["message"] if outcome.is_file() else said.strip().split(": ", 2)[-1]
     if code == 0:
         return "finished", ""
     known = code == 2 or any(text in message for text in ("packed neighbours leak", "own forward pass", "sampler_kl"))

@@ -206,7 +206,7 @@ def _plan_and_run(arguments: argparse.Namespace) -> tuple[Plan, RunDir]:
     if _is_main():
         run = open_run(plan, arguments.name)
         return run.read_plan(), run
-    return plan, named_run(arguments.name or plan.recipe.name)
+    return plan, named_run(plan.recipe.name if arguments.name is None else arguments.name)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -44,7 +44,7 @@ def test_five_mistakes_in_a_recipe_are_five_lines(project: Project) -> None:
     [
         (
             b'{"messages": [{"role": "user", "content": "hal',
-            ("bad.jsonl:2: not JSON", "looks cut off", "Mend or remove it"),
+            ("bad.jsonl:2: not JSON", "looks cut off", "Fix or remove the line"),
         ),
         (b'{"messages": "\xff\xfe"}\n', ("bad.jsonl:2: byte 14 is not UTF-8. Save the file as UTF-8.",)),
         (

@@ -88,7 +88,7 @@ class TestSignals:
         assert 11 <= step < 60
         assert run.outcome()["state"] == "preempted"
         assert run.checkpoints()[-1] == step, "saved outside the interval"
-        assert "run the same command again to go on" in done.stderr
+        assert "run the same command again to resume" in done.stderr
         wait_for(lambda: not shared.processes())
 
     def test_sigterm_before_the_worker_is_up_loses_nothing(self, shared: Project, whole: Run) -> None:
@@ -106,7 +106,7 @@ class TestSignals:
     def test_ctrl_c_saves_and_says_so(self, shared: Project, whole: Run) -> None:
         run, done = self.stop(shared, signal.SIGINT, 9)
         assert done.code == 75, done.said
-        assert "stopping after this step, saved; Ctrl-C again stops at once" in done.stderr
+        assert "saving after this step, then stopping; press Ctrl-C again to stop at once" in done.stderr
         assert "the state is saved" in done.stderr
         assert run.checkpoints()[-1] == run.steps()[-1]
 
@@ -129,7 +129,7 @@ class TestSignals:
         done = started.wait()
         assert done.code == 1, done.said
         assert run.outcome()["state"] == "cancelled"
-        assert f"the last checkpoint is {run.newest_checkpoint().relative_to(shared.root)}" in done.stderr
+        assert f"the newest checkpoint is {run.newest_checkpoint().relative_to(shared.root)}" in done.stderr
         assert run.checkpoints()[-1] >= saved
         wait_for(lambda: not shared.processes())
 

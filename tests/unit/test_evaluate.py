@@ -69,7 +69,8 @@ def signals():
 
 
 def evaluation(runner, scripts, num_samples, *, rule=None, max_failed_frac=1.0, **params):
-    prompts = [Prompt(Row({"script": script}, "eval.jsonl", n + 1, n), (1, n)) for n, script in enumerate(scripts)]
+    rows = [{"prompt": f"question {n}", "script": script} for n, script in enumerate(scripts)]
+    prompts = [Prompt(Row(row, "eval.jsonl", n + 1, n), (1, n)) for n, row in enumerate(rows)]
     drawn = SamplingParams(max_completion_tokens=8, stop_ids=frozenset({2}), seed=3, step=9, **params)
     sampler = GroupSampler(CountingSampler(), runner, drawn, WORLD, StopFlag())
     settings = EvaluationSettings(num_samples, rule or PassRule(1.0), max_failed_frac, DATA)

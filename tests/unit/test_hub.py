@@ -34,6 +34,11 @@ def hub() -> Iterator[FakeHub]:
         yield serving
 
 
+def of_model(hub: FakeHub) -> list[str]:
+    """Requests for a model's files; huggingface_hub may ask for other things, depending on its surroundings."""
+    return [request for request in hub.requests if " /owner/" in request]
+
+
 def recipe_of(name: str = "owner/model", revision: str = "main") -> Path:
     return write_small(Path(), SFT.replace("path: model", f"path: {name}\n  revision: {revision}"))
 
@@ -61,8 +66,8 @@ def test_a_branch_is_resolved_to_its_commit_with_one_probe_and_one_download(hub,
         "origin": "commit of `main` when the plan was made",
     }
     assert report["model"]["params"] == 28_832
-    assert [request.split()[0] for request in hub.requests].count("GET") == 1
-    assert all(request.endswith("/config.json") for request in hub.requests)
+    assert [request.split()[0] for request in of_model(hub)].count("GET") == 1
+    assert all(request.endswith("/config.json") for request in of_model(hub))
 
 
 def test_the_second_time_the_hub_is_not_asked(hub, tmp_path):
@@ -70,7 +75,7 @@ def test_the_second_time_the_hub_is_not_asked(hub, tmp_path):
     first = report_of(checked(hub.environment(str(tmp_path / "hf"))))
     hub.requests.clear()
     second = report_of(checked(hub.environment(str(tmp_path / "hf"))))
-    assert hub.requests == []
+    assert of_model(hub) == []
     assert second["identity"] == first["identity"]
     plan = make_plan(load_recipe(Path("recipe.yaml")))  # without a network, too
     assert plan.identity_hash == first["identity"]
@@ -105,7 +110,7 @@ def test_what_the_hub_refuses_is_refused_with_its_line(hub, tmp_path, name, revi
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert "Traceback" not in done.stderr
-    assert len(hub.requests) == 1
+    assert len(of_model(hub)) == 1
 
 
 def test_a_hub_that_cannot_be_reached_leaves_the_branch_with_a_warning(tmp_path):

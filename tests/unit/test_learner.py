@@ -18,9 +18,10 @@ from trainer.errors import PreemptedError
 from trainer.model import attention
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy, score
+from trainer.planning.schedule import learning_rate
 from trainer.training.learner import Learner, Update
 from trainer.training.losses import sft_loss
-from trainer.training.schedule import AdamParams, learning_rate
+from trainer.training.schedule import AdamParams
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)

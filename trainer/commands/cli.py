@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_recipe_arguments
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
@@ -13,9 +15,42 @@ if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+ALIASES: Final = {
+    "compare": "diff",
+    "list": "runs",
+    "log": "logs",
+    "ls": "runs",
+    "resume": "reconnect",
+    "rm": "delete",
+    "stop": "cancel",
+    "verify": "verify-resume",
+}
+"""Other names of commands; they work, and `--help` does not list them."""
+MEANT: Final = {
+    "finetune": "train",
+    "fit": "train",
+    "kill": "cancel",
+    "lint": "check",
+    "merge": "export",
+    "preview": "check",
+    "samples": "rollouts",
+    "sft": "train",
+    "tail": "logs",
+    "validate": "check",
+}
+"""Names that other tools use, for the question "did you mean ...?"."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser, names = _parser()
+    if argv and not argv[0].startswith("-"):
+        argv[0] = ALIASES.get(argv[0], argv[0])
+        if argv[0] not in names:
+            sys.stderr.write(f"trainer: no command `{argv[0]}`{_guess(argv[0], names)}\n")
+            return EXIT_USER
+    arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except TrainerError as error:
@@ -28,7 +63,21 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER
 
 
-def _parser() -> argparse.ArgumentParser:
+def _guess(word: str, names: Collection[str]) -> str:
+    """The command that was meant, or all of them.
+
+    >>> _guess("trian", ["train", "runs"]), _guess("xyz", ["train", "runs"])
+    ('; did you mean `train`?', '. There are: train, runs')
+    """
+    known = [*names, *ALIASES]
+    similar = MEANT.get(word) or next(iter(difflib.get_close_matches(word, known, n=1)), None)
+    if similar is not None:
+        return f"; did you mean `{ALIASES.get(similar, similar)}`?"
+    return f". There are: {', '.join(names)}"
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser, and the names of its commands."""
     from trainer import __version__
 
     parser = argparse.ArgumentParser(prog="trainer", description="Fine-tuning from one recipe.")
@@ -38,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_commands(commands)
     _job_commands(commands)
     _machine_commands(commands)
-    return parser
+    return parser, commands.choices.keys()
 
 
 def _training_commands(commands: _Commands) -> None:
@@ -92,6 +141,28 @@ def _run_commands(commands: _Commands) -> None:
     rollouts.add_argument("--refused", action="store_true", help="show rollouts that a failing reward made unusable")
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
+
+    runs = commands.add_parser("runs", help="list every run: state, method, model, step, best value")
+    runs.add_argument("--json", action="store_true", help="print one JSON document")
+    runs.set_defaults(run=_runs)
+
+    diff = commands.add_parser("diff", help="compare two runs: settings, results, held-out prompts one by one")
+    diff.add_argument("first", metavar="RUN", help="run directory or name")
+    diff.add_argument("second", metavar="RUN", help="run directory or name")
+    diff.add_argument("--json", action="store_true", help="print one JSON document")
+    diff.set_defaults(run=_diff)
+
+    logs = commands.add_parser("logs", help="print what the newest attempt of a run printed")
+    _run_argument(logs)
+    logs.add_argument("--attempt", type=int, metavar="N", help="another attempt, from 1")
+    logs.add_argument("--lines", type=int, metavar="N", help="only the last lines")
+    logs.add_argument("--follow", action="store_true", help="go on, through restarts, until the run ends")
+    logs.set_defaults(run=_logs)
+
+    delete = commands.add_parser("delete", help="delete runs with their checkpoints and weights")
+    delete.add_argument("targets", nargs="+", metavar="RUN", help="run directories or names")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    delete.set_defaults(run=_delete)
 
     export = commands.add_parser("export", help="write a model from a run, verify it, upload it")
     _run_argument(export)
@@ -149,6 +220,7 @@ def _machine_commands(commands: _Commands) -> None:
 
 def _name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run; the recipe's when left out")
+    parser.add_argument("--overwrite", action="store_true", help="move another run of this name to runs/NAME.old-N")
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +255,30 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     from trainer.commands.rollouts import rollouts
 
     return rollouts(arguments)
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from trainer.commands.runs import list_runs
+
+    return list_runs(arguments)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from trainer.commands.diff import diff
+
+    return diff(arguments)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from trainer.commands.runs import logs
+
+    return logs(arguments)
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    from trainer.commands.runs import delete
+
+    return delete(arguments)
 
 
 def _verify_resume(arguments: argparse.Namespace) -> int:

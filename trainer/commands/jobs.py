@@ -31,10 +31,10 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.launcher != "slurm" and (arguments.print or options != SlurmOptions()):
         raise LaunchError("--print, --partition, --time and --slurm go with --launcher slurm")
     if arguments.print:
-        run = named_run(arguments.name or plan.recipe.name)
+        run = named_run(plan.recipe.name if arguments.name is None else arguments.name)
         sys.stdout.write(batch_script(run, plan, options, Path.cwd()))
         return 0
-    job = submit_plan(plan, arguments.launcher, name=arguments.name, slurm=options)
+    job = submit_plan(plan, arguments.launcher, name=arguments.name, slurm=options, overwrites=arguments.overwrite)
     sys.stderr.write(f"{job.state().lower()}; to watch it: trainer status {job.id} --follow\n")
     sys.stdout.write(f"{job.id}\n")
     return 0

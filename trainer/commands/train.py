@@ -46,14 +46,14 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
     target = Path(arguments.recipe)
     run = RunDir(target)
     if run.is_run():
-        if arguments.set or arguments.shape or arguments.name:
-            raise LaunchError(f"{target} is a run with a plan; --set, --shape and --name go with a recipe")
+        if arguments.set or arguments.shape or arguments.name or arguments.overwrite:
+            raise LaunchError(f"{target} is a run with a plan; --set, --shape, --name and --overwrite go with a recipe")
         run.refuse_taken()
         return run, run.read_plan()
     plan = plan_recipe(target, arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
-    run = open_run(plan, arguments.name)
+    run = open_run(plan, arguments.name, overwrites=arguments.overwrite)
     return run, run.read_plan()
 
 

@@ -91,6 +91,7 @@ def submit(
     shape: str | None = None,
     name: str | None = None,
     slurm: SlurmOptions | None = None,
+    overwrites: bool = False,
 ) -> Job:
     """Freeze the plan, start the run in the background, and return at once.
 
@@ -103,6 +104,7 @@ def submit(
         shape: name of a training shape; the recipe's when None.
         name: name of the run; the recipe's when None.
         slurm: partition, time limit and other options of sbatch.
+        overwrites: move another run of this name to <name>.old-N.
 
     Raises:
         RecipeError: the recipe cannot be used.
@@ -111,10 +113,12 @@ def submit(
         QueueError: Slurm is unreachable.
     """
     plan = plan_recipe(Path(recipe), set, shape)
-    return submit_plan(plan, launcher, name=name, slurm=slurm)
+    return submit_plan(plan, launcher, name=name, slurm=slurm, overwrites=overwrites)
 
 
-def submit_plan(plan: Plan, launcher: Launcher, *, name: str | None, slurm: SlurmOptions | None) -> Job:
+def submit_plan(
+    plan: Plan, launcher: Launcher, *, name: str | None, slurm: SlurmOptions | None, overwrites: bool = False
+) -> Job:
     """Like `submit`, with a plan that was made already.
 
     Args:
@@ -122,13 +126,14 @@ def submit_plan(plan: Plan, launcher: Launcher, *, name: str | None, slurm: Slur
         launcher: as in `submit`.
         name: as in `submit`.
         slurm: as in `submit`.
+        overwrites: as in `submit`.
     """
     if launcher == "local":
         refuse_many_machines(plan)
-    existing = named_run(name or plan.recipe.name)
+    existing = named_run(plan.recipe.name if name is None else name)
     if existing.is_run():
         refuse_live(existing)  # before its plan is replaced
-    run = open_run(plan, name)
+    run = open_run(plan, name, overwrites=overwrites)
     if not run.is_finished(plan.steps):
         start_job(run, launcher, slurm)
     return _job_of(run)

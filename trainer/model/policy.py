@@ -17,6 +17,7 @@ from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.config.unsupported import FULL_EXPERTS, SHARDED_QUANTIZATION
 from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
 from trainer.errors import ModelError
+from trainer.model.adapted_layers import beside_language_part
 from trainer.model.adapters import RUN_ADAPTER, Adapters
 from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.base_model import has_experts, load_base, logit_transform
@@ -245,7 +246,7 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
 
 
 def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSettings | None, seed: int) -> Policy:
-    """Add an adapter to a base model in memory, or make all of its parameters trainable.
+    """Add an adapter to a base model in memory, or make all parameters of its language part trainable.
 
     Args:
         causal_lm: frozen, as `load_base` returns it: with packed attention, or with its own if it has no other.
@@ -263,8 +264,9 @@ def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSett
     if lora is None:
         if has_experts(causal_lm):
             raise ModelError(FULL_EXPERTS)
+        unused = {id(value) for module in beside_language_part(causal_lm) for value in module.parameters()}
         for parameter in causal_lm.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in unused)
         return _policy(causal_lm, None, model.path)
     adapters = Adapters(causal_lm, routing)
     adapters.add(RUN_ADAPTER, lora, seed)

@@ -50,6 +50,13 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+def tell(text: str) -> None:
+    """Write a line to stderr; a terminal that was closed never stops a run."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 @final
 class Console:
     """Progress on a stream, stderr by default; write errors never stop a run."""

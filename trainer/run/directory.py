@@ -5,6 +5,7 @@ Tests hold other modules to these properties: none spells a file name of the run
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from trainer.errors import LaunchError
-from trainer.files import write_atomically
+from trainer.files import fsync_dir, write_atomically
 from trainer.planning.plan import Plan
 from trainer.run import lock, readers
 from trainer.run.metrics_reader import MetricsReader, Record, newest_records, read_records
@@ -134,6 +135,11 @@ class RunDir:
         """What one attempt printed."""
         return self.logs / f"attempt-{attempt}.log"
 
+    def submission_logs(self) -> list[Path]:
+        """What submitted processes printed, the newest last."""
+        files = [*self.logs.glob("supervisor.log"), *self.logs.glob("slurm-*.log")]
+        return sorted(files, key=lambda file: file.stat().st_mtime)
+
     def of_job(self, name: JobFile) -> Path:
         """A file of `submit`: how the run was submitted, the batch script, what the submitted process printed."""
         return self.root / name
@@ -184,7 +190,16 @@ class RunDir:
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""
-        return self.root / "evaluations" / f"{step_name(step)}.jsonl"
+        return self._evaluations / f"{step_name(step)}.jsonl"
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps after which held-out prompts were answered, ascending."""
+        numbers = (step_number(file.stem) for file in self._evaluations.glob("*.jsonl"))
+        return sorted(number for number in numbers if number is not None)
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.root / "evaluations"
 
     # ---- contents: readers.py, metrics_reader.py
 
@@ -207,6 +222,28 @@ class RunDir:
     def write_outcome(self, outcome: Outcome) -> None:
         """Write how this attempt ended."""
         readers.write_outcome(self.outcome_file, outcome)
+
+    def has_made_step(self) -> bool:
+        """Whether the run has trained: a later start with other inputs would lose something."""
+        is_logged = self.newest_logged_step() > 0 or self.newest_checkpoint_step() > 0
+        return is_logged or any(not directory.name.endswith("-best") for directory in self.all_weights())
+
+    def discard_start(self) -> None:
+        """Delete what an attempt has left that made no step; logs and attempt numbers stay."""
+        files = (self.metrics_file, self.outcome_file, self.cancel_file, self.excluded_file)
+        for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file):
+            file.unlink(missing_ok=True)
+        for directory in (self.checkpoints, self.rollouts, self.root / "evaluations", *self.all_weights()):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def move_aside(self) -> Path:
+        """Rename the directory to <name>.old-N; returns the new path."""
+        number = 1
+        while (aside := self.root.with_name(f"{self.name}.old-{number}")).exists():
+            number += 1
+        self.root.rename(aside)
+        fsync_dir(aside.parent)
+        return aside
 
     def is_finished(self, steps: int) -> bool:
         """Whether the run finished at least `steps` steps."""

@@ -65,6 +65,12 @@ class DecodingLinear(nn.Module):
         self._has_bias = self._bases[0].bias is not None
         assert all((base.bias is not None) == self._has_bias for base in self._bases)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in] of the first layer, without its adapter: some models (HunYuan) read a router's dtype from it."""
+        weight: torch.Tensor = self._bases[0].weight
+        return weight
+
     def refresh(self) -> None:
         """Take the policy's current weights."""
         if self._weight.numel() == 0 or not self._is_frozen:

@@ -1,0 +1,130 @@
+"""Which layers of a model get adapters: those of its language part that compute W x + b."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.config.recipe import LoraSettings
+from trainer.errors import ModelError
+from trainer.planning.module_names import target_problems
+
+_READ_WITHOUT_CALL: Final[Mapping[str, frozenset[str]]] = {
+    "gemma3n_text": frozenset({"correction_coefs"}),
+    "longcat_flash": frozenset({"classifier"}),
+}
+"""By model type, linear layers whose weight the model multiplies itself, at least in training, so that an adapter on
+them has no effect."""
+_UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
+"""Classes of modules inside a language part that run only where there are images."""
+_ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
+"""In the names of the modules that PEFT puts into an adapted layer."""
+
+
+def lora_config(causal_lm: PreTrainedModel, lora: LoraSettings) -> peft.LoraConfig:
+    """PEFT's configuration of an adapter, which leaves out layers that cannot have one.
+
+    Args:
+        causal_lm: the base model.
+        lora: rank, targets and so on.
+    """
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=_excluded(causal_lm),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def refuse_unmatched(causal_lm: PreTrainedModel, targets: str | list[str] | set[str] | None) -> None:
+    """Refuse an embedding, the head, and a name that selects no layer, which PEFT ignores where another selects some.
+
+    Args:
+        causal_lm: the base model, with or without adapters.
+        targets: names that are left when PEFT has replaced those of fused experts.
+
+    Raises:
+        ModelError: a name selects no layer that can have an adapter.
+    """
+    if targets is None or isinstance(targets, str):
+        return
+    excluded = re.compile(_excluded(causal_lm) or r"(?!)")
+    named = [(name, module) for name, module in causal_lm.named_modules() if not _ADAPTER_PART.search(name)]
+    layers = [name for name, module in named if _has_matrix(module) and not excluded.fullmatch(name)]
+    problems = target_problems(sorted(targets), layers)
+    if problems:
+        raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
+
+
+def language_part(causal_lm: PreTrainedModel) -> nn.Module:
+    """The decoder of text: in a model of images and text a part of the backbone, otherwise the backbone."""
+    backbone = causal_lm.base_model
+    decoder = causal_lm.get_decoder()
+    embedding = causal_lm.get_input_embeddings()
+    is_inside = any(module is decoder for module in backbone.modules())
+    return decoder if is_inside and any(module is embedding for module in decoder.modules()) else backbone
+
+
+def beside_language_part(causal_lm: PreTrainedModel) -> list[nn.Module]:
+    """The parts of a model that text does not pass, such as the vision tower and its projector."""
+    return [causal_lm.get_submodule(name) for name in _beside(causal_lm, language_part(causal_lm))]
+
+
+def _excluded(causal_lm: PreTrainedModel) -> str | None:
+    """A pattern of the names of layers that get no adapter; None if there are none.
+
+    Left out are the parts beside the language part and inside of it those that run only where there are images: their
+    adapters would never learn from text. Also left out are linear layers whose output is not W x + b, such as the
+    router of PhiMoE, which returns two tensors.
+    """
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, language_part(causal_lm))]
+    for name, module in causal_lm.named_modules():
+        if type(module).__name__ in _UNUSED_BY_TEXT:
+            patterns.append(rf"{re.escape(name)}\..*")
+        elif _is_unlike_linear(causal_lm, name, module):
+            patterns.append(_in_every_layer(name))
+    return "|".join(dict.fromkeys(patterns)) or None
+
+
+def _beside(module: nn.Module, part: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the largest parts of a backbone that do not contain the language part: `model.visual`.
+
+    Args:
+        module: contains the language part.
+        part: the language part.
+        prefix: of the names.
+    """
+    if module is part:
+        return
+    for name, child in module.named_children():
+        if any(each is part for each in child.modules()):
+            yield from _beside(child, part, f"{prefix}{name}.")
+        elif prefix:  # what is beside the backbone, such as the head, PEFT leaves out or was refused
+            yield f"{prefix}{name}"
+
+
+def _in_every_layer(name: str) -> str:
+    """The pattern of a name in all layers: `layers.0.router` and `layers.1.router` have the same."""
+    return r"\.".join("[0-9]+" if each.isdigit() else re.escape(each) for each in name.split("."))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return isinstance(module, BaseTunerLayer) or (weight is not None and weight.ndim >= 2)
+
+
+def _is_unlike_linear(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return True
+    read = _READ_WITHOUT_CALL.get(causal_lm.config.get_text_config().model_type, frozenset())
+    return name.rpartition(".")[2] in read
