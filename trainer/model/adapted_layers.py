@@ -21,6 +21,10 @@ _READ_WITHOUT_CALL: Final[Mapping[str, frozenset[str]]] = {
 }
 """By model type, linear layers whose weight the model multiplies itself, at least in training, so that an adapter on
 them has no effect."""
+_MAMBA_MIXER: Final = frozenset({"A_log", "D"})
+"""Parameters of every Mamba mixer. Its GPU kernels read the weights of `_MAMBA_READ` without calling the layers, so an
+adapter there would have an effect on a CPU only; PEFT refuses them for some model types."""
+_MAMBA_READ: Final = ("out_proj", "conv1d")
 _UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
 """Classes of modules inside a language part that run only where there are images."""
 _ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
@@ -85,15 +89,25 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
 
     Left out are the parts beside the language part and inside of it those that run only where there are images: their
     adapters would never learn from text. Also left out are linear layers whose output is not W x + b, such as the
-    router of PhiMoE, which returns two tensors.
+    router of PhiMoE, which returns two tensors, and the layers that a Mamba mixer does not call.
     """
     patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, language_part(causal_lm))]
     for name, module in causal_lm.named_modules():
         if type(module).__name__ in _UNUSED_BY_TEXT:
             patterns.append(rf"{re.escape(name)}\..*")
+        elif module._parameters.keys() >= _MAMBA_MIXER:
+            patterns += [_in_every_layer(f"{name}.{child}") for child in _MAMBA_READ]
         elif _is_unlike_linear(causal_lm, name, module):
             patterns.append(_in_every_layer(name))
     return "|".join(dict.fromkeys(patterns)) or None
+
+
+def without_adapter(causal_lm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of the language part that cannot have an adapter, such as `out_proj`."""
+    excluded, part = re.compile(_excluded(causal_lm) or r"(?!)"), language_part(causal_lm)
+    inside = {id(module) for module in part.modules()}
+    named = [(name, module) for name, module in causal_lm.named_modules() if excluded.fullmatch(name)]
+    return sorted({name.rpartition(".")[2] for name, module in named if id(module) in inside and _has_matrix(module)})
 
 
 def _beside(module: nn.Module, part: nn.Module, prefix: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.config.unsupported import FULL_EXPERTS, SHARDED_QUANTIZATION
 from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
 from trainer.errors import ModelError
-from trainer.model.adapted_layers import beside_language_part
+from trainer.model.adapted_layers import beside_language_part, without_adapter
 from trainer.model.adapters import RUN_ADAPTER, Adapters
 from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.base_model import has_experts, load_base, logit_transform
@@ -96,6 +96,11 @@ class Policy(nn.Module):
         """
         use_own_attention(self.causal_lm)
         self.separate_reason = reason
+
+    @property
+    def left_out(self) -> list[str]:
+        """Linear layers that `all-linear` does not adapt; empty with full parameters."""
+        return [] if self.adapters is None else without_adapter(self.causal_lm)
 
     def pack_limit(self, budget: int) -> int:
         """Maximum tokens of a pack of several sequences: the budget, or 1 where no sequences are packed."""

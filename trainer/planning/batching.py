@@ -36,7 +36,7 @@ def why_separate(config: Mapping[str, Any], max_seq_tokens: int) -> str | None:
     if switch is not None and max_seq_tokens > switch:
         return (
             f"{name} has other rotary factors for sequences of more than {switch:,} tokens "
-            f"(data.max_seq_tokens: {switch} or less allows packing)"
+            f"(`data.max_seq_tokens: {switch}` allows packing)"
         )
     kinds = text.get("layer_types")
     other = set(kinds) - ATTENTION_LAYERS if isinstance(kinds, list) else set()
@@ -45,6 +45,25 @@ def why_separate(config: Mapping[str, Any], max_seq_tokens: int) -> str | None:
     ):
         return f"{name} {KEEPS_STATE}"
     return None
+
+
+def rotary_problem(config: Mapping[str, Any], max_seq_tokens: int) -> str | None:
+    """Return why rft cannot train sequences of this length; None if it can.
+
+    The first tokens of a long completion are drawn with the factors of a short sequence, and trained with those of the
+    whole one: they would be two policies.
+
+    Args:
+        config: Content of config.json.
+        max_seq_tokens: Maximum length of prompt and completion.
+    """
+    switch = rotary_switch(config)
+    if switch is None or max_seq_tokens <= switch:
+        return None
+    return (
+        f"data.max_seq_tokens: rft of {max_seq_tokens:,} tokens is not supported: the model's rotary factors change "
+        f"above {switch:,} tokens, in the middle of a completion; set it to {switch}"
+    )
 
 
 def rotary_switch(config: Mapping[str, Any]) -> int | None:

@@ -14,7 +14,6 @@ from trainer.errors import ModelError
 from trainer.model.batch import Batch
 from trainer.model.lm_head import transformed_log_softmax
 from trainer.model.policy import Policy, score
-from trainer.planning.batching import rotary_switch
 from trainer.sampling.decoder import CopiedDecoder, Decoder
 from trainer.sampling.fused import FusedDecoder, is_fusible
 from trainer.sampling.own_decoder import OwnDecoder
@@ -64,9 +63,7 @@ def _candidates(policy: Policy) -> Iterator[tuple[Decoder, str]]:
     """Decoders from fast to slow; the last one is the model's own forward pass over the whole sequence."""
     if policy.separate_reason is None:
         yield (FusedDecoder(policy) if is_fusible(policy) else CopiedDecoder(policy)), "the fast decoder"
-    # Keys in a cache have the rotary factors of the length at which they were computed.
-    if policy.separate_reason is None or rotary_switch(policy.causal_lm.config.to_dict()) is None:
-        yield OwnDecoder(policy, is_cached=True), "the model's own cache"
+    yield OwnDecoder(policy, is_cached=True), "the model's own cache"
     yield OwnDecoder(policy, is_cached=False), "a pass over the whole sequence"
 
 
