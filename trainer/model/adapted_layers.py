@@ -24,7 +24,11 @@ them has no effect."""
 _MAMBA_MIXER: Final = frozenset({"A_log", "D"})
 """Parameters of every Mamba mixer. Its GPU kernels read the weights of `_MAMBA_READ` without calling the layers, so an
 adapter there would have an effect on a CPU only; PEFT refuses them for some model types."""
-_MAMBA_READ: Final = ("out_proj", "conv1d")
+_MAMBA_READ: Final = ("out_proj", "conv1d", "dt_proj", "x_proj")
+_LIKE_LINEAR: Final = frozenset({"FalconLinear"})
+"""Subclasses of `nn.Linear` with a forward of their own that computes W x + b."""
+_OWN_ADAPTERS: Final = "_adapter_list"
+"""Ends the names of Zamba2's own low-rank layers: each shared layer holds those of all its places, and uses one."""
 _UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
 """Classes of modules inside a language part that run only where there are images."""
 _ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
@@ -95,6 +99,8 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
     for name, module in causal_lm.named_modules():
         if type(module).__name__ in _UNUSED_BY_TEXT:
             patterns.append(rf"{re.escape(name)}\..*")
+        elif name.endswith(_OWN_ADAPTERS):
+            patterns.append(_in_every_layer(name) + r"\..*")
         elif module._parameters.keys() >= _MAMBA_MIXER:
             patterns += [_in_every_layer(f"{name}.{child}") for child in _MAMBA_READ]
         elif _is_unlike_linear(causal_lm, name, module):
@@ -107,7 +113,8 @@ def without_adapter(causal_lm: PreTrainedModel) -> list[str]:
     excluded, part = re.compile(_excluded(causal_lm) or r"(?!)"), language_part(causal_lm)
     inside = {id(module) for module in part.modules()}
     named = [(name, module) for name, module in causal_lm.named_modules() if excluded.fullmatch(name)]
-    return sorted({name.rpartition(".")[2] for name, module in named if id(module) in inside and _has_matrix(module)})
+    linear = [name for name, module in named if id(module) in inside and isinstance(module, nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _beside(module: nn.Module, part: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -139,6 +146,6 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _is_unlike_linear(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return True
+        return type(module).__name__ not in _LIKE_LINEAR
     read = _READ_WITHOUT_CALL.get(causal_lm.config.get_text_config().model_type, frozenset())
     return name.rpartition(".")[2] in read

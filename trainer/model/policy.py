@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import nn
@@ -96,6 +96,12 @@ class Policy(nn.Module):
         """
         use_own_attention(self.causal_lm)
         self.separate_reason = reason
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of the base model's config.json."""
+        config: dict[str, Any] = self.causal_lm.config.to_dict()
+        return config
 
     @property
     def left_out(self) -> list[str]:

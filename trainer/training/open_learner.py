@@ -41,7 +41,7 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         policy = load_policy(recipe.model, lora, recipe.seed, torch.device("cpu") if is_sharded else world.device)
         if world.mesh is not None:
             policy.shard(world.mesh, world.device)
-    rotary = rotary_problem(policy.causal_lm.config.to_dict(), recipe.data.max_seq_tokens)
+    rotary = rotary_problem(policy.config, recipe.data.max_seq_tokens)
     if isinstance(plan, RFTPlan) and rotary is not None:
         raise ModelError(rotary)
     verify_packing(policy, world.device, recipe.data.max_seq_tokens)
