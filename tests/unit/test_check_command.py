@@ -224,7 +224,7 @@ def test_json_is_one_document_with_everything(capsys):
     about = json.loads(capsys.readouterr().out)
     assert about.keys() == {
         "recipe", "name", "method", "training", "model", "identity", "shape", "batch", "memory", "device_hours",
-        "rate_basis", "commands", "values", "warnings",
+        "rate_basis", "commands", "values", "warnings", "separate_reason",
     }  # fmt: skip
     assert about["batch"]["accumulation"] == 1
     assert about["model"] == {"path": "model", "params": 28_832, "adapted": None}

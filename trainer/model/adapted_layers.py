@@ -22,6 +22,14 @@ _NO_EFFECT: Final[Mapping[str, str]] = {
 }
 """By model type, a pattern of layers whose adapter would have no effect: the model multiplies the weight itself, at
 least in training (the first two), or PEFT 0.21 does not find it again when it loads a saved adapter (Laguna)."""
+_MAMBA_MIXER: Final = frozenset({"A_log", "D"})
+"""Parameters of every Mamba mixer. Its GPU kernels read the weights of `_MAMBA_READ` without calling the layers, so an
+adapter there would have an effect on a CPU only; PEFT refuses them for some model types."""
+_MAMBA_READ: Final = ("out_proj", "conv1d", "dt_proj", "x_proj")
+_LIKE_LINEAR: Final = frozenset({"FalconLinear"})
+"""Subclasses of `nn.Linear` with a forward of their own that computes W x + b."""
+_OWN_ADAPTERS: Final = "_adapter_list"
+"""Ends the names of Zamba2's own low-rank layers: each shared layer holds those of all its places, and uses one."""
 _UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
 """Classes of modules inside a language part that run only where there are images."""
 _ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
@@ -86,17 +94,30 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
 
     Left out are the parts beside the language part and inside of it those that run only where there are images: their
     adapters would never learn from text. Also left out are linear layers whose output is not W x + b, such as the
-    router of PhiMoE, which returns two tensors.
+    router of PhiMoE, which returns two tensors, and the layers that a Mamba mixer does not call.
     """
     patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, language_part(causal_lm))]
     for name, module in causal_lm.named_modules():
         if type(module).__name__ in _UNUSED_BY_TEXT:
             patterns.append(rf"{re.escape(name)}\..*")
-        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        elif name.endswith(_OWN_ADAPTERS):
+            patterns.append(_in_every_layer(name) + r"\..*")
+        elif module._parameters.keys() >= _MAMBA_MIXER:
+            patterns += [_in_every_layer(f"{name}.{child}") for child in _MAMBA_READ]
+        elif _is_unlike_linear(module):
             patterns.append(_in_every_layer(name))
     no_effect = _NO_EFFECT.get(causal_lm.config.get_text_config().model_type)
     patterns += [no_effect] if no_effect is not None else []
     return "|".join(dict.fromkeys(patterns)) or None
+
+
+def without_adapter(causal_lm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of the language part that cannot have an adapter, such as `out_proj`."""
+    excluded, part = re.compile(_excluded(causal_lm) or r"(?!)"), language_part(causal_lm)
+    inside = {id(module) for module in part.modules()}
+    named = [(name, module) for name, module in causal_lm.named_modules() if excluded.fullmatch(name)]
+    linear = [name for name, module in named if id(module) in inside and isinstance(module, nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _beside(module: nn.Module, part: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -124,3 +145,8 @@ def _in_every_layer(name: str) -> str:
 def _has_matrix(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return isinstance(module, BaseTunerLayer) or (weight is not None and weight.ndim >= 2)
+
+
+def _is_unlike_linear(module: nn.Module) -> bool:
+    has_other_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return has_other_forward and type(module).__name__ not in _LIKE_LINEAR

@@ -48,8 +48,16 @@ _SCALE_LEFT_OUT: Final = frozenset({"aya_vision", "cohere2_vision"})
 """Model types whose class in transformers ignores the `logit_scale` of their language model."""
 
 
-def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
-    """Load the base model in the compute dtype, from safetensors only, with packed attention.
+def load_base(
+    model: ModelSettings, device: torch.device, attention_name: str | None = attention.PACKED_ATTENTION
+) -> PreTrainedModel:
+    """Load the base model in the compute dtype, from safetensors only.
+
+    Args:
+        model: path, revision, dtype, quantization.
+        device: where the model goes.
+        attention_name: implementation of its attention; None is the model's own, which is also taken where the model's
+            code chooses attention by itself.
 
     Raises:
         ModelError: it cannot be loaded, with the reason.
@@ -64,14 +72,14 @@ def load_base(model: ModelSettings, device: torch.device) -> PreTrainedModel:
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
             dtype=getattr(torch, model.compute_dtype),
-            attn_implementation=attention.PACKED_ATTENTION,
+            attn_implementation=attention_name,
             output_loading_info=True,
             **(quantized_loading(model, device) if model.quantization is not None else {}),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if reason == repr(attention.PACKED_ATTENTION):
-            reason = "the model's code chooses attention by itself, so packed training would leak"
+        if reason == repr(attention_name):
+            return load_base(model, device, attention_name=None)
         raise ModelError(f"{model.path}: cannot be loaded: {reason}") from None
     if info["missing_keys"]:  # transformers would initialize them at random
         first, *others = sorted(info["missing_keys"])
