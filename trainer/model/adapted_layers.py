@@ -97,7 +97,10 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
     router of PhiMoE, which returns two tensors, and the layers that a Mamba mixer does not call.
     """
     patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, language_part(causal_lm))]
+    has_other_parts = bool(patterns)
     for name, module in causal_lm.named_modules():
+        if has_other_parts and name.rpartition(".")[2].isdigit() and not isinstance(module, nn.Linear):
+            patterns.append(_in_every_layer(name))  # PEFT shortens `visual.mlp.0` to `0`, which also names layer 0
         if type(module).__name__ in _UNUSED_BY_TEXT:
             patterns.append(rf"{re.escape(name)}\..*")
         elif name.endswith(_OWN_ADAPTERS):
