@@ -20,6 +20,8 @@ from trainer.planning.batching import KEEPS_STATE, rotary_switch, why_separate
 
 LENGTHS: Final = (12, 10, 11)
 """Tokens of the test sequences: before, tested, behind."""
+UNFIT: Final = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model's code raises where its signature or body does not fit the call."""
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Limit of the mean difference of logprobs between our pass and the model's own; rounding is far below it."""
 
@@ -59,7 +61,9 @@ def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) 
     layout = replace(batch.layout, max_len=max(batch.layout.max_len, max_seq_tokens))
     try:
         leak = _leak(policy, replace(batch, layout=layout))
-    except (AttributeError, TypeError, ValueError, ModelError) as error:  # its signature or body does not fit the call
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNFIT, ModelError) as error:
         return f"{name} cannot run packed sequences ({type(error).__name__}: {error})"
     if leak != 0.0:
         return f"{name} {KEEPS_STATE}"
@@ -121,7 +125,9 @@ def _verify_single(policy: Policy, device: torch.device) -> None:
             own = torch.cat([own_logprobs(model, each.token_ids, device) for each in sequences])
             *begin, last = sequences[0].token_ids
             changed = own_logprobs(model, (*begin, (last + 1) % policy.vocab_size), device)
-    except (AttributeError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNFIT as error:
         raise ModelError(
             f"{type(model).__name__} cannot run a sequence of tokens alone ({type(error).__name__}: {error})"
         ) from error
