@@ -61,8 +61,8 @@ def rotary_problem(config: Mapping[str, Any], max_seq_tokens: int) -> str | None
     if switch is None or max_seq_tokens <= switch:
         return None
     return (
-        f"data.max_seq_tokens: rft of {max_seq_tokens:,} tokens is not supported: the model's rotary factors change "
-        f"above {switch:,} tokens, in the middle of a completion; set it to {switch}"
+        f"rft of {max_seq_tokens:,} tokens is not supported: the model's rotary factors change above {switch:,} tokens, "
+        f"in the middle of a completion; set it to {switch}"
     )
 
 
