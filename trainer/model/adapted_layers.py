@@ -86,7 +86,8 @@ def language_part(causal_lm: PreTrainedModel) -> nn.Module:
 
 def beside_language_part(causal_lm: PreTrainedModel) -> list[nn.Module]:
     """The parts of a model that text does not pass, such as the vision tower and its projector."""
-    return [causal_lm.get_submodule(name) for name in _beside(causal_lm, language_part(causal_lm))]
+    names = _beside(causal_lm, language_part(causal_lm), causal_lm.get_output_embeddings())
+    return [causal_lm.get_submodule(name) for name in names]
 
 
 def _excluded(causal_lm: PreTrainedModel) -> str | None:
@@ -96,7 +97,8 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
     adapters would never learn from text. Also left out are linear layers whose output is not W x + b, such as the
     router of PhiMoE, which returns two tensors, and the layers that a Mamba mixer does not call.
     """
-    patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, language_part(causal_lm))]
+    part = language_part(causal_lm)
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in _beside(causal_lm, part, causal_lm.get_output_embeddings())]
     has_other_parts = bool(patterns)
     for name, module in causal_lm.named_modules():
         if has_other_parts and name.rpartition(".")[2].isdigit() and not isinstance(module, nn.Linear):
@@ -123,20 +125,24 @@ def without_adapter(causal_lm: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def _beside(module: nn.Module, part: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the largest parts of a backbone that do not contain the language part: `model.visual`.
+def _beside(module: nn.Module, part: nn.Module, head: nn.Module | None, prefix: str = "") -> Iterator[str]:
+    """Names of the largest parts of a model that do not contain the language part: `model.visual`.
+
+    There are none if the language part is a child of the model: then only the head and its layers are beside it.
 
     Args:
         module: contains the language part.
         part: the language part.
+        head: the head, which belongs to the language part.
         prefix: of the names.
     """
-    if module is part:
+    children = dict(module.named_children())
+    if module is part or (not prefix and any(child is part for child in children.values())):
         return
-    for name, child in module.named_children():
+    for name, child in children.items():
         if any(each is part for each in child.modules()):
-            yield from _beside(child, part, f"{prefix}{name}.")
-        elif prefix:  # what is beside the backbone, such as the head, PEFT leaves out or was refused
+            yield from _beside(child, part, head, f"{prefix}{name}.")
+        elif child is not head:
             yield f"{prefix}{name}"
 
 

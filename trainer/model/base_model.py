@@ -85,6 +85,8 @@ def load_base(
         first, *others = sorted(info["missing_keys"])
         raise ModelError(f"{model.path}: the weights lack {first} and {len(others)} more; is the directory complete?")
     if causal_lm.base_model is causal_lm:
+        _find_backbone(causal_lm)
+    if causal_lm.base_model is causal_lm:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no backbone apart from its head")
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{model.path}: {type(causal_lm).__name__} has no language-model head")
@@ -98,6 +100,16 @@ def load_base(
     else:  # it was quantized on the device
         keep_differentiable(causal_lm)
     return causal_lm.eval()
+
+
+def _find_backbone(causal_lm: PreTrainedModel) -> None:
+    """Let `base_model` be the backbone where the class names none: Llama 4, whose wrapper holds a causal model."""
+    inner = causal_lm
+    while isinstance(next_inner := getattr(inner, "language_model", getattr(inner, "model", None)), PreTrainedModel):
+        inner = next_inner
+    if inner is not causal_lm:
+        object.__setattr__(causal_lm, "text_backbone", inner)  # no second name for its parameters
+        causal_lm.base_model_prefix = "text_backbone"
 
 
 def _with_token_types(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
