@@ -48,12 +48,15 @@ Made by `scripts/model_matrix`; all numbers and reasons are in [models.json](mod
   untrained and loaded again, against its base; *sampler*: logprobs recorded while sampling against the trainer's.
 - Models of images and text train on rows of text: only their language part has adapters or trained parameters.
 - *sequences*: packed, or one by one where packing would change them; models.json has the reason (`separate`).
-
-Sequences one by one: each pass has one sequence and the model's own attention. Results are those of plain transformers; a
-step takes longer, because short sequences do not share passes: a row of 200 tokens costs a pass like one of 2,000. The local
-sampler then decodes with the model's own cache, one prompt's completions at a time; `rollout.sampler: vllm` is faster.
-`trainer check` says it where config.json tells; the run measures it before step 1, says it in the log and in attempts.jsonl.
 - *adapted*: layers that `lora.target_modules: all-linear` adapts; in *italics* those whose adapter gets no gradient.
+
+Sequences one by one: each pass has one sequence and the model's own attention, so results are those of plain
+transformers. Short sequences then do not share a pass, and a step takes longer. The local sampler decodes with the
+model's own cache, the completions of one prompt at a time. `trainer check` says so where config.json tells; the run
+measures it before step 1, says it in its log, and writes it to attempts.jsonl.
+
+Models that select tokens by a score without gradient (DeepSeek V3.2, GLM with DSA) have a *sampler* difference at single
+tokens: where two scores tie, one pass over a sequence and one token at a time may select differently.
 """
 
 

@@ -16,7 +16,7 @@ from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch
 from trainer.model.own_forward import attention_as, own_logprobs
 from trainer.model.policy import Policy
-from trainer.planning.batching import KEEPS_STATE, rotary_switch, why_separate
+from trainer.planning.batching import NOT_SEPARATED, rotary_switch, why_separate
 
 LENGTHS: Final = (12, 10, 11)
 """Tokens of the test sequences: before, tested, behind."""
@@ -50,11 +50,12 @@ def verify_packing(policy: Policy, device: torch.device, max_seq_tokens: int = 0
 
 def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) -> str | None:
     """Why sequences cannot be packed; None if packing is exact."""
-    config = policy.causal_lm.config.to_dict()
+    config = policy.config
     name = policy.causal_lm.config.model_type
     switch = rotary_switch(config)
     if switch is not None and max_seq_tokens > switch:
         return why_separate(config, max_seq_tokens)
+    leaks = why_separate(config, 0) or f"{name} {NOT_SEPARATED}"
     before, tested, behind = _sequences(policy.vocab_size)
     batch = Batch.pack([before, tested, behind], device)
     # the layers compare `max_len` with windows that they do not pass to attention
@@ -66,7 +67,7 @@ def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) 
     except (*UNFIT, ModelError) as error:
         return f"{name} cannot run packed sequences ({type(error).__name__}: {error})"
     if leak != 0.0:
-        return f"{name} {KEEPS_STATE}"
+        return leaks
     tolerance = TOLERANCE.get(policy.compute_dtype, 1e-3)
     with torch.no_grad():
         packed = policy(batch).logprobs
@@ -75,7 +76,7 @@ def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) 
         moved = (packed - swapped)[first:].abs().mean().item()
         # Equal numbers of rows give equal bits. With experts, the neighbour changes the number of rows of each expert.
         if not moved <= (tolerance if policy.has_experts else 0.0):
-            return f"{name} {KEEPS_STATE}"
+            return leaks
         with root_gathered(policy), attention_as(policy.causal_lm, "eager"):
             own = torch.cat(
                 [own_logprobs(policy.causal_lm, each.token_ids, device) for each in (before, tested, behind)]
