@@ -116,7 +116,7 @@ def train(directory: Path, method: str) -> tuple[str, str]:
     message = json.loads(outcome.read_text())["message"] if outcome.is_file() else said.strip().split(": ", 2)[-1]
     if code == 0:
         return "finished", ""
-    known = code == 2 or any(text in message for text in ("packed neighbours leak", "own forward pass", "sampler_kl"))
+    known = code == 2 or any(text in message for text in ("own forward pass", "no causal language model", "sampler_kl"))
     return ("REFUSED" if known else "CRASH"), message.split("; the checkpoint")[0].split(". Mend it")[0]
 
 

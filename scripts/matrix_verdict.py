@@ -49,6 +49,14 @@ Made by `scripts/model_matrix`; all numbers and reasons are in [models.json](mod
 - Models of images and text train on rows of text: only their language part has adapters or trained parameters.
 - *sequences*: packed, or one by one where packing would change them; models.json has the reason (`separate`).
 - *adapted*: layers that `lora.target_modules: all-linear` adapts; in *italics* those whose adapter gets no gradient.
+
+Sequences one by one: each pass has one sequence and the model's own attention, so results are those of plain
+transformers. Short sequences then do not share a pass, and a step takes longer. The local sampler decodes with the
+model's own cache, the completions of one prompt at a time. `trainer check` says so where config.json tells; the run
+measures it before step 1, says it in its log, and writes it to attempts.jsonl.
+
+Models that select tokens by a score without gradient (DeepSeek V3.2, GLM with DSA) have a *sampler* difference at
+single tokens: where two scores tie, one pass over a sequence and one token at a time may select differently.
 """
 
 

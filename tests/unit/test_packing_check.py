@@ -58,7 +58,7 @@ def test_rounding_by_the_neighbour_is_no_leak_where_there_are_experts(tmp_path):
 def test_rounding_by_the_neighbour_is_a_leak_where_there_are_none(tmp_path):
     policy = rounding(tiny_model_dir(tmp_path, "llama"))
     verify_packing(policy, CPU)
-    assert policy.separate_reason == "llama keeps state between packed sequences"
+    assert policy.separate_reason == "llama does not separate packed sequences"
 
 
 class OwnAttention(Policy):  # type: ignore[misc]
@@ -93,7 +93,7 @@ def test_the_cache_switched_on_leaks(own_attention):
     # With a cache, transformers builds no block mask: the second sequence sees the first.
     own_attention.use_cache = True
     verify_packing(own_attention, CPU)
-    assert own_attention.separate_reason == "llama keeps state between packed sequences"
+    assert own_attention.separate_reason == "llama does not separate packed sequences"
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])

@@ -16,10 +16,12 @@ from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch
 from trainer.model.own_forward import attention_as, own_logprobs
 from trainer.model.policy import Policy
-from trainer.planning.batching import KEEPS_STATE, rotary_switch, why_separate
+from trainer.planning.batching import NOT_SEPARATED, rotary_switch, why_separate
 
 LENGTHS: Final = (12, 10, 11)
 """Tokens of the test sequences: before, tested, behind."""
+UNFIT: Final = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model's code raises where its signature or body does not fit the call."""
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Limit of the mean difference of logprobs between our pass and the model's own; rounding is far below it."""
 
@@ -48,21 +50,24 @@ def verify_packing(policy: Policy, device: torch.device, max_seq_tokens: int = 0
 
 def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) -> str | None:
     """Why sequences cannot be packed; None if packing is exact."""
-    config = policy.causal_lm.config.to_dict()
+    config = policy.config
     name = policy.causal_lm.config.model_type
     switch = rotary_switch(config)
     if switch is not None and max_seq_tokens > switch:
         return why_separate(config, max_seq_tokens)
+    leaks = why_separate(config, 0) or f"{name} {NOT_SEPARATED}"
     before, tested, behind = _sequences(policy.vocab_size)
     batch = Batch.pack([before, tested, behind], device)
     # the layers compare `max_len` with windows that they do not pass to attention
     layout = replace(batch.layout, max_len=max(batch.layout.max_len, max_seq_tokens))
     try:
         leak = _leak(policy, replace(batch, layout=layout))
-    except (AttributeError, TypeError, ValueError, ModelError) as error:  # its signature or body does not fit the call
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNFIT, ModelError) as error:
         return f"{name} cannot run packed sequences ({type(error).__name__}: {error})"
     if leak != 0.0:
-        return f"{name} {KEEPS_STATE}"
+        return leaks
     tolerance = TOLERANCE.get(policy.compute_dtype, 1e-3)
     with torch.no_grad():
         packed = policy(batch).logprobs
@@ -71,7 +76,7 @@ def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) 
         moved = (packed - swapped)[first:].abs().mean().item()
         # Equal numbers of rows give equal bits. With experts, the neighbour changes the number of rows of each expert.
         if not moved <= (tolerance if policy.has_experts else 0.0):
-            return f"{name} {KEEPS_STATE}"
+            return leaks
         with root_gathered(policy), attention_as(policy.causal_lm, "eager"):
             own = torch.cat(
                 [own_logprobs(policy.causal_lm, each.token_ids, device) for each in (before, tested, behind)]
@@ -121,7 +126,9 @@ def _verify_single(policy: Policy, device: torch.device) -> None:
             own = torch.cat([own_logprobs(model, each.token_ids, device) for each in sequences])
             *begin, last = sequences[0].token_ids
             changed = own_logprobs(model, (*begin, (last + 1) % policy.vocab_size), device)
-    except (AttributeError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNFIT as error:
         raise ModelError(
             f"{type(model).__name__} cannot run a sequence of tokens alone ({type(error).__name__}: {error})"
         ) from error

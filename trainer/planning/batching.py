@@ -10,10 +10,20 @@ ATTENTION_LAYERS: Final = frozenset({"full_attention", "sliding_attention", "chu
 STATEFUL: Final = frozenset(
     {"bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2"}
     | {"lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe"}
-    | {"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"}
+    | {"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"}
+    | {"lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 )
 """Model types with convolutions or recurrent layers, whose state would run over the border of packed sequences."""
+UNPACKED: Final = frozenset(
+    {"axk2", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "bloom", "codegen", "deepseek_ocr2"}
+    | {"deepseek_v32", "deepseek_vl_hybrid", "doge", "dots3_note_text", "falcon", "git", "glm5_next", "glm_moe_dsa"}
+    | {"gpt_neo", "gpt_neox_japanese", "gptj", "hy_v4", "inkling2", "inkling2_text", "inkling_text", "marian", "mbart"}
+    | {"mistral_large4", "mpt", "mvp", "nemotron", "openai-gpt", "pegasus", "plbart", "qwen4_exp", "qwen4_exp_text"}
+    | {"stablelm", "trocr", "xglm"}
+)
+"""Model types whose code does not run packs, or does not separate their sequences (docs/models.md)."""
 KEEPS_STATE: Final = "keeps state between packed sequences"
+NOT_SEPARATED: Final = "does not separate packed sequences"
 LENGTH_DEPENDENT: Final = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose factors depend on the length of the longest sequence of a batch."""
 
@@ -44,7 +54,7 @@ def why_separate(config: Mapping[str, Any], max_seq_tokens: int) -> str | None:
         word in str(kind) for kind in other for word in ("linear", "mamba", "conv", "recurrent")
     ):
         return f"{name} {KEEPS_STATE}"
-    return None
+    return f"{name} {NOT_SEPARATED}" if name in UNPACKED else None
 
 
 def rotary_problem(config: Mapping[str, Any], max_seq_tokens: int) -> str | None:
@@ -61,8 +71,8 @@ def rotary_problem(config: Mapping[str, Any], max_seq_tokens: int) -> str | None
     if switch is None or max_seq_tokens <= switch:
         return None
     return (
-        f"data.max_seq_tokens: rft of {max_seq_tokens:,} tokens is not supported: the model's rotary factors change "
-        f"above {switch:,} tokens, in the middle of a completion; set it to {switch}"
+        f"rft of {max_seq_tokens:,} tokens is not supported: the model's rotary factors change above {switch:,} "
+        f"tokens, in the middle of a completion; set it to {switch}"
     )
 
 

@@ -43,7 +43,7 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
             policy.shard(world.mesh, world.device)
     rotary = rotary_problem(policy.config, recipe.data.max_seq_tokens)
     if isinstance(plan, RFTPlan) and rotary is not None:
-        raise ModelError(rotary)
+        raise ModelError(f"data.max_seq_tokens: {rotary}")
     verify_packing(policy, world.device, recipe.data.max_seq_tokens)
     # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
     learner = Learner(policy, world, _never if is_sharded else stop.is_urgent)
