@@ -23,6 +23,7 @@ from torch import nn
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.model.batch import Batch
+from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Policy, load_policy
 from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import SampleRequest, SamplingParams
@@ -31,13 +32,14 @@ from trainer.worker import main as run_worker
 CPU: Final = torch.device("cpu")
 LENGTHS: Final = (12, 21, 9)
 """Longer than the windows of the tiny models, on both sides of the lengths at which rotary embeddings change."""
+MAX_SEQ_TOKENS: Final = 128
 UNTOUCHED: Final = ("A_log", "dt_bias", "inv_freq", "rotary")
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "sft": {"method": "sft", "data": {"train": "rows.jsonl", "max_seq_tokens": 128}},
-    "full": {"method": "sft", "lora": None, "data": {"train": "rows.jsonl", "max_seq_tokens": 128}},
+    "sft": {"method": "sft", "data": {"train": "rows.jsonl", "max_seq_tokens": MAX_SEQ_TOKENS}},
+    "full": {"method": "sft", "lora": None, "data": {"train": "rows.jsonl", "max_seq_tokens": MAX_SEQ_TOKENS}},
     "rft": {
         "method": "rft",
-        "data": {"train": "prompts.jsonl", "max_seq_tokens": 128},
+        "data": {"train": "prompts.jsonl", "max_seq_tokens": MAX_SEQ_TOKENS},
         "rollout": {"group_size": 4, "max_completion_tokens": 8},
         "rewards": [{"use": "soft_overlong", "args": {"max_characters": 16, "ramp_characters": 16}}],
     },
@@ -114,7 +116,7 @@ def train(directory: Path, method: str) -> tuple[str, str]:
     message = json.loads(outcome.read_text())["message"] if outcome.is_file() else said.strip().split(": ", 2)[-1]
     if code == 0:
         return "finished", ""
-    known = code == 2 or any(text in message for text in ("packed neighbours leak", "own forward pass", "sampler_kl"))
+    known = code == 2 or any(text in message for text in ("own forward pass", "no causal language model", "sampler_kl"))
     return ("REFUSED" if known else "CRASH"), message.split("; the checkpoint")[0].split(". Mend it")[0]
 
 
@@ -143,6 +145,7 @@ class Measures:
         """The project's policy, its trained parameters moved away from their initial values."""
         settings = ModelSettings(path=str(self.directory / "model"), compute_dtype="float32")
         policy = load_policy(settings, lora, 0, CPU).eval()
+        verify_packing(policy, CPU, MAX_SEQ_TOKENS)
         if lora is not None:
             generator = torch.Generator().manual_seed(3)
             with torch.no_grad():
@@ -154,12 +157,14 @@ class Measures:
         """With an adapter on all linear layers."""
         return self.policy(LoraSettings(rank=4))
 
-    def logprobs(self) -> dict[str, float]:
-        """Base model: alone against plain, packed against alone, and what leaks."""
+    def logprobs(self) -> dict[str, Any]:
+        """Base model: alone against plain, packed against alone, and what leaks; or why sequences are not packed."""
         policy = self.adapted()
         with policy.adapter_off(), torch.no_grad():
             alone = torch.cat([_ours(policy, [each]) for each in self.sequences])
-        numbers = {"alone": _largest(alone - self.plain_logprobs)}
+        numbers: dict[str, Any] = {"alone": _largest(alone - self.plain_logprobs)}
+        if policy.separate_reason is not None:
+            return numbers | {"separate": policy.separate_reason}
         with policy.adapter_off(), torch.no_grad():
             packed = _ours(policy, self.sequences)
         numbers["packed"] = _largest(packed - alone)
@@ -181,8 +186,7 @@ class Measures:
         gradients = _by_key(plain, theirs, _gradients(expected.sum(), theirs))
         found: dict[str, Any] = {"adapts": _kinds_of_layers(trained)}
         policy.train()
-        packs = [self.sequences] if self.packs_exactly(policy) else [[each] for each in self.sequences]
-        ours = torch.cat([_ours(policy, pack) for pack in packs])
+        ours = self.as_trained(policy)
         found["adapter"] = _largest(ours - expected)
         own = _gradients(ours.sum(), trained)
         found["adapter_gradient"] = _relative(_by_key(policy.adapters.model, trained, own), gradients)
@@ -203,8 +207,7 @@ class Measures:
         expected = torch.cat([_plain(plain, each) for each in self.sequences])
         gradients = _gradients(expected.sum(), theirs)
         policy.train()
-        packs = [self.sequences] if self.packs_exactly(policy) else [[each] for each in self.sequences]
-        ours = torch.cat([_ours(policy, pack) for pack in packs])
+        ours = self.as_trained(policy)
         numbers["full_gradient"] = _relative(_gradients(ours.sum(), trained), gradients)
         return numbers
 
@@ -224,15 +227,10 @@ class Measures:
                 worst = max(worst, _largest(ours - torch.tensor(completion.logprobs)))
         return {"sampler": worst}
 
-    @torch.no_grad()
-    def packs_exactly(self, policy: Policy) -> bool:
-        """Whether the pack gives what the sequences alone give, roughly."""
-        try:
-            packed = _ours(policy, self.sequences)
-        except Exception:  # a model's code may fail in any way; the run says how
-            return False
-        alone = torch.cat([_ours(policy, [each]) for each in self.sequences])
-        return _largest(packed - alone) < 1e-3
+    def as_trained(self, policy: Policy) -> torch.Tensor:
+        """Logprobs of all sequences, in one pack or one by one."""
+        packs = [self.sequences] if policy.separate_reason is None else [[each] for each in self.sequences]
+        return torch.cat([_ours(policy, pack) for pack in packs])
 
 
 def measure(directory: Path, family: str, found: dict[str, Any]) -> None:

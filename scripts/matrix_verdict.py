@@ -23,6 +23,8 @@ NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
     "full": ("alone", "packed", "leak", "full_gradient", "saved"),
     "rft": ("alone", "packed", "leak", "adapter", "adapter_gradient", "sampler"),
 }
+OF_PACKS: Final = ("packed", "leak")
+"""What is not measured where sequences are trained one by one."""
 MEASURED_BY: Final[Mapping[str, str]] = {
     "alone": "logprobs", "packed": "logprobs", "leak": "logprobs", "adapter": "adapter",
     "adapter_gradient": "adapter", "full_gradient": "full", "saved": "full", "sampler": "sampler",
@@ -44,7 +46,17 @@ Made by `scripts/model_matrix`; all numbers and reasons are in [models.json](mod
   neighbour's embeddings, which must be 0; *gradients*: of the adapter against plain PEFT, of all parameters against
   plain transformers, relative to the largest entry; *saved*: logprobs of a full-parameter model that was saved
   untrained and loaded again, against its base; *sampler*: logprobs recorded while sampling against the trainer's.
+- Models of images and text train on rows of text: only their language part has adapters or trained parameters.
+- *sequences*: packed, or one by one where packing would change them; models.json has the reason (`separate`).
 - *adapted*: layers that `lora.target_modules: all-linear` adapts; in *italics* those whose adapter gets no gradient.
+
+Sequences one by one: each pass has one sequence and the model's own attention, so results are those of plain
+transformers. Short sequences then do not share a pass, and a step takes longer. The local sampler decodes with the
+model's own cache, the completions of one prompt at a time. `trainer check` says so where config.json tells; the run
+measures it before step 1, says it in its log, and writes it to attempts.jsonl.
+
+Models that select tokens by a score without gradient (DeepSeek V3.2, GLM with DSA) have a *sampler* difference at
+single tokens: where two scores tie, one pass over a sequence and one token at a time may select differently.
 """
 
 
@@ -61,12 +73,13 @@ def verdict(record: Mapping[str, Any], method: str) -> tuple[str, str]:
     if outcome != "finished":
         return outcome, message
     numbers, errors = record["numbers"], record["errors"]
-    for name in NEEDED[method]:
+    needed = [name for name in NEEDED[method] if "separate" not in numbers or name not in OF_PACKS]
+    for name in needed:
         if name in numbers and not numbers[name] <= LIMITS[name]:
             return "WRONG", f"{name} {numbers[name]:.2g}"
     if method != "full" and numbers.get("dead"):
         return "WRONG", f"adapters that never learn: {', '.join(numbers['dead'])}"
-    for name in NEEDED[method]:
+    for name in needed:
         if name not in numbers:
             reason = errors.get(MEASURED_BY[name]) or errors.get("plain") or record.get("died", "not measured")
             return "CRASH", f"{name} not measured: {reason}"
@@ -94,8 +107,9 @@ def table(records: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> 
             if name != "RIGHT":
                 reasons.setdefault(f"{name}: {_without_details(why)}", []).append(f"{record['family']} ({method})")
         numbers = record.get("numbers", {})
+        sequences = "one by one" if "separate" in numbers else "packed"
         trains = "RIGHT" in {name for name, _ in found.values()}
-        cells = [record["family"], *(found[method][0] for method in METHODS), "packed" if trains else ""]
+        cells = [record["family"], *(found[method][0] for method in METHODS), sequences if trains else ""]
         dead = numbers.get("dead", ())
         cells += [", ".join(f"*{name}*" if name in dead else name for name in numbers.get("adapts", ()))]
         cells += [f"{numbers[column]:.1g}" if column in numbers else "" for column in _COLUMNS]

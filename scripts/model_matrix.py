@@ -37,7 +37,9 @@ VERSIONS: Final = {"transformers": transformers.__version__, "peft": peft.__vers
 def main() -> int:
     """Measure the families asked for, write the table; 0 whatever the verdicts are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families or variants; all when left out")
+    parser.add_argument(
+        "--only", nargs="+", metavar="FAMILY", help="these families, the page keeps its others; all when left out"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="families at the same time")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the cache")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where models.md and models.json go")
@@ -52,6 +54,9 @@ def main() -> int:
     sources = _sources_digest()
     records = _measured(chosen, sources, max(1, arguments.jobs), is_fresh=arguments.fresh)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    records += _kept(
+        arguments.out / "models.json", {record["family"] for record in records} if arguments.only else None
+    )
     (arguments.out / "models.md").write_text(table(records, VERSIONS), encoding="utf-8")
     verdicts = [
         {**record, "verdicts": {method: verdict(record, method) for method in METHODS}}
@@ -62,6 +67,21 @@ def main() -> int:
     (arguments.out / "models.json").write_text(document, encoding="utf-8")
     print(f"written: {arguments.out / 'models.md'}", file=sys.stderr)
     return 0
+
+
+def _kept(file: Path, measured: set[str] | None) -> list[dict[str, Any]]:
+    """What the page holds of other families, so that a few can be measured again; none of other versions.
+
+    Args:
+        file: the models.json of the page.
+        measured: families that are new; None if all are, and nothing is kept.
+    """
+    if measured is None or not file.is_file():
+        return []
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if document["versions"] != VERSIONS:
+        return []
+    return [record for record in document["families"] if record["family"] not in measured]
 
 
 def _measured(chosen: list[str], sources: str, jobs: int, *, is_fresh: bool) -> list[dict[str, Any]]:

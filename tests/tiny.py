@@ -62,13 +62,15 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     },
     "qwen3_next": {**_EXPERTS, **_LINEAR, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
+    "diffllama": {},
     "falcon": {},
     "stablelm": {},
     "mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2},
 }
 """Families worth a test: windows of 8 tokens, soft caps (gemma2), stored buffers (gemma4_text), sinks (gpt_oss),
-experts; and what is refused: windows only in the mask (qwen2_moe), recurrent state (qwen3_next),
-convolutions (lfm2), attention of their own (the rest).
+experts; and what is not packed: windows only in the mask (qwen2_moe), recurrent state (qwen3_next, mamba2),
+convolutions (lfm2), attention of their own (falcon, stablelm, mpt). diffllama packs, but decodes with its own cache.
 """
 
 

@@ -33,7 +33,11 @@ def users_of(name: str) -> set[str]:
         ("flex_attention", {"model/attention.py"}),
         ("scaled_dot_product_attention", {"model/attention.py"}),
         # A decoder reads the structure of the model; everything else asks the policy.
-        ("causal_lm", {"model/policy.py", "model/packing_check.py", "sampling/decoder.py", "sampling/fused.py"}),
+        (
+            "causal_lm",
+            {"model/policy.py", "model/packing_check.py"}
+            | {f"sampling/{name}.py" for name in ("decoder", "fused", "own_decoder")},
+        ),
         ("get_peft_model", {"model/adapters.py"}),
     ],
 )

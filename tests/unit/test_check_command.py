@@ -224,10 +224,10 @@ def test_json_is_one_document_with_everything(capsys):
     about = json.loads(capsys.readouterr().out)
     assert about.keys() == {
         "recipe", "name", "method", "training", "model", "identity", "shape", "batch", "memory", "device_hours",
-        "rate_basis", "commands", "values", "warnings",
+        "rate_basis", "commands", "values", "warnings", "separate_reason",
     }  # fmt: skip
     assert about["batch"]["accumulation"] == 1
-    assert about["model"] == {"path": "model", "params": 28_832}
+    assert about["model"] == {"path": "model", "params": 28_832, "adapted": None}
     assert about["values"]["lora.rank"] == {"value": 4, "origin": "recipe.yaml:6"}
     assert about["values"]["lora.alpha"] == {"value": 32.0, "origin": "default"}
     assert about["memory"]["total_gib"] == pytest.approx(sum(about["memory"]["parts_gib"].values()))

@@ -67,3 +67,15 @@ def test_dropout_acts_while_learning_and_not_otherwise():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_a_model_may_write_into_the_output_of_an_adapted_layer():
+    """As Gemma 3n does: its code multiplies a projection in place."""
+    model = adapted(fused=True)
+    x = torch.randn(2, 3, 6, dtype=torch.double)
+    expected = 2 * model(x)
+    output = model(x)
+    output *= 2
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    assert all(value.grad is not None for name, value in model.named_parameters() if "lora_B" in name)

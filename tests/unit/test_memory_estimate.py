@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from small_recipe import RFT, SFT, write_small
+from tiny import tiny_model
 
 from trainer.config.load import find_shape, load_recipe
 from trainer.config.recipe import LoraSettings
 from trainer.config.shape import TrainingShape
 from trainer.model import attention, kv_cache, lm_head
+from trainer.model.adapters import RUN_ADAPTER, Adapters
 from trainer.planning import activations, memory
 from trainer.planning.activations import Pass
 from trainer.planning.longest_pack import longest_pack
-from trainer.planning.model_facts import ModelFacts
+from trainer.planning.model_facts import ADAPTED_EXPERTS, ModelFacts
 from trainer.planning.remedies import find_remedies
 from trainer.sampling import fused
 
@@ -171,3 +174,47 @@ def test_experts_that_peft_leaves_alone_have_no_adapter():
     lora = LoraSettings(rank=4)
     attention_only = 2 * 4 * sum(i + o for _, i, o in left.attention_linears())
     assert left.lora_params(lora) == attention_only < adapted.lora_params(lora)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")  # PEFT's own, of experts that it does adapt
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "gpt_oss", "qwen2_moe", "gemma4_text"])
+def test_adapter_parameters_are_those_that_peft_makes(arch: str) -> None:
+    model = tiny_model(arch)
+    facts = ModelFacts.from_config(model.config.to_dict())
+    assert facts is not None
+    lora = LoraSettings(rank=4)
+    adapters = Adapters(model)
+    adapters.add(RUN_ADAPTER, lora, 0)
+    made = sum(value.numel() for value in adapters.parameters(RUN_ADAPTER).values())
+    once = 4 * (facts.hidden + facts.layers * facts.per_layer_width) if facts.per_layer_width else 0
+    routers = 2 * 4 * (facts.hidden + 1) if arch == "qwen2_moe" else 0  # of the shared expert, negligible
+    assert facts.lora_params(lora) + once + routers == made
+
+
+def test_gpt_oss_adapts_attention_only() -> None:
+    config = {
+        "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "head_dim": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "vocab_size": 201_088,
+        "num_local_experts": 32, "num_experts_per_tok": 4,
+    }  # fmt: skip
+    facts = ModelFacts.from_config(config)
+    assert facts is not None
+    assert facts.lora_params(LoraSettings(rank=16)) == 24 * 16 * (2 * (2880 + 4096) + 2 * (2880 + 512)) == 7_962_624
+    assert facts.adapted_parts == "attention; the 32 experts of a block and the router get no adapter"
+    mixed = ModelFacts.from_config({**config, "model_type": "qwen3_moe"})
+    assert mixed is not None
+    assert mixed.adapted_parts == "attention, router and the 32 experts of a block"
+
+
+def test_adapted_experts_are_those_of_the_installed_peft() -> None:
+    known = {name for name, base in _MODEL_TO_CONVERSION_PATTERN.items() if base in _MOE_TARGET_MODULE_MAPPING}
+    assert {name for name in known if name.islower()} == ADAPTED_EXPERTS
+
+
+def test_embeddings_of_each_block_are_counted() -> None:
+    model = tiny_model("gemma4_text")
+    facts = ModelFacts.from_config(model.config.to_dict())
+    assert facts is not None
+    actual = sum(parameter.numel() for parameter in model.parameters())
+    assert facts.per_layer_params > 0.1 * actual
+    assert abs(facts.params - actual) < 0.01 * actual

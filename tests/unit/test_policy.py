@@ -294,6 +294,9 @@ def test_a_directory_without_an_adapter_is_refused(model_dir, adapter_dir, spoil
     ("modules", "message"),
     [
         (["query"], r"lora.target_modules: no module is called `query`; the model has down_proj, .*q_proj"),
+        (["q_proj", "k_porj"], r"lora.target_modules: no module is called `k_porj`; did you mean `k_proj`\?"),
+        (["q_proj", "self_attn"], r"lora.target_modules: no module is called `self_attn`; the model has down_proj,"),
+        (["q_proj", "embed_tokens"], r"lora.target_modules: `embed_tokens` is an embedding"),
         (["q_proj", "lm_head"], r"lora.target_modules: the head cannot have an adapter; leave it out"),
     ],
 )

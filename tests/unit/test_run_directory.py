@@ -95,6 +95,16 @@ def test_attempts_leave_out_a_line_that_a_power_cut_damaged(run):
     assert run.read_attempts() == [{"attempt": 1, "host": "a"}, {"attempt": 2, "host": "b"}]
 
 
+def test_a_fact_is_added_to_the_record_of_its_attempt_only(run):
+    first, second = run.take_attempt({"host": "a"}), run.take_attempt({"host": "b"})
+    run.note_attempt(second, {"sequences": "packed"})
+    run.note_attempt(first, {"sequences": "lfm2 keeps state between packed sequences"})
+    assert run.read_attempts() == [
+        {"attempt": 1, "host": "a", "sequences": "lfm2 keeps state between packed sequences"},
+        {"attempt": 2, "host": "b", "sequences": "packed"},
+    ]
+
+
 def test_an_attempt_that_was_overtaken_is_stopped(run):
     first = run.take_attempt({})
     run.refuse_stale(first)

@@ -26,13 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from trainer.config.arguments import add_recipe_arguments
 from trainer.config.load import config_dirs
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FINISHED, EXIT_USER, ModelError, ShapeError, TrainerError
-from trainer.model import attention
+from trainer.model.attention import EAGER_MAX_TOKENS
+from trainer.model.base_model import empty_model
 from trainer.model.policy import Policy, Reference, make_policy
 from trainer.planning.choose_shape import reachable_shapes
 from trainer.planning.longest_pack import longest_pack
@@ -135,7 +136,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
     begin, recipe = time.perf_counter(), plan.recipe
     lengths = longest_pack(recipe, plan.shape)
     if plan.shape.device == "cuda":  # GPU kernels never keep scores; on the CPU only sequences above this length do not
-        lengths = [max(length, attention.EAGER_MAX_TOKENS + 1) for length in lengths]
+        lengths = [max(length, EAGER_MAX_TOKENS + 1) for length in lengths]
     real = longest_batch(lengths, config.get_text_config().vocab_size, recipe, CPU)
     policy = _on_meta(plan, config)
     storages = LiveStorages()
@@ -162,17 +163,11 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
 def _on_meta(plan: Plan, config: PretrainedConfig) -> Policy:
     """Build the policy on the meta device."""
     model, dtype = plan.recipe.model, getattr(torch, plan.recipe.model.compute_dtype)
-    attention.register()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # PEFT does not convert adapters on the meta device
     try:
         with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=attention.PACKED_ATTENTION,
-                trust_remote_code=model.trust_remote_code,
-            )
+            causal_lm = empty_model(config, dtype, trust_remote_code=model.trust_remote_code)
             causal_lm.requires_grad_(False)
             return make_policy(causal_lm.eval(), model, plan.recipe.lora, plan.recipe.seed)
     finally:

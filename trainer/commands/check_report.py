@@ -36,6 +36,8 @@ class ModelReport:
 
     path: str
     params: int | None
+    adapted: str | None
+    """Which parts of a mixture of experts get adapters; None for other models, full training and chosen modules."""
 
 
 @final
@@ -75,6 +77,8 @@ class BatchReport:
     steps_per_epoch: float | None
     steps: int
     epochs: float | None
+    is_separate: bool
+    """Each micro-batch has one sequence."""
 
 
 @final
@@ -116,6 +120,8 @@ class CheckReport:
     commands: Mapping[str, str]
     values: Mapping[str, ValueReport]
     warnings: Sequence[str]
+    separate_reason: str | None = None
+    """Why sequences are trained one by one."""
 
 
 def describe_plan(plan: Plan, recipe_file: str, overrides: Sequence[str] = ()) -> CheckReport:
@@ -132,7 +138,7 @@ def describe_plan(plan: Plan, recipe_file: str, overrides: Sequence[str] = ()) -
         name=recipe.name,
         method=recipe.method,
         training="lora" if recipe.lora is not None else "full",
-        model=ModelReport(recipe.model.path, plan.facts.params if plan.facts else None),
+        model=_model(plan),
         identity=plan.identity_hash,
         shape=ShapeReport(shape.name, describe_devices(shape), plan.origins["shape"], _limits(plan)),
         batch=_batch(plan),
@@ -142,7 +148,15 @@ def describe_plan(plan: Plan, recipe_file: str, overrides: Sequence[str] = ()) -
         commands=_commands(shape, recipe_file, overrides),
         values=_values(plan),
         warnings=plan.warnings,
+        separate_reason=plan.separate_reason,
     )
+
+
+def _model(plan: Plan) -> ModelReport:
+    lora, facts = plan.recipe.lora, plan.facts
+    is_all = lora is not None and lora.target_modules == "all-linear"
+    adapted = facts.adapted_parts if facts is not None and is_all else None
+    return ModelReport(plan.recipe.model.path, facts.params if facts is not None else None, adapted)
 
 
 def _limits(plan: Plan) -> LimitsReport:
@@ -164,6 +178,7 @@ def _batch(plan: Plan) -> BatchReport:
         steps_per_epoch=plan.steps_per_epoch,
         steps=plan.steps,
         epochs=plan.steps / plan.steps_per_epoch if plan.steps_per_epoch else None,
+        is_separate=plan.separate_reason is not None,
     )
 
 
@@ -220,9 +235,11 @@ def report_lines(
     is_dim = [each.origin == "default" for each in report.values.values()] if is_colored else None
     return [
         f"{report.name}: {report.method}, {kind} of {report.model.path}{size}",
+        *([f"adapts  {report.model.adapted}"] if report.model.adapted else []),
         f"shape   {shape.name} ({shape.devices}), by {shape.chosen_by}",
         f"        supports {kind} of up to {limits.max_params_b:g} B parameters at "
         f"{limits.max_seq_tokens:,} tokens (limits {limits.basis})",
+        *((f"sequences one by one: {report.separate_reason}",) if report.separate_reason else ()),
         *("", "batch", *table_lines(_batch_rows(report.batch), indent=2, width=width)),
         *("", *_memory_lines(report.memory)),
         *("", _hours_line(report)),
@@ -249,7 +266,8 @@ def _batch_rows(batch: BatchReport) -> list[tuple[str, str, str, str]]:
     content = _count(batch.rows_per_step, unit)
     content += f" of about {batch.row_tokens:,.0f} tokens" if batch.row_tokens else ""
     content += "" if is_sft else f" x {batch.sequences_per_step // batch.rows_per_step} completions"
-    micro = f"micro-batches of {batch.micro_batch_tokens:,} tokens x {_count(batch.num_ranks, 'rank')}"
+    size = "one sequence" if batch.is_separate else f"{batch.micro_batch_tokens:,} tokens"
+    micro = f"micro-batches of {size} x {_count(batch.num_ranks, 'rank')}"
     rows = [("global batch", content, "=", total)]
     if batch.accumulation:
         rows.append(("", f"{micro} x {batch.accumulation:,} accumulated", ">=", "the global batch"))

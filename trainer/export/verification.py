@@ -8,12 +8,13 @@ from typing import Final, final
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.sources import read_rows
 from trainer.data.tokens import TokenSequence
 from trainer.export.weights import CPU
+from trainer.model.base_model import model_class
 from trainer.model.batch import Batch
 from trainer.model.own_forward import own_logprobs
 from trainer.model.policy import Policy, score
@@ -95,7 +96,8 @@ def sample_rows(plan: Plan) -> Sample:
 
 def load_plain(path: str, revision: str | None = None) -> PreTrainedModel:
     """A model as transformers alone loads it, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
+    kind = model_class(path, revision)
+    model: PreTrainedModel = kind.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
     return model.eval()
 
 

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from trainer.config.recipe import LoraSettings
 from trainer.config.unsupported import HEAD_ADAPTER, warm_start_problem
 from trainer.errors import ModelError
+from trainer.model.adapted_layers import lora_config, refuse_lost, refuse_unmatched
 from trainer.model.batch import TokenOwners
 from trainer.model.lora_linear import FusedLinear, Routing, use_fused_linear
-from trainer.planning.module_names import target_problems
 
 RUN_ADAPTER: Final = "default"
 """The adapter of a run. PEFT's own name for a single one: it is part of the parameter names in checkpoints."""
@@ -69,11 +69,10 @@ class Adapters:
             ModelError: the target modules do not exist or do not support an adapter.
         """
         assert name not in self._parameter_names
-        config = _peft_config(lora)
+        config = lora_config(self._base, lora)
         is_quantized = getattr(self._base, "is_quantized", False)
         if not is_quantized:  # for 4-bit weights PEFT has a layer of its own
             use_fused_linear(config)
-        self._refuse_unknown_targets(lora)
         known = {id(parameter) for parameter in self._base.parameters()}
         devices = [self._base.device] if self._base.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -86,11 +85,15 @@ class Adapters:
                 else:
                     self._peft.add_adapter(name, config, autocast_adapter_dtype=False)
             except ValueError as error:
+                refuse_unmatched(self._base, lora.target_modules)
                 raise ModelError(f"lora.target_modules: {error}") from None
+        if isinstance(lora.target_modules, list):
+            refuse_unmatched(self._base, self.config(name).target_modules)
         if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
             raise ModelError(f"lora.target_modules: {HEAD_ADAPTER}")
         named = sorted(self._peft.named_parameters())
         self._parameter_names[name] = tuple(key for key, value in named if id(value) not in known)
+        refuse_lost(self._peft, name, self.parameters(name))
         self._train_all()
         if is_quantized:  # PEFT made them in the dtype of the base's weights, which are bytes
             for parameter in self.parameters(name).values():
@@ -102,14 +105,6 @@ class Adapters:
             problem = warm_start_problem(lora, Path(lora.warm_start), self.config(name).alpha_pattern)
             if problem is not None:
                 raise ModelError(f"lora.warm_start: {problem}")
-
-    def _refuse_unknown_targets(self, lora: LoraSettings) -> None:
-        if lora.target_modules == "all-linear":
-            return
-        names = [name for name, module in self._base.named_modules() if _has_matrix(module)]
-        problems = target_problems(lora.target_modules, names)
-        if problems:
-            raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their name in the model, sorted."""
@@ -200,21 +195,3 @@ class Adapters:
 
 def _is_unroutable(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and not isinstance(module, FusedLinear)
-
-
-def _peft_config(lora: LoraSettings) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module has a weight of two or more dimensions, as linear layers have, with or without an adapter."""
-    weight = module._parameters.get("weight")
-    return isinstance(module, BaseTunerLayer) or (weight is not None and weight.ndim >= 2)

@@ -65,7 +65,9 @@ def tiled_logprobs(
     return logprobs, entropy
 
 
-def _log_softmax(logits: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor | None]:
+def transformed_log_softmax(
+    logits: torch.Tensor, transform: LogitTransform
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[n, V] float32 log-softmax of raw logits, and the derivative of the soft cap."""
     logits = logits.float()
     slope = None
@@ -121,7 +123,7 @@ class _TiledLogprobs(torch.autograd.Function):
             logits = torch.nn.functional.linear(hidden[tile], weight, bias)
             for block in _slices(len(logits), _block_rows(logits)):
                 rows = slice(tile.start + block.start, tile.start + block.stop)
-                log_softmax, slope = _log_softmax(logits[block], transform)
+                log_softmax, slope = transformed_log_softmax(logits[block], transform)
                 logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
                 if with_entropy:
                     entropy[rows] = -(log_softmax.exp() * log_softmax).sum(-1)
@@ -151,7 +153,7 @@ class _TiledLogprobs(torch.autograd.Function):
             logits = torch.nn.functional.linear(hidden[tile], weight, bias)
             for block in _slices(len(logits), _block_rows(logits)):
                 rows = slice(tile.start + block.start, tile.start + block.stop)
-                log_softmax, slope = _log_softmax(logits[block], ctx.transform)
+                log_softmax, slope = transformed_log_softmax(logits[block], ctx.transform)
                 residual = _residual(log_softmax, targets[rows], slope, ctx.transform).mul_(grad[rows, None])
                 if grad_bias is not None:
                     grad_bias += residual.sum(0)

@@ -106,6 +106,12 @@ def use_fused_linear(config: peft.LoraConfig) -> None:
     config._register_custom_module({nn.Linear: FusedLinear})
 
 
+def _shaped_as(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[T, out] as [..., out], not as a view: some models (Gemma 3n) write into the output of a layer."""
+    shaped: torch.Tensor = torch.ops.aten._unsafe_view.default(flat, [*x.shape[:-1], flat.shape[-1]])
+    return shaped
+
+
 @final
 class LoraProduct(torch.autograd.Function):
     """y = W x + b + scaling * B (A x), with gradients for x, A and B."""
@@ -137,7 +143,7 @@ class LoraProduct(torch.autograd.Function):
         y.addmm_(inner, up.T, alpha=scaling)
         ctx.save_for_backward(flat, inner, weight, down, up)
         ctx.scaling, ctx.shape = scaling, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return _shaped_as(y, x)
 
     @staticmethod
     @once_differentiable
@@ -195,7 +201,7 @@ class RoutedLoraProduct(torch.autograd.Function):
             y[part.rows] = y[part.rows].addmm_(inners[-1], up.T, alpha=part.scaling)
         ctx.save_for_backward(flat, weight, *inners, *pairs)
         ctx.parts, ctx.shape = parts, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return _shaped_as(y, x)
 
     @staticmethod
     @once_differentiable

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import nn
@@ -17,11 +17,14 @@ from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.config.unsupported import FULL_EXPERTS, SHARDED_QUANTIZATION
 from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
 from trainer.errors import ModelError
+from trainer.model.adapted_layers import beside_language_part, without_adapter
 from trainer.model.adapters import RUN_ADAPTER, Adapters
+from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.base_model import has_experts, load_base, logit_transform
 from trainer.model.batch import Batch
 from trainer.model.lm_head import tiled_logprobs
 from trainer.model.lora_linear import Routing
+from trainer.model.own_forward import reset_rotary, use_own_attention
 from trainer.model.rms_norm import use_fused_norms
 from trainer.model.saved_model import save_model
 
@@ -53,6 +56,8 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm
         self.adapters = adapters
         self.model_path = model_path
+        self.separate_reason: str | None = None
+        """Why each pass has one sequence, by the model's own attention; None: sequences are packed."""
         self.logit_transform = logit_transform(causal_lm)
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
@@ -64,12 +69,17 @@ class Policy(nn.Module):
             with_entropy: whether to compute the entropy.
         """
         with nullcontext() if self.adapters is None else self.adapters.routed(batch.owners):
-            output = self.causal_lm.base_model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                packed=batch.layout,
-            )
+            if self.separate_reason is None:
+                output = self.causal_lm.base_model(
+                    input_ids=batch.token_ids[None],
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    packed=batch.layout,
+                )
+            else:
+                assert batch.num_sequences == 1, "`pack_limit` makes each pack one sequence"
+                reset_rotary(self.causal_lm)
+                output = self.causal_lm.base_model(input_ids=batch.token_ids[None], use_cache=False)
         hidden = output.last_hidden_state[0].index_select(0, batch.scored)
         head = self.causal_lm.get_output_embeddings()
         transform = replace(self.logit_transform, temperature=temperature)
@@ -77,6 +87,30 @@ class Policy(nn.Module):
             hidden, head.weight, head.bias, batch.targets, transform, with_entropy=with_entropy
         )
         return Scores(logprobs, entropy)
+
+    def run_separately(self, reason: str) -> None:
+        """From now on, each pass has one sequence and uses the model's own attention.
+
+        Args:
+            reason: why its sequences are not packed, such as "lfm2 keeps state between packed sequences".
+        """
+        use_own_attention(self.causal_lm)
+        self.separate_reason = reason
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of the base model's config.json."""
+        config: dict[str, Any] = self.causal_lm.config.to_dict()
+        return config
+
+    @property
+    def left_out(self) -> list[str]:
+        """Linear layers that `all-linear` does not adapt; empty with full parameters."""
+        return [] if self.adapters is None else without_adapter(self.causal_lm)
+
+    def pack_limit(self, budget: int) -> int:
+        """Maximum tokens of a pack of several sequences: the budget, or 1 where no sequences are packed."""
+        return budget if self.separate_reason is None else 1
 
     @property
     def vocab_size(self) -> int:
@@ -104,11 +138,13 @@ class Policy(nn.Module):
         return any(is_sharded(parameter) for parameter in self.causal_lm.parameters())
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Split the base over the ranks, or with full parameters everything that is trained; adapters stay whole.
+        """Split the base over the ranks, or with full parameters everything that is trained.
+
+        Adapters stay whole, and in full-parameter training what is not trained, such as a vision tower.
 
         Args:
             mesh: the ranks.
-            device: of this rank, where the adapters go.
+            device: of this rank, where the parts that stay whole go.
 
         Raises:
             ModelError: the base is quantized.
@@ -118,6 +154,8 @@ class Policy(nn.Module):
         register_output(Scores, ["logprobs", "entropy"])
         names = () if self.adapters is None else self.adapters.names
         whole = {parameter for name in names for parameter in self.trained_parameters(name).values()}
+        if self.adapters is None:
+            whole = {parameter for parameter in self.causal_lm.parameters() if not parameter.requires_grad}
         layers = set(self.causal_lm._no_split_modules or ())
         shard_module(self, layers, mesh, ignored=whole, compute_dtype=self.compute_dtype)
         for parameter in whole:
@@ -223,10 +261,10 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
 
 
 def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSettings | None, seed: int) -> Policy:
-    """Add an adapter to a base model in memory, or make all of its parameters trainable.
+    """Add an adapter to a base model in memory, or make all parameters of its language part trainable.
 
     Args:
-        causal_lm: frozen, with packed attention, as `load_base` returns it.
+        causal_lm: frozen, as `load_base` returns it: with packed attention, or with its own if it has no other.
         model: its path, and whether activations are recomputed.
         lora: the adapter; None trains every parameter.
         seed: of the adapter's initial values.
@@ -241,12 +279,20 @@ def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSett
     if lora is None:
         if has_experts(causal_lm):
             raise ModelError(FULL_EXPERTS)
+        unused = {id(value) for module in beside_language_part(causal_lm) for value in module.parameters()}
         for parameter in causal_lm.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        return Policy(causal_lm, None, model.path)
+            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in unused)
+        return _policy(causal_lm, None, model.path)
     adapters = Adapters(causal_lm, routing)
     adapters.add(RUN_ADAPTER, lora, seed)
-    return Policy(causal_lm, adapters, model.path)
+    return _policy(causal_lm, adapters, model.path)
+
+
+def _policy(causal_lm: PreTrainedModel, adapters: Adapters | None, path: str) -> Policy:
+    policy = Policy(causal_lm, adapters, path)
+    if causal_lm.config._attn_implementation != PACKED_ATTENTION:
+        policy.run_separately(f"{causal_lm.config.model_type} chooses its attention by itself")
+    return policy
 
 
 def warm_start(lora: LoraSettings | None, policy: Policy, masters: Mapping[str, torch.Tensor]) -> None:

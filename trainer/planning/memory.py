@@ -164,7 +164,7 @@ def _sampler_copies(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
     """The local sampler's copies of linear layers on a CPU: in bfloat16 all, repacked; in float32 the fused ones."""
     if not isinstance(recipe, RFTRecipe) or recipe.rollout.sampler != "local":
         return {}
-    linears = facts.adapted_linears() if recipe.model.quantization is None else []
+    linears = facts.plain_linears() if recipe.model.quantization is None else []
     if compute_bytes_of(recipe) == 4:
         joined = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if facts.model_type in FUSED_FAMILIES else set()
         return {"sampler's weights": 4.0 * facts.layers * sum(i * o for name, i, o in linears if name in joined)}

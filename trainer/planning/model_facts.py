@@ -20,8 +20,13 @@ OTHER_NORMS: Final = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "ol
 """Model types whose RMS norms round at other points than Llama's."""
 OUTPUT_NORMS: Final = frozenset({"gemma2", "gemma3_text", "glm4"})
 """Model types that also normalize the outputs of attention and MLP."""
-UNADAPTED_EXPERTS: Final = frozenset({"qwen2_moe"})
-"""Mixture models whose experts PEFT does not adapt with `all-linear`."""
+ADAPTED_EXPERTS: Final = frozenset({
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker", "solar_open",
+})  # fmt: skip
+"""Model types whose experts and router PEFT adapts with `all-linear`; it then leaves out every other MLP."""
 
 
 @final
@@ -57,26 +62,34 @@ class ModelFacts:
     """Bytes per weight in the files."""
     attention_dropout: float = 0.0
     """Fraction of attention probabilities that training would drop."""
+    wrapper_type: str = ""
+    """Model type of the whole, which in a model of images and text is not that of its decoder."""
+    per_layer_vocab: int = 0
+    """Rows of the embedding that each block has of its own (Gemma 3n and 4: 262,144); 0 if there is none."""
+    per_layer_width: int = 0
+    """Width of that embedding (256)."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
         """Read the content of a config.json; None if it does not describe a supported decoder."""
         stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        config = config.get("text_config", config)
+        wrapper, config = config, config.get("text_config", config)
         try:
             heads = int(config["num_attention_heads"])
             head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
             experts = int(next((config[name] for name in EXPERTS if config.get(name)), 1))
             width = config.get("moe_intermediate_size") if experts > 1 else None
+            width = width or config["intermediate_size"]
             model_type = str(config.get("model_type") or "")
+            tied = config.get("tie_word_embeddings", model_type.startswith("gemma"))
             return cls(
                 hidden=int(config["hidden_size"]),
                 layers=int(config["num_hidden_layers"]),
                 query_width=heads * head_dim,
                 key_width=int(config.get("num_key_value_heads") or heads) * head_dim,
-                intermediate=int(width or config["intermediate_size"]),
+                intermediate=int(max(width) if isinstance(width, list) else width),
                 vocab=int(config["vocab_size"]),
-                is_tied=bool(config.get("tie_word_embeddings", False)),
+                is_tied=bool(wrapper.get("tie_word_embeddings", tied)),
                 heads=heads,
                 num_experts=experts,
                 active_experts=int(config.get("num_experts_per_tok") or 1) if experts > 1 else 1,
@@ -87,6 +100,9 @@ class ModelFacts:
                 has_eager_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
                 stored_bytes=4 if stored == "float32" else 2,
                 attention_dropout=float(config.get("attention_dropout") or 0.0),
+                wrapper_type=str(wrapper.get("model_type") or ""),
+                per_layer_vocab=int(config.get("vocab_size_per_layer_input") or 0),
+                per_layer_width=int(config.get("hidden_size_per_layer_input") or 0),
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -109,12 +125,22 @@ class ModelFacts:
         shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
         return self.attention_linears() + self.mlp_linears(self.intermediate) * experts + shared
 
+    def plain_linears(self) -> list[tuple[str, int, int]]:
+        """Return the layers of a block that are linear layers in transformers, which experts are not."""
+        if self.num_experts == 1:
+            return self.linears(1) + self._per_layer_linears()
+        shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
+        return self.attention_linears() + shared + self._per_layer_linears()
+
     def adapted_linears(self) -> list[tuple[str, int, int]]:
         """Return the linear layers of a block that `all-linear` adapts; for experts see `lora_params`."""
-        if self.num_experts == 1:
-            return self.linears(1)
-        shared = self.mlp_linears(self.shared_intermediate) if self.shared_intermediate else []
-        return self.attention_linears() + shared
+        return self.attention_linears() if self.has_adapted_experts else self.plain_linears()
+
+    def _per_layer_linears(self) -> list[tuple[str, int, int]]:
+        """Return the layers that bring a block's own embedding into the residual stream."""
+        width = self.per_layer_width
+        inward = ("per_layer_input_gate", self.hidden, width)
+        return [inward, ("per_layer_projection", width, self.hidden)] if width else []
 
     @property
     def has_sinks(self) -> bool:
@@ -124,19 +150,37 @@ class ModelFacts:
     @property
     def has_adapted_experts(self) -> bool:
         """Whether experts get adapters too."""
-        return self.num_experts > 1 and self.model_type not in UNADAPTED_EXPERTS
+        return self.num_experts > 1 and (self.wrapper_type or self.model_type) in ADAPTED_EXPERTS
+
+    @property
+    def adapted_parts(self) -> str | None:
+        """What `all-linear` adapts in a mixture of experts, as text; None for a dense model."""
+        if self.num_experts == 1:
+            return None
+        shared = "shared experts" if self.shared_intermediate else ""
+        experts = f"the {self.num_experts} experts of a block"
+        if self.has_adapted_experts:
+            left = f"; {shared} and dense blocks get no adapter in the MLP" if shared else ""
+            return f"attention, router and {experts}{left}"
+        return f"attention{f' and {shared}' if shared else ''}; {experts} and the router get no adapter"
 
     @property
     def block_params(self) -> int:
         """Parameters of all blocks, including norms."""
         linear = sum(i * o for _, i, o in self.linears(self.num_experts))
         router = self.num_experts * self.hidden if self.num_experts > 1 else 0
-        return self.layers * (linear + router + 2 * self.hidden)
+        per_layer = sum(i * o for _, i, o in self._per_layer_linears())
+        return self.layers * (linear + router + per_layer + 2 * self.hidden)
 
     @property
     def params(self) -> int:
-        """All parameters."""
-        return self.block_params + self.embedding_params + self.hidden
+        """All parameters of the decoder."""
+        return self.block_params + self.embedding_params + self.per_layer_params + self.hidden
+
+    @property
+    def per_layer_params(self) -> int:
+        """Parameters of the embeddings that each block has of its own, and of their projection."""
+        return self.layers * self.per_layer_width * (self.per_layer_vocab + self.hidden)
 
     @property
     def embedding_params(self) -> int:
@@ -146,7 +190,7 @@ class ModelFacts:
     @property
     def quantizable_params(self) -> int:
         """Parameters of the linear layers that 4-bit loading quantizes; experts are not quantized."""
-        return self.layers * sum(i * o for _, i, o in self.adapted_linears())
+        return self.layers * sum(i * o for _, i, o in self.plain_linears())
 
     @property
     def active_block_params(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 from pydantic import Field
 
@@ -20,11 +21,12 @@ from trainer.config.shape import TrainingShape
 from trainer.config.unsupported import ATTENTION_DROPOUT, FULL_EXPERTS
 from trainer.errors import ModelError
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
+from trainer.planning.batching import rotary_problem, why_separate
 from trainer.planning.choose_shape import choose_shape
 from trainer.planning.hub import COMMIT, hub_model
 from trainer.planning.identity import identity_hash, make_identity, reward_digests
 from trainer.planning.memory import MemoryEstimate, estimate_memory
-from trainer.planning.model_facts import ModelFacts, find_model_facts, flops_per_token
+from trainer.planning.model_facts import ModelFacts, find_model_config, find_model_facts, flops_per_token
 
 PLAN_FORMAT: Final = 2
 SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
@@ -57,6 +59,8 @@ class PlanBase(Section):
     identity_hash: str
     reward_digests: dict[str, str] = Field(default_factory=dict)
     """Digest of each reward file. Changed reward code continues the same run; the change is recorded."""
+    separate_reason: str | None = None
+    """Why sequences are trained one by one, as far as config.json tells; None: they are packed, or it is not known."""
     origins: dict[str, str]
     """Dotted field name -> default, shape, preset, --set or file:line."""
     warnings: list[str]
@@ -134,6 +138,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         "identity": identity,
         "identity_hash": identity_hash(identity),
         "reward_digests": reward_digests(recipe, Path(document.file).resolve().parent),
+        "separate_reason": why_separate(model_config(recipe), recipe.data.max_seq_tokens),
         "origins": origins,
         "warnings": [*loaded.warnings, *revision_notes, *choice.notes, *_warnings(recipe, facts, shape)],
     }
@@ -182,6 +187,9 @@ def _refuse_model(recipe: Recipe, facts: ModelFacts | None, document: Document) 
     """
     if facts is not None and facts.num_experts > 1 and recipe.lora is None:
         raise ModelError(f"{document.where(('lora',))}: {FULL_EXPERTS}")
+    rotary = rotary_problem(model_config(recipe), recipe.data.max_seq_tokens) if isinstance(recipe, RFTRecipe) else None
+    if rotary is not None:
+        raise ModelError(f"{document.where(('data', 'max_seq_tokens'))}: {rotary}")
     if facts is not None and facts.attention_dropout > 0:
         raise ModelError(f"{document.where(('model', 'path'))}: {ATTENTION_DROPOUT}")
 
@@ -275,6 +283,11 @@ def model_facts(recipe: Recipe) -> ModelFacts | None:
     return find_model_facts(recipe.model.path, config_dirs("models"), recipe.model.revision)
 
 
+def model_config(recipe: Recipe) -> Mapping[str, Any]:
+    """Return the config.json of the recipe's model; empty if it cannot be known without a hub."""
+    return find_model_config(recipe.model.path, config_dirs("models"), recipe.model.revision) or {}
+
+
 def sequences_per_step(recipe: Recipe) -> int:
     """Return the sequences trained on per step: rows (sft), or completions of all prompts (rft)."""
     return recipe.rows_per_step * (recipe.rollout.group_size if isinstance(recipe, RFTRecipe) else 1)
@@ -292,6 +305,8 @@ def step_tokens(plan: Plan) -> float | None:
 
 def accumulation(plan: Plan) -> int | None:
     """Return the micro-batches per device and step, assuming that all are full; None if the tokens are unknown."""
+    if plan.separate_reason is not None:
+        return math.ceil(sequences_per_step(plan.recipe) / plan.shape.num_ranks)
     tokens = step_tokens(plan)
     if tokens is None:
         return None

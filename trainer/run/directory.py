@@ -318,6 +318,15 @@ class RunDir:
         """Take the next attempt number, and note facts about this process start."""
         return lock.take_number(self._fence, self.attempts_file, facts)
 
+    def note_attempt(self, attempt: int, facts: Mapping[str, Any]) -> None:
+        """Add facts to the record of an attempt.
+
+        Args:
+            attempt: its number.
+            facts: what is known only after the model was loaded.
+        """
+        readers.note_attempt(self.attempts_file, attempt, facts)
+
     def newest_attempt(self) -> int:
         """Highest attempt number taken; 0 before the first."""
         return lock.newest_number(self._fence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,3 +143,20 @@ def read_attempts(file: Path) -> list[dict[str, Any]]:
             with suppress(ValueError):
                 records.append(json.loads(line))
     return records
+
+
+def note_attempt(file: Path, attempt: int, facts: Mapping[str, Any]) -> None:
+    """Add facts to the record of an attempt; all other lines stay as they are.
+
+    Args:
+        file: the attempts.jsonl of a run that this process holds.
+        attempt: number of the record.
+        facts: what to add.
+    """
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for index, line in enumerate(lines):
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("attempt") == attempt:
+                lines[index] = json.dumps(record | dict(facts))
+    write_atomically(file, "".join(f"{line}\n" for line in lines))

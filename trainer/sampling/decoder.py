@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.layout import CachedLayout
 from trainer.model.policy import Policy
+from trainer.sampling.rows import PackedRows, Rows
 
 
 class Decoder(Protocol):
@@ -32,8 +33,13 @@ class Decoder(Protocol):
     def refresh(self) -> None:
         """Take the policy's current weights."""
 
-    def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
-        """[T, H] last hidden states of a pack."""
+    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> Rows:
+        """Rows that continue prompts.
+
+        Args:
+            prompts: token ids of each distinct prompt.
+            prompt_of: index of each row's prompt.
+        """
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] raw outputs of the LM head, before scale, soft cap and temperature."""
@@ -58,6 +64,12 @@ class DecodingLinear(nn.Module):
         self._weight = self._bias = self._down = self._up = torch.empty(0)
         self._has_bias = self._bases[0].bias is not None
         assert all((base.bias is not None) == self._has_bias for base in self._bases)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in] of the first layer, without its adapter: some models (HunYuan) read a router's dtype from it."""
+        weight: torch.Tensor = self._bases[0].weight
+        return weight
 
     def refresh(self) -> None:
         """Take the policy's current weights."""
@@ -123,8 +135,11 @@ class CopiedDecoder:
         for layer in self._linears:
             layer.refresh()
 
-    def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
-        """[T, H] last hidden states of a pack."""
+    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> Rows:
+        """Rows that continue prompts; see `Decoder`."""
+        return PackedRows(self._hidden, prompts, prompt_of, self._causal_lm.device)
+
+    def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         output = self._causal_lm.base_model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, packed=layout
         )

@@ -9,6 +9,7 @@ copied, so this is used on CPUs only, where memory is cheap; the copy has the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -20,6 +21,7 @@ from trainer.model.attention import packed_attention
 from trainer.model.layout import CachedLayout
 from trainer.model.policy import Policy
 from trainer.sampling.decoder import DecodingLinear, is_plain_linear
+from trainer.sampling.rows import PackedRows, Rows
 
 FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose layers compute the formula above; only Qwen3 has the inner norm."""
@@ -65,8 +67,11 @@ class FusedDecoder:
         """[N, V] raw outputs of the LM head, before scale, soft cap and temperature."""
         return self._head(hidden)
 
-    def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
-        """[T, H] last hidden states of a pack."""
+    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> Rows:
+        """Rows that continue prompts; see `Decoder`."""
+        return PackedRows(self._hidden, prompts, prompt_of, torch.device("cpu"))
+
+    def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         state: torch.Tensor = self._backbone.embed_tokens(token_ids)
         cos, sin = self._backbone.rotary_emb(state[None], positions[None])
         rotary = _Rotary.of(cos[0], sin[0])

@@ -10,15 +10,11 @@ from typing import Final, final
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config.unsupported import SHARDED_SAMPLING
-from trainer.errors import ModelError, NumericalError
-from trainer.model.kv_cache import KeyValueCache
-from trainer.model.layout import CachedLayout, PackedLayout
+from trainer.errors import NumericalError
 from trainer.model.lm_head import LogitTransform
 from trainer.model.policy import Policy
 from trainer.sampling import noise
-from trainer.sampling.decoder import CopiedDecoder, Decoder
-from trainer.sampling.fused import FusedDecoder, is_fusible
+from trainer.sampling.choose_decoder import choose_decoder
 from trainer.sampling.sampler import SampleRequest, SamplingParams, decoded
 from trainer.types import Completion, FinishReason
 
@@ -39,9 +35,10 @@ class LocalSampler:
         Raises:
             ModelError: the policy's weights are sharded.
         """
+        chosen = choose_decoder(policy)
         self.tokenizer = tokenizer
         self.form = policy.logit_transform
-        self.decoder = _decoder_of(policy)
+        self.decoder, self.note = chosen.decoder, chosen.note
         self.device = policy.device
         self.policy, self.version = policy, -1
 
@@ -77,12 +74,8 @@ class LocalSampler:
         return Completion(tuple(draft.token_ids), tuple(draft.logprobs), draft.finish_reason, self.version, text)
 
     def _draw_all(self, prompts: Sequence[tuple[int, ...]], drafts: Sequence[_Draft], params: SamplingParams) -> None:
-        lengths = [len(prompt) for prompt in prompts]
-        cache = KeyValueCache(lengths, self.device)
-        prompt_of = [draft.prompt for draft in drafts]
-        hidden = self._prefill(prompts, cache)[torch.tensor(prompt_of, device=self.device)]
-        cache.branch(prompt_of)
-        starts = torch.tensor(lengths, device=self.device)[torch.tensor(prompt_of, device=self.device)]
+        rows = self.decoder.start(prompts, [draft.prompt for draft in drafts])
+        hidden = rows.begin()
         keys = noise.row_keys(
             params.seed, params.step, [draft.row for draft in drafts], [draft.sample for draft in drafts], self.device
         )
@@ -99,11 +92,10 @@ class LocalSampler:
             if len(finished) == len(live) or position + 1 == params.max_completion_tokens:
                 break
             if finished:
-                remaining = cache.drop(finished)
+                remaining = rows.drop(finished)
                 live = [live[index] for index in remaining.tolist()]
-                tokens, starts, keys = tokens[remaining], starts[remaining], keys[remaining]
-            hidden = self.decoder.hidden(tokens, starts + position, CachedLayout(cache, None))
-            cache.advance()
+                tokens, keys = tokens[remaining], keys[remaining]
+            hidden = rows.append(tokens)
         if not all(math.isfinite(logprob) for draft in drafts for logprob in draft.logprobs):
             raise NumericalError("the logits of the policy are not finite; its weights are broken")
 
@@ -116,15 +108,6 @@ class LocalSampler:
         tiles = zip(logits.split(num_rows), noise.uniforms(keys, position).split(num_rows), strict=True)
         drawn = [_draw(tile, self.form, params, uniform) for tile, uniform in tiles]
         return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
-
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], cache: KeyValueCache) -> torch.Tensor:
-        """[S, H] hidden state of each prompt's last token; fills the cache."""
-        lengths = [len(prompt) for prompt in prompts]
-        token_ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        layout = CachedLayout(cache, PackedLayout.of_lengths(lengths, self.device))
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self.decoder.hidden(token_ids, positions, layout)[last]
 
 
 @final
@@ -157,12 +140,6 @@ class _StopRule:
             return False
         text = self.tokenizer.decode(draft.token_ids[-self.tail :], skip_special_tokens=False)
         return any(stop in text for stop in self.params.stop)
-
-
-def _decoder_of(policy: Policy) -> Decoder:
-    if policy.is_sharded:
-        raise ModelError(f"the shape {SHARDED_SAMPLING}")
-    return FusedDecoder(policy) if is_fusible(policy) else CopiedDecoder(policy)
 
 
 def _draw(

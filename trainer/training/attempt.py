@@ -94,7 +94,15 @@ class Attempt:
             ModelError: the model cannot be loaded or trained.
             NumericalError: information leaks between packed sequences.
         """
-        return open_learner(self.plan, self.world, self.stop)
+        learner = open_learner(self.plan, self.world, self.stop)
+        policy = learner.policy
+        if policy.separate_reason is not None:
+            self.say(f"sequences one by one: {policy.separate_reason}")
+        if policy.left_out:
+            self.say(f"layers without adapter: {', '.join(policy.left_out)} (the model does not call them as W x + b)")
+        if self.world.is_main:
+            self.run.note_attempt(self.number, {"sequences": policy.separate_reason or "packed"})
+        return learner
 
     def resume(self, learner: Learner) -> None:
         """Load the newest valid checkpoint, if there is one, and drop the metrics of later steps.

@@ -44,6 +44,7 @@ def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = Non
         return
     policy, world = learner.policy, learner.world
     lengths = longest_pack(plan.recipe, plan.shape)
+    lengths = lengths if policy.separate_reason is None else [max(lengths)]
     with _explained(plan, f"the longest micro-batch ({sum(lengths):,} tokens)"), _generators_kept(world):
         learner.state_tensors()  # allocates the optimizer's state
         batch = longest_batch(lengths, policy.vocab_size, plan.recipe, world.device)

@@ -11,9 +11,11 @@ from trainer.checkpoints.manifest import MANIFEST
 from trainer.config.recipe import LoraSettings
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
+from trainer.errors import ModelError
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import load_policy, warm_start
-from trainer.planning.plan import Plan
+from trainer.planning.batching import rotary_problem
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.training.learner import Learner
 from trainer.training.masters import read_masters
 
@@ -39,7 +41,10 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         policy = load_policy(recipe.model, lora, recipe.seed, torch.device("cpu") if is_sharded else world.device)
         if world.mesh is not None:
             policy.shard(world.mesh, world.device)
-    verify_packing(policy, world.device)
+    rotary = rotary_problem(policy.config, recipe.data.max_seq_tokens)
+    if isinstance(plan, RFTPlan) and rotary is not None:
+        raise ModelError(f"data.max_seq_tokens: {rotary}")
+    verify_packing(policy, world.device, recipe.data.max_seq_tokens)
     # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
     learner = Learner(policy, world, _never if is_sharded else stop.is_urgent)
     warm_start(lora, policy, learner.masters)

@@ -37,20 +37,20 @@ class Minibatch:
         return sum(pack.num_trained for pack in self.packs)
 
 
-def minibatches(drawn: StepRollouts, plan: RFTPlan, device: torch.device) -> list[Minibatch]:
+def minibatches(drawn: StepRollouts, plan: RFTPlan, device: torch.device, budget: int | None = None) -> list[Minibatch]:
     """Pack a step's scored rollouts into minibatches.
 
     Args:
         drawn: this rank's.
         plan: algorithm, number of minibatches, token budget.
         device: where the packs go.
+        budget: maximum tokens of a pack of several sequences; None: the shape's.
     """
+    budget = plan.shape.micro_batch_tokens if budget is None else budget
     algorithm = plan.algorithm
     result = []
     for part in _split(drawn, algorithm.minibatches_per_step):
-        packs = _packs(
-            [_sequences(group, algorithm) for group in part], algorithm, plan.shape.micro_batch_tokens, device
-        )
+        packs = _packs([_sequences(group, algorithm) for group in part], algorithm, budget, device)
         divisor = denominator(
             algorithm.normalizer,
             num_tokens=sum(pack.num_trained for pack in packs),

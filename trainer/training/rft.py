@@ -15,6 +15,7 @@ from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling import make_sampler
+from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
@@ -56,6 +57,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
             )
         )
         sampler = make_sampler(rollout, policy, tokenizer, world)
+        if isinstance(sampler, LocalSampler) and sampler.note is not None:
+            attempt.say(sampler.note)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
         group_sampler = GroupSampler(sampler, rewards, params, world, attempt.stop)
@@ -73,7 +76,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 sampler.publish(policy, attempt.step)
                 drawn = rollouts.of_step(attempt.step)
                 sampled_s = clock.lap()
-                parts = policy_update.minibatches(drawn, plan, world.device)
+                budget = policy.pack_limit(plan.shape.micro_batch_tokens)
+                parts = policy_update.minibatches(drawn, plan, world.device, budget)
                 update = policy_update.learn(learner, parts, reference, plan, attempt.step)
             values = {f"train/{name}": value for name, value in update.metrics.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}

@@ -52,7 +52,7 @@ def train(attempt: Attempt) -> None:
         seed_dropout(recipe, attempt.step, world.rank)
         with attempt.abandonable(learner):
             update = learner.learn(
-                _packs(attempt, rank_rows),
+                _packs(attempt, learner.policy, rank_rows),
                 sft_loss,
                 adam_params(recipe.optimizer, attempt.step, plan.steps),
                 denominator=sum(sum(row.inputs.weights) for row in rank_rows),
@@ -69,16 +69,22 @@ def _held_out_loss(attempt: Attempt, policy: Policy, sequences: Sequence[TokenSe
     """Mean loss over the held-out rows of all ranks, weighted as in training."""
     policy.eval()
     total = weight = 0.0
-    for batch in _packs(attempt, _rows_of_rank(attempt, sequences)):
+    for batch in _packs(attempt, policy, _rows_of_rank(attempt, sequences)):
         total += float(sft_loss(policy(batch), batch).loss.sum(dtype=torch.float64))
         weight += float(batch.inputs.weights.sum(dtype=torch.float64))
     total, weight = attempt.world.sum_of([total, weight])
     return total / weight
 
 
-def _packs(attempt: Attempt, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
-    """Micro-batches within the shape's token budget; as many on each rank as on the others if the base is sharded."""
-    groups = micro_batches(sequences, attempt.plan.shape.micro_batch_tokens)
+def _packs(attempt: Attempt, policy: Policy, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
+    """Micro-batches within the shape's token budget; as many on each rank as on the others if the base is sharded.
+
+    Args:
+        attempt: shape and ranks.
+        policy: whether it packs sequences.
+        sequences: of this rank.
+    """
+    groups = micro_batches(sequences, policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
     for group in groups:
         attempt.stop.moved()
         yield Batch.pack(group, attempt.world.device)
