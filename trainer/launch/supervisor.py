@@ -21,7 +21,7 @@ from trainer.planning.plan import Plan
 from trainer.run.console import Console
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import MetricsReader
-from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID
+from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, SUPERVISOR, SUPERVISOR_PID, TOKENIZING
 from trainer.run.readers import Heartbeat
 from trainer.run.state import Outcome
 
@@ -122,6 +122,8 @@ class Supervisor:
             if has_ended:
                 return
             self._end_frozen()
+            if self._last_beat is not None and self._last_beat.phase.startswith(TOKENIZING):
+                console.show_part(self._last_beat.phase)
             time.sleep(POLL_S)
 
     def _end_frozen(self) -> None:
