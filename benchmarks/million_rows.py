@@ -138,9 +138,9 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"# {counts['num_read']:,} rows, {tokens:,} tokens",
         "",
-        f"Measured on {result['conditions']['processor']}, {result['processors']} processors, load average before it began",
-        f"{result['conditions']['load_average'][0]}. Imports are not counted. Memory is of all processes together, in",
-        "brackets of the one that trains.",
+        f"Measured on {result['conditions']['processor']}, {result['processors']} processors; load average before it",
+        f"began: {result['conditions']['load_average'][0]}. Imports are not counted. Memory is of all processes together,",
+        "in brackets of the one that trains.",
         "",
         "| phase | seconds | CPU seconds of the process that trains | peak memory, MiB |",
         "|---|---:|---:|---:|",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, TypeAlias, final
 
 from trainer.config.document import Document, dotted, leaves
-from trainer.config.length import count_rows, mean_row_tokens, num_steps
+from trainer.config.length import mean_row_tokens, num_steps, rows_for_epochs
 from trainer.config.load import LoadedRecipe, config_dirs
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
@@ -95,7 +95,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     facts = model_facts(recipe)
     name = shape_name or recipe.shape
     shape = choose_shape(recipe, facts, name, "--shape" if shape_name else document.where(("shape",)))
-    num_rows = count_rows(recipe.data.train)
+    num_rows = rows_for_epochs(recipe)
     steps = num_steps(recipe, num_rows)
     assert steps is not None, "`load_recipe` refuses recipes of unknown length"
     algorithm = resolve_algorithm(recipe.algorithm) if isinstance(recipe, RFTRecipe) else None
