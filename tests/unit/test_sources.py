@@ -194,3 +194,16 @@ def test_rows_that_cannot_be_counted_are_refused_for_epochs():
     recipe = SFT.replace("train: train.jsonl", "train: rows.arrow").replace("steps: 10", "epochs: 2")
     with pytest.raises(RecipeError, match=r"epochs: the rows of rows.arrow cannot be counted here; give `steps`"):
         load_recipe(write_small(Path(), recipe))
+
+
+def test_rows_of_a_parquet_file_that_is_none_are_refused():
+    Path("rows.parquet").write_text(lines())
+    with pytest.raises(DataError, match=r"^rows.parquet: cannot be read as PARQUET: .*"):
+        read("rows.parquet")
+
+
+def test_a_large_parquet_file_is_read_in_parts_and_numbered_through():
+    table = pyarrow.Table.from_pylist([{"prompt": f"p{n}", "completion": None} for n in range(1200)])
+    pyarrow.parquet.write_table(table, "rows.parquet", row_group_size=500)
+    rows = read("rows.parquet")
+    assert [(row.line, dict(row)) for row in rows] == [(n + 1, {"prompt": f"p{n}"}) for n in range(1200)]
