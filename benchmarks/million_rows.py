@@ -140,7 +140,7 @@ def table_lines(result: dict[str, Any]) -> list[str]:
         "",
         f"Measured on {result['conditions']['processor']}, {result['processors']} processors; load average before it",
         f"began: {result['conditions']['load_average'][0]}. Imports are not counted. Memory is of all processes, in",
-        "brackets of the one that trains; pages of the mapped files count, which the system takes back when it needs them.",
+        "brackets of the one that trains; pages of mapped files count, which the system takes back when it needs them.",
         "",
         "| phase | seconds | CPU seconds of the process that trains | peak memory, MiB |",
         "|---|---:|---:|---:|",
