@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,49 @@ def test_a_missing_chat_template_and_too_few_positions_are_refused(capsys: pytes
     assert "the tokenizer has no chat template. Set `model.chat_template` to a Jinja file or to a built-in" in err
     assert "data.max_seq_tokens: 128 tokens, but the model has 64 positions" in err
     assert check(capsys, "--set", "model.chat_template=chatml", "--set", "data.max_seq_tokens=64")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("rope", "is_refused"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, False),  # 2 x 64 = 128
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 64}, True),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8}, True),  # the 64 are 8 x 8
+        ({"rope_type": "default", "rope_theta": 10000.0}, True),
+    ],
+)
+def test_scaled_rotary_positions_count(
+    capsys: pytest.CaptureFixture[str], rope: dict[str, Any], is_refused: bool
+) -> None:
+    write_small(Path())
+    config = json.loads(Path("model/config.json").read_text())
+    config |= {"max_position_embeddings": 64, "rope_scaling": rope}
+    Path("model/config.json").write_text(json.dumps(config))
+    code, _, err = check(capsys)
+    assert (code == 2) is is_refused
+    assert ("the model has 64 positions" in err) is is_refused
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "is_refused"),
+    [
+        ("{{ messages }}<|new|>", "a", True),
+        ("{{ messages }}", "a <|new|> b", True),
+        ("{{ messages }}", "a", False),  # a token that nothing uses needs no row
+    ],
+)
+def test_a_token_without_an_embedding_row_is_refused_where_it_is_used(
+    capsys: pytest.CaptureFixture[str], template: str, row: str, is_refused: bool
+) -> None:
+    write_small(Path())
+    settings = {"chat_template": template, "added_tokens_decoder": {"320": {"content": "<|new|>"}}}
+    Path("model/tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = {"added_tokens": [{"id": 0, "content": "<|end|>"}, {"id": 320, "content": "<|new|>"}]}
+    Path("model/tokenizer.json").write_text(json.dumps(tokens))
+    Path("train.jsonl").write_text(json.dumps({"prompt": row, "completion": "b"}) + "\n")
+    code, _, err = check(capsys)
+    assert (code == 2) is is_refused
+    assert ("'<|new|>' (id 320) has no row in the model's embedding (320 rows)" in err) is is_refused
 
 
 def test_a_gold_answer_that_no_completion_can_match_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

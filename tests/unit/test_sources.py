@@ -9,13 +9,16 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from small_recipe import SFT, write_small
 
 import datasets
 from trainer.config.length import count_rows
+from trainer.config.load import load_recipe
 from trainer.config.recipe import DataSettings, DataSource
 from trainer.data.sources import read_rows
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.planning.identity import source_digest
+from trainer.planning.plan import make_plan
 
 ROWS = [{"prompt": f"p{number}", "completion": f"c{number}"} for number in range(6)]
 
@@ -87,9 +90,7 @@ def test_files_of_every_kind_hold_the_same_rows(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_counted_where_the_file_tells(name):
     write(name)
-    assert count_rows(DataSource(path=name)) == (
-        None if name in {"saved", "splits", "rows.jsonl.zst", "rows.csv.gz"} else 6
-    )
+    assert count_rows(DataSource(path=name)) == 6
 
 
 def test_directories_and_globs_are_read_by_name():
@@ -170,3 +171,39 @@ def test_cells_of_a_csv_file_are_texts_but_the_weight():
         {"prompt": "8, 9", "completion": "17", "weight": 0.5},
         {"prompt": "NA", "completion": 'a "b"'},
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "steps"),
+    [
+        ("{hub: rows}", 6),  # a directory that the data set library reads: 6 rows, 2 a step, 2 epochs
+        ("rows", 6),
+        ("[rows, {path: rows, repeat: 0.5}]", 9),
+        ("saved", 6),
+    ],
+)
+def test_epochs_have_a_length_before_rows_are_read(data, steps):
+    write("rows/train.jsonl")
+    write("saved")
+    recipe = SFT.replace("train: train.jsonl", f"train: {data}").replace("steps: 10", "epochs: 2")
+    assert make_plan(load_recipe(write_small(Path(), recipe))).steps == steps
+
+
+def test_rows_that_cannot_be_counted_are_refused_for_epochs():
+    Path("rows.arrow").write_bytes(b"ARROW1 and nothing else")
+    recipe = SFT.replace("train: train.jsonl", "train: rows.arrow").replace("steps: 10", "epochs: 2")
+    with pytest.raises(RecipeError, match=r"epochs: the rows of rows.arrow cannot be counted here; give `steps`"):
+        load_recipe(write_small(Path(), recipe))
+
+
+def test_rows_of_a_parquet_file_that_is_none_are_refused():
+    Path("rows.parquet").write_text(lines())
+    with pytest.raises(DataError, match=r"^rows.parquet: cannot be read as PARQUET: .*"):
+        read("rows.parquet")
+
+
+def test_a_large_parquet_file_is_read_in_parts_and_numbered_through():
+    table = pyarrow.Table.from_pylist([{"prompt": f"p{n}", "completion": None} for n in range(1200)])
+    pyarrow.parquet.write_table(table, "rows.parquet", row_group_size=500)
+    rows = read("rows.parquet")
+    assert [(row.line, dict(row)) for row in rows] == [(n + 1, {"prompt": f"p{n}"}) for n in range(1200)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,8 @@ from trainer.types import Row
 NUM_ROWS: Final = 20
 """Rows of each source that are looked at."""
 MAX_SHOWN: Final = 5
+USED_SETTINGS: Final = ("chat_template", "eos_token", "bos_token")
+"""Of tokenizer_config.json, which may list every other token too."""
 
 
 def find_problems(recipe: Recipe, recipe_dir: Path) -> list[str]:
@@ -28,7 +31,7 @@ def find_problems(recipe: Recipe, recipe_dir: Path) -> list[str]:
         recipe: A valid recipe.
         recipe_dir: Directory of the recipe file.
     """
-    return [*_targets(recipe), *_template(recipe), *_positions(recipe), *_rows(recipe)]
+    return [*_targets(recipe), *_template(recipe), *_positions(recipe), *_tokens(recipe), *_rows(recipe)]
 
 
 def _rows(recipe: Recipe) -> Iterator[str]:
@@ -94,16 +97,73 @@ def _template(recipe: Recipe) -> Iterator[str]:
 
 
 def _positions(recipe: Recipe) -> Iterator[str]:
-    config = _read_json(Path(recipe.model.path) / "config.json")
-    if config is None:
+    config = _decoder_config(recipe)
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int):
         return
-    inner = config.get("text_config")
-    limit = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
-    if isinstance(limit, int) and recipe.data.max_seq_tokens > limit:
+    if recipe.data.max_seq_tokens > limit * _stretch(config, limit):
         yield (
             f"data.max_seq_tokens: {recipe.data.max_seq_tokens:,} tokens, but the model has {limit:,} positions "
             "(max_position_embeddings in its config.json)"
         )
+
+
+def _stretch(config: Mapping[str, Any], limit: int) -> float:
+    """Factor by which scaled rotary embeddings extend the positions; 1 where `limit` already counts them.
+
+    Qwen2.5 with YaRN has 32,768 positions and a factor of 4 that is not in them; Llama 3.1 has 131,072 and a factor
+    of 8 on 8,192 that is.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or not isinstance(rope.get("factor"), int | float):
+        return 1.0
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    is_counted = isinstance(original, int) and original < limit
+    return 1.0 if is_counted else max(1.0, float(rope["factor"]))
+
+
+def _tokens(recipe: Recipe) -> Iterator[str]:
+    """Tokens that template, settings or first rows use and that have no row in the model's embedding."""
+    directory = Path(recipe.model.path)
+    rows = _decoder_config(recipe).get("vocab_size")
+    added = (_read_json(directory / "tokenizer.json") or {}).get("added_tokens")
+    if not isinstance(rows, int) or not isinstance(added, list):
+        return
+    missing = {token["content"]: token["id"] for token in added if token.get("id", 0) >= rows}
+    if not missing:
+        return
+    used = _texts(recipe)
+    for token, number in missing.items():
+        if any(token in text for text in used):
+            yield (
+                f"{directory}: the token {token!r} (id {number:,}) has no row in the model's embedding ({rows:,} "
+                "rows). Remove the token from tokenizer, template and rows, or enlarge the model first."
+            )
+
+
+def _texts(recipe: Recipe) -> list[str]:
+    """What may contain special tokens: the chat template, the tokenizer's settings, the first rows."""
+    directory = Path(recipe.model.path)
+    override = recipe.model.chat_template
+    files = [directory / "tokenizer_config.json", *directory.glob("chat_template*")]
+    files += [Path(override)] if override is not None else []
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    settings = _read_json(directory / "tokenizer_config.json")
+    if settings is not None:
+        texts[0] = json.dumps([settings.get(name) for name in USED_SETTINGS], ensure_ascii=False)
+    for source in filter(None, (recipe.data.train, recipe.data.eval)):
+        if _is_local(source):
+            with suppress(DataError):  # reported by itself
+                rows = read_rows(source, recipe.data, NUM_ROWS, [])
+                texts += [json.dumps(dict(row), ensure_ascii=False, default=str) for row in rows]
+    return texts
+
+
+def _decoder_config(recipe: Recipe) -> Mapping[str, Any]:
+    """The decoder's part of config.json; empty where there is none here."""
+    config = _read_json(Path(recipe.model.path) / "config.json") or {}
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

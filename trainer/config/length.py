@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from trainer.config.recipe import DataSource, Recipe
 from trainer.config.source_files import ARROW_ENDINGS, ending_of, source_files
+from trainer.config.stored_counts import count_arrow_file, count_hub, count_saved
 
 SAMPLED_ROWS: Final = 200
 CHARS_PER_TOKEN: Final = 3.5
@@ -21,13 +23,13 @@ TURN_TOKENS: Final = 5
 
 
 def count_rows(source: DataSource) -> int | None:
-    """Return the number of rows of the files; None for rows from a hub, or if only reading them all would tell."""
+    """Return the number of rows of the files; None for rows from a hub, see `rows_for_epochs`."""
     if source.sources:
         counts = [(count_rows(each), each.repeat) for each in source.sources]
         known = [int(count * repeat) for count, repeat in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
     files = source_files(source)
-    counted = [_count_file(file) for file in files]
+    counted = [_count_file(file, source.split) for file in files]
     if not files or None in counted:
         return None
     total = sum(count for count in counted if count is not None)
@@ -37,27 +39,50 @@ def count_rows(source: DataSource) -> int | None:
     return max(1, round(total * share))
 
 
-def _count_file(file: Path) -> int | None:
+def rows_for_epochs(recipe: Recipe) -> int | None:
+    """Return the number of training rows, of a hub data set only where the length of the run needs it."""
+    source = recipe.data.train
+    num_rows = count_rows(source)
+    if num_rows is not None or recipe.epochs is None or source.hub is None:
+        return num_rows
+    return count_hub(source)
+
+
+def _count_file(file: Path, split: str) -> int | None:
     ending = ending_of(file)
     try:
+        if file.is_dir():
+            return count_saved(file, split)
+        if ending == ".arrow" and file.suffix == ending:
+            return count_arrow_file(file)
         if ending == ".parquet":
             from pyarrow.parquet import ParquetFile  # here, so that only Parquet pays for the import
 
             return int(ParquetFile(file).metadata.num_rows)
-        if ending in {".csv", ".tsv"} and file.suffix == ending:
-            with file.open(newline="", encoding="utf-8") as table:
-                return max(0, sum(1 for row in csv.reader(table) if row) - 1)
-        if ending in ARROW_ENDINGS or file.is_dir() or file.suffix == ".zst":
+        if ending in ARROW_ENDINGS and ending not in {".csv", ".tsv"}:
             return None
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        with _opened(file) as lines:
+            if ending in {".csv", ".tsv"}:
+                table = io.TextIOWrapper(lines, encoding="utf-8", newline="")
+                return max(0, sum(1 for row in csv.reader(table) if row) - 1)
             if ending == ".json":
                 content = lines.read()
                 if content.lstrip()[:1] == b"[":
                     return len(json.loads(content))
                 return sum(1 for line in content.splitlines() if line.strip())
             return sum(1 for line in lines if line.strip())
-    except (ValueError, OSError, EOFError):  # reading the rows says what is wrong with the file
+    except (ValueError, OSError, EOFError, KeyError):  # reading the rows says what is wrong with the file
         return None
+
+
+def _opened(file: Path) -> IO[bytes]:
+    if file.suffix == ".gz":
+        return io.BufferedReader(gzip.open(file, "rb"))
+    if file.suffix == ".zst":
+        import pyarrow  # here, so that only Zstandard pays for the import
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(file), "zstd"))
+    return file.open("rb")
 
 
 def num_steps(recipe: Recipe, num_rows: int | None) -> int | None:

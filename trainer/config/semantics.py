@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, final
 
 from trainer.config.document import KeyPath
-from trainer.config.length import count_rows, num_steps
+from trainer.config.length import num_steps, rows_for_epochs
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSource, Recipe, RFTRecipe
 from trainer.config.source_files import READ_ENDINGS, source_files
 from trainer.config.unsupported import (
@@ -48,7 +48,7 @@ def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
         recipe: The recipe.
         recipe_dir: Directory of the recipe file; `file.py:function` rewards are relative to it.
     """
-    num_rows = count_rows(recipe.data.train)
+    num_rows = rows_for_epochs(recipe)
     findings = _length(recipe, num_rows) + _intervals(recipe, num_rows)
     findings += _data(recipe) + _model(recipe) + _mirror(recipe)
     return findings + (_rft(recipe, recipe_dir) if isinstance(recipe, RFTRecipe) else [])
@@ -60,8 +60,9 @@ def _length(recipe: Recipe, num_rows: int | None) -> list[Finding]:
     if recipe.steps is not None and recipe.epochs is not None:
         return [Finding(("epochs",), "contradicts `steps`; give one of them")]
     source = recipe.data.train
-    if recipe.epochs is not None and num_rows is None and source.hub is not None:
-        return [Finding(("epochs",), f"the rows of {source.hub} cannot be counted here; give `steps`")]
+    if recipe.epochs is not None and num_rows is None and (source.hub is not None or source_files(source)):
+        rows = source.hub or source.path or "the sources"
+        return [Finding(("epochs",), f"the rows of {rows} cannot be counted here; give `steps`")]
     steps = num_steps(recipe, num_rows)
     if steps is not None and recipe.optimizer.warmup_steps >= steps:
         text = f"warm-up of {recipe.optimizer.warmup_steps} steps is not shorter than the run of {steps} steps"

@@ -12,8 +12,9 @@ from trainer.config.recipe import DataSource
 from trainer.config.source_files import ending_of
 from trainer.errors import DataError
 
-LOADERS: Final = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+LOADERS: Final = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 """Loader of the `datasets` library by file ending."""
+PARQUET_ROWS: Final = 512
 
 
 def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -22,10 +23,13 @@ def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     Raises:
         DataError: the file cannot be read as what its name says.
     """
+    ending = ending_of(path)
+    if ending == ".parquet":
+        yield from _parquet_rows(path)
+        return
     import datasets
 
     datasets.disable_progress_bars()
-    ending = ending_of(path)
     options: dict[str, Any] = {"sep": "\t"} if ending == ".tsv" else {}
     try:
         if LOADERS[ending] == "csv":  # "NA" and "17" are texts
@@ -36,6 +40,19 @@ def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(f"{path}: cannot be read as {LOADERS[ending].upper()}: {_reason(cause)}") from None
     for number, row in numbered(loaded):
         yield number, _with_number(row, f"{path}:{number}") if LOADERS[ending] == "csv" else row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a Parquet file, some hundred at a time: the first ones come at once, and nothing is copied to a cache."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from numbered(rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as PARQUET: {_reason(error)}") from None
 
 
 def _texts_of(path: Path, delimiter: str) -> Any:

@@ -101,7 +101,8 @@ class ChatEncoder:
         texts = tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
         stop_texts = frozenset(text for text in texts if text is not None)  # None: not in this tokenizer
         self._stop_texts = stop_texts
-        self._joiner = Joiner(tokenizer, self.stop_ids, embedding_rows(model.path))
+        self.num_embeddings = embedding_rows(model.path)
+        self._joiner = Joiner(tokenizer, self.stop_ids, self.num_embeddings)
         self._control = None if data.allow_special_tokens else ControlTokens(tokenizer, stop_texts)
         self._lost = LostText(self.template) if self.template is not None else None
         if self.template is not None and not for_prompts:

@@ -35,8 +35,27 @@ def read_rows(
     Raises:
         DataError: there are no rows, or a line is not a JSON object; names file and line.
     """
-    rows: list[Row] = []
-    name = str(source.path or source.hub)
+    rows = list(stream_rows(source, settings, limit, refused))
+    if not rows and not refused:
+        raise DataError(f"{source.path or source.hub}: holds no rows. Give a file with one JSON object a line.")
+    return rows
+
+
+def stream_rows(
+    source: DataSource, settings: DataSettings, limit: int | None = None, refused: list[DataError] | None = None
+) -> Iterator[Row]:
+    """Yield every row, or the first `limit`, without keeping them.
+
+    Args:
+        source: files, a hub data set, or several sources.
+        settings: how its columns are called.
+        limit: how many rows at most.
+        refused: takes the mistakes of single lines, which are then left out; without it the first one is raised.
+
+    Raises:
+        DataError: a file cannot be read, or a line is not a JSON object; names file and line.
+    """
+    number = 0
     for name, line, raw in _rows_of(source, refused):
         if not is_in_part(raw, source):
             continue
@@ -47,12 +66,10 @@ def read_rows(
                 raise
             refused.append(error)
             continue
-        rows.append(Row(renamed, file=name, line=line, index=len(rows)))
-        if len(rows) == limit:
-            break
-    if not rows and not refused:
-        raise DataError(f"{name}: holds no rows. Give a file with one JSON object a line.")
-    return rows
+        yield Row(renamed, file=name, line=line, index=number)
+        number += 1
+        if number == limit:
+            return
 
 
 def is_in_part(fields: Mapping[str, Any], source: DataSource) -> bool:

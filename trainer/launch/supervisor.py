@@ -20,7 +20,7 @@ from trainer.planning.plan import Plan
 from trainer.run.console import Console, tell
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import MetricsReader
-from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, STOPPED_S, SUPERVISOR, SUPERVISOR_PID
+from trainer.run.protocol import FRESH_S, LAUNCHER, STACKS_SIGNAL, STOPPED_S, SUPERVISOR, SUPERVISOR_PID, TOKENIZING
 from trainer.run.readers import Heartbeat
 from trainer.run.state import EndState, Outcome
 from trainer.run.tracker import read_tracker
@@ -132,6 +132,8 @@ class Supervisor:
                 self._tell_lost_tracker(console)
                 return
             self._end_frozen()
+            if self._last_beat is not None and self._last_beat.phase.startswith(TOKENIZING):
+                console.show_part(self._last_beat.phase)
             before = time.monotonic()
             time.sleep(POLL_S)
             held_up_s = time.monotonic() - before - POLL_S

@@ -232,23 +232,29 @@ def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[
 
     Sequences of similar length are put together, so that attention needs little padding.
     """
-    return _filled(sequences, [len(sequence.token_ids) for sequence in sequences], budget)
+    groups = fill([len(sequence.token_ids) for sequence in sequences], budget)
+    return [[sequences[index] for index in group] for group in groups]
 
 
 def tree_batches(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
     """`micro_batches` for trees; a tree is never split."""
-    return _filled(trees, [tree.num_tokens for tree in trees], budget)
+    return [[trees[index] for index in group] for group in fill([tree.num_tokens for tree in trees], budget)]
 
 
-def _filled(items: Sequence[T], sizes: Sequence[int], budget: int) -> list[list[T]]:
-    largest_first = sorted(range(len(items)), key=lambda index: (-sizes[index], index))
-    bins: list[list[T]] = []
+def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of the items of each micro-batch, the largest first.
+
+    >>> fill([5, 9, 2, 3], 10)
+    [[1], [0, 3, 2]]
+    """
+    largest_first = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    bins: list[list[int]] = []
     used = 0
     for index in largest_first:
         if not bins or used + sizes[index] > budget:
             bins.append([])
             used = 0
-        bins[-1].append(items[index])
+        bins[-1].append(index)
         used += sizes[index]
     return bins
 

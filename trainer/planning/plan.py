@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias, final
 from pydantic import Field
 
 from trainer.config.document import Document, dotted, leaves
-from trainer.config.length import count_rows, mean_row_tokens, num_steps
+from trainer.config.length import mean_row_tokens, num_steps, rows_for_epochs
 from trainer.config.load import LoadedRecipe, config_dirs
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
@@ -114,7 +114,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     is_given = document.origin_of(("model", "gradient_checkpointing")) is not None
     choice = choose_shape(recipe, facts, name, source, may_checkpoint=not is_given)
     recipe, shape = choice.recipe, choice.shape
-    num_rows = count_rows(recipe.data.train)
+    num_rows = rows_for_epochs(recipe)
     steps = num_steps(recipe, num_rows)
     assert steps is not None, "`load_recipe` refuses recipes of unknown length"
     algorithm = resolve_algorithm(recipe.algorithm) if isinstance(recipe, RFTRecipe) else None

@@ -76,11 +76,17 @@ class Console:
         now = time.monotonic()
         text = f"{step}/{self.steps}  {describe(record)}{self._left(step)}"
         if self.is_terminal:
-            width = 24
-            done = round(width * step / max(1, self.steps))
-            bar = f"[{'#' * done}{'.' * (width - done)}]"
-            self._write(f"\r\033[K{bar} {text}" + ("\n" if is_milestone else ""))
+            self._write(f"\r\033[K{bar(step, self.steps)} {text}" + ("\n" if is_milestone else ""))
         elif is_milestone or now - self._last_line > QUIET_S:
+            self._write(text + "\n")
+            self._last_line = now
+
+    def show_part(self, text: str) -> None:
+        """Show how far a long task before the first step is."""
+        now = time.monotonic()
+        if self.is_terminal:
+            self._write(f"\r\033[K{text}")
+        elif now - self._last_line > QUIET_S:
             self._write(text + "\n")
             self._last_line = now
 
@@ -96,6 +102,17 @@ class Console:
     def _left(self, step: int) -> str:
         seconds = seconds_left(self._recent, step, self.steps)
         return f"  {duration(seconds)} left" if seconds is not None and step < self.steps else ""
+
+
+def bar(done: int, total: int) -> str:
+    """A bar of 24 characters.
+
+    >>> bar(5, 10)
+    '[############............]'
+    """
+    width = 24
+    filled = min(width, round(width * done / max(1, total)))
+    return f"[{'#' * filled}{'.' * (width - filled)}]"
 
 
 def seconds_left(recent: deque[tuple[float, int]], step: int, steps: int) -> float | None:

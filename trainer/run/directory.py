@@ -117,6 +117,11 @@ class RunDir:
         return self.root / "held_out.json"
 
     @property
+    def token_cache(self) -> Path:
+        """Directory of tokenized rows, beside the runs that share them."""
+        return self.root.parent / ".tokens"
+
+    @property
     def heartbeat_file(self) -> Path:
         """Heartbeat file."""
         return self.root / "heartbeat.json"

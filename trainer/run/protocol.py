@@ -23,3 +23,5 @@ SHUTDOWN_TIMEOUT: Final = "TRAINER_SHUTDOWN_TIMEOUT_S"
 """Environment variable: torchrun's --shutdown-timeout where it is not the default."""
 STACKS_SIGNAL: Final = signal.SIGUSR2
 """A worker that receives it writes the stacks of its threads to its log, even while it holds the interpreter lock."""
+TOKENIZING: Final = "tokenizing rows"
+"""Begins the phase of an attempt that tokenizes rows; the rest says how far it is."""

@@ -36,6 +36,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
     tokenizer = load_tokenizer(recipe.model)
     encoder = ChatEncoder(tokenizer, recipe.model, recipe.data, for_prompts=True)
     prompts = _prompts(attempt, plan, encoder, recipe.data.train, None)
+    attempt.count_trained_rows(len(prompts))
+    plan = plan.model_copy(update={"steps": attempt.plan.steps})
     held_out: list[Prompt] = []
     if recipe.data.eval is not None:
         held_out = _prompts(attempt, plan, encoder, recipe.data.eval, recipe.data.eval_rows)

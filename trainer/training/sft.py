@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from trainer.config.recipe import DataSource
-from trainer.data.chat import ChatEncoder, EncodedRows, load_tokenizer
+from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.order import rows_of_step
-from trainer.data.sources import read_rows
-from trainer.data.tokens import TokenSequence
-from trainer.model.batch import Batch, micro_batches, split_evenly
+from trainer.data.token_table import TokenTable
+from trainer.model.batch import Batch, fill, split_evenly
 from trainer.model.policy import Policy
 from trainer.training.attempt import Attempt
 from trainer.training.dropout import seed_dropout
@@ -20,6 +18,7 @@ from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import probe_memory
 from trainer.training.metrics import Values
 from trainer.training.schedule import adam_params
+from trainer.training.token_rows import open_rows
 
 
 def train(attempt: Attempt) -> None:
@@ -31,33 +30,35 @@ def train(attempt: Attempt) -> None:
     """
     plan, recipe, world = attempt.plan, attempt.plan.recipe, attempt.world
     encoder = ChatEncoder(load_tokenizer(recipe.model), recipe.model, recipe.data)
-    rows = _encode(attempt, encoder, recipe.data.train, "train")
-    held_out = _encode(attempt, encoder, recipe.data.eval, "held-out").sequences if recipe.data.eval else ()
-    attempt.count_trained_rows(len(rows.rows))
+    rows = open_rows(attempt, encoder, recipe.data.train, "train", None)
+    held_out = None
+    if recipe.data.eval is not None:
+        held_out = open_rows(attempt, encoder, recipe.data.eval, "held-out", recipe.data.eval_rows)
+    attempt.count_trained_rows(rows.num_rows)
     plan = attempt.plan
     learner = attempt.open_learner()
     attempt.resume(learner)
     probe_memory(learner, plan)
-    excluded = {index for index, (first, *_) in enumerate(rows.rows) if first.source in attempt.bad_rows.excluded}
+    excluded = rows.rows_at(attempt.bad_rows.excluded)
 
     def evaluate() -> Values:
-        return {"eval/loss": _held_out_loss(attempt, learner.policy, held_out)}
+        return {} if held_out is None else {"eval/loss": _held_out_loss(attempt, learner.policy, held_out)}
 
     attempt.evaluate_at_start(learner, evaluate)
     while attempt.step < plan.steps:
         start = time.perf_counter()
-        chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, len(rows.rows), excluded)
-        step_rows = [sequence for index in chosen for sequence in rows.rows[index]]
-        rank_rows = _rows_of_rank(attempt, step_rows)
+        chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, rows.num_rows, excluded)
+        step_sequences = rows.sequences_of(chosen)
+        own = _of_rank(attempt, rows, step_sequences)
         seed_dropout(recipe, attempt.step, world.rank)
         with attempt.abandonable(learner):
             update = learner.learn(
-                _packs(attempt, learner.policy, rank_rows),
+                _packs(attempt, learner.policy, rows, own),
                 sft_loss,
                 adam_params(recipe.optimizer, attempt.step, plan.steps),
-                denominator=sum(sum(row.inputs.weights) for row in rank_rows),
+                denominator=sum(sum(rows.sequence(number).inputs.weights) for number in own),
             )
-        tokens = sum(len(row.token_ids) for row in step_rows)
+        tokens = sum(rows.lengths(step_sequences))
         values = {f"train/{name}": value for name, value in update.metrics.items()}
         values |= attempt.performance(tokens=tokens, step_s=time.perf_counter() - start)
         attempt.end_step(learner, values, evaluate, update.skipped_rows)
@@ -65,48 +66,35 @@ def train(attempt: Attempt) -> None:
 
 
 @torch.no_grad()
-def _held_out_loss(attempt: Attempt, policy: Policy, sequences: Sequence[TokenSequence]) -> float:
+def _held_out_loss(attempt: Attempt, policy: Policy, rows: TokenTable) -> float:
     """Mean loss over the held-out rows of all ranks, weighted as in training."""
     policy.eval()
     total = weight = 0.0
-    for batch in _packs(attempt, policy, _rows_of_rank(attempt, sequences)):
+    for batch in _packs(attempt, policy, rows, _of_rank(attempt, rows, range(rows.counts.num_sequences))):
         total += float(sft_loss(policy(batch), batch).loss.sum(dtype=torch.float64))
         weight += float(batch.inputs.weights.sum(dtype=torch.float64))
     total, weight = attempt.world.sum_of([total, weight])
     return total / weight
 
 
-def _packs(attempt: Attempt, policy: Policy, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
+def _packs(attempt: Attempt, policy: Policy, rows: TokenTable, numbers: Sequence[int]) -> Iterator[Batch]:
     """Micro-batches within the shape's token budget; as many on each rank as on the others if the base is sharded.
 
     Args:
-        attempt: shape and ranks.
+        attempt: has the shape and the ranks.
         policy: whether it packs sequences.
-        sequences: of this rank.
+        rows: read one micro-batch at a time.
+        numbers: of the sequences.
     """
-    groups = micro_batches(sequences, policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
+    groups = fill(rows.lengths(numbers), policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
     for group in groups:
         attempt.stop.moved()
-        yield Batch.pack(group, attempt.world.device)
+        yield Batch.pack([rows.sequence(numbers[index]) for index in group], attempt.world.device)
     for _ in range(*attempt.world.num_dummies([len(groups)])):
         yield Batch.dummy(attempt.world.device)
 
 
-def _rows_of_rank(attempt: Attempt, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """The rows of a step that this rank trains on, balanced by tokens."""
-    parts = split_evenly([len(sequence.token_ids) for sequence in sequences], attempt.world.size)
-    return [sequences[index] for index in parts[attempt.world.rank]]
-
-
-def _encode(attempt: Attempt, encoder: ChatEncoder, source: DataSource, name: str) -> EncodedRows:
-    limit = attempt.plan.recipe.data.eval_rows if name == "held-out" else None
-    encoded = encoder.encode(read_rows(source, encoder.data, limit))
-    tokens = sum(len(sequence.token_ids) for sequence in encoded.sequences)
-    trained = sum(sequence.num_trained for sequence in encoded.sequences)
-    cut = f", {encoded.num_truncated} truncated" if encoded.num_truncated else ""
-    cut += f", {encoded.num_dropped} dropped" if encoded.num_dropped else ""
-    if encoded.num_split:
-        cut += f", {encoded.num_split:,} rows as {len(encoded.sequences):,} sequences in all, one per rewritten turn"
-    cut += f", white space changed by the template in {encoded.num_respaced:,} rows" if encoded.num_respaced else ""
-    attempt.say(f"{name}: {encoded.num_rows:,} rows, {tokens:,} tokens, {trained:,} trained{cut}")
-    return encoded
+def _of_rank(attempt: Attempt, rows: TokenTable, numbers: Sequence[int]) -> list[int]:
+    """The sequences that this rank computes, balanced by tokens."""
+    parts = split_evenly(rows.lengths(numbers), attempt.world.size)
+    return [numbers[index] for index in parts[attempt.world.rank]]
