@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import HIDDEN, VOCAB_SIZE, tiny_tokenizer
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
+from trainer.errors import ModelError
+from trainer.model.adapted_layers import refuse_lost
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy
 
@@ -107,3 +111,16 @@ def test_full_training_leaves_the_vision_tower_as_it_is_and_saves_it(tmp_path: P
     assert all(torch.equal(before[name], after[name]) == ("visual" in name) for name in before)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3VLForConditionalGeneration"]
     torch.testing.assert_close(ours, plain_logprobs(plain(tmp_path)))
+
+
+def test_an_adapter_that_peft_would_lose_when_it_loads_it_is_refused() -> None:
+    """PEFT takes Laguna's `shared_experts` for the `shared_expert` of its checkpoints, and renames them."""
+    sizes = {**TEXT, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "rope_parameters": None}
+    sizes |= {"layer_types": ["full_attention"] * 2, "num_attention_heads_per_layer": [4, 4], "num_experts": 4}
+    sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = transformers.LagunaForCausalLM(transformers.LagunaConfig(**sizes))
+    for targets, is_lost in ((["q_proj"], False), (["q_proj", "shared_experts.down_proj"], True)):
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=targets))
+        trained = {name: value for name, value in adapted.named_parameters() if "lora_" in name}
+        with pytest.raises(ModelError, match=r"shared_experts.*and 1 more tensors") if is_lost else nullcontext():
+            refuse_lost(adapted, "default", trained)

@@ -98,7 +98,8 @@ class ChatEncoder:
         apply_override(tokenizer, model.chat_template)
         self.template = ChatTemplate(tokenizer, data.template_date) if data.format == "chat" else None
         self.stop_ids = stop_token_ids(tokenizer, model.path)
-        stop_texts = frozenset(tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))
+        texts = tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
+        stop_texts = frozenset(text for text in texts if text is not None)  # None: not in this tokenizer
         self._stop_texts = stop_texts
         self._joiner = Joiner(tokenizer, self.stop_ids, embedding_rows(model.path))
         self._control = None if data.allow_special_tokens else ControlTokens(tokenizer, stop_texts)

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,10 +20,12 @@ from trainer.planning.module_names import target_problems
 _NO_EFFECT: Final[Mapping[str, str]] = {
     "gemma3n_text": r".*\.correction_coefs",
     "longcat_flash": r".*\.classifier",
+    "inkling2_text": r".*\.weight_proj",
     "laguna": r".*\.mlp\.shared_experts\..*",
+    "mistral_large4_text": r".*\.mlp\.shared_experts\..*",
 }
 """By model type, a pattern of layers whose adapter would have no effect: the model multiplies the weight itself, at
-least in training (the first two), or PEFT 0.21 does not find it again when it loads a saved adapter (Laguna)."""
+least in training (the first two), or PEFT 0.21 renames them wrongly when it loads a saved adapter (the others)."""
 _MAMBA_MIXER: Final = frozenset({"A_log", "D"})
 """Parameters of every Mamba mixer. Its GPU kernels read the weights of `_MAMBA_READ` without calling the layers, so an
 adapter there would have an effect on a CPU only; PEFT refuses them for some model types."""
@@ -30,8 +34,15 @@ _LIKE_LINEAR: Final = frozenset({"FalconLinear"})
 """Subclasses of `nn.Linear` with a forward of their own that computes W x + b."""
 _OWN_ADAPTERS: Final = "_adapter_list"
 """Ends the names of Zamba2's own low-rank layers: each shared layer holds those of all its places, and uses one."""
-_UNUSED_BY_TEXT: Final = frozenset({"MllamaCrossAttentionDecoderLayer"})
-"""Classes of modules inside a language part that run only where there are images."""
+_UNUSED_BY_TEXT: Final = (
+    *("MllamaCrossAttentionDecoderLayer", "GitVisionModel", "GitProjection"),
+    *("Phi4MultimodalFeatureEmbedding", "EvollaProteinEncoder", "EvollaSequenceAlignerCrossAttention"),
+)
+"""Classes of modules inside a language part that run only where there are images, sound or proteins."""
+_CROSS_ATTENTION: Final = ".encoder_attn"
+"""Name of attention to an encoder, which a decoder alone (BART, Whisper) does not run."""
+_INDEXER: Final = "Indexer"
+"""Ends the class names of modules that select the tokens to attend to: the selection has no gradient."""
 _ADAPTER_PART: Final = re.compile(r"\.(base_layer|lora_[a-zA-Z_]+)(\.|$)")
 """In the names of the modules that PEFT puts into an adapted layer."""
 
@@ -75,6 +86,29 @@ def refuse_unmatched(causal_lm: PreTrainedModel, targets: str | list[str] | set[
         raise ModelError("\n".join(f"lora.target_modules: {problem}" for problem in problems))
 
 
+def refuse_lost(adapted: peft.PeftModel, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an adapter that PEFT would not find again in its file: it renames tensors as those of old checkpoints.
+
+    Args:
+        adapted: the model with the adapter.
+        name: of the adapter.
+        parameters: of the adapter, by their name in the model.
+
+    Raises:
+        ModelError: names a tensor that would be lost.
+    """
+    shapes = {key: torch.empty(value.shape, device="meta") for key, value in parameters.items()}
+    saved = peft.get_peft_model_state_dict(adapted, state_dict=shapes, adapter_name=name)
+    config = adapted.peft_config[name]
+    found = convert_peft_adapter_state_dict_for_transformers(adapted, config, dict(saved), name)
+    lost = sorted(saved.keys() - found.keys())
+    if lost:
+        raise ModelError(
+            f"lora.target_modules: PEFT {peft.__version__} would not find {lost[0]} and {len(lost) - 1} more tensors "
+            "again when it loads the adapter; leave these modules out"
+        )
+
+
 def language_part(causal_lm: PreTrainedModel) -> nn.Module:
     """The decoder of text: in a model of images and text a part of the backbone, otherwise the backbone."""
     backbone = causal_lm.base_model
@@ -103,9 +137,10 @@ def _excluded(causal_lm: PreTrainedModel) -> str | None:
     for name, module in causal_lm.named_modules():
         if has_other_parts and name.rpartition(".")[2].isdigit() and not isinstance(module, nn.Linear):
             patterns.append(_in_every_layer(name))  # PEFT shortens `visual.mlp.0` to `0`, which also names layer 0
-        if type(module).__name__ in _UNUSED_BY_TEXT:
+        kind = type(module).__name__
+        if kind in _UNUSED_BY_TEXT:
             patterns.append(rf"{re.escape(name)}\..*")
-        elif name.endswith(_OWN_ADAPTERS):
+        elif kind.endswith(_INDEXER) or name.endswith((_CROSS_ATTENTION, _OWN_ADAPTERS)):
             patterns.append(_in_every_layer(name) + r"\..*")
         elif module._parameters.keys() >= _MAMBA_MIXER:
             patterns += [_in_every_layer(f"{name}.{child}") for child in _MAMBA_READ]

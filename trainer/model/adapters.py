@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from trainer.config.recipe import LoraSettings
 from trainer.config.unsupported import HEAD_ADAPTER, warm_start_problem
 from trainer.errors import ModelError
-from trainer.model.adapted_layers import lora_config, refuse_unmatched
+from trainer.model.adapted_layers import lora_config, refuse_lost, refuse_unmatched
 from trainer.model.batch import TokenOwners
 from trainer.model.lora_linear import FusedLinear, Routing, use_fused_linear
 
@@ -93,6 +93,7 @@ class Adapters:
             raise ModelError(f"lora.target_modules: {HEAD_ADAPTER}")
         named = sorted(self._peft.named_parameters())
         self._parameter_names[name] = tuple(key for key, value in named if id(value) not in known)
+        refuse_lost(self._peft, name, self.parameters(name))
         self._train_all()
         if is_quantized:  # PEFT made them in the dtype of the base's weights, which are bytes
             for parameter in self.parameters(name).values():

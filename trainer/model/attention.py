@@ -88,6 +88,8 @@ def packed_attention(
             return _cached(query, layout.cache.append(layer, key, value), layout.cache, options), None
         layout.cache.keep_prompts(layer, key, value)
         layout = layout.prompts
+    if key.shape[2] != len(layout.order):
+        raise ModelError(f"{type(module).__name__} attends to other tokens than the pack's: model not supported")
     if query.device.type == "cpu":
         return _bucketed(query, key, value, layout, options), None
     return _flex(query, key, value, layout, options), None

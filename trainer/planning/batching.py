@@ -16,7 +16,17 @@ STATEFUL: Final = frozenset(
 """Model types with convolutions or recurrent layers, whose state would run over the border of packed sequences."""
 UNPACKED: Final = frozenset(
     {"axk2", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "bloom", "codegen", "deepseek_ocr2"}
-    | {"deepseek_v32", "deepseek_vl_hybrid", "doge", "dots3_note_text", "falcon", "git", "glm5_next", "glm_moe_dsa"}
+    | {
+        "deepseek_v32",
+        "deepseek_v4",
+        "deepseek_vl_hybrid",
+        "doge",
+        "dots3_note_text",
+        "falcon",
+        "git",
+        "glm5_next",
+        "glm_moe_dsa",
+    }
     | {"gpt_neo", "gpt_neox_japanese", "gptj", "hy_v4", "inkling2", "inkling2_text", "inkling_text", "marian", "mbart"}
     | {"mistral_large4", "mpt", "mvp", "nemotron", "openai-gpt", "pegasus", "plbart", "qwen4_exp", "qwen4_exp_text"}
     | {"stablelm", "trocr", "xglm"}
