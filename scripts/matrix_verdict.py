@@ -55,7 +55,7 @@ transformers. Short sequences then do not share a pass, and a step takes longer.
 model's own cache, the completions of one prompt at a time. `trainer check` says so where config.json tells; the run
 measures it before step 1, says it in its log, and writes it to attempts.jsonl.
 
-Models that select tokens by a score without gradient (DeepSeek V3.2, GLM with DSA) have a *sampler* difference at
+Models that select tokens by a score without gradient (DeepSeek V3.2, GLM with DSA) can have a *sampler* difference at
 single tokens: where two scores tie, one pass over a sequence and one token at a time may select differently.
 """
 

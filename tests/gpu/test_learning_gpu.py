@@ -89,7 +89,9 @@ def test_steps_equal_those_of_the_cpu(cuda, model_dir, is_lora):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_neighbours_do_not_leak(cuda, model_dir, dtype):
-    verify_packing(make_policy_on(cuda, model_dir, is_lora=True, dtype=dtype), cuda)
+    policy = make_policy_on(cuda, model_dir, is_lora=True, dtype=dtype)
+    verify_packing(policy, cuda)
+    assert policy.separate_reason is None
 
 
 def test_the_reference_of_a_fresh_adapter_is_the_policy(cuda, model_dir):

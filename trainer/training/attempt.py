@@ -92,7 +92,7 @@ class Attempt:
 
         Raises:
             ModelError: the model cannot be loaded or trained.
-            NumericalError: information leaks between packed sequences.
+            NumericalError: a sequence alone is computed otherwise than by the model's own forward pass.
         """
         learner = open_learner(self.plan, self.world, self.stop)
         policy = learner.policy

@@ -30,7 +30,7 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
 
     Raises:
         ModelError: the model cannot be loaded or trained.
-        NumericalError: information leaks between packed sequences.
+        NumericalError: a sequence alone is computed otherwise than by the model's own forward pass.
     """
     recipe = plan.recipe
     is_sharded = world.mesh is not None
