@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from trainer.export.gguf_file import read_adapter, write_adapter, write_model
 from trainer.export.gguf_tokenizer import split_name
 from trainer.export.verification import Sample
 
+SERVER = Path(__file__).parents[1] / "llama_server.py"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -153,24 +157,28 @@ def test_adapters_that_llama_cpp_does_not_support_are_refused(tmp_path, changes,
 # ---- llama.cpp itself
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
 class LlamaCpp:
-    """llama.cpp's server in this process."""
+    """llama.cpp's server in a process of its own, which ends with this object."""
 
     def __init__(self, file: Path, adapter: Path | None = None) -> None:
-        reason = "llama.cpp is not installed (pip install xllamacpp)"
-        xllamacpp = pytest.importorskip("xllamacpp", reason=reason)
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(file)
-        parameters.n_ctx, parameters.cpuparams.n_threads, parameters.warmup, parameters.verbosity = 256, 1, False, 0
-        if adapter is not None:
-            parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(parameters)
+        pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
+        files = [str(file), *([str(adapter)] if adapter is not None else [])]
+        process = subprocess.Popen([sys.executable, SERVER, *files], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        weakref.finalize(self, end, process)
+        said = (line.split() for line in process.stdout)
+        self._address = next(words[1] for words in said if words[:1] == ["address"])
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._server.listening_address + path, content, kind)
-        with self._opener.open(request) as response:
+        request = urllib.request.Request(self._address + path, content, kind)
+        with self._opener.open(request, timeout=60) as response:
             return json.load(response)
 
     def top_logprobs(self, ids: tuple[int, ...]) -> dict[int, float]:
