@@ -8,13 +8,20 @@ from __future__ import annotations
 import sys
 import time
 
-import xllamacpp
 
-parameters = xllamacpp.CommonParams()
-parameters.model.path = sys.argv[1]
-parameters.n_ctx, parameters.cpuparams.n_threads, parameters.warmup, parameters.verbosity = 256, 1, False, 0
-if len(sys.argv) > 2:
-    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[2], 1.0)]
-server = xllamacpp.Server(parameters)
-print(f"address {server.listening_address}", flush=True)
-time.sleep(600)
+def main(model: str, adapter: str | None = None) -> None:
+    """Serve on a free port; prints its address."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = model
+    parameters.n_ctx, parameters.cpuparams.n_threads, parameters.warmup, parameters.verbosity = 256, 1, False, 0
+    if adapter is not None:
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    server = xllamacpp.Server(parameters)
+    print(f"address {server.listening_address}", flush=True)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_override_arguments
+from trainer.distributed.leaving import exit_with
 from trainer.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -238,4 +239,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

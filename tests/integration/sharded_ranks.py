@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from groups import four_groups, make_learner, make_plan, minibatches, perturb, run_step
 
+from trainer.distributed.leaving import exit_with
 from trainer.distributed.sharding import is_sharded
 from trainer.distributed.world import World, join_world, leave_world
 from trainer.model.packing_check import verify_packing
@@ -37,7 +38,7 @@ def sharded_learner(model_dir: Path, plan: RFTPlan, world: World, *, is_checkpoi
     return Learner(policy, world)
 
 
-def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> None:
+def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> int:
     plan = make_plan(is_full=kind == "full", minibatches_per_step=2, kl_coef=0.1, micro_batch_tokens=24)
     world = join_world("cpu", 2, is_sharded=True)
     whole = make_learner(model_dir, plan)
@@ -68,8 +69,9 @@ def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> None:
         }
         sys.stdout.write(json.dumps(about) + "\n")
     leave_world(world)
+    return 0
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(Path(sys.argv[1]), sys.argv[2], is_checkpointed="checkpointing" in sys.argv)
+    exit_with(lambda: main(Path(sys.argv[1]), sys.argv[2], is_checkpointed="checkpointing" in sys.argv))
