@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # advice of the compiler; that attention was NOT compiled stays an error
         item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor.*"))
         item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo.*"))
+        item.add_marker(pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"))
 
 
 @pytest.fixture

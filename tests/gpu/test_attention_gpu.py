@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.errors import ModelError
 from trainer.model.attention import packed_attention
 from trainer.model.layout import PackedLayout
 
@@ -27,6 +26,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "window-and-softcap": {"sliding_window": 50, "softcap": 1.5},
     "scaling": {"scaling": 0.3},
+    "sinks": {"s_aux": (-1.0, 0.5, 2.0, 0.0)},
+    "sinks-and-window": {"s_aux": (-1.0, 0.5, 2.0, 0.0), "sliding_window": 50},
 }
 HEADS = [(4, 4), (4, 2), (12, 2)]
 """Qwen2.5-1.5B has 6 queries to a key, no power of two."""
@@ -46,6 +47,8 @@ def attend(
     """Output, and gradients of queries, keys and values, on the CPU in float32."""
     *inputs, factor = (tensor.to(device, dtype) for tensor in pack)
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    if "s_aux" in form:
+        form = form | {"s_aux": torch.tensor(form["s_aux"], device=device)}
     layout = PackedLayout.of_lengths(lengths, device)
     query, key, value = inputs
     output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed=layout, **form)
@@ -119,9 +122,3 @@ def test_no_dense_mask_above_8192_tokens(cuda, lengths, form):
     (output * factor).sum().backward()
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < total * total / 2
-
-
-def test_sinks_are_refused(cuda):
-    lengths = (20, 30)
-    with pytest.raises(ModelError, match="sinks are not supported on GPU"):
-        attend(make_pack(lengths, (4, 2)), lengths, cuda, torch.bfloat16, {"s_aux": torch.zeros(4, device=cuda)})

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from trainer.errors import ModelError
-from trainer.model import attention
+from trainer.model import attention, flex
 from trainer.model.attention import EAGER_MAX_TOKENS, PACKED_ATTENTION, packed_attention
 from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import BUCKET_RATIO, PackedLayout
@@ -152,10 +152,10 @@ def test_the_gpu_path_computes_what_the_cpu_path_does(form):
     layout = PackedLayout.of_lengths(SHORT, CPU)
     settings = AttentionOptions(0.3, form.get("sliding_window"), form.get("softcap"), None)
     try:
-        flex = attention._flex(query, key, value, layout, settings)
+        found = flex.attend_flex(query, key, value, layout, settings)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this torch has no FlexAttention on CPU: {error}")
-    torch.testing.assert_close(flex, attend(query, key, value, SHORT, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, attend(query, key, value, SHORT, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 255, 256, 300])
@@ -165,7 +165,7 @@ def test_the_gpu_path_computes_what_the_cpu_path_does(form):
 def test_blocks_of_the_mask_are_those_of_the_whole_mask(lengths, window):
     """What torch finds by looking at every cell, found from the ends of each block."""
     layout = PackedLayout.of_lengths(lengths, CPU)
-    ours = attention._block_mask(layout, window)
+    ours = flex.block_mask_of(layout, window)
     total = sum(lengths)
     whole = create_block_mask(ours.mask_mod, None, None, total, total, device="cpu")
     for name in (
@@ -194,8 +194,8 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    kernel = attention._flex_kernel("cuda", keep)
-    monkeypatch.setattr(attention, "_flex_kernel", lambda _device: kernel)
+    kernel = flex._flex_kernel("cuda", keep)
+    monkeypatch.setattr(flex, "_flex_kernel", lambda _device: kernel)
     lengths = [(200, 70), (300, 5, 129), (150, 151, 99), (131,)]
     forms: list[dict[str, Any]] = [{}, {"sliding_window": 50}, {"sliding_window": 50, "softcap": 1.5}]
     for number, form in enumerate(forms):
@@ -203,7 +203,7 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
         for own in lengths:
             pack = make_pack(own)
             with torch.no_grad():
-                ours = attention._flex(*pack, PackedLayout.of_lengths(own, CPU), settings)
+                ours = flex.attend_flex(*pack, PackedLayout.of_lengths(own, CPU), settings)
             torch.testing.assert_close(ours, attend(*pack, own, scaling=0.3, **form), rtol=1e-5, atol=1e-5)
         assert len(graphs) == number + 1, f"{form} was compiled again for another length"
         (call,) = (node for node in graphs[-1].graph.nodes if str(node.target) == "flex_attention")
@@ -212,10 +212,14 @@ def test_the_gpu_path_is_compiled_once_for_packs_of_any_length(monkeypatch):
         assert ".item()" not in code
 
 
-def test_sinks_on_gpu_are_refused():
-    layout = PackedLayout.of_lengths(SHORT, CPU)
-    with pytest.raises(ModelError, match="sinks are not supported on GPU"):
-        attention._flex(*make_pack(SHORT), layout, AttentionOptions(0.3, None, None, torch.zeros(HEADS)))
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_on_the_gpu_path_are_those_of_the_cpu(window):
+    sinks = torch.linspace(-2.0, 3.0, HEADS)
+    pack = make_pack(SHORT)
+    ours = flex.attend_flex(*pack, PackedLayout.of_lengths(SHORT, CPU), AttentionOptions(0.3, window, None, sinks))
+    theirs = attend(*pack, SHORT, scaling=0.3, sliding_window=window, s_aux=sinks)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_that_passes_no_layout_is_refused():

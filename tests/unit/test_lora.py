@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.model.lora_linear import FusedLinear, LoraProduct, use_fused_linear
+from trainer.model.lora_linear import FusedLinear, use_fused_linear
+from trainer.model.lora_product import LoraProduct
 
 
 def adapted(*, fused: bool, **settings) -> peft.PeftModel:

@@ -48,7 +48,8 @@ SMALL_MIXTURE = {
 
 def test_constants_are_those_of_the_code():
     assert activations.EAGER_MAX_TOKENS == attention.EAGER_MAX_TOKENS
-    assert (activations.TILE_CELLS, activations.CPU_BLOCK_ROWS) == (lm_head.TILE_CELLS, lm_head.CPU_BLOCK_ROWS)
+    for name in ("TILE_CELLS", "GPU_TILE_ROWS", "CPU_BLOCK_ROWS"):
+        assert getattr(activations, name) == getattr(lm_head, name), name
     assert memory.FIRST_ROOM == kv_cache.INITIAL_CAPACITY
     assert memory.FUSED_FAMILIES == fused.FAMILIES
 

@@ -11,7 +11,7 @@ from tiny import VOCAB_SIZE, tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
-from trainer.model import attention
+from trainer.model import attention, flex
 from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
 from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import PackedLayout
@@ -73,10 +73,10 @@ def test_the_gpu_path_sees_the_same_trees(window):
     query, key, value = (torch.randn(1, 4, total, 16, generator=generator) for _ in range(3))
     form = AttentionOptions(0.25, window, None, None)
     try:
-        flex = attention._flex(query, key, value, layout, form)
+        found = flex.attend_flex(query, key, value, layout, form)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this torch has no FlexAttention on CPU: {error}")
-    torch.testing.assert_close(flex, attention._bucketed(query, key, value, layout, form), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, attention._bucketed(query, key, value, layout, form), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 128, 200])
@@ -86,13 +86,13 @@ def test_the_gpu_path_sees_the_same_trees(window):
 )
 def test_blocks_of_the_gpu_mask_leave_no_cell_out(trees, window):
     """Blocks that are passed over hold nothing that is seen, and blocks taken whole hold nothing that is not."""
-    mask = attention._block_mask(PackedLayout.of_trees(trees, CPU), window)
+    mask = flex.block_mask_of(PackedLayout.of_trees(trees, CPU), window)
     total = sum(prefix + sum(branches) for prefix, branches in trees)
     place = torch.arange(total)
     assert mask.full_kv_indices is not None
     assert mask.full_kv_num_blocks is not None
     seen = mask.mask_mod(place, place, place[:, None], place[None, :])
-    size = attention.MASK_BLOCK
+    size = flex.MASK_BLOCK
     num = -(-total // size)
     padded = torch.zeros(num * size, num * size, dtype=torch.bool)
     padded[:total, :total] = seen

@@ -19,7 +19,6 @@ from trainer.config.load import load_recipe
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import TrainerError
 from trainer.model import attention
-from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import PackedLayout
 from trainer.model.policy import Policy, load_policy, make_policy
 from trainer.planning.plan import make_plan
@@ -58,12 +57,6 @@ def connect_to_an_odd_address() -> None:
 
 def train_experts_in_full() -> None:
     make_policy(tiny_model("mixtral"), ModelSettings(path="tiny"), None, 0)
-
-
-def attend_with_sinks() -> None:
-    layout = PackedLayout.of_lengths([3], CPU)
-    states = torch.zeros(1, 2, 3, 16)
-    attention._flex(states, states, states, layout, AttentionOptions(1.0, None, None, torch.zeros(2)))
 
 
 def attend_with_dropout() -> None:
@@ -105,7 +98,6 @@ CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
         "must begin with http:// or https://, got '127.0.0.1:8000'",
     ),
     (SFT, ["lora=null"], {"num_local_experts": 4}, train_experts_in_full, unsupported.FULL_EXPERTS),
-    (SFT, ["shape=h100x1"], {"model_type": "gpt_oss"}, attend_with_sinks, unsupported.SINKS_ON_GPU),
     (SFT, [], {"attention_dropout": 0.1}, attend_with_dropout, unsupported.ATTENTION_DROPOUT),
     (
         SFT,

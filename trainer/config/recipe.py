@@ -43,6 +43,9 @@ class ModelSettings(Section):
     always float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about one third slower, much less memory."""
+    compile_layers: bool = True
+    """On a GPU, compile the decoder layers with torch.compile; the first steps take about a minute longer. Layers with
+    experts, 4-bit weights, DoRA or dropout are never compiled."""
     quantization: Literal["nf4"] | None = None
     """`nf4` stores the linear layers of the base model in 4 bits (QLoRA, arXiv:2305.14314). Requires `lora` and the
     package extra `qlora`."""

@@ -27,7 +27,6 @@ SHARDED_QUANTIZATION: Final = (
     "without sharding"
 )
 """Of a shape."""
-SINKS_ON_GPU: Final = "attention sinks are not supported on GPU yet; use a CPU shape for this model"
 FULL_EXPERTS: Final = "full-parameter training of mixture-of-experts models needs a router loss; use LoRA"
 ATTENTION_DROPOUT: Final = "attention dropout is not supported; set attention_dropout to 0 in the model's config.json"
 HEAD_ADAPTER: Final = "the head cannot have an adapter; leave it out"

@@ -30,7 +30,7 @@ _MAMBA_MIXER: Final = frozenset({"A_log", "D"})
 """Parameters of every Mamba mixer. Its GPU kernels read the weights of `_MAMBA_READ` without calling the layers, so an
 adapter there would have an effect on a CPU only; PEFT refuses them for some model types."""
 _MAMBA_READ: Final = ("out_proj", "conv1d", "dt_proj", "x_proj")
-_LIKE_LINEAR: Final = frozenset({"FalconLinear"})
+_LIKE_LINEAR: Final = frozenset({"FalconLinear", "Linear4bit", "Linear8bitLt"})
 """Subclasses of `nn.Linear` with a forward of their own that computes W x + b."""
 _OWN_ADAPTERS: Final = "_adapter_list"
 """Ends the names of Zamba2's own low-rank layers: each shared layer holds those of all its places, and uses one."""

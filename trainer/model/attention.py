@@ -16,26 +16,23 @@ second one; one softmax covers both parts, so the result is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from trainer.config.unsupported import ATTENTION_DROPOUT, SINKS_ON_GPU
+from trainer.config.unsupported import ATTENTION_DROPOUT
 from trainer.errors import ModelError
 from trainer.model.eager_attention import AttentionOptions, causal_mask, eager_attention
+from trainer.model.flex import FlexLayout, attend_flex, flex_packed
 from trainer.model.kv_cache import KeyValueCache, LayerCache
 from trainer.model.layout import CachedLayout, PackedLayout
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
 EAGER_MAX_TOKENS: Final = 384
 """On a CPU, rows up to this length use eager attention."""
-MASK_BLOCK: Final = 128
-"""Block size of FlexAttention's mask."""
 
 
 def packed_attention(
@@ -67,42 +64,52 @@ def packed_attention(
         ModelError: the layer needs what packed attention does not support.
     """
     layout = kwargs.get("packed")
+    if isinstance(layout, FlexLayout):  # inside a compiled layer: every refusal below was made by an earlier pass
+        options = _options(query, scaling, kwargs)
+        return flex_packed(query, key, value, layout.masks[options.window], options), None
     if not isinstance(layout, PackedLayout | CachedLayout):
         raise ModelError(f"{type(module).__name__} does not pass the pack's layout to attention: model not supported")
     if attention_mask is not None or query.shape[0] != 1:
         raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
     if dropout:
         raise ModelError(ATTENTION_DROPOUT)
-    window = kwargs.get("sliding_window")
-    if window is None:
-        _refuse_hidden_window(module, layout.max_len)
-    options = AttentionOptions(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=window,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
+    options = _options(query, scaling, kwargs)
+    if options.window is None:
+        _refuse_hidden_window(module, layout)
     if isinstance(layout, CachedLayout):
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layout.prompts is None:
             return _cached(query, layout.cache.append(layer, key, value), layout.cache, options), None
         layout.cache.keep_prompts(layer, key, value)
         layout = layout.prompts
-    if key.shape[2] != len(layout.order):
+    if key.shape[2] != layout.num_tokens:
         raise ModelError(f"{type(module).__name__} attends to other tokens than the pack's: model not supported")
     if query.device.type == "cpu":
         return _bucketed(query, key, value, layout, options), None
-    return _flex(query, key, value, layout, options), None
+    return attend_flex(query, key, value, layout, options), None
 
 
-def _refuse_hidden_window(module: torch.nn.Module, longest: int) -> None:
+def _options(query: torch.Tensor, scaling: float | None, kwargs: Mapping[str, Any]) -> AttentionOptions:
+    return AttentionOptions(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+
+
+def _refuse_hidden_window(module: torch.nn.Module, layout: PackedLayout | CachedLayout) -> None:
     """Some models encode a layer's window only in the mask, which packed attention does not use."""
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[module.layer_idx] if kinds else "sliding_attention"
     field = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}.get(kind)
     window = getattr(config, field, None) if field else None
-    if window is not None and longest > window:
+    if window is None:
+        return
+    if isinstance(layout, PackedLayout):
+        layout.hidden_windows.add(window)
+    if layout.max_len > window:
         raise ModelError(
             f"{type(module).__name__} does not pass its window of {window:,} tokens to attention: "
             f"sequences longer than that cannot be trained; set data.max_seq_tokens to {window}"
@@ -212,102 +219,6 @@ def _cached(query: torch.Tensor, layer: LayerCache, cache: KeyValueCache, option
     out = of_prompts(weights[..., :longest], layer.prompt_values)
     out += weights[..., longest : longest + own_scores.shape[-1]] @ layer.values[:rows, :, own]
     return out.reshape(1, rows, heads, -1)
-
-
-def _flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, options: AttentionOptions
-) -> torch.Tensor:
-    if options.sinks is not None:
-        raise ModelError(SINKS_ON_GPU)
-    softcap = options.softcap or 1.0
-
-    def capped(
-        score: torch.Tensor, _b: torch.Tensor, _h: torch.Tensor, _q: torch.Tensor, _k: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.tanh(score / softcap) * softcap
-
-    out = _flex_kernel(query.device.type)(
-        query,
-        key,
-        value,
-        score_mod=capped if options.softcap is not None else None,
-        block_mask=_block_mask(layout, options.window),
-        scale=options.scaling,
-        enable_gqa=True,
-    )
-    return out.transpose(1, 2)
-
-
-@cache
-def _flex_kernel(device: str, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """FlexAttention, compiled on GPU: uncompiled, it writes the whole score matrix to memory."""
-    if device != "cuda":
-        return flex_attention
-    torch._dynamo.config.specialize_float = (
-        True  # otherwise scale and soft cap become inputs, which the kernel cannot read
-    )
-    torch._dynamo.config.recompile_limit = (
-        64  # windows, short packs, with and without gradient: more variants than the default
-    )
-    return torch.compile(flex_attention, dynamic=True, backend=backend)
-
-
-def _block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
-    """The block mask of a pack; computed once for all layers with this window.
-
-    Computed from the first and last token of each block: `create_block_mask` would evaluate all T x T cells.
-    """
-    if window not in layout.block_masks:
-        tree, branch, position = (
-            row.clone() for row in layout.coordinates()
-        )  # a view's offset would be compiled into the kernel
-
-        def is_visible(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            is_near = position[q] - position[k] < window if window is not None else q >= k
-            is_behind = (branch[k] == 0) | (branch[q] == branch[k])
-            return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
-
-        some, full = _visible_blocks(tree, branch, window)
-        made: BlockMask = BlockMask.from_kv_blocks(
-            *_by_row(some & ~full), *_by_row(full), MASK_BLOCK, is_visible, (len(tree), len(tree))
-        )
-        layout.block_masks[window] = made
-    return layout.block_masks[window]
-
-
-def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, B] bool of query and key blocks: whether any query attends to any key, and whether all attend to all.
-
-    Prefixes and branches are numbered in the order of the pack. A key before the query block is visible if it belongs
-    to the same part (prefix or branch) as the first query, or to that query's prefix. With a window, blocks of branches
-    are always treated as partly visible.
-    """
-    total = len(tree)
-    part = torch.stack([tree, branch]).diff(dim=1, prepend=tree.new_full((2, 1), -1)).ne(0).any(0).cumsum(0)
-    prefix = part[torch.searchsorted(tree, tree)]
-    first = torch.arange(0, total, MASK_BLOCK, device=tree.device)
-    last = (first + MASK_BLOCK - 1).clamp(max=total - 1)
-    is_past = first[:, None] > last[None, :]
-    begin, end, trunk = part[first][:, None], part[last][:, None], prefix[first][:, None]
-    key_begin, key_end = part[first][None, :], part[last][None, :]
-    is_near = is_past if window is None else first[:, None] - last[None, :] < window
-    some = is_past & (begin == key_end) & is_near
-    some |= is_past & (key_begin <= trunk) & (trunk <= key_end) & ((trunk != begin) | is_near)
-    is_whole = end == key_begin
-    if window is None:
-        is_whole |= (key_begin == trunk) & (key_end == trunk) & (tree[first] == tree[last])[:, None]
-    else:
-        is_whole &= last[:, None] - first[None, :] < window
-    full = is_past & is_whole
-    full &= (last - first + 1 == MASK_BLOCK)[:, None]  # the last query block, if incomplete, is never full
-    some |= torch.eye(len(first), dtype=torch.bool, device=tree.device)
-    return some, full
-
-
-def _by_row(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[1, 1, B] number of marked blocks in each row, and [1, 1, B, B] block indices, marked ones first."""
-    indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
 
 
 def register() -> None:

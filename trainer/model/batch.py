@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
+import numpy as np
 import torch
 
 from trainer.data.tokens import TokenInputs, TokenSequence
@@ -162,28 +163,27 @@ class Batch:
             adapters: name of the adapter of each tree; None: the active one for all.
         """
         token_ids: list[int] = []
-        positions: list[int] = []
-        scored: list[tuple[int, int, int]] = []
+        positions: list[np.ndarray[Any, Any]] = []
+        scored: list[np.ndarray[Any, Any]] = []
         sequences = [sequence for tree in trees for sequence in tree.sequences]
         sequence_id = 0
         for tree in trees:
             trunk, prefix = len(token_ids), tree.prefix
             token_ids += tree.sequences[0].token_ids[:prefix]
-            positions += range(prefix)
+            positions.append(np.arange(prefix))
             for sequence in tree.sequences:
                 branch = len(token_ids) - prefix
                 token_ids += sequence.token_ids[prefix:]
-                positions += range(prefix, len(sequence.token_ids))
-                for offset, is_trained in enumerate(sequence.loss_mask[1:]):
-                    if is_trained:
-                        position = (trunk if offset < prefix else branch) + offset
-                        scored.append((position, sequence.token_ids[offset + 1], sequence_id))
+                positions.append(np.arange(prefix, len(sequence.token_ids)))
+                offsets = np.flatnonzero(sequence.loss_mask[1:])
+                places = offsets + np.where(offsets < prefix, trunk, branch)
+                targets = np.array(sequence.token_ids, dtype=np.int64)[offsets + 1]
+                scored.append(np.stack([places, targets, np.full_like(places, sequence_id)]))
                 sequence_id += 1
-        scores = torch.tensor(scored, dtype=torch.long).reshape(-1, 3).T.contiguous().to(device)
-        scored_positions, targets, sequence_ids = scores
+        scored_positions, targets, sequence_ids = torch.from_numpy(np.concatenate(scored, axis=1)).to(device)
         return cls(
             token_ids=torch.tensor(token_ids).to(device),
-            positions=torch.tensor(positions).to(device),
+            positions=torch.from_numpy(np.concatenate(positions)).to(device),
             layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters),
             scored=scored_positions,
             targets=targets,

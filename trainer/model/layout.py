@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
+import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -52,10 +53,13 @@ class PackedLayout:
     max_len: int
     """Tokens of the longest sequence, its prefix included."""
     buckets: tuple[Bucket, ...]
+    """Empty on a GPU, where attention reads block masks instead."""
     order: torch.Tensor
-    """[T] index of each token in the concatenation of the real cells of all buckets."""
-    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
-    """GPU only: cache by window, filled by the first layer that needs it."""
+    """[T] index of each token in the concatenation of the real cells of all buckets; empty on a GPU."""
+    block_masks: dict[tuple[int | None, int], BlockMask] = field(default_factory=dict, compare=False, repr=False)
+    """GPU only: cache by window and tokens of padding, filled by the first layer that needs it."""
+    hidden_windows: set[int] = field(default_factory=set, compare=False, repr=False)
+    """Windows of layers that do not pass theirs to attention; filled by a forward pass."""
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
@@ -74,6 +78,10 @@ class PackedLayout:
             owners: of each tree; trees of different owners share no bucket, so that the padding of a tree, and with it
                 the rounding of its attention, does not depend on other owners. None: all have the same owner.
         """
+        numbered = tuple((prefix, tuple(branches)) for prefix, branches in trees)
+        longest = max(prefix + max(branches, default=0) for prefix, branches in trees)
+        if device.type != "cpu":
+            return cls(numbered, longest, (), torch.empty(0, dtype=torch.long, device=device))
         start = 0
         plain: dict[str, list[tuple[int, int]]] = {}
         branched: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
@@ -94,25 +102,29 @@ class PackedLayout:
             buckets.append(_bucket([trunk], device))
             buckets += [_bucket(group, device, prefix=index) for group in _of_similar_length(spans)]
         order = torch.argsort(torch.cat([bucket.gather.flatten()[bucket.cells] for bucket in buckets]))
-        return cls(
-            trees=tuple((prefix, tuple(branches)) for prefix, branches in trees),
-            max_len=max(prefix + max(branches, default=0) for prefix, branches in trees),
-            buckets=tuple(buckets),
-            order=order,
-        )
+        return cls(numbered, longest, tuple(buckets), order)
 
-    def coordinates(self) -> torch.Tensor:
-        """[3, T]: the tree, the branch (0 is the prefix) and the position in its sequence of each token."""
-        trees: list[int] = []
-        branches: list[int] = []
-        positions: list[int] = []
-        for tree, (prefix, lengths) in enumerate(self.trees):
-            for branch, length in enumerate((prefix, *lengths)):
-                begin = prefix if branch else 0
-                trees += [tree] * length
-                branches += [branch] * length
-                positions += range(begin, begin + length)
-        return torch.tensor([trees, branches, positions], device=self.order.device)
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of the pack."""
+        return sum(prefix + sum(branches) for prefix, branches in self.trees)
+
+    def coordinates(self, padding: int = 0) -> torch.Tensor:
+        """[3, T + padding]: the tree, the branch (0 is the prefix) and the position in its sequence of each token.
+
+        Args:
+            padding: tokens behind the pack, a tree of their own.
+        """
+        trees = [*self.trees, (padding, ())] if padding else self.trees
+        parts = [
+            (length, tree, branch, prefix if branch else 0)
+            for tree, (prefix, branches) in enumerate(trees)
+            for branch, length in enumerate((prefix, *branches))
+        ]
+        lengths, *of_parts = np.array(parts, dtype=np.int64).T
+        of_tokens = np.repeat(np.stack(of_parts), lengths, axis=1)
+        of_tokens[2] += np.arange(len(of_tokens[2])) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return torch.from_numpy(of_tokens).to(self.order.device)
 
 
 def _of_similar_length(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:

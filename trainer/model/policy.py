@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from trainer.model.adapters import RUN_ADAPTER, Adapters
 from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.base_model import has_experts, load_base, logit_transform
 from trainer.model.batch import Batch
+from trainer.model.compiled_layers import CompiledLayers, is_compilable
 from trainer.model.lm_head import tiled_logprobs
 from trainer.model.lora_linear import Routing
 from trainer.model.own_forward import reset_rotary, use_own_attention
@@ -58,6 +59,8 @@ class Policy(nn.Module):
         self.model_path = model_path
         self.separate_reason: str | None = None
         """Why each pass has one sequence, by the model's own attention; None: sequences are packed."""
+        self.compiled: CompiledLayers | None = None
+        """On a GPU; None: layers run uncompiled."""
         self.logit_transform = logit_transform(causal_lm)
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
@@ -70,11 +73,10 @@ class Policy(nn.Module):
         """
         with nullcontext() if self.adapters is None else self.adapters.routed(batch.owners):
             if self.separate_reason is None:
+                plain = batch.token_ids, batch.positions, batch.layout
+                ids, positions, layout = plain if self.compiled is None else self.compiled.input_of(batch)
                 output = self.causal_lm.base_model(
-                    input_ids=batch.token_ids[None],
-                    position_ids=batch.positions[None],
-                    use_cache=False,
-                    packed=batch.layout,
+                    input_ids=ids[None], position_ids=positions[None], use_cache=False, packed=layout
                 )
             else:
                 assert batch.num_sequences == 1, "`pack_limit` makes each pack one sequence"
@@ -96,6 +98,20 @@ class Policy(nn.Module):
         """
         use_own_attention(self.causal_lm)
         self.separate_reason = reason
+        self._run_uncompiled()
+
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the decoder layers, which a GPU needs: uncompiled, a third of its step is elementwise kernels.
+
+        Args:
+            backend: of torch.compile.
+        """
+        self.compiled = CompiledLayers(self.causal_lm, backend)
+
+    def _run_uncompiled(self) -> None:
+        if self.compiled is not None:
+            self.compiled.remove()
+            self.compiled = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -156,6 +172,7 @@ class Policy(nn.Module):
         whole = {parameter for name in names for parameter in self.trained_parameters(name).values()}
         if self.adapters is None:
             whole = {parameter for parameter in self.causal_lm.parameters() if not parameter.requires_grad}
+        self._run_uncompiled()  # compiled layers under FSDP were never run on GPUs
         layers = set(self.causal_lm._no_split_modules or ())
         shard_module(self, layers, mesh, ignored=whole, compute_dtype=self.compute_dtype)
         for parameter in whole:
@@ -282,16 +299,20 @@ def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSett
         unused = {id(value) for module in beside_language_part(causal_lm) for value in module.parameters()}
         for parameter in causal_lm.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in unused)
-        return _policy(causal_lm, None, model.path)
+        return _policy(causal_lm, None, model, lora)
     adapters = Adapters(causal_lm, routing)
     adapters.add(RUN_ADAPTER, lora, seed)
-    return _policy(causal_lm, adapters, model.path)
+    return _policy(causal_lm, adapters, model, lora)
 
 
-def _policy(causal_lm: PreTrainedModel, adapters: Adapters | None, path: str) -> Policy:
-    policy = Policy(causal_lm, adapters, path)
+def _policy(
+    causal_lm: PreTrainedModel, adapters: Adapters | None, model: ModelSettings, lora: LoraSettings | None
+) -> Policy:
+    policy = Policy(causal_lm, adapters, model.path)
     if causal_lm.config._attn_implementation != PACKED_ATTENTION:
         policy.run_separately(f"{causal_lm.config.model_type} chooses its attention by itself")
+    elif model.compile_layers and policy.device.type == "cuda" and is_compilable(causal_lm, lora):
+        policy.compile_layers()
     return policy
 
 

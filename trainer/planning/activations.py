@@ -17,6 +17,7 @@ STATISTICS_BYTES: Final = 4
 EAGER_MAX_TOKENS: Final = 384
 """Up to this length, attention on the CPU keeps its scores; as in `trainer.model.attention`."""
 TILE_CELLS: Final = 256 * 49_152
+GPU_TILE_ROWS: Final = 1024
 CPU_BLOCK_ROWS: Final = 32
 """Sizes of the LM head's tiles; as in `trainer.model.lm_head`."""
 
@@ -134,10 +135,11 @@ class Pass:
         """Final norm and LM head: the forward pass of a frozen head, the backward pass of a trained one."""
         facts, c = self.facts, self.compute_bytes
         hidden = self.tokens * facts.hidden * (self._norm_input() + c) + 2 * self.num_trained * facts.hidden * c
-        rows = max(16, (1 << (TILE_CELLS // facts.vocab).bit_length()) >> 1)
-        tiles = min(2, -(-self.num_trained // rows))  # a tile is computed while the previous one is alive
-        rows = min(rows, self.num_trained)
-        block = min(rows, CPU_BLOCK_ROWS) if self.is_cpu else rows
+        full = max(16, (1 << (TILE_CELLS // facts.vocab).bit_length()) >> 1) if self.is_cpu else GPU_TILE_ROWS
+        # A tile is computed while the previous one is alive; on a GPU its residual is apart from its logits.
+        tiles = min(2 if self.is_cpu else 3, -(-self.num_trained // full) + (not self.is_cpu))
+        rows = min(full, self.num_trained)
+        block = min(rows, CPU_BLOCK_ROWS) if self.is_cpu else 0  # a GPU's float32 statistics stay in registers
         tile, statistics = rows * facts.vocab * c, 3 * block * facts.vocab * STATISTICS_BYTES
         forward = tiles * tile + statistics
         if self.rank is not None:

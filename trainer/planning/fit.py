@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import ShapeLimit, TrainingShape
-from trainer.config.unsupported import SHARDED_QUANTIZATION, SHARDED_SAMPLING, SINKS_ON_GPU
+from trainer.config.unsupported import SHARDED_QUANTIZATION, SHARDED_SAMPLING
 from trainer.planning.memory import base_bytes, compute_bytes_of, estimate_memory
 from trainer.planning.model_facts import ModelFacts
 
@@ -31,8 +31,6 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
         return SHARDED_SAMPLING
     if is_sharded and recipe.model.quantization is not None:
         return SHARDED_QUANTIZATION
-    if shape.device == "cuda" and facts is not None and facts.has_sinks:
-        return SINKS_ON_GPU
     if recipe.data.max_seq_tokens > limit.max_seq_tokens:
         return f"supports sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
     if facts is None:

@@ -1,0 +1,120 @@
+"""Compiles the decoder layers of a policy on a GPU; for policy.py only.
+
+A compiled layer receives tensors and block masks (flex.py) instead of the pack's layout, so that packs of any length
+use one compiled graph. Packs are padded to a multiple of a mask block: only kernels for whole blocks are needed. The
+first forward pass runs the layers uncompiled. It shows which windows the layers use, and every refusal of a model that
+packed attention does not support is made there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any, Final, final
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from trainer.config.recipe import LoraSettings
+from trainer.errors import ModelError
+from trainer.model.base_model import has_experts
+from trainer.model.batch import Batch
+from trainer.model.flex import MASK_BLOCK, FlexLayout, prepare_compiler
+from trainer.model.layout import PackedLayout
+
+MIN_TOKENS: Final = 2 * MASK_BLOCK
+"""A pack of a single block would be compiled apart."""
+CHECKPOINTING: Final = "forward_with_checkpointing"
+"""Name of the function that transformers wraps around a layer's forward; it chooses whether to recompute it."""
+
+
+@final
+class CompiledLayers:
+    """The decoder layers of a model, compiled for packs of one adapter."""
+
+    def __init__(self, causal_lm: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Prepare the layers; they are compiled when they first receive a `FlexLayout`.
+
+        Args:
+            causal_lm: with packed attention.
+            backend: of torch.compile.
+        """
+        prepare_compiler()
+        names = set(causal_lm._no_split_modules or ())
+        self.layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
+        self.problem: str | None = None
+        """Why the layers run uncompiled all the same; None: they are compiled."""
+        self._first: PackedLayout | None = None
+        for layer in self.layers:
+            layer._compiled_call_impl = self._choice(layer, backend)
+        self._hook = causal_lm.get_input_embeddings().register_forward_hook(_with_gradient)
+
+    def input_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, PackedLayout | FlexLayout]:
+        """Token ids [T], positions [T] and the layout that the layers receive; T is padded for compiled layers.
+
+        Args:
+            batch: the pack.
+
+        Raises:
+            ModelError: a sequence is longer than the window of a layer that does not pass it to attention.
+        """
+        if self._first is None or batch.owners is not None:
+            self._first = self._first or batch.layout
+            return batch.token_ids, batch.positions, batch.layout
+        for window in self._first.hidden_windows:
+            if batch.layout.max_len > window:
+                raise ModelError(
+                    f"the layers do not pass their window of {window:,} tokens to attention: longer sequences cannot "
+                    f"be trained; set data.max_seq_tokens to {window}"
+                )
+        padding = max(MIN_TOKENS - batch.num_tokens, -batch.num_tokens % MASK_BLOCK)
+        windows = {window for window, _ in self._first.block_masks}
+        ids, positions = (nn.functional.pad(row, (0, padding)) for row in (batch.token_ids, batch.positions))
+        return ids, positions, FlexLayout.of(batch.layout, windows, padding)
+
+    def remove(self) -> None:
+        """Run the layers uncompiled from now on."""
+        self._hook.remove()
+        for layer in self.layers:
+            layer._compiled_call_impl = None
+
+    def _choice(self, layer: Any, backend: str | Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's call: compiled where it receives a `FlexLayout`, as it is elsewhere, such as for sampling."""
+        forward = type(layer).forward
+        is_wrapped = forward.__code__.co_name == CHECKPOINTING
+        inner = MethodType(forward.__wrapped__ if is_wrapped else forward, layer)
+        compiled = torch.compile(inner, fullgraph=True, dynamic=True, backend=backend)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.problem is not None or not isinstance(kwargs.get("packed"), FlexLayout):
+                return layer._call_impl(*args, **kwargs)
+            try:
+                if is_wrapped and layer.gradient_checkpointing and layer.training:
+                    return layer._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                self.problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                warnings.warn(f"decoder layers run uncompiled, which is slower: {self.problem}", stacklevel=2)
+                return layer._call_impl(*args, **kwargs)
+
+        return call
+
+
+def _with_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Embeddings that require a gradient even if they are frozen: the first layer would be compiled apart."""
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+
+def is_compilable(causal_lm: PreTrainedModel, lora: LoraSettings | None) -> bool:
+    """Whether the layers are of a kind that compiles to one graph: no experts, 4-bit weights, dropout or DoRA.
+
+    Args:
+        causal_lm: the model.
+        lora: its adapter, or None.
+    """
+    is_plain = lora is None or (lora.dropout == 0 and not lora.dora)
+    return is_plain and not has_experts(causal_lm) and not getattr(causal_lm, "is_quantized", False)

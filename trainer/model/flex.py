@@ -1,0 +1,151 @@
+"""FlexAttention over packs, for GPUs: block masks of packs, and what a compiled layer receives of them.
+
+Sinks: FlexAttention returns the log-sum-exp of the scores, and a sink of logit s adds exp(s) to the denominator, so the
+output is the one without sink times sigmoid(lse - s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, final
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from trainer.model.eager_attention import AttentionOptions
+from trainer.model.layout import PackedLayout
+
+MASK_BLOCK: Final = 128
+"""Block size of FlexAttention's mask."""
+
+
+@final
+@dataclass(frozen=True)
+class FlexLayout:
+    """What a compiled layer receives of a pack: tensors only, so that no length is compiled into it."""
+
+    masks: dict[int | None, BlockMask]
+    """By window."""
+
+    @classmethod
+    def of(cls, layout: PackedLayout, windows: Iterable[int | None], padding: int) -> FlexLayout:
+        """The masks of a pack with `padding` more tokens behind it, which attend to themselves only."""
+        return cls({window: block_mask_of(layout, window, padding) for window in windows})
+
+
+def attend_flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, options: AttentionOptions
+) -> torch.Tensor:
+    """[1, T, H, D] attention within the sequences of a pack."""
+    return flex_packed(query, key, value, block_mask_of(layout, options.window), options)
+
+
+def flex_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, options: AttentionOptions
+) -> torch.Tensor:
+    """[1, T, H, D] attention of [1, H, T, D] queries to [1, H_kv, T, D] keys, compiled on a GPU."""
+    softcap = options.softcap or 1.0
+
+    def capped(
+        score: torch.Tensor, _b: torch.Tensor, _h: torch.Tensor, _q: torch.Tensor, _k: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    kernel: Callable[..., Any] = flex_attention
+    if not torch.compiler.is_compiling():
+        kernel = _flex_kernel(query.device.type)
+    out = kernel(
+        query,
+        key,
+        value,
+        score_mod=capped if options.softcap is not None else None,
+        block_mask=mask,
+        scale=options.scaling,
+        enable_gqa=True,
+        return_aux=None if options.sinks is None else AuxRequest(lse=True),
+    )
+    if options.sinks is not None:
+        out, aux = out
+        out = out * torch.sigmoid(aux.lse - options.sinks.to(aux.lse.dtype)[None, :, None])[..., None].to(out.dtype)
+    return out.transpose(1, 2)
+
+
+@cache
+def _flex_kernel(device: str, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """FlexAttention, compiled on GPU: uncompiled, it writes the whole score matrix to memory."""
+    if device != "cuda":
+        return flex_attention
+    prepare_compiler()
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+
+def prepare_compiler() -> None:
+    """Settings of torch.compile that attention kernels need."""
+    # Otherwise scale and soft cap become inputs, which the kernel cannot read.
+    torch._dynamo.config.specialize_float = True
+    # Windows, short packs, with and without gradient: more variants than the default.
+    torch._dynamo.config.recompile_limit = 64
+
+
+def block_mask_of(layout: PackedLayout, window: int | None, padding: int = 0) -> BlockMask:
+    """The block mask of a pack; computed once for all layers with this window.
+
+    Computed from the first and last token of each block: `create_block_mask` would evaluate all T x T cells.
+
+    Args:
+        layout: of the pack.
+        window: of the layer, or None.
+        padding: tokens behind the pack that attend to themselves only.
+    """
+    if (window, padding) not in layout.block_masks:
+        # Cloned: a view's offset would be compiled into the kernel.
+        tree, branch, position = (row.clone() for row in layout.coordinates(padding))
+
+        def is_visible(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            is_near = position[q] - position[k] < window if window is not None else q >= k
+            is_behind = (branch[k] == 0) | (branch[q] == branch[k])
+            return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
+
+        some, full = _visible_blocks(tree, branch, window)
+        made: BlockMask = BlockMask.from_kv_blocks(
+            *_by_row(some & ~full), *_by_row(full), MASK_BLOCK, is_visible, (len(tree), len(tree))
+        )
+        layout.block_masks[window, padding] = made
+    return layout.block_masks[window, padding]
+
+
+def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, B] bool of query and key blocks: whether any query attends to any key, and whether all attend to all.
+
+    Prefixes and branches are numbered in the order of the pack. A key before the query block is visible if it belongs
+    to the same part (prefix or branch) as the first query, or to that query's prefix. With a window, blocks of branches
+    are always treated as partly visible.
+    """
+    total = len(tree)
+    part = torch.stack([tree, branch]).diff(dim=1, prepend=tree.new_full((2, 1), -1)).ne(0).any(0).cumsum(0)
+    prefix = part[torch.searchsorted(tree, tree)]
+    first = torch.arange(0, total, MASK_BLOCK, device=tree.device)
+    last = (first + MASK_BLOCK - 1).clamp(max=total - 1)
+    is_past = first[:, None] > last[None, :]
+    begin, end, trunk = part[first][:, None], part[last][:, None], prefix[first][:, None]
+    key_begin, key_end = part[first][None, :], part[last][None, :]
+    is_near = is_past if window is None else first[:, None] - last[None, :] < window
+    some = is_past & (begin == key_end) & is_near
+    some |= is_past & (key_begin <= trunk) & (trunk <= key_end) & ((trunk != begin) | is_near)
+    is_whole = end == key_begin
+    if window is None:
+        is_whole |= (key_begin == trunk) & (key_end == trunk) & (tree[first] == tree[last])[:, None]
+    else:
+        is_whole &= last[:, None] - first[None, :] < window
+    full = is_past & is_whole
+    full &= (last - first + 1 == MASK_BLOCK)[:, None]  # the last query block, if incomplete, is never full
+    some |= torch.eye(len(first), dtype=torch.bool, device=tree.device)
+    return some, full
+
+
+def _by_row(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, 1, B] number of marked blocks in each row, and [1, 1, B, B] block indices, marked ones first."""
+    indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()

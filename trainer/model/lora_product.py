@@ -1,0 +1,244 @@
+"""The product of a linear layer and its LoRA adapter as one operation, for one adapter or several in one pack.
+
+    y = W x + b + scaling * B (A x)
+
+The adapter's product is accumulated into the output of the base product, forward and backward; only x and A x are kept.
+
+With several adapters, the base product runs on the whole pack and each adapter's products on the rows of its tokens,
+gathered. Each row is computed as in a pack that holds this adapter's sequences alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def _shaped_as(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[T, out] as [..., out], not as a view: some models (Gemma 3n) write into the output of a layer."""
+    shaped: torch.Tensor = torch.ops.aten._unsafe_view.default(flat, [*x.shape[:-1], flat.shape[-1]])
+    return shaped
+
+
+@final
+class LoraProduct(torch.autograd.Function):
+    """y = W x + b + scaling * B (A x), with gradients for x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Compute y.
+
+        Args:
+            ctx: of autograd.
+            x: [..., in].
+            weight: [out, in] of the base layer.
+            bias: [out] or None.
+            down: A, [r, in].
+            up: B, [out, r].
+            scaling: factor of the adapter.
+        """
+        y, inner = _product(x, weight, bias, down, up, scaling)
+        ctx.save_for_backward(x, inner, weight, down, up)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, A and B; the base weight is frozen."""
+        x, inner, weight, down, up = ctx.saved_tensors
+        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        needed = (needs_x, needs_down, needs_up)
+        grad_x, grad_down, grad_up = _gradients(grad, x, inner, weight, down, up, ctx.scaling, needed)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., out] y, and [T, r] A x."""
+    flat = x.reshape(-1, x.shape[-1])
+    inner = flat @ down.T
+    y = torch.nn.functional.linear(flat, weight, bias)
+    y.addmm_(inner, up.T, alpha=scaling)
+    return _shaped_as(y, x), inner
+
+
+def _gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x, A and B; None where not needed."""
+    grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_inner = (grad @ up).mul_(scaling)
+    grad_x = None
+    if needed[0]:
+        grad_x = grad @ weight
+        grad_x.addmm_(grad_inner, down)
+        grad_x = grad_x.view(x.shape)
+    grad_down = grad_inner.T @ flat if needed[1] else None
+    grad_up = (grad.T @ inner).mul_(scaling) if needed[2] else None
+    return grad_x, grad_down, grad_up
+
+
+def compiled_lora_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`LoraProduct` for compiled layers: an operator that the compiler does not look into.
+
+    Traced into, the product would be rewritten with a copy of y for each layer.
+    """
+    y, _ = _product_operator(x, weight, bias, down, up, scaling)
+    return y
+
+
+_product_operator = torch.library.custom_op("tunesmith::lora_product", _product, mutates_args=())
+
+
+@_product_operator.register_fake
+def _fake_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del bias, up, scaling
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
+
+
+@torch.library.custom_op("tunesmith::lora_gradients", mutates_args=())
+def _gradients_operator(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_x, grad_down, grad_up = _gradients(grad, x, inner, weight, down, up, scaling, (needs_x, True, True))
+    assert grad_down is not None
+    assert grad_up is not None
+    return grad.new_empty(0) if grad_x is None else grad_x, grad_down, grad_up
+
+
+@_gradients_operator.register_fake
+def _fake_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del inner, weight, scaling
+    grad_x = x.new_empty(x.shape) if needs_x else grad.new_empty(0)
+    return grad_x, down.new_empty(down.shape), up.new_empty(up.shape)
+
+
+def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, _, down, up, ctx.scaling = inputs
+    ctx.save_for_backward(x, output[1], weight, down, up)
+
+
+def _operator_backward(ctx: Any, grad: torch.Tensor, _inner: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs_x = ctx.needs_input_grad[0]
+    grad_x, grad_down, grad_up = _gradients_operator(grad, *ctx.saved_tensors, ctx.scaling, needs_x)
+    return grad_x if needs_x else None, None, None, grad_down, grad_up, None
+
+
+_product_operator.register_autograd(_operator_backward, setup_context=_save_for_gradients)
+
+
+class Part(NamedTuple):
+    """One adapter's share of a routed product."""
+
+    rows: torch.Tensor
+    """[n] positions of its tokens in the pack."""
+    scaling: float
+
+
+@final
+class RoutedLoraProduct(torch.autograd.Function):
+    """`LoraProduct` where each adapter acts on the rows of its own tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        parts: list[Part],
+        *pairs: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute y.
+
+        Args:
+            ctx: of autograd.
+            x: [..., in], T rows in all.
+            weight: [out, in] of the base layer.
+            bias: [out] or None.
+            parts: rows and scaling of each adapter.
+            *pairs: A [r, in] and B [out, r] of each adapter, in turn.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.nn.functional.linear(flat, weight, bias)
+        inners = []
+        for part, down, up in zip(parts, pairs[::2], pairs[1::2], strict=True):
+            inners.append(flat[part.rows] @ down.T)
+            y[part.rows] = y[part.rows].addmm_(inners[-1], up.T, alpha=part.scaling)
+        ctx.save_for_backward(flat, weight, *inners, *pairs)
+        ctx.parts, ctx.shape = parts, x.shape
+        return _shaped_as(y, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x and of each A and B; the base weight is frozen."""
+        flat, weight, *saved = ctx.saved_tensors
+        inners, pairs = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_pairs: list[torch.Tensor | None] = []
+        for part, inner, down, up in zip(ctx.parts, inners, pairs[::2], pairs[1::2], strict=True):
+            own = grad[part.rows]
+            grad_inner = (own @ up).mul_(part.scaling)
+            if grad_x is not None:
+                grad_x[part.rows] = grad_x[part.rows].addmm_(grad_inner, down)
+            needs_down, needs_up = ctx.needs_input_grad[4 + len(grad_pairs) : 6 + len(grad_pairs)]
+            grad_pairs.append(grad_inner.T @ flat[part.rows] if needs_down else None)
+            grad_pairs.append((own.T @ inner).mul_(part.scaling) if needs_up else None)
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *grad_pairs
