@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # oneDNN caches up to 1,024 kernels by default, about 1 MB for each length of a pack.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # packs differ in length: fixed segments would be fragmented
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         plan, run = _plan_and_run(arguments)
         if run.is_finished(plan.steps):
@@ -75,11 +77,13 @@ def _run_attempt(plan: Plan, run: RunDir) -> int:
     from contextlib import ExitStack
 
     from trainer.distributed.preemption import StopFlag
-    from trainer.distributed.world import join_world, leave_world
+    from trainer.distributed.world import join_world, leave_world, use_deterministic_kernels
     from trainer.training.attempt import Attempt
     from trainer.training.attempt_record import describe_attempt
 
     _quiet_libraries()
+    if plan.recipe.deterministic and plan.shape.device == "cuda":
+        use_deterministic_kernels()
     try:
         world = join_world(plan.shape.device, plan.shape.num_ranks, is_sharded=plan.shape.sharding == "full")
     except LaunchError as error:

@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 LENGTHS: Final = ((40, 7, 90, 3), (200, 31), (12,))
 ADAM: Final = AdamParams.of(OptimizerSettings(epsilon=1e-2), 1e-2)
 """With the usual epsilon AdamW's first update is the gradient's sign, which rounding may turn where it is near zero."""
-WORKER: Final = [sys.executable, str(Path(__file__).with_name("deterministic_worker.py"))]
-RECIPE: Final[dict[str, Any]] = LONG | {"lora__dropout": 0.1, "model__compute_dtype": "bfloat16", "shape": "gpu.yaml"}
+WORKER: Final = [sys.executable, "-m", "trainer.worker"]
+RECIPE: Final[dict[str, Any]] = LONG | {"deterministic": True, "model__compute_dtype": "bfloat16", "shape": "gpu.yaml"}
 
 
 def make_policy_on(device: torch.device, model_dir: Path, *, is_lora: bool, dtype: ComputeDtype = "float32") -> Policy:
@@ -133,10 +133,7 @@ class TestResume:
     """The real worker, with deterministic kernels, killed and started again."""
 
     def start(self, project: Project, name: str) -> Running:
-        environment = {
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
+        environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
         return project.start([*WORKER, project.recipe("long.yaml", **RECIPE), "--name", name], environment)
 
     def finished(self, project: Project, name: str) -> tuple[Run, Done]:

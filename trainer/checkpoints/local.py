@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import final
@@ -84,7 +85,9 @@ class Checkpoints:
         self.run, self.recipe, self.identity_hash = run, recipe, identity_hash
         self.world, self.attempt = world, attempt
         self._writer_world = world.apart()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        device = world.device  # a thread that sets none would open a context on GPU 0
+        use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=use_device)
         self._pending: Future[Saved] | None = None
         self._copies: dict[str, torch.Tensor] = {}
 

@@ -240,6 +240,8 @@ class RecipeBase(Section):
     """`sft` is supervised fine-tuning; `rft` is reinforcement fine-tuning from rewards."""
     seed: NonNegativeInt = 0
     """Random seed. All randomness in step k is a function of (seed, k)."""
+    deterministic: bool = False
+    """On a GPU, use deterministic kernels only, so that a resumed run has equal bits; slower. A CPU needs no switch."""
     model: ModelSettings
     """The base model: `{path: DIRECTORY_OR_HUB_NAME}`, and how to load it."""
     lora: LoraSettings | None = Field(default_factory=LoraSettings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -77,8 +78,30 @@ def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copied_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU, sharded like the tensor."""
-    return placed_like(local_of(tensor.detach()).to("cpu", copy=True), tensor)
+    """A copy on the CPU, sharded like the tensor.
+
+    Its mesh is one of CPUs: `DTensor.from_local` moves a part to the device of the mesh.
+    """
+    part = local_of(tensor.detach()).to("cpu", copy=True)
+    if not isinstance(tensor, DTensor):
+        return part
+    mesh = tensor.device_mesh if tensor.device_mesh.device_type == "cpu" else _cpu_mesh(tensor.device_mesh)
+    return DTensor.from_local(
+        part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@cache
+def _cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks as a mesh of CPUs; it communicates through the groups of the mesh, which have gloo for CPUs."""
+    groups = mesh.get_all_groups()
+    names = mesh.mesh_dim_names
+    return DeviceMesh.from_group(
+        groups[0] if len(groups) == 1 else groups,
+        "cpu",
+        mesh=None if len(groups) == 1 else mesh.mesh,
+        mesh_dim_names=names,
+    )
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:

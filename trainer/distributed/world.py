@@ -158,9 +158,8 @@ def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> 
     if device == "cuda":
         if not torch.cuda.is_available():
             raise LaunchError("the shape needs GPUs and torch sees none here; choose `--shape cpu` or another machine")
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local)
-        own_device = torch.device("cuda", local)
+        own_device = torch.device("cuda", _own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+        torch.cuda.set_device(own_device)
     else:
         own_device = torch.device("cpu")
     if size > 1:
@@ -169,6 +168,32 @@ def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> 
     mesh = init_device_mesh(device, (size,), mesh_dim_names=("ranks",)) if is_sharded and size > 1 else None
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in LOCAL)
     return World(rank, size, own_device, mesh=mesh, local_rank=local_rank, local_size=min(size, local_size))
+
+
+def use_deterministic_kernels() -> None:
+    """Let torch refuse operations without a deterministic kernel; before the first use of the GPU."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS may otherwise choose another kernel in each process
+    torch.use_deterministic_algorithms(True)
+
+
+def _own_gpu(local_rank: int, visible: int) -> int:
+    """Index of a rank's GPU; 0 where the launcher shows each rank its own GPU only.
+
+    Args:
+        local_rank: on this machine.
+        visible: GPUs that this process sees.
+
+    Raises:
+        LaunchError: there are fewer GPUs than ranks.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise LaunchError(
+            f"rank {local_rank} of this machine has no GPU: {visible} are visible. Launch as many processes as GPUs, "
+            "or show each process its own one."
+        )
+    return local_rank
 
 
 def leave_world(world: World) -> None:
