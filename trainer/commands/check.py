@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.commands.check_report import describe_devices, describe_limit, describe_plan, report_lines
+from trainer.commands.cost_report import cost_lines
 from trainer.commands.first_look import find_problems
 from trainer.commands.tables import table_lines
 from trainer.config.arguments import override_argv
@@ -37,6 +38,9 @@ def check(arguments: argparse.Namespace) -> int:
         return _check_data_and_rewards(arguments)
     if arguments.memory:
         return _measure_memory(arguments)
+    if arguments.cost:
+        sys.stdout.write("\n".join(cost_lines(plan, width=_terminal_width())) + "\n")
+        return 0
     problems = find_problems(plan.recipe, Path(plan.recipe_dir))
     for problem in problems:
         sys.stderr.write(f"{problem}\n")

@@ -125,6 +125,7 @@ def _training_commands(commands: _Commands) -> None:
     check.add_argument("--values", action="store_true", help="print every resolved value with its origin")
     check.add_argument("--data", action="store_true", help="show the first rows as tokens, trained ones coloured")
     check.add_argument("--rewards", action="store_true", help="try the rewards on gold answers and on garbage")
+    check.add_argument("--cost", action="store_true", help="predict the time of a step on a GPU shape, by parts")
     check.add_argument("--memory", action="store_true", help="measure the memory of one training step without weights")
     check.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
     check.add_argument("--row", type=int, action="append", default=[], metavar="LINE", help="--data: show this row")

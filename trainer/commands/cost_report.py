@@ -1,0 +1,99 @@
+"""`trainer check --cost`: the predicted time of a step on a GPU shape, by parts."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from trainer.commands.tables import table_lines
+from trainer.config.devices import KnownDevice
+from trainer.config.load import known_devices
+from trainer.config.shape import TrainingShape
+from trainer.errors import RecipeError
+from trainer.planning.plan import Plan, model_facts
+from trainer.planning.roofline import StepCost, step_cost
+
+SCORED_FRAC: Final = 0.75
+"""Assumed fraction of tokens with a loss."""
+DOCUMENTS: Final = (1, 4, 8)
+"""Documents per pack that are shown."""
+
+
+def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
+    """The lines of `trainer check --cost`.
+
+    Args:
+        plan: of the recipe.
+        width: columns of the terminal, or None.
+
+    Raises:
+        RecipeError: the shape is a CPU or an unknown GPU, or the sizes of the model are unknown.
+    """
+    shape, recipe = plan.shape, plan.recipe
+    device, facts = _device_of(shape), model_facts(recipe)
+    if facts is None:
+        raise RecipeError(["--cost: the sizes of the model are unknown; its config.json must be at model.path"])
+    tokens = shape.micro_batch_tokens
+    is_compiled = recipe.model.compile_layers and recipe.model.quantization is None and facts.num_experts == 1
+    is_compiled = is_compiled and shape.sharding != "full"
+    costs = {
+        documents: step_cost(
+            facts,
+            device,
+            [tokens // documents] * documents,
+            int(SCORED_FRAC * tokens),
+            is_lora=recipe.lora is not None,
+            is_compiled=is_compiled and (recipe.lora is None or not (recipe.lora.dora or recipe.lora.dropout)),
+            is_checkpointed=recipe.model.gradient_checkpointing,
+        )
+        for documents in DOCUMENTS
+    }
+    rows = [["documents per pack", "ms per micro-batch", "tokens/s per GPU", "MFU (4N)", "MFU with attention"]]
+    rows += [[str(documents), *_figures(cost)] for documents, cost in costs.items()]
+    parts = costs[DOCUMENTS[1]]
+    by_part = [["part", "ms"], *([name, _milliseconds(pair)] for name, pair in parts.parts_s.items())]
+    by_part += [["host, at the same time", _milliseconds(parts.host_s)]]
+    return [
+        f"Predicted, not measured: forward and backward of {tokens:,} tokens on one {device.device_name} "
+        f"({device.bf16_tflops:g} TFLOP/s, {device.bandwidth_gbps:g} GB/s), {SCORED_FRAC:.0%} of them with a loss.",
+        "MFU (4N): 4 FLOPs (full parameters: 6) per parameter without embeddings and token, and the head on scored "
+        "tokens, over the data sheet's peak.",
+        "",
+        *table_lines(rows, width=width),
+        "",
+        f"With {DOCUMENTS[1]} documents:",
+        *table_lines(by_part, width=width),
+        *_communication(shape, device, facts.params * 2),
+    ]
+
+
+def _figures(cost: StepCost) -> list[str]:
+    slow, fast = cost.tokens_per_s
+    low, high = cost.mfu
+    factor = cost.flops / cost.flops_4n
+    return [
+        _milliseconds(cost.step_s), f"{slow:,.0f} to {fast:,.0f}", f"{low:.0%} to {high:.0%}",
+        f"{low * factor:.0%} to {high * factor:.0%}",
+    ]  # fmt: skip
+
+
+def _milliseconds(pair: tuple[float, float]) -> str:
+    fast, slow = (f"{value * 1e3:,.0f}" for value in pair)
+    return fast if fast == slow else f"{fast} to {slow}"
+
+
+def _communication(shape: TrainingShape, device: KnownDevice, weight_bytes: float) -> list[str]:
+    """Gathering of sharded weights; it overlaps with computing."""
+    if shape.sharding != "full" or shape.num_ranks == 1:
+        return []
+    received = 2 * weight_bytes * (shape.num_ranks - 1) / shape.num_ranks
+    rate = device.nvlink_gbps / 2 * 1e9
+    time = f", {received / rate * 1e3:,.0f} ms at {rate / 1e9:g} GB/s, beside the computing" if rate else ""
+    return ["", f"Sharded weights: each GPU receives {received / 1e9:.1f} GB per micro-batch{time}."]
+
+
+def _device_of(shape: TrainingShape) -> KnownDevice:
+    known = next((each for each in known_devices().values() if each.device_name == shape.device_name), None)
+    if known is None:
+        names = ", ".join(sorted(each.device_name for each in known_devices().values()))
+        raise RecipeError([f"--cost: no rates are known of {shape.device_name}; choose a --shape of {names}"])
+    return known
