@@ -112,19 +112,20 @@ class Harness:
         killed, run = Killed(kind), RunDir(self.project.run(name).root)
         running = self.start(kind, name)
         for kill in planned(kind, draw, min(MAX_KILLS, most)):
-            phase = _await(run, kill, running, draw)
+            while (
+                (phase := _await(run, kill, running, draw)) is None and not run.is_finished(1) and not killed.problems
+            ):
+                running = self._again(kind, name, running, killed)
             if phase is None:
                 print(f"  {name}: ended before step {kill.step}", flush=True)
                 break
             if self._strike(kill, running):
                 killed.kills.append(replace(kill, phase=phase))
                 print(f"  {name}: {killed.kills[-1]}, step {run.newest_logged_step()}", flush=True)
-                running = self._going_on(kind, name, running, killed)
-        done = running.wait()
-        while done.code == 75 and len(self.project.started) < 10_000:
-            done = self.start(kind, name).wait()
-        if done.code != 0:
-            killed.problems.append(f"ended with {done.code}: {done.said[-2000:]}")
+        running.wait()
+        while not run.is_finished(1) and not killed.problems:
+            running = self._again(kind, name, running, killed)
+            running.wait()
         killed.problems += differences(self.project.run(name), whole)
         with suppress(AssertionError):
             wait_for(lambda: not self.project.processes())
@@ -132,25 +133,21 @@ class Harness:
         return killed
 
     def _strike(self, kill: Kill, running: Running) -> bool:
-        """Signal the processes that the kill names; whether there were any."""
+        """Signal the processes that the kill names, and wait for the killed; whether there were any."""
         victims = list(_victims(kill.target, running))
         for process in victims:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(kill.signal)
+        if kill.signal == signal.SIGKILL:
+            psutil.wait_procs(victims, 10)
         return bool(victims)
 
-    def _going_on(self, kind: str, name: str, running: Running, killed: Killed) -> Running:
-        """The command that goes on with the run: the same one, or a new one when all processes of the old are gone."""
-        run = RunDir(self.project.run(name).root)
-        before = run.newest_attempt()
-        has_ended = lambda: running.process.poll() is not None  # noqa: E731
-        wait_for(lambda: has_ended() or run.newest_attempt() > before)
-        if not has_ended():
-            return running
-        wait_for(lambda: not self.project.processes())
+    def _again(self, kind: str, name: str, running: Running, killed: Killed) -> Running:
+        """Give a command that has ended again, once nothing is left of it."""
         code = running.wait().code
         if code not in (0, 75, -signal.SIGKILL, -signal.SIGTERM):
             killed.problems.append(f"the command ended with {code}: {running.wait().said[-1500:]}")
+        wait_for(lambda: not self.project.processes())
         return self.start(kind, name)
 
 
