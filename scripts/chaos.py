@@ -1,4 +1,8 @@
-"""Inject random faults into tiny SFT and RFT runs: every run must equal an undisturbed one to the bit."""
+"""Inject random faults into tiny SFT and RFT runs: every run must equal an undisturbed one to the bit.
+
+With --minutes the faults are at named points of a worker's file operations (POINTS) and at random ones. With --kills
+real `trainer train` commands lose one or all of their processes (kills.py).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+from kills import kill_runs
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # so that `chaos` is the package with the faults, not this script
 
@@ -35,19 +41,23 @@ REAL_SHARE = 0.15
 def main() -> int:
     """Inject faults until the time is over; return 1 at the first run that did not survive."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, required=True)
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--minutes", type=float, help="faults in workers, for this long")
+    amount.add_argument("--kills", type=int, help="this many kills of processes of `trainer train`")
     parser.add_argument("--seed", type=int, default=None, help="repeats the same faults; random by default")
     parser.add_argument("--out", type=Path, default=Path("build/chaos.json"), help="file for the table as JSON")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
-    end = time.monotonic() + 60 * arguments.minutes
     root = Path(tempfile.mkdtemp(prefix="chaos-")).resolve()
     project = Project(write_files(root))
     project.recipe()
+    print(f"seed {seed}, in {root}", flush=True)
+    if arguments.kills is not None:
+        return kills(project, arguments.kills, seed, arguments.out)
+    end = time.monotonic() + 60 * arguments.minutes
     rows: list[Row] = []
     missed = number = 0
     failed: Report | None = None
-    print(f"seed {seed}, in {root}", flush=True)
     with chaos(project) as it:
         while failed is None and (time.monotonic() < end or not number):
             report = strike(it, seed, number)
@@ -67,6 +77,29 @@ def main() -> int:
         shutil.rmtree(root)
         return 0
     print(f"FAILED with seed {seed}: {root}/runs/{failed.rows[0].run if failed.rows else ''}", *problems, sep="\n  ")
+    return 1
+
+
+def kills(project: Project, number: int, seed: int, out: Path) -> int:
+    """Strike so many kills; return 1 where a run did not survive."""
+    start = time.monotonic()
+    try:
+        runs, struck = kill_runs(project, number, seed)
+    finally:
+        project.kill_all()
+    problems = [problem for run in runs for problem in run.problems]
+    for what, times in sorted(struck.items()):
+        print(f"{times:3} x {what}")
+    minutes = (time.monotonic() - start) / 60
+    unequal = sum(bool(run.problems) for run in runs)
+    print(f"{len(runs)} runs, {sum(struck.values())} kills, {unequal} unequal; seed {seed}, {minutes:.0f} minutes")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"seed": seed, "minutes": minutes, "runs": len(runs), "kills": struck, "problems": problems}
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    if not problems:
+        shutil.rmtree(project.root)
+        return 0
+    print(f"FAILED with seed {seed}: {project.root}/runs", *problems, sep="\n  ")
     return 1
 
 

@@ -15,6 +15,25 @@ FLOCK: Final = """\
 #include <stdlib.h>
 int flock(int handle, int operation) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
 """
+FSYNC: Final = """\
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fsync(int handle) {
+  char link[64], path[4096];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", handle);
+  ssize_t size = readlink(link, path, sizeof path - 1);
+  if (size > 0) {
+    path[size] = 0;
+    if (strstr(path, getenv("FSYNC_PART"))) { errno = EIO; return -1; }
+  }
+  return syscall(SYS_fsync, handle);
+}
+"""
+"""Fails for files and directories whose path contains FSYNC_PART."""
 
 
 def preloaded(directory: Path, source: str, **variables: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
             file.write(text)
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno(), path)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -36,7 +36,23 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
 def fsync_file(path: Path) -> None:
     """Flush a file's content to disk."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno(), path)
+
+
+def sync(handle: int, path: Path) -> None:
+    """Flush an open file or directory to disk; an error names it, which that of `os.fsync` does not.
+
+    Args:
+        handle: of the file.
+        path: shown in the error.
+
+    Raises:
+        OSError: the disk did not take the data.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def file_sha256(path: Path) -> str:
@@ -49,7 +65,7 @@ def fsync_dir(path: Path) -> None:
     """Flush a directory to disk, and with it creations and renames of its entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle, path)
     finally:
         os.close(handle)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -70,6 +71,17 @@ def test_a_run_that_did_not_finish_exports_its_newest_checkpoint(shared: Project
     assert done.code == 0, done.said
     assert "checkpoint, step 4" in done.stderr
     assert (shared.root / "unfinished" / "adapter_model.safetensors").is_file()
+
+
+def test_a_copied_project_exports_its_own_base(shared: Project, lora: Done, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shared.root, copy)
+    config = json.loads((copy / "model/config.json").read_text())
+    (copy / "model/config.json").write_text(json.dumps(config | {"name_of_this_copy": "copy"}))
+    done = shared.trainer("export", str(copy / "runs/lora"), "--merge", "--out", "of-copy")
+    assert done.code == 0, lora.said + done.said
+    assert f"is a copy of the run in {shared.root}" in done.stderr
+    assert json.loads((shared.root / "of-copy/config.json").read_text())["name_of_this_copy"] == "copy"
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused_with_those_that_do(shared: Project, lora: Done) -> None:

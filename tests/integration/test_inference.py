@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_eval_of_sft_gives_the_loss_of_training_and_of_its_base(sft: Run, inside
     assert about["token_loss"] == pytest.approx([end, begin], rel=1e-5)  # packed otherwise than in training
     assert about["paired"]["loss"]["difference"] < 0
     assert about["paired"]["loss"]["num_pairs"] == 24
+
+
+@pytest.mark.parametrize("target", ["runs/tiny", "runs/tiny/adapter"])
+def test_copied_project_is_evaluated_with_its_own_files(
+    sft: Run, project: Project, target: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(project.root, copy)
+    rows = (copy / "eval.jsonl").read_text().splitlines(keepends=True)
+    (copy / "eval.jsonl").write_text("".join(rows[:5]))
+    monkeypatch.chdir("/")  # so that relative paths of the plan would not be found
+    about = evaluated(capsys, str(copy / target), "--of", str(copy / "runs/tiny"))
+    assert about["rows"] == 5
+    assert find_source(str(copy / target)).model.path == str(copy / "model")
 
 
 def test_eval_gives_a_bare_model_the_rows_and_rewards_of_a_run(rft: Run, inside: Path, capsys) -> None:

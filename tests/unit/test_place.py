@@ -14,7 +14,7 @@ from trainer.jobs.state import JobRecord, project_place, write_record
 from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
-from trainer.run.place import Place, place_of, settle
+from trainer.run.place import Place, place_of, plan_from_here, settle
 
 
 @pytest.fixture
@@ -73,3 +73,24 @@ def test_status_works_in_a_copy(project: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copytree(project, project.with_name("new"))
     monkeypatch.chdir(project.with_name("new"))
     assert main(["status", "small"]) == 0
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_plan_from_here_names_the_files_beside_the_run(
+    project: Path, is_copy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = project.with_name("new")
+    (shutil.copytree if is_copy else shutil.move)(project, new)
+    monkeypatch.chdir("/")
+    recipe = plan_from_here(RunDir(new / "runs/small")).recipe
+    assert Path.cwd() == Path("/")
+    assert recipe.model.path == str(new / "model")
+    assert recipe.data.train.path == str(new / "train.jsonl")
+
+
+def test_plan_from_here_keeps_relative_paths_in_its_project_and_hub_names(project: Path, monkeypatch) -> None:
+    run = RunDir(Path("runs/small"))
+    assert plan_from_here(run) == run.read_plan()
+    monkeypatch.chdir("/")
+    shutil.rmtree(project / "model")  # as the name of a model on the hub, which is no directory here
+    assert plan_from_here(RunDir(project / "runs/small")).recipe.model.path == "model"

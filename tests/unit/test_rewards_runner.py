@@ -1,20 +1,23 @@
 """The reward runner: whatever a reward does, the other completions are scored and nothing is 0 by accident."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trainer.config.rft_sections import RewardSpec
 from trainer.errors import RewardError
+from trainer.rewards.process import WorkerProcess
 from trainer.rewards.runner import ALL_ABSTAINED, RewardRunner
 from trainer.types import Row
 
 REWARDS = '''
-import ctypes, os, random, subprocess, sys, time
+import ctypes, os, random, signal, subprocess, sys, time
 from trainer.rewards.contract import Score, UnscoredBatchError
 
 def obey(completion, row):
@@ -43,6 +46,9 @@ def obey(completion, row):
         case "wait":
             while not os.path.exists(row["file"]): time.sleep(0.01)
             return 1.0
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return -float(subprocess.run(["sh", "-c", "kill -TERM $$"]).returncode)
         case "environment": return float("RANK" in os.environ) + 2.0 * (os.environ["OMP_NUM_THREADS"] == "1")
     return float(completion)
 
@@ -161,6 +167,25 @@ def test_parts_are_logged_beside_their_reward(obey):
 
 def test_text_survives_that_is_no_unicode(obey):
     assert "ValueError" in obey.score([("half a pair \ud83d", rows(1)[0])])[0].failure
+
+
+def test_a_stop_of_all_processes_is_no_failure_of_a_reward(obey):
+    """As Slurm sends SIGTERM; a program that a reward started is still ended by it (15)."""
+    (scored,) = obey.score([("stopped", rows(1)[0])])
+    assert (scored.reward, scored.failure) == (15.0, None)
+
+
+def test_a_stop_of_all_processes_while_a_worker_starts_is_no_failure(base_dir, tmp_path):
+    spec = {"use": "mine.py:obey", "args": {}}
+    setup = {"rewards": [spec], "base_dir": str(base_dir), "memory_limit_bytes": 1 << 30, "timeout_s": 1.0}
+    process = WorkerProcess(setup, tmp_path)
+    try:
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGTERM)
+        assert process.await_ready() == [False]
+    finally:
+        process.kill()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "this process can be stopped"
 
 
 def test_a_worker_is_no_training_rank(obey, base_dir, monkeypatch):

@@ -23,6 +23,7 @@ from trainer.jobs.logs import log_lines
 from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
+from trainer.run.readers import HeldOut
 from trainer.run.state import Outcome
 
 
@@ -207,6 +208,34 @@ def test_diff_shows_last_values_and_their_differences(capsys):
     assert ["eval/loss", "0.5", "0.75", "+0.25"] in lines
     assert ["train/loss", "0.25", "-"] in lines
     assert ["last", "step", "6", "5"] in lines
+
+
+def test_diff_leaves_values_of_replaced_held_out_rows_out(capsys):
+    first, second = make_run("first"), make_run("second", lora__rank=8)
+    write_metrics(first, {"step": 5, "eval/loss": 0.1}, {"step": 9, "eval/loss": 0.5}, {"step": 10, "train/loss": 1.0})
+    write_metrics(second, {"step": 5, "eval/loss": 0.75})
+    first.write_held_out(HeldOut("sha256:new", 5))
+    second.write_held_out(HeldOut("sha256:old", -1))
+    report = diff_runs(first, second)
+    assert report.best == ("eval/loss 0.5000 at step 9", "eval/loss 0.7500 at step 5")
+    assert main(["diff", "first", "second"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["eval/loss", "0.5", "0.75"] in [line.split() for line in lines], (
+        "no difference of two means over other rows"
+    )
+    assert "runs/first: held-out rows were replaced at step 5; earlier values are left out" in lines
+    assert "the runs have other held-out rows: their held-out values are not compared" in lines
+
+
+def test_diff_of_a_copy_shows_no_difference_by_its_place(directory, monkeypatch, capsys):
+    project = directory / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    make_run("small", RFT, model__path=f"{write_small(project, RFT).parent}/model")
+    shutil.copytree(project, directory / "copy")
+    report = diff_runs(RunDir(Path("runs/small")), RunDir(directory / "copy/runs/small"))
+    assert report.settings == []
+    assert "is a copy of the run in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -237,11 +237,18 @@ def _job_commands(commands: _Commands) -> None:
     submit = commands.add_parser("submit", help="start a run in the background; prints its job id")
     add_recipe_arguments(submit)
     _name_argument(submit)
-    submit.add_argument("--launcher", choices=["local", "slurm"], default="local", help="this machine, or Slurm")
+    launchers = ["local", "slurm", "sky", "k8s"]
+    submit.add_argument("--launcher", choices=launchers, default="local", help="this machine, Slurm, or elsewhere")
     submit.add_argument("--partition", help="Slurm partition")
     submit.add_argument("--time", help="Slurm time limit; the run is requeued after it")
     submit.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch")
-    submit.add_argument("--print", action="store_true", help="print the batch script and submit nothing")
+    submit.add_argument(
+        "--sky", action="append", default=[], metavar="KEY=VALUE", help="an option of the SkyPilot task"
+    )
+    submit.add_argument(
+        "--k8s", action="append", default=[], metavar="KEY=VALUE", help="an option of the Kubernetes job"
+    )
+    submit.add_argument("--print", action="store_true", help="print batch script, task or job, and submit nothing")
     submit.set_defaults(run=_submit)
 
     jobs = commands.add_parser("jobs", help="list submitted runs and their states")

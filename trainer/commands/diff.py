@@ -22,8 +22,12 @@ from trainer.run.directory import RunDir
 from trainer.run.find import find_run
 from trainer.run.intervals import PairedDifference, paired_difference
 from trainer.run.metrics_reader import Record
+from trainer.run.place import placed_plan
 
 ABSENT: Final = "-"
+HELD_OUT: Final = "eval/"
+"""Begins the name of a metric of held-out rows."""
+OTHER_ROWS: Final = "the runs have other held-out rows: their held-out values are not compared"
 CURVES: Final = {"sft": "train/loss", "rft": "rollout/reward"}
 """The metric that is compared step by step where both runs train on the same rows."""
 
@@ -76,6 +80,13 @@ class RunDiff:
     """None where the runs train on other rows, or in another order."""
     held_out: PairedDifference | None
     """Of the mean reward of each held-out prompt that both runs answered last; None where there is none."""
+    held_out_notes: list[str]
+    """Why held-out values are not compared, or not all of them."""
+
+    @property
+    def is_held_out_equal(self) -> bool:
+        """Whether held-out values of both are means over the same rows."""
+        return OTHER_ROWS not in self.held_out_notes
 
 
 def diff(arguments: argparse.Namespace) -> int:
@@ -91,18 +102,36 @@ def diff(arguments: argparse.Namespace) -> int:
 
 def diff_runs(first: RunDir, second: RunDir) -> RunDiff:
     """Compare settings and results of two runs."""
-    plans = first.read_plan(), second.read_plan()
+    plans = placed_plan(first)[0], placed_plan(second)[0]
     records = first.read_metrics(), second.read_metrics()
+    comparable = first.comparable_metrics(), second.comparable_metrics()
     return RunDiff(
         first=str(first.root),
         second=str(second.root),
         settings=list(_settings(*plans)),
         steps=(first.newest_logged_step(), second.newest_logged_step()),
-        best=(_best(records[0]), _best(records[1])),
-        metrics=_metrics(*records),
+        best=(_best(comparable[0]), _best(comparable[1])),
+        metrics=_metrics(*records, *comparable),
         curve=_curve(*plans, *records) if _has_equal_rows(*plans) else None,
         held_out=_held_out(first, second),
+        held_out_notes=list(_held_out_notes(first, second)),
     )
+
+
+def _held_out_notes(first: RunDir, second: RunDir) -> Iterator[str]:
+    """Why held-out values are not compared, or not all of them."""
+    for run in (first, second):
+        rows = run.read_held_out()
+        if rows is not None and rows.since_step >= 0:
+            yield f"{run.root}: held-out rows were replaced at step {rows.since_step}; earlier values are left out"
+    if not _has_equal_held_out(first, second):
+        yield OTHER_ROWS
+
+
+def _has_equal_held_out(first: RunDir, second: RunDir) -> bool:
+    """Whether held-out values of both runs are means over the same rows; True where an old run does not say it."""
+    ours, theirs = first.read_held_out(), second.read_held_out()
+    return ours is None or theirs is None or ours.digest == theirs.digest
 
 
 def _settings(first: Plan, second: Plan) -> Iterator[SettingDifference]:
@@ -115,9 +144,15 @@ def _settings(first: Plan, second: Plan) -> Iterator[SettingDifference]:
 def _flat(plan: Plan) -> dict[str, Any]:
     """Every resolved value by its dotted name, and digests of rows and model: a file may change under its name."""
     values = resolved_values(plan.recipe, plan.algorithm if isinstance(plan, RFTPlan) else None)
-    flat = {dotted(path): value for path, value in leaves(values) if path != ("name",)}
+    flat = {dotted(path): _in_project(value, plan) for path, value in leaves(values) if path != ("name",)}
     digests = {dotted(path): value for path, value in leaves(plan.identity) if path[-1] == "digest"}
     return flat | digests | {"steps": plan.steps}
+
+
+def _in_project(value: Any, plan: Plan) -> Any:
+    """An absolute path inside the project by its part there: copies of a project do not differ by it."""
+    is_inside = isinstance(value, str) and plan.working_dir and value.startswith(f"{plan.working_dir}/")
+    return value[len(plan.working_dir) + 1 :] if is_inside else value
 
 
 def _best(records: list[Record]) -> str | None:
@@ -125,12 +160,20 @@ def _best(records: list[Record]) -> str | None:
     return f"{best.name} {best.value:.4f} at step {best.step}" if best is not None else None
 
 
-def _metrics(first: list[Record], second: list[Record]) -> list[MetricPair]:
+def _metrics(
+    first: list[Record], second: list[Record], first_comparable: list[Record], second_comparable: list[Record]
+) -> list[MetricPair]:
     """Last values of held-out metrics, and of those that the console shows."""
-    last = _last_values(first), _last_values(second)
-    names = sorted(name for name in last[0].keys() | last[1].keys() if name.startswith("eval/"))
+    last = _with_held_out(first, first_comparable), _with_held_out(second, second_comparable)
+    names = sorted(name for name in last[0].keys() | last[1].keys() if name.startswith(HELD_OUT))
     names += [name for name in SHOWN if name not in names and (name in last[0] or name in last[1])]
     return [MetricPair(name, last[0].get(name), last[1].get(name)) for name in names]
+
+
+def _with_held_out(records: list[Record], comparable: list[Record]) -> dict[str, float]:
+    """The last value of each metric; held-out ones of the present held-out rows only."""
+    held_out = {name: value for name, value in _last_values(comparable).items() if name.startswith(HELD_OUT)}
+    return {name: value for name, value in _last_values(records).items() if not name.startswith(HELD_OUT)} | held_out
 
 
 def _last_values(records: list[Record]) -> dict[str, float]:
@@ -156,23 +199,30 @@ def _curve(first: Plan, second: Plan, ours: list[Record], theirs: list[Record]) 
 
 
 def _held_out(first: RunDir, second: RunDir) -> PairedDifference | None:
-    ours, theirs = _answered(first), _answered(second)
+    may_use_place = _has_equal_held_out(first, second)
+    ours, theirs = (_answered(run, may_use_place=may_use_place) for run in (first, second))
     keys = [key for key in ours if key in theirs]
     if not keys:
         return None
     return paired_difference([ours[key] for key in keys], [theirs[key] for key in keys], seed=0)
 
 
-def _answered(run: RunDir) -> dict[tuple[str, int], float]:
-    """Mean reward of each held-out prompt at the last evaluation; equal prompts are counted through."""
-    steps = run.evaluation_steps()
+def _answered(run: RunDir, *, may_use_place: bool) -> dict[tuple[str, int], float]:
+    """Mean reward of each held-out prompt at the last evaluation; equal prompts are counted through.
+
+    Args:
+        run: any run.
+        may_use_place: earlier versions recorded file and line instead of the prompt, which may stand for the row.
+    """
+    steps = run.comparable_evaluation_steps()
     if not steps:
         return {}
     means: dict[tuple[str, int], float] = {}
     occurrences: Counter[str] = Counter()
     for line in run.evaluation(steps[-1]).read_text(encoding="utf-8").split("\n")[:-1]:
         record = json.loads(line)
-        # earlier versions did not record the prompt: then file and line name the row
+        if "prompt" not in record and not may_use_place:
+            continue
         asked = [record["prompt"], record["fields"]] if "prompt" in record else record["where"]
         key = json.dumps(asked, sort_keys=True)
         judged = [answer for answer in record["answers"] if answer.get("failure") != ALL_ABSTAINED]
@@ -197,9 +247,17 @@ def diff_lines(report: RunDiff, *, width: int | None = None) -> list[str]:
         ("", report.first, report.second, "difference"),
         ("last step", str(report.steps[0]), str(report.steps[1]), ""),
         ("best", report.best[0] or ABSENT, report.best[1] or ABSENT, ""),
-        *((each.metric, _number(each.first), _number(each.second), _change(each)) for each in report.metrics),
+        *(
+            (
+                each.metric,
+                _number(each.first),
+                _number(each.second),
+                _change(each) if _is_comparable(each, report) else "",
+            )
+            for each in report.metrics
+        ),
     ]
-    lines += ["", "results (last values):", *table_lines(results, indent=2, width=width)]
+    lines += ["", "results (last values):", *table_lines(results, indent=2, width=width), *report.held_out_notes]
     if report.curve is not None:
         curve = report.curve
         lines += [
@@ -225,6 +283,10 @@ def _shown(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.4g}"
+
+
+def _is_comparable(pair: MetricPair, report: RunDiff) -> bool:
+    return report.is_held_out_equal or not pair.metric.startswith(HELD_OUT)
 
 
 def _change(pair: MetricPair) -> str:

@@ -8,20 +8,27 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 from trainer.commands.status import describe_run
 from trainer.commands.tables import table_lines
 from trainer.errors import LaunchError, TrainerError
 from trainer.jobs.job import Job, jobs, reconnect_and_wait, submit_plan
+from trainer.jobs.kubernetes_job import kubernetes_job
+from trainer.jobs.remote import RemoteRun
+from trainer.jobs.sky_task import sky_task
 from trainer.jobs.slurm_queue import Ask, QueueSnapshot
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
 from trainer.jobs.start import stop_job
 from trainer.jobs.state import Launcher, observe, project_place, read_record
+from trainer.planning.plan import Plan
 from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run, named_run
 from trainer.run.plan_recipe import plan_recipe
+
+REMOTE: Final = {"sky": ("task.yaml", "sky jobs launch"), "k8s": ("job.yaml", "kubectl create -f")}
+"""Launchers whose document the user submits: a name for its file, and the command."""
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -29,6 +36,10 @@ def submit(arguments: argparse.Namespace) -> int:
     plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
     for warning in plan.warnings:
         sys.stderr.write(f"warning: {warning}\n")
+    _refuse_other_options(arguments)
+    if arguments.launcher in REMOTE:
+        sys.stdout.write(_remote_document(arguments, plan))
+        return 0
     options = SlurmOptions(arguments.partition, arguments.time, _extra(arguments.slurm))
     if arguments.launcher != "slurm" and (arguments.print or options != SlurmOptions()):
         raise LaunchError("--print, --partition, --time and --slurm go with --launcher slurm")
@@ -40,6 +51,34 @@ def submit(arguments: argparse.Namespace) -> int:
     sys.stderr.write(f"{job.state().lower()}; to watch it: trainer status {job.id} --follow\n")
     sys.stdout.write(f"{job.id}\n")
     return 0
+
+
+def _refuse_other_options(arguments: argparse.Namespace) -> None:
+    """Stop at an option of another launcher, and where a remote launcher is to submit.
+
+    Raises:
+        LaunchError: there is one.
+    """
+    for name in REMOTE:
+        if getattr(arguments, name) and arguments.launcher != name:
+            raise LaunchError(f"--{name} goes with --launcher {name}")
+    if arguments.launcher not in REMOTE:
+        return
+    if arguments.partition or arguments.time or arguments.slurm:
+        raise LaunchError("--partition, --time and --slurm go with --launcher slurm")
+    if not arguments.print:
+        file, command = REMOTE[arguments.launcher]
+        raise LaunchError(
+            f"--launcher {arguments.launcher} submits nothing itself. Add --print > {file}, then: {command} {file}"
+        )
+
+
+def _remote_document(arguments: argparse.Namespace, plan: Plan) -> str:
+    run = named_run(plan.recipe.name if arguments.name is None else arguments.name)
+    remote = RemoteRun.of(plan, Path(arguments.recipe), run, arguments.set, Path.cwd())
+    if arguments.launcher == "sky":
+        return sky_task(remote, _extra(arguments.sky))
+    return kubernetes_job(remote, _extra(arguments.k8s))
 
 
 def _extra(given: list[str]) -> dict[str, str]:

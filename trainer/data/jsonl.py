@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
+from trainer.data.json_array import array_values
 from trainer.errors import DataError
 
 ZSTANDARD: Final = ".zst"
@@ -41,7 +42,7 @@ def read_json_rows(path: Path, refused: list[DataError] | None) -> Iterator[tupl
                 if start.startswith(signature):
                     raise DataError(f"{path}: is {what}, not JSON. Name the file accordingly, such as rows.parquet.")
             if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and not _is_rows_of_lists(start):
-                yield from _array_rows(file.read(), path)
+                yield from _array_rows(file, path)
             else:
                 yield from _line_rows(file, path, refused)
     except (EOFError, gzip.BadGzipFile) as error:
@@ -76,9 +77,12 @@ def _is_rows_of_lists(start: bytes) -> bool:
         return False
 
 
-def _array_rows(content: bytes, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        values = json.loads(content)
+        for number, value in enumerate(array_values(file), start=1):
+            if not isinstance(value, dict):
+                raise DataError(f"{path}: element {number}: expected a JSON object, found {type(value).__name__}")
+            yield number, value
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -86,10 +90,6 @@ def _array_rows(content: bytes, path: Path) -> Iterator[tuple[int, Mapping[str, 
             f"{path}:{error.lineno}: the file begins as a JSON array and is not valid JSON: {error.msg} at column "
             f"{error.colno}. Fix the array, or write one JSON object a line."
         ) from None
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise DataError(f"{path}: element {number}: expected a JSON object, found {type(value).__name__}")
-        yield number, value
 
 
 def _line_rows(file: IO[bytes], path: Path, refused: list[DataError] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:

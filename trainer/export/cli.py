@@ -22,6 +22,7 @@ from trainer.export.weights import Weights, choose_weights
 from trainer.files import replaced_directory
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
+from trainer.run.place import settle
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,9 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        run = RunDir(Path(arguments.run))
-        out = _Export(run, run.read_plan(), arguments).write()
-        sys.stdout.write(f"{out}\n")
+        shown = arguments.out
+        for name in ("out", "converter"):
+            if getattr(arguments, name) is not None:
+                setattr(arguments, name, str(Path(getattr(arguments, name)).absolute()))
+        run, plan = settle(RunDir(Path(arguments.run)))
+        out = _Export(run, plan, arguments).write()
+        sys.stdout.write(f"{shown or out}\n")
         if arguments.push:
             sys.stdout.write(f"{push(out, arguments.push, is_public=arguments.public)}\n")
     except TrainerError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from trainer.data.chat import load_tokenizer
 from trainer.errors import ModelError
@@ -47,6 +48,24 @@ def write_plain(plan: Plan, weights: Weights, directory: Path) -> Verification:
     return verified
 
 
+def refuse_shared_weights(model: PeftModel) -> None:
+    """Stop where one weight would have to hold the adapters of several layers, as in Zamba2's shared blocks.
+
+    Raises:
+        ModelError: two adapted layers have the same base weight.
+    """
+    owners: dict[int, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
+            owner = owners.setdefault(layer.get_base_layer().weight.data_ptr(), name)
+            if owner != name:
+                shown = [each.removeprefix("base_model.model.") for each in (owner, name)]
+                raise ModelError(
+                    f"cannot be merged: {shown[0]} and {shown[1]} share one weight and have an adapter each. "
+                    "Export without --merge; PEFT and this project load the adapter."
+                )
+
+
 def write_merged(plan: Plan, weights: Weights, directory: Path) -> Verification:
     """Merge an adapter into the base, write it in the base's dtype, read it back and compare.
 
@@ -63,7 +82,9 @@ def write_merged(plan: Plan, weights: Weights, directory: Path) -> Verification:
     base_logprobs = plain_logprobs(base, sample)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as adapter:
         expected = _export_files(plan, weights, sample, Path(adapter))
-        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(base, adapter)
+        refuse_shared_weights(adapted)
+        merged = adapted.merge_and_unload(safe_merge=True)
     merged_logprobs = plain_logprobs(merged, sample)
     merged.to(getattr(torch, settings.compute_dtype)).save_pretrained(str(directory))
     del base, merged

@@ -34,6 +34,7 @@ from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.find import find_run
 from trainer.run.intervals import PairedDifference, bootstrap_interval, paired_difference
 from trainer.run.journal import json_line
+from trainer.run.place import plan_from_here
 from trainer.sampling.sampler import SamplingParams
 from trainer.training.evaluate import SEED_OFFSET
 from trainer.training.rollouts import sampling_params
@@ -248,7 +249,7 @@ def _task(arguments: argparse.Namespace, source: ModelSource) -> Task:
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise UserError(f"--{name.replace('_', '-')} must be {lowest} or more (got {value:g})")
-    plan = find_run(arguments.of).read_plan() if arguments.of else source.plan
+    plan = plan_from_here(find_run(arguments.of)) if arguments.of else source.plan
     data = plan.recipe.data if plan is not None else source.data
     held_out = DataSource(path=arguments.data) if arguments.data else data.eval if plan is not None else None
     if held_out is None:

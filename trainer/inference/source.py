@@ -12,6 +12,7 @@ from trainer.errors import LaunchError, ModelError
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
+from trainer.run.place import plan_from_here
 
 BASE: Final = "base"
 """The name of the model that a run began with."""
@@ -101,7 +102,7 @@ def _run_of(target: str) -> RunDir | None:
 
 
 def _of_run(run: RunDir, *, best: bool) -> ModelSource:
-    plan = run.read_plan()
+    plan = plan_from_here(run)
     recipe = plan.recipe
     weights = run.weights(is_lora=recipe.lora is not None, best=best)
     if not weights.is_dir():
@@ -116,7 +117,7 @@ def _of_run(run: RunDir, *, best: bool) -> ModelSource:
 
 
 def _of_adapter(directory: Path) -> ModelSource:
-    file = directory / ADAPTER_CONFIG
+    file, run = directory / ADAPTER_CONFIG, RunDir(directory.resolve().parent)
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         base = str(config["base_model_name_or_path"])
@@ -129,7 +130,10 @@ def _of_adapter(directory: Path) -> ModelSource:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: is no LoRA adapter that can be read: {error}") from None
-    model = ModelSettings(path=base, compute_dtype=_dtype_of(Path(base)))
+    if run.is_run():  # its project may have been moved or copied since the adapter was written
+        model = plan_from_here(run).recipe.model
+    else:
+        model = ModelSettings(path=base, compute_dtype=_dtype_of(Path(base)))
     return ModelSource(directory.resolve().name, model, plain_data(), directory, lora)
 
 

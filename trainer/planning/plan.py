@@ -29,6 +29,8 @@ from trainer.planning.memory import MemoryEstimate, estimate_memory
 from trainer.planning.model_facts import ModelFacts, find_model_config, find_model_facts, flops_per_token
 
 PLAN_FORMAT: Final = 2
+PATH_FIELDS: Final = ("path", "chat_template", "warm_start")
+"""Names of recipe fields that can hold a path from the working directory."""
 SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
 """Values of a plan that the shape decides."""
 
@@ -228,6 +230,30 @@ def moved_plan(plan: Plan, before: Path, now: Path) -> Plan:
     for name in ("recipe", "recipe_dir", "working_dir"):
         data[name] = _moved(data[name], str(before), str(now))
     return parse_plan(json.dumps(data))
+
+
+def anchored_plan(plan: Plan, directory: Path) -> Plan:
+    """Return the plan with the relative paths of its model, template, adapter and rows made absolute.
+
+    What does not exist in the directory stays, for example the hub name of a model.
+
+    Args:
+        plan: As it was made.
+        directory: Where its relative paths start.
+    """
+    data = json.loads(plan.dump())
+    data["recipe"] = _anchored(data["recipe"], directory)
+    return parse_plan(json.dumps(data))
+
+
+def _anchored(value: object, directory: Path, name: str = "") -> object:
+    if isinstance(value, dict):
+        return {key: _anchored(each, directory, key) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_anchored(each, directory) for each in value]
+    if name not in PATH_FIELDS or not isinstance(value, str) or not value or Path(value).is_absolute():
+        return value
+    return str(directory / value) if any(directory.glob(value)) else value
 
 
 def _moved(value: object, before: str, now: str) -> object:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -50,15 +51,16 @@ class WorkerProcess:
         if path:
             environment["PYTHONPATH"] = os.pathsep.join(path)
         self._stderr = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by kill()
-        self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "trainer.rewards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            start_new_session=True,  # its own process group, so that a kill reaches its children
-            env=environment,
-            bufsize=0,
-        )
+        with _blocked(signal.SIGTERM):  # inherited by the child, which unblocks it when it has a handler
+            self._process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "trainer.rewards.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                start_new_session=True,  # its own process group, so that a kill reaches its children
+                env=environment,
+                bufsize=0,
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._inbox = self._process.stdout
@@ -173,6 +175,16 @@ class WorkerProcess:
         start = max(0, size - 4000)
         text = os.pread(self._stderr.fileno(), size - start, start).decode("utf-8", "replace").strip()
         return f"\n{text}" if text else ""
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back from this thread within the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:

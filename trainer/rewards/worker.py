@@ -31,6 +31,10 @@ MAX_FAILURE_CHARACTERS: Final = 8000
 
 def main() -> None:
     """Load the rewards of the first message, then answer calls until the pipe is closed."""
+    # A scheduler sends SIGTERM to every process of a job. The trainer decides when to stop; a call that ended here
+    # would count as a failed reward. A handler, since programs that a reward starts would inherit an ignored signal.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     inbox = os.fdopen(os.dup(0), "rb")
     outbox = os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)

@@ -289,9 +289,16 @@ class RunDir:
 
     def comparable_metrics(self) -> list[Record]:
         """The metrics whose held-out values may be compared: those since the held-out rows were last replaced."""
+        since = self._held_out_since()
+        return [record for record in self.read_metrics() if record["step"] > since]
+
+    def comparable_evaluation_steps(self) -> list[int]:
+        """Steps after which the present held-out prompts were answered, ascending."""
+        return [step for step in self.evaluation_steps() if step > self._held_out_since()]
+
+    def _held_out_since(self) -> int:
         held_out = self.read_held_out()
-        first = -1 if held_out is None else held_out.since_step
-        return [record for record in self.read_metrics() if record["step"] > first]
+        return -1 if held_out is None else held_out.since_step
 
     def metrics_reader(self, last: int = 0) -> MetricsReader:
         """A cursor in the metrics that begins with the `last` newest records."""

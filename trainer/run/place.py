@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from trainer.planning.plan import Plan, moved_plan
+from trainer.planning.plan import Plan, anchored_plan, moved_plan
 from trainer.run.console import tell
 from trainer.run.directory import RunDir
 
@@ -62,15 +62,35 @@ def settle(run: RunDir) -> tuple[RunDir, Plan]:
     Raises:
         LaunchError: there is no plan, or it cannot be read.
     """
+    plan, place = placed_plan(run)
+    if not _is_same(place.directory, Path.cwd()):
+        run = RunDir(run.root.resolve())
+        os.chdir(place.directory)
+    return run, plan
+
+
+def plan_from_here(run: RunDir) -> Plan:
+    """The plan of a run, with paths that are right from the current directory, which stays.
+
+    Raises:
+        LaunchError: there is no plan, or it cannot be read.
+    """
+    plan, place = placed_plan(run)
+    return plan if _is_same(place.directory, Path.cwd()) else anchored_plan(plan, place.directory)
+
+
+def placed_plan(run: RunDir) -> tuple[Plan, Place]:
+    """The plan of a run and where its relative paths start; says so if that has changed, and adjusts absolute paths.
+
+    Raises:
+        LaunchError: there is no plan, or it cannot be read.
+    """
     plan = run.read_plan()
     place = place_of(run, plan.working_dir)
     notice = place.notice(run)
     if notice is not None:
         tell(notice)
-    if not _is_same(place.directory, Path.cwd()):
-        run = RunDir(run.root.resolve())
-        os.chdir(place.directory)
-    return run, plan if place.moved_from is None else moved_plan(plan, place.moved_from, place.directory)
+    return plan if place.moved_from is None else moved_plan(plan, place.moved_from, place.directory), place
 
 
 def _is_same(one: Path, other: Path) -> bool:

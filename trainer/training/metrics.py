@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import final
 
 import torch
 
-from trainer.files import write_atomically
+from trainer.files import sync, write_atomically
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import Record
@@ -97,7 +96,7 @@ class MetricsLog:
         with self.run.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), self.run.metrics_file)
         self.show(record)
         if self._tracker is not None:
             self._tracker.send(step, values)
