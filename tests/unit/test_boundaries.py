@@ -30,7 +30,7 @@ def users_of(name: str) -> set[str]:
     [
         ("DTensor", {"distributed/sharding.py"}),
         ("fully_shard", {"distributed/sharding.py"}),
-        ("flex_attention", {"model/attention.py"}),
+        ("flex_attention", {"model/flex.py"}),
         ("scaled_dot_product_attention", {"model/attention.py"}),
         # A decoder reads the structure of the model; everything else asks the policy.
         (

@@ -271,7 +271,7 @@ def test_where_nothing_fits_each_shape_says_why():
     assert lines[1] == "  cpu: supports sequences up to 4,096 tokens (estimated)"
     assert len(lines) == 1 + len(all_shapes()) + 2
     assert lines[-2] == "What would fit, as predicted:"
-    assert lines[-1] == "  `data.max_seq_tokens: 65536` and `--shape h200x8`: 1.5 of 139 GiB"
+    assert lines[-1] == "  `data.max_seq_tokens: 65536` and `--shape h200x8`: 1.4 of 139 GiB"
 
 
 def test_an_unknown_shape_is_named_with_the_nearest():

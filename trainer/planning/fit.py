@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import ShapeLimit, TrainingShape
-from trainer.config.unsupported import SHARDED_QUANTIZATION, SHARDED_SAMPLING
+from trainer.config.unsupported import SELECTED_KEYS, SHARDED_QUANTIZATION, SHARDED_SAMPLING
 from trainer.planning.memory import base_bytes, compute_bytes_of, estimate_memory
 from trainer.planning.model_facts import ModelFacts
 
@@ -31,6 +31,9 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
         return SHARDED_SAMPLING
     if is_sharded and recipe.model.quantization is not None:
         return SHARDED_QUANTIZATION
+    selected = facts.selected_keys if facts is not None else None
+    if isinstance(recipe, RFTRecipe) and selected is not None and recipe.data.max_seq_tokens > selected:
+        return f"cannot be used: {facts.model_type} {SELECTED_KEYS.format(selected, selected)}" if facts else None
     if recipe.data.max_seq_tokens > limit.max_seq_tokens:
         return f"supports sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
     if facts is None:

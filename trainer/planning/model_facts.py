@@ -64,6 +64,8 @@ class ModelFacts:
     """Fraction of attention probabilities that training would drop."""
     wrapper_type: str = ""
     """Model type of the whole, which in a model of images and text is not that of its decoder."""
+    selected_keys: int | None = None
+    """Keys that an indexer selects for each query (`index_topk`); None: attention reads all of them."""
     per_layer_vocab: int = 0
     """Rows of the embedding that each block has of its own (Gemma 3n and 4: 262,144); 0 if there is none."""
     per_layer_width: int = 0
@@ -101,6 +103,7 @@ class ModelFacts:
                 stored_bytes=4 if stored == "float32" else 2,
                 attention_dropout=float(config.get("attention_dropout") or 0.0),
                 wrapper_type=str(wrapper.get("model_type") or ""),
+                selected_keys=int(config["index_topk"]) if config.get("index_topk") else None,
                 per_layer_vocab=int(config.get("vocab_size_per_layer_input") or 0),
                 per_layer_width=int(config.get("hidden_size_per_layer_input") or 0),
             )
