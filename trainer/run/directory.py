@@ -6,9 +6,10 @@ Tests hold other modules to these properties: none spells a file name of the run
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -331,6 +332,18 @@ class RunDir:
             facts: what is known only after the model was loaded.
         """
         readers.note_attempt(self.attempts_file, attempt, facts)
+
+    def end_attempt(self, attempt: int, outcome: Outcome) -> None:
+        """Write how an attempt ended: into its record, which stays, and into outcome.json, which the next one deletes.
+
+        Args:
+            attempt: the newest attempt, of the run that this process holds.
+            outcome: how it ended.
+        """
+        try:
+            self.note_attempt(attempt, {"ended": {**asdict(outcome), "time": round(time.time(), 3)}})
+        finally:
+            self.write_outcome(outcome)
 
     def newest_attempt(self) -> int:
         """Highest attempt number taken; 0 before the first."""
