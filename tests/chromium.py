@@ -108,9 +108,9 @@ def chromium(directory: Path) -> Iterator[Tab]:
         os.dup2(writer, 4)
 
     process = subprocess.Popen(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-background-networking", "--disable-gpu", "--no-first-run",
-         "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
-         f"--user-data-dir={directory / 'profile'}"],
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-background-networking", "--disable-gpu",
+         "--no-first-run", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars",
+         "--remote-debugging-pipe", f"--user-data-dir={directory / 'profile'}"],
         preexec_fn=take_pipes, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(to_browser)

@@ -1,7 +1,7 @@
 "use strict";
 // Curves: one uPlot per chart, cursors in step, events as vertical lines, held-out values as points with intervals.
 
-const charts = { drawn: [], axis: "step", smooth: 0, hidden: new Set() };
+const charts = { drawn: [], axis: "step", smooth: 0, hidden: new Set(), zoom: false };
 const CURSOR = uPlot.sync("report");
 
 function smoothed(values, window) {
@@ -122,10 +122,21 @@ function overlay(series, runs) {
 function yRange(series) {
   const values = series.flatMap((each) => [each.y, each.low || [], each.high || []].flat())
     .filter((value) => value !== null && value !== undefined);
-  let [low, high] = [Math.min(...values), Math.max(...values)];
+  let [low, high] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
   if (low === high) { const room = Math.abs(low) * 0.1 || 0.5; low -= low === 0 ? 0 : room; high += room; }
   else { const room = (high - low) * 0.08; high += room; low = low >= 0 && low < room * 3 ? 0 : low - room; }
   return [low, high];
+}
+
+// The same range in all charts, so that a step stands at the same place in each.
+function xRange(runs) {
+  const shown = runs.filter((run) => !charts.hidden.has(run.root));
+  const xs = shown.flatMap((run) => [run.curves.train, run.curves.held_out].flatMap((points) => charts.axis === "step" ? points.steps : points.times))
+    .filter((x) => x !== null);
+  if (!xs.length) return [0, 1];
+  const [from, to] = [xs.reduce((a, b) => Math.min(a, b)), xs.reduce((a, b) => Math.max(a, b))];
+  const room = (to - from) * 0.02 || 1;
+  return [Math.min(0, from) - room / 2, to + room];
 }
 
 function drawChart(chart, card, runs) {
@@ -138,19 +149,19 @@ function drawChart(chart, card, runs) {
   const grid = { stroke: theme("--line"), width: 1 };
   const axis = { stroke: theme("--quiet"), grid, ticks: { show: false }, font: "12px system-ui, sans-serif" };
   const [low, high] = yRange(series);
-  const xs = data[0];
+  const xs = xRange(runs);
   const plot = new uPlot({
     width: Math.max(200, body.clientWidth), height: 200, bands, series: options, legend: { show: false },
     padding: [8, 10, 0, 0],
-    cursor: { sync: { key: CURSOR.key, setSeries: false }, y: false, points: { size: 8 }, drag: { x: true, y: false } },
-    scales: { x: { time: false, range: (_, from, to) => from === to ? [from - 1, to + 1] : [from, to] },
+    cursor: { sync: { key: CURSOR.key, setSeries: false }, y: false, points: { size: 8 }, drag: { x: true, y: false, setScale: false } },
+    scales: { x: { time: false, range: (plot, from, to) => (charts.zoom ? [from, to] : xs) },
               y: { range: [low, high] } },
     axes: [{ ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => charts.axis === "step" ? (Number.isInteger(tick) ? tick : "") : span(tick)) },
            { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick, 3)) }],
-    hooks: { draw: [overlay(series, runs)], setCursor: [(each) => legend(card, series, each)] },
+    hooks: { draw: [overlay(series, runs)], setSelect: [zoomAll], setCursor: [(each) => legend(card, series, each)] },
   }, data, body);
   legend(card, series, plot);
-  return { plot, body, xs };
+  return { plot, body };
 }
 
 // The values below the title: under the cursor, else the last ones.
@@ -172,8 +183,8 @@ function legend(card, series, plot) {
 
 function chartCard(chart) {
   return element("figure", { class: "card chart", "aria-label": chart.title },
-    element("figcaption", {}, element("h3", {}, chart.title), element("small", {}, chart.about)),
-    element("div", { class: "legend", "aria-live": "off" }), element("div", { class: "plot" }));
+    element("figcaption", {}, element("h3", {}, chart.title), element("small", {}, chart.about || " ")),
+    element("div", { class: "legend", "aria-live": "off" }), element("div", { class: "plot", ondblclick: () => { charts.zoom = false; drawCharts(data); } }));
 }
 
 function drawCharts(data) {
@@ -183,9 +194,9 @@ function drawCharts(data) {
 
 function chartSections(data) {
   charts.drawn = [];
-  const made = data.sections.map((section) => {
+  const made = data.sections.map((section, place) => {
     const cards = section.charts.map((chart) => ({ chart, card: chartCard(chart) }));
-    const details = element("details", { class: "section", open: section.is_open },
+    const details = element("details", { class: "section", open: section.is_open && (place === 0 || window.innerWidth > 704) },
       element("summary", {}, element("h2", {}, section.title), element("small", {}, `${cards.length} ${cards.length === 1 ? "chart" : "charts"}`)),
       element("div", { class: "grid" }, cards.map((each) => each.card)));
     details.addEventListener("toggle", () => drawCharts(data));
@@ -193,6 +204,16 @@ function chartSections(data) {
     return details;
   });
   return made;
+}
+
+// A range that was selected with the pointer is shown in all charts; a double click shows everything again.
+function zoomAll(plot) {
+  const { left, width } = plot.select;
+  if (width < 4) return;
+  const range = { min: plot.posToVal(left, "x"), max: plot.posToVal(left + width, "x") };
+  charts.zoom = true;
+  charts.drawn.forEach(({ state }) => state && state.plot.setScale("x", range));
+  plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
 }
 
 function fitCharts() {

@@ -41,6 +41,9 @@ function toolbar() {
     } }, mark, run.name);
   }));
   return element("div", { class: "toolbar" }, shown,
+    data.runs.length < 2 ? element("nav", { "aria-label": "parts of the page" }, [["events", "Events"], ["samples", "Before and after"], ["rollouts", "Rollouts"], ["recipe", "Recipe"]]
+      .filter(([id]) => (id !== "samples" || data.runs[0].samples) && (id !== "rollouts" || data.runs[0].rollouts.groups.length))
+      .map(([id, word]) => element("a", { href: `#${id}` }, word))) : null, eventLegend(data.runs),
     element("span", { class: "quiet" }, "by"), choice("horizontal axis", [["step", "step"], ["time", "time"]], charts.axis, (value) => { charts.axis = value; }),
     element("span", { class: "quiet" }, "mean of"), choice("running mean over points", [[0, "1"], [5, "5"], [20, "20"]], charts.smooth, (value) => { charts.smooth = value; }));
 }
@@ -49,17 +52,17 @@ function settingsTable(run) {
   const set = run.settings.filter((each) => each.origin !== "default");
   const rows = (settings) => settings.map((each) => element("tr", {}, element("td", {}, each.field), element("td", { class: "wide" }, plain(each.value)), element("td", { class: "quiet" }, each.origin)));
   const table = (settings) => element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "settings" }, element("table", {}, element("tbody", {}, rows(settings))));
-  return element("details", { class: "section" }, element("summary", {}, element("h2", {}, data.runs.length > 1 ? `Recipe: ${run.name}` : "Recipe"), element("small", {}, `${set.length} values set, ${run.settings.length - set.length} defaults`)),
+  return element("details", { class: "section", id: data.runs.length > 1 ? null : "recipe" }, element("summary", {}, element("h2", {}, data.runs.length > 1 ? `Recipe: ${run.name}` : "Recipe"), element("small", {}, `${set.length} values set, ${run.settings.length - set.length} defaults`)),
     element("div", { class: "card" }, table(set), element("details", {}, element("summary", {}, "Defaults"), table(run.settings.filter((each) => each.origin === "default")))));
 }
 
 function differences() {
   if (data.runs.length < 2) return null;
   const head = element("tr", {}, element("th", { scope: "col" }, "setting"), data.runs.map((run) => element("th", { scope: "col" }, run.name)));
-  const rows = data.differences.map((row) => element("tr", {}, element("td", {}, row.field), row.values.map((value) => element("td", { class: "wide" }, value === null ? "–" : plain(value)))));
-  return element("section", {}, element("h2", {}, "What differs"), rows.length
-    ? element("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": "settings that differ" }, element("table", {}, element("thead", {}, head), element("tbody", {}, rows)))
-    : element("p", { class: "quiet" }, "Nothing: the runs have the same settings."));
+  const rows = data.differences.map((row) => element("tr", {}, element("td", {}, row.field), row.values.map((value) => element("td", { class: "wide" }, value === null ? "–" : plain(value).replace(/^(sha256:[0-9a-f]{12})[0-9a-f]+$/, "$1…")))));
+  if (!rows.length) return element("p", { class: "quiet" }, "The runs have the same settings.");
+  return element("details", { class: "section", open: rows.length <= 12 }, element("summary", {}, element("h2", {}, "What differs"), element("small", {}, `${rows.length} settings`)),
+    element("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": "settings that differ" }, element("table", {}, element("thead", {}, head), element("tbody", {}, rows))));
 }
 
 function notes() {
@@ -70,7 +73,7 @@ function notes() {
 
 function timelines() {
   const runs = data.runs.filter((run) => run.attempts.length);
-  return runs.length ? element("section", {}, element("h2", {}, "Attempts and events"), runs.map((run) => runTimeline(run, data.runs.length > 1 ? run.name : null))) : null;
+  return runs.length ? element("section", { id: "events" }, element("h2", {}, "Attempts and events"), runs.map((run) => runTimeline(run, data.runs.length > 1 ? run.name : null))) : null;
 }
 
 function noSamples() {

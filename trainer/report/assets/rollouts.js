@@ -1,6 +1,12 @@
 "use strict";
 // Prompts as chats, answers with their rewards: the rollouts browser, and before and after.
 
+// The last turn, with the earlier ones behind a summary: held-out rows often share them.
+function lastOfChat(messages) {
+  if (!messages || messages.length < 2) return chat(messages);
+  return element("div", { class: "chat" }, element("details", {}, element("summary", {}, messages.length === 2 ? "1 earlier turn" : `${messages.length - 1} earlier turns`), chat(messages.slice(0, -1))), chat(messages.slice(-1)));
+}
+
 function chat(messages) {
   if (!messages) return element("p", { class: "quiet" }, "The prompt was not recorded: the journal is of an earlier version.");
   return element("div", { class: "chat" }, messages.map((turn) => element("div", { class: `turn ${["system", "user", "assistant", "tool"].includes(turn.role) ? turn.role : "other"}` },
@@ -123,7 +129,7 @@ const meanOf = (answers) => answers.reduce((sum, each) => sum + (each.reward || 
 
 function beforeAfter(run, several) {
   const about = run.samples;
-  const card = (sample) => element("div", { class: "card sample" }, element("small", {}, sample.where), chat(sample.messages), gold(sample.fields),
+  const card = (sample) => element("div", { class: "card sample" }, element("small", {}, sample.where), lastOfChat(sample.messages), gold(sample.fields),
     element("div", { class: "sides" }, sampleAnswers(sample.before, `Before (step ${about.first_step})`), sampleAnswers(sample.after, `After (step ${about.last_step})`)));
   const change = (sample) => meanOf(sample.after) - meanOf(sample.before);
   const orders = { change: ["largest change first", (a, b) => Math.abs(change(b)) - Math.abs(change(a))],
@@ -142,7 +148,7 @@ function beforeAfter(run, several) {
   const paired = about.difference;
   const verdict = paired ? element("p", { class: "verdict" }, "Mean reward ", element("b", {}, `${paired.first.toFixed(3)} → ${paired.second.toFixed(3)}`),
     ` over ${paired.num_pairs} prompts: ${signed(paired.difference, 3)}, 95% paired bootstrap ${signed(paired.low, 3)} to ${signed(paired.high, 3)}. Better on ${paired.num_better}, worse on ${paired.num_worse}.`) : null;
-  return element("section", {}, element("h2", {}, several ? `Before and after: ${run.name}` : "Before and after"), verdict,
+  return element("section", { id: several ? null : "samples" }, element("h2", {}, several ? `Before and after: ${run.name}` : "Before and after"), verdict,
     element("div", { class: "controls" }, element("label", {}, "order", element("select", { onchange: (event) => { order = event.target.value; fill(); } },
       Object.entries(orders).map(([name, [word]]) => element("option", { value: name }, word))))), box, more);
 }

@@ -4,6 +4,16 @@
 const WORDS = { restart: "restart", preempted: "preempted", cancelled: "cancelled", failed: "failed", lost: "lost",
                 skipped: "skipped rows", refused: "refused", replaced: "held-out rows" };
 
+// What the vertical lines in the charts stand for.
+function eventLegend(runs) {
+  const kinds = [...new Set(runs.flatMap((run) => run.events.map((each) => each.kind)))];
+  return kinds.map((kind) => {
+    const mark = element("span", { class: "upright" });
+    mark.style.color = theme(`--${kind}`);
+    return element("span", { class: "quiet" }, mark, WORDS[kind]);
+  });
+}
+
 function runTimeline(run, title) {
   const last = Math.max(1, ...run.attempts.map((each) => each.ended || each.began),
     ...run.curves.train.times.filter((time) => time !== null), ...run.events.map((each) => each.time || 0));
