@@ -199,7 +199,11 @@ class LoggingSettings(Section):
     ] = "off"
     """Copy metrics to Weights & Biases. A failure there never stops the run."""
     wandb_project: str = "tunesmith"
-    """Weights & Biases project."""
+    """Project of Weights & Biases and of trackio."""
+    tensorboard: bool = False
+    """Copy metrics to RUN/tensorboard; needs the extra `tensorboard`. A failure there never stops the run."""
+    trackio: bool = False
+    """Copy metrics to trackio's local database; needs the extra `trackio`. A failure there never stops the run."""
 
 
 class CheckpointSettings(Section):

@@ -64,12 +64,12 @@ COMPLETIONS: Final = (
 )
 OPTIMIZER: Final = (
     Chart("Gradient norm", "train/grad_norm", about="before clipping"),
-    Chart("Learning rate", "train/learning_rate"),
+    Chart("Learning rate", "train/learning_rate", about="by the schedule"),
     Chart("Clipped tokens", "train/clip_frac", about="fraction of trained tokens"),
 )
 MACHINE: Final = (
-    Chart("Tokens per second", "perf/tokens_per_s"),
-    Chart("Seconds per step", "perf/step_s"),
+    Chart("Tokens per second", "perf/tokens_per_s", about="all tokens of a step, all devices"),
+    Chart("Seconds per step", "perf/step_s", about="without evaluation and saving"),
     Chart("Peak memory", "perf/peak_gib", beside="perf/predicted_gib", about="GiB of one device; dashed: predicted"),
 )
 
@@ -83,8 +83,8 @@ def sections(names: Iterable[str]) -> list[Section]:
     names = sorted(set(names))
     parts = [_part(name.removeprefix(PARTS), names) for name in names if name.startswith(PARTS)]
     is_rft = any(name.startswith("rollout/") for name in names) or "eval/reward" in names
-    learning: Sequence[Chart] = [*RFT, *parts, *_pass_at(names), *POLICY] if is_rft else [SFT_LOSS, *POLICY]
-    optimizer = [Chart("Policy loss", "train/loss", "eval/loss"), *OPTIMIZER] if is_rft else OPTIMIZER
+    learning: Sequence[Chart] = [*RFT, *parts, *_pass_at(names), *POLICY] if is_rft else [SFT_LOSS, *OPTIMIZER, *POLICY]
+    optimizer: Sequence[Chart] = [Chart("Policy loss", "train/loss", "eval/loss"), *OPTIMIZER] if is_rft else []
     found = [
         Section("Learning", _with_data(learning, names)),
         Section("Completions", _with_data(COMPLETIONS, names)),

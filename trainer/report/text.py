@@ -14,7 +14,7 @@ def shortened(text: str, limit: int = TEXT_CHARS) -> str:
     r"""The text, or its beginning and its end with a note of what is missing.
 
     >>> shortened("0123456789" * 2, limit=8)
-    '0123\\n[... 12 of 20 characters left out ...]\\n6789'
+    '0123\n[... 12 of 20 characters left out ...]\n6789'
     """
     if len(text) <= limit:
         return text

@@ -6,10 +6,9 @@ Tests hold other modules to these properties: none spells a file name of the run
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -131,6 +130,11 @@ class RunDir:
     def tracker_file(self) -> Path:
         """What Weights & Biases has received."""
         return self.root / "wandb.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Directory of TensorBoard's event file."""
+        return self.root / "tensorboard"
 
     @property
     def logs(self) -> Path:
@@ -334,14 +338,9 @@ class RunDir:
         readers.note_attempt(self.attempts_file, attempt, facts)
 
     def end_attempt(self, attempt: int, outcome: Outcome) -> None:
-        """Write how an attempt ended: into its record, which stays, and into outcome.json, which the next one deletes.
-
-        Args:
-            attempt: the newest attempt, of the run that this process holds.
-            outcome: how it ended.
-        """
+        """Write how the newest attempt ended: into its record, which stays, and into outcome.json."""
         try:
-            self.note_attempt(attempt, {"ended": {**asdict(outcome), "time": round(time.time(), 3)}})
+            self.note_attempt(attempt, readers.ended(outcome))
         finally:
             self.write_outcome(outcome)
 

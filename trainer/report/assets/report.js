@@ -44,8 +44,8 @@ function toolbar() {
     data.runs.length < 2 ? element("nav", { "aria-label": "parts of the page" }, [["events", "Events"], ["samples", "Before and after"], ["rollouts", "Rollouts"], ["recipe", "Recipe"]]
       .filter(([id]) => (id !== "samples" || data.runs[0].samples) && (id !== "rollouts" || data.runs[0].rollouts.groups.length))
       .map(([id, word]) => element("a", { href: `#${id}` }, word))) : null, eventLegend(data.runs),
-    element("span", { class: "quiet" }, "by"), choice("horizontal axis", [["step", "step"], ["time", "time"]], charts.axis, (value) => { charts.axis = value; }),
-    element("span", { class: "quiet" }, "mean of"), choice("running mean over points", [[0, "1"], [5, "5"], [20, "20"]], charts.smooth, (value) => { charts.smooth = value; }));
+    element("div", { class: "pair" }, element("span", { class: "quiet" }, "by"), choice("horizontal axis", [["step", "step"], ["time", "time"]], charts.axis, (value) => { charts.axis = value; charts.zoom = false; })),
+    element("div", { class: "pair" }, element("span", { class: "quiet" }, "running mean"), choice("running mean over points", [[0, "off"], [5, "5"], [20, "20"]], charts.smooth, (value) => { charts.smooth = value; })));
 }
 
 function settingsTable(run) {
