@@ -174,7 +174,7 @@ def test_runs_are_overlaid_and_can_be_hidden(tab: Tab, run: RunDir, tmp_path: Pa
     open_report(tab, run, other)
     assert texts(tab, "tbody tr td")[:3] == ["seed", "0", "3"]
     legend = "document.querySelector('.chart .legend').textContent"
-    assert "training other 0.7" in tab.run(legend)
+    assert "other 0.7" in tab.run(legend)
     tab.run("[...document.querySelectorAll('.runs button')].find((each) => each.textContent === 'other').click()")
     assert "other" not in tab.run(legend)
     assert tab.complaints == []

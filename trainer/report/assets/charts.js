@@ -26,14 +26,14 @@ function seriesOf(chart, runs) {
       found.push({ run, color: color(index), x: charts.axis === "step" ? points.steps : points.times,
                    y: points.values[name], ...more });
     };
-    const suffix = runs.length > 1 ? ` ${run.name}` : "";
+    const several = runs.length > 1;
     const { train, held_out, low, high } = run.curves;
     if (charts.smooth && chart.metric) add(train, chart.metric, { kind: "faint" });
-    add(train, chart.metric, { kind: "line", label: (chart.held_out ? "training" : "value") + suffix,
+    add(train, chart.metric, { kind: "line", label: several ? run.name : chart.held_out ? "training" : "value",
                                low: low[chart.metric], high: high[chart.metric] });
-    add(train, chart.beside, { kind: "dashed", label: "predicted" + suffix });
+    add(train, chart.beside, { kind: "dashed", label: several && index ? "" : "predicted" });
     const [from, to] = chart.interval || [];
-    add(held_out, chart.held_out, { kind: "points", label: "held-out" + suffix, held: true,
+    add(held_out, chart.held_out, { kind: "points", label: several ? `${run.name}, held-out` : "held-out", held: true,
       color: runs.length > 1 ? color(index) : color(1),
       low: held_out.values[from], high: held_out.values[to] });
   });
