@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
+import subprocess
+import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +206,21 @@ def test_several_runs_show_where_they_differ(run: RunDir, tmp_path: Path) -> Non
 
 def test_data_cannot_end_its_script_element() -> None:
     assert "<" not in script_json({"</script><img onerror=alert(1)>": "<!--"})
+
+
+def test_wheel_carries_the_assets(tmp_path: Path) -> None:
+    """Built from a copy: setuptools leaves files in the source directory."""
+    root, source = Path(__file__).parents[2], tmp_path / "source"
+    for name in ("trainer", "configs"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source / name)
+    options = ["-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("trainer/report/assets/")}
+    assert carried == {f"trainer/report/assets/{file.name}" for file in (root / "trainer/report/assets").iterdir()}
 
 
 def test_vendored_files_are_those_of_the_published_package() -> None:

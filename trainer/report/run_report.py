@@ -97,11 +97,18 @@ class RunReporter:
     def version(self) -> tuple[object, ...]:
         """Changes when the report would."""
         run = self.run
-        files = (run.metrics_file, run.attempts_file, run.outcome_file, run.plan_file, run.heartbeat_file)
+        files = (run.metrics_file, run.attempts_file, run.outcome_file, run.plan_file)
         stats = [(file.stat().st_mtime_ns, file.stat().st_size) if file.exists() else None for file in files]
         steps = run.journal_steps()
         chunks = len(run.journal_chunks(steps[-1])) if steps else 0
-        return (*stats, len(steps), chunks, len(run.journal_steps(refused=True)), len(run.evaluation_steps()))
+        return (
+            run.is_locked(),
+            *stats,
+            len(steps),
+            chunks,
+            len(run.journal_steps(refused=True)),
+            len(run.evaluation_steps()),
+        )
 
     def read(self) -> RunReport:
         """The report of the run now."""

@@ -102,9 +102,11 @@ function build() {
 function renew() {
   const open = [...page.querySelectorAll("details.section")].map((each) => each.open);
   const scroll = window.scrollY, focused = document.activeElement && document.activeElement.getAttribute("aria-label");
+  const inner = [".list", ".detail"].map((name) => [name, (page.querySelector(name) || {}).scrollTop]);
   const isSame = sections === JSON.stringify(data.sections);
   build();
   if (isSame) [...page.querySelectorAll("details.section")].forEach((each, index) => { each.open = open[index]; });
+  inner.forEach(([name, top]) => { const again = page.querySelector(name); if (again && top) again.scrollTop = top; });
   window.scrollTo(0, scroll);
   if (focused) { const again = [...page.querySelectorAll("[aria-label]")].find((each) => each.getAttribute("aria-label") === focused); if (again) again.focus({ preventScroll: true }); }
 }

@@ -127,6 +127,9 @@ function sampleAnswers(answers, title) {
 
 const meanOf = (answers) => answers.reduce((sum, each) => sum + (each.reward || 0), 0) / Math.max(1, answers.length);
 
+// What the reader chose in before and after, by run: a live page is built again and again.
+const samplesView = {};
+
 function beforeAfter(run, several) {
   const about = run.samples;
   const card = (sample) => element("div", { class: "card sample" }, element("small", {}, sample.where), lastOfChat(sample.messages), gold(sample.fields),
@@ -136,19 +139,19 @@ function beforeAfter(run, several) {
                    worse: ["worse first", (a, b) => change(a) - change(b)], row: ["order of the rows", () => 0] };
   const box = element("div", { class: "samples" });
   const more = element("button", { type: "button" });
-  let number_shown = 3, order = "change";
+  const view = samplesView[run.root] ??= { shown: 3, order: "change" };
   const fill = () => {
-    const sorted = [...about.samples].sort(orders[order][1]);
-    box.replaceChildren(...sorted.slice(0, number_shown).map(card));
-    more.hidden = number_shown >= sorted.length;
-    more.textContent = `Show more (${sorted.length - Math.min(number_shown, sorted.length)} left)`;
+    const sorted = [...about.samples].sort(orders[view.order][1]);
+    box.replaceChildren(...sorted.slice(0, view.shown).map(card));
+    more.hidden = view.shown >= sorted.length;
+    more.textContent = `Show more (${sorted.length - Math.min(view.shown, sorted.length)} left)`;
   };
-  more.addEventListener("click", () => { number_shown += 10; fill(); });
+  more.addEventListener("click", () => { view.shown += 10; fill(); });
   fill();
   const paired = about.difference;
   const verdict = paired ? element("p", { class: "verdict" }, "Mean reward ", element("b", {}, `${paired.first.toFixed(3)} → ${paired.second.toFixed(3)}`),
     ` over ${paired.num_pairs} prompts: ${signed(paired.difference, 3)}, 95% paired bootstrap ${signed(paired.low, 3)} to ${signed(paired.high, 3)}. Better on ${paired.num_better}, worse on ${paired.num_worse}.`) : null;
   return element("section", { id: several ? null : "samples" }, element("h2", {}, several ? `Before and after: ${run.name}` : "Before and after"), verdict,
-    element("div", { class: "controls" }, element("label", {}, "order", element("select", { onchange: (event) => { order = event.target.value; fill(); } },
-      Object.entries(orders).map(([name, [word]]) => element("option", { value: name }, word))))), box, more);
+    element("div", { class: "controls" }, element("label", {}, "order", element("select", { onchange: (event) => { view.order = event.target.value; fill(); } },
+      Object.entries(orders).map(([name, [word]]) => element("option", { value: name, selected: view.order === name }, word))))), box, more);
 }
