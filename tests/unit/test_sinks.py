@@ -1,4 +1,4 @@
-"""Copies of the metrics for TensorBoard and trackio, with the real packages: each step once, after any kill."""
+"""Copies of the metrics for TensorBoard, trackio and MLflow, with the real packages: each step once, after any kill."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from small_recipe import SFT, write_small
 
 from trainer.commands.cli import main
 from trainer.config.load import load_recipe
+from trainer.config.recipe import LoggingSettings
 from trainer.planning.plan import make_plan
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
@@ -24,11 +25,13 @@ from trainer.run.sinks import Sinks, wanted_sinks
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
+from trainer.config.recipe import LoggingSettings
 from trainer.run.directory import RunDir
 from trainer.run.sinks import Sinks
 name, first, last, offset = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 record = lambda step: {"step": step, "time": 100.0 + step, "train/loss": step + offset, "train/skipped_rows": ["a:1"]}
-sinks = Sinks(RunDir(Path("runs/small")), [name], "mine", lambda text: sys.exit(text))
+logging = LoggingSettings(wandb_project="mine", mlflow=f"sqlite:///{Path.cwd()}/mlflow.db")
+sinks = Sinks(RunDir(Path("runs/small")), [name], logging, lambda text: sys.exit(text))
 sinks.rebuild([record(step) for step in range(first)])
 for step in range(first, last):
     sinks.add(record(step))
@@ -57,10 +60,27 @@ def of_trackio(run: RunDir) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in storage.get_logs("mine", run.name)]
 
 
-READERS: dict[str, Callable[[RunDir], list[tuple[int, float]]]] = {"tensorboard": of_tensorboard, "trackio": of_trackio}
+def of_mlflow(run: RunDir) -> list[tuple[int, float]]:
+    client = pytest.importorskip("mlflow").MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/mlflow.db")
+    experiment = client.get_experiment_by_name("mine").experiment_id
+    (found,) = client.search_runs([experiment])
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [each.timestamp for each in history] == [1000 * (100 + each.step) for each in history]
+    return [(each.step, each.value) for each in history]
 
 
-@pytest.mark.parametrize("name", READERS)
+READERS: dict[str, Callable[[RunDir], list[tuple[int, float]]]] = {
+    "tensorboard": of_tensorboard,
+    "trackio": of_trackio,
+    "mlflow": of_mlflow,
+}
+
+
+NAMES = ["tensorboard", "trackio", pytest.param("mlflow", marks=pytest.mark.heavy)]
+"""Making MLflow's database takes 10 seconds."""
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_each_step_is_there_once_after_kills(run: RunDir, name: str) -> None:
     pytest.importorskip(name)
     for first, last, offset in ((0, 5, 0.0), (3, 6, 0.5), (5, 8, 0.25)):  # the second begins at a checkpoint of step 2
@@ -70,12 +90,18 @@ def test_each_step_is_there_once_after_kills(run: RunDir, name: str) -> None:
     assert READERS[name](run) == [(step, step + 0.25) for step in range(8)]
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_sync_builds_a_sink_again(run: RunDir, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(name)
     records: list[dict[str, Any]] = [{"step": step, "time": 100.0 + step, "train/loss": step / 4} for step in range(3)]
     run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run.write_plan(make_plan(load_recipe(Path("recipe.yaml"), ["logging.wandb_project=mine"])))
+    run.write_plan(
+        make_plan(
+            load_recipe(
+                Path("recipe.yaml"), ["logging.wandb_project=mine", f"logging.mlflow=sqlite:///{Path.cwd()}/mlflow.db"]
+            )
+        )
+    )
     for _ in range(2):
         assert main(["sync", "small", "--to", name]) == 0
     assert "3 records of runs/small are in" in capsys.readouterr().err
@@ -86,10 +112,10 @@ def test_missing_package_is_said_and_training_goes_on(run: RunDir, monkeypatch: 
     for module in ("trackio", "trackio.sqlite_storage"):
         monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
     said: list[str] = []
-    sinks = Sinks(run, ["trackio"], "mine", said.append)
+    sinks = Sinks(run, ["trackio"], LoggingSettings(), said.append)
     sinks.rebuild([])
     sinks.add({"step": 1, "time": 1.0, "train/loss": 1.0})
-    sinks.close()
+    sinks.close(0)
     assert len(said) == 1
     assert "pip install 'tunesmith[trackio]'" in said[0]
     assert "trainer sync runs/small --to trackio" in said[0]
@@ -99,7 +125,7 @@ def test_a_sink_that_fails_is_left_out_and_said_once(run: RunDir) -> None:
     pytest.importorskip("tensorboard")
     run.tensorboard.write_text("a file where the directory should be")
     said: list[str] = []
-    sinks = Sinks(run, ["tensorboard"], "mine", said.append)
+    sinks = Sinks(run, ["tensorboard"], LoggingSettings(), said.append)
     sinks.rebuild([])
     sinks.add({"step": 1, "time": 1.0, "train/loss": 1.0})
     assert len(said) == 1
@@ -107,5 +133,5 @@ def test_a_sink_that_fails_is_left_out_and_said_once(run: RunDir) -> None:
 
 
 def test_a_recipe_asks_for_sinks(run: RunDir) -> None:
-    recipe = load_recipe(Path("recipe.yaml"), ["logging.trackio=true"]).recipe
-    assert wanted_sinks(recipe.logging) == ["trackio"]
+    recipe = load_recipe(Path("recipe.yaml"), ["logging.trackio=true", "logging.mlflow=http://127.0.0.1:5000"]).recipe
+    assert wanted_sinks(recipe.logging) == ["trackio", "mlflow"]

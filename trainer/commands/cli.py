@@ -198,9 +198,9 @@ def _run_commands(commands: _Commands) -> None:
     delete.add_argument("--yes", action="store_true", help="do not ask")
     delete.set_defaults(run=_delete)
 
-    sync = commands.add_parser("sync", help="send all metrics of a run to Weights & Biases, TensorBoard or trackio")
+    sync = commands.add_parser("sync", help="send all metrics of a run to W&B, TensorBoard, trackio or MLflow")
     _run_argument(sync)
-    sync.add_argument("--to", choices=("wandb", "tensorboard", "trackio"), default="wandb", help="where they are sent")
+    sync.add_argument("--to", choices=("wandb", "tensorboard", "trackio", "mlflow"), default="wandb", help="where to")
     sync.set_defaults(run=_sync)
 
     export = commands.add_parser("export", help="write a model from a run, verify it, upload it")

@@ -1,9 +1,10 @@
-"""`trainer sync`: send the whole metrics.jsonl of a run to Weights & Biases, TensorBoard or trackio."""
+"""`trainer sync`: send the whole metrics.jsonl of a run to Weights & Biases, TensorBoard, trackio or MLflow."""
 
 from __future__ import annotations
 
 import argparse
 
+from trainer.config.recipe import LoggingSettings
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
 from trainer.run.console import tell
 from trainer.run.directory import RunDir
@@ -13,14 +14,15 @@ from trainer.run.sinks import SinkName, Sinks
 from trainer.run.tracker import Tracker, tracker_mode
 
 
-def _rebuild(run: RunDir, name: SinkName, records: list[Record], project: str) -> int:
+def _rebuild(run: RunDir, name: SinkName, records: list[Record], logging: LoggingSettings) -> int:
     """Build a sink again from all records."""
-    sinks = Sinks(run, [name], project, tell)
+    sinks = Sinks(run, [name], logging, tell)
     sinks.rebuild(records)
-    sinks.close()
+    outcome = run.read_outcome()
+    sinks.close(outcome.exit_code if outcome is not None else EXIT_FAILED)
     if sinks.problems:
         return EXIT_FAILED
-    place = str(run.tensorboard) if name == "tensorboard" else f"project {project}, run {run.name}"
+    place = str(run.tensorboard) if name == "tensorboard" else f"project {logging.wandb_project}, run {run.name}"
     tell(f"{len(records)} records of {run.root} are in {name} ({place})")
     return EXIT_FINISHED
 
@@ -35,7 +37,7 @@ def sync(arguments: argparse.Namespace) -> int:
     if not records:
         raise LaunchError(f"{run.metrics_file}: no records yet")
     if arguments.to != "wandb":
-        return _rebuild(run, arguments.to, records, plan.recipe.logging.wandb_project)
+        return _rebuild(run, arguments.to, records, plan.recipe.logging)
     mode = tracker_mode("online")
     if mode is None:
         raise LaunchError("WANDB_MODE=disabled is set: nothing is sent. Unset it and run the same command again.")

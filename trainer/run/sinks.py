@@ -1,4 +1,4 @@
-"""Copies of metrics.jsonl for TensorBoard and trackio, rebuilt from it at each start. No torch.
+"""Copies of metrics.jsonl for TensorBoard, trackio and MLflow, rebuilt from it at each start. No torch.
 
 metrics.jsonl is the truth. A sink is built again from its records whenever an attempt begins, and then gets each step
 after it was written there. So after any number of kills it has each step exactly once, with the values that count.
@@ -17,7 +17,8 @@ from trainer.config.recipe import LoggingSettings
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import Record
 
-SinkName = Literal["tensorboard", "trackio"]
+SinkName = Literal["tensorboard", "trackio", "mlflow"]
+TAG: Final = "tunesmith.run"
 SUFFIX: Final = ".tunesmith"
 """Ends the names of event files that we may replace."""
 
@@ -31,8 +32,8 @@ class Sink(Protocol):
     def add(self, record: Record) -> None:
         """Hold one more record, of a later step."""
 
-    def close(self) -> None:
-        """Write what is pending."""
+    def close(self, exit_code: int) -> None:
+        """Write what is pending; the attempt ended with this code."""
 
 
 @final
@@ -55,7 +56,7 @@ class TensorBoardSink:
 
     def rebuild(self, records: Sequence[Record]) -> None:
         """Write a new event file, and remove those of earlier attempts."""
-        self.close()
+        self.close(0)
         old = list(self._directory.glob(f"events.out.tfevents.*{SUFFIX}"))
         # the file's name has the second and a counter of the process: a process id keeps two attempts apart
         self._writer = self._make(str(self._directory), filename_suffix=f".{os.getpid()}{SUFFIX}")
@@ -78,7 +79,7 @@ class TensorBoardSink:
         moment = record.get("time", time.time())
         self._writer.add_event(Event(wall_time=moment, step=record["step"], summary=Summary(value=values)))
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
@@ -125,21 +126,75 @@ class TrackioSink:
             timestamps=list(moments),
         )
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         """Nothing is pending."""
+
+
+@final
+class MlflowSink:
+    """One run of an MLflow server or database, known by a tag; each rebuild makes a new one and deletes the old one.
+
+    MLflow keeps the history of a metric for ever, so a step that is made again would be in it twice.
+    """
+
+    def __init__(self, run: RunDir, project: str, uri: str | None) -> None:
+        """Load the package; nothing is written yet.
+
+        Args:
+            run: whose metrics are copied; MLflow's run has its name, and its directory as a tag.
+            project: MLflow's experiment.
+            uri: where MLflow keeps runs; None is MLflow's own default.
+
+        Raises:
+            ImportError: the package is missing.
+        """
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        self._client, self._metric = MlflowClient(tracking_uri=uri), Metric
+        self._project, self._name, self._place = project, run.name, str(run.root.resolve())
+        self._id = ""
+
+    def rebuild(self, records: Sequence[Record]) -> None:
+        """Log all records to a new run, then delete those of earlier attempts."""
+        known = self._client.get_experiment_by_name(self._project)
+        experiment = known.experiment_id if known is not None else self._client.create_experiment(self._project)
+        quoted = self._place.replace("'", "\\'")
+        old = self._client.search_runs([experiment], f"tags.`{TAG}` = '{quoted}'")
+        made = self._client.create_run(experiment, run_name=self._name, tags={TAG: self._place})
+        self._id = made.info.run_id
+        for record in records:
+            self.add(record)
+        for each in old:
+            self._client.delete_run(each.info.run_id)
+
+    def add(self, record: Record) -> None:
+        """Log a step in one request."""
+        moment = round(1000 * record.get("time", time.time()))
+        values = numbers(record).items()
+        self._client.log_batch(
+            self._id, metrics=[self._metric(name, value, moment, record["step"]) for name, value in values]
+        )
+
+    def close(self, exit_code: int) -> None:
+        """End the run."""
+        if self._id:
+            self._client.set_terminated(self._id, "FINISHED" if exit_code == 0 else "FAILED")
 
 
 @final
 class Sinks:
     """The sinks of a run; one that fails is said once, left out, and never stops the training."""
 
-    def __init__(self, run: RunDir, names: Iterable[SinkName], project: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: RunDir, names: Iterable[SinkName], logging: LoggingSettings, say: Callable[[str], None]
+    ) -> None:
         """Open the sinks.
 
         Args:
             run: whose metrics are copied.
             names: which sinks.
-            project: of trackio.
+            logging: the recipe's settings of the sinks.
             say: prints a message to the user.
         """
         self._run, self._say = run, say
@@ -148,7 +203,7 @@ class Sinks:
         """Why a sink receives nothing more."""
         for name in names:
             try:
-                self._sinks[name] = TensorBoardSink(run) if name == "tensorboard" else TrackioSink(run, project)
+                self._sinks[name] = _opened(name, run, logging)
             except ImportError:
                 self._lose(name, f"the package is missing: pip install 'tunesmith[{name}]'")
 
@@ -160,9 +215,9 @@ class Sinks:
         """Copy one more record, of a later step."""
         self._each(lambda sink: sink.add(record))
 
-    def close(self) -> None:
-        """Write what is pending."""
-        self._each(lambda sink: sink.close())
+    def close(self, exit_code: int) -> None:
+        """Write what is pending; the attempt ended with this code."""
+        self._each(lambda sink: sink.close(exit_code))
 
     def _each(self, act: Callable[[Sink], None]) -> None:
         for name, sink in list(self._sinks.items()):
@@ -181,9 +236,23 @@ class Sinks:
         )
 
 
+def _opened(name: SinkName, run: RunDir, logging: LoggingSettings) -> Sink:
+    match name:
+        case "tensorboard":
+            return TensorBoardSink(run)
+        case "trackio":
+            return TrackioSink(run, logging.wandb_project)
+        case "mlflow":
+            return MlflowSink(run, logging.wandb_project, logging.mlflow)
+
+
 def wanted_sinks(logging: LoggingSettings) -> list[SinkName]:
     """The sinks that a recipe asks for."""
-    wanted: dict[SinkName, bool] = {"tensorboard": logging.tensorboard, "trackio": logging.trackio}
+    wanted: dict[SinkName, bool] = {
+        "tensorboard": logging.tensorboard,
+        "trackio": logging.trackio,
+        "mlflow": logging.mlflow is not None,
+    }
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
 

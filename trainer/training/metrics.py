@@ -68,7 +68,7 @@ class MetricsLog:
         write_atomically(self.run.metrics_file, text)
         logging = self._plan.recipe.logging
         if self._sinks is None:
-            self._sinks = Sinks(self.run, wanted_sinks(logging), logging.wandb_project, self.say)
+            self._sinks = Sinks(self.run, wanted_sinks(logging), logging, self.say)
         self._sinks.rebuild(kept)
         mode = tracker_mode(logging.wandb)
         if self._tracker is None and mode is not None:
@@ -113,7 +113,7 @@ class MetricsLog:
     def close(self, exit_code: int) -> None:
         """End the W&B run with the exit code of the attempt, and the other copies."""
         if self._sinks is not None:
-            self._sinks.close()
+            self._sinks.close(exit_code)
         if self._tracker is not None:
             self._tracker.close(exit_code)
 
