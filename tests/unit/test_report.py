@@ -139,7 +139,7 @@ def test_rollouts_are_bounded_and_what_is_left_out_is_said(run: RunDir, monkeypa
     assert [group.step for group in found.groups[::2]] == [1, 4, 6, 9, 12, 15, 17, 20]
     assert sum(len(group.rollouts) for group in found.groups) == 32
     assert found.left_out == (
-        "Shown: 8 of 20 steps, evenly spaced; up to 2 prompts of a step are left out. "
+        "8 of 20 steps, evenly spaced; up to 2 prompts of a step are left out. "
         "All of a step: trainer rollouts runs/small --step N"
     )
     monkeypatch.undo()

@@ -84,7 +84,9 @@ def sections(names: Iterable[str]) -> list[Section]:
     parts = [_part(name.removeprefix(PARTS), names) for name in names if name.startswith(PARTS)]
     is_rft = any(name.startswith("rollout/") for name in names) or "eval/reward" in names
     learning: Sequence[Chart] = [*RFT, *parts, *_pass_at(names), *POLICY] if is_rft else [SFT_LOSS, *OPTIMIZER, *POLICY]
-    optimizer: Sequence[Chart] = [Chart("Policy loss", "train/loss", "eval/loss"), *OPTIMIZER] if is_rft else []
+    optimizer: Sequence[Chart] = (
+        [Chart("Policy loss", "train/loss", about="the objective of the algorithm"), *OPTIMIZER] if is_rft else []
+    )
     found = [
         Section("Learning", _with_data(learning, names)),
         Section("Completions", _with_data(COMPLETIONS, names)),

@@ -89,7 +89,7 @@ class RolloutReader:
         parts += [f"up to {num_prompts:,} prompts of a step are left out"] if num_prompts else []
         if not parts:
             return ""
-        return f"Shown: {'; '.join(parts)}. All of a step: trainer rollouts {self._run.root} --step N"
+        return f"{'; '.join(parts)}. All of a step: trainer rollouts {self._run.root} --step N"
 
 
 def spread_evenly(items: Sequence[T], number: int) -> list[T]:

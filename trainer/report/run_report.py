@@ -169,7 +169,10 @@ def _tiles(
 
 def _epochs(plan: Plan, step: int) -> str:
     per_epoch = plan.steps_per_epoch
-    return f"{step / per_epoch:.2g} epochs" if per_epoch else ""
+    if not per_epoch:
+        return ""
+    epochs = step / per_epoch
+    return f"{epochs:.2f} epochs" if epochs < 10 else f"{epochs:,.0f} epochs"
 
 
 def _best_tile(run: RunDir) -> list[Tile]:
@@ -177,9 +180,10 @@ def _best_tile(run: RunDir) -> list[Tile]:
     best = best_value(records)
     if best is None:
         return []
-    first = next(record[best.name] for record in records if best.name in record)
+    first = next(record for record in records if best.name in record)
+    when = "before training" if first["step"] == 0 else f"at step {first['step']}"
     label = f"Best held-out {best.name.removeprefix(HELD_OUT)}"
-    return [Tile(label, f"{best.value:.3f}", f"step {best.step}; {first:.3f} before training")]
+    return [Tile(label, f"{best.value:.3f}", f"step {best.step}; {first[best.name]:.3f} {when}")]
 
 
 def _notes(curves: Curves, rollouts: PageRollouts, found: Sequence[Event], samples: BeforeAfter | None) -> list[str]:

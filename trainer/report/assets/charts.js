@@ -2,6 +2,7 @@
 // Curves: one uPlot per chart, cursors in step, events as vertical lines, held-out values as points with intervals.
 
 const charts = { drawn: [], axis: "step", smooth: 0, hidden: new Set(), zoom: false };
+const TIME_STEPS = [1, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 432000, 864000];
 const CURSOR = uPlot.sync("report");
 
 function smoothed(values, window) {
@@ -65,12 +66,20 @@ function columns(series) {
   return { data, options, bands };
 }
 
+const DENSE = 40;
+
+// So many held-out values that circles and whiskers would cover each other: a line and a band instead.
+function isDense(each) {
+  return each.y.length > DENSE;
+}
+
 function seriesOptions(each, length) {
   const few = each.kind === "line" && length <= 60;
   const base = { label: each.label || "", spanGaps: true, stroke: each.color, width: 2,
                  points: { show: few, size: 4, fill: each.color }, value: (_, value) => number(value) };
   if (each.kind === "faint") return { ...base, stroke: each.color + "55", width: 1, points: { show: false } };
   if (each.kind === "dashed") return { ...base, width: 1.5, dash: [6, 5], stroke: theme("--quiet"), points: { show: false } };
+  if (each.kind === "points" && isDense(each)) return { ...base, width: 1.5, points: { show: false } };
   if (each.kind === "points") {
     return { ...base, width: 1, dash: [3, 4], points: { show: true, size: 9, width: 2, fill: theme("--card"), stroke: each.color } };
   }
@@ -103,6 +112,7 @@ function overlay(series, runs) {
     ctx.setLineDash([]);
     for (const each of series.filter((one) => one.held && one.low && one.high)) {
       ctx.strokeStyle = each.color;
+      if (isDense(each)) { fillBetween(plot, each); continue; }
       ctx.lineWidth = 1.5 * ratio;
       each.x.forEach((at, index) => {
         if (at === null || each.low[index] === null || each.low[index] === undefined) return;
@@ -117,6 +127,16 @@ function overlay(series, runs) {
     }
     ctx.restore();
   };
+}
+
+function fillBetween(plot, each) {
+  const places = each.x.map((at, index) => [at, each.low[index], each.high[index]]).filter((place) => place.every((value) => value !== null && value !== undefined));
+  const corner = (at, value) => [plot.valToPos(at, "x", true), plot.valToPos(value, "y", true)];
+  plot.ctx.fillStyle = each.color + "33";
+  plot.ctx.beginPath();
+  places.forEach(([at, low]) => plot.ctx.lineTo(...corner(at, low)));
+  places.reverse().forEach(([at, , high]) => plot.ctx.lineTo(...corner(at, high)));
+  plot.ctx.fill();
 }
 
 function yRange(series) {
@@ -152,11 +172,11 @@ function drawChart(chart, card, runs) {
   const xs = xRange(runs);
   const plot = new uPlot({
     width: Math.max(200, body.clientWidth), height: 200, bands, series: options, legend: { show: false },
-    padding: [8, 10, 0, 0],
+    padding: [8, 18, 0, 0],
     cursor: { sync: { key: CURSOR.key, setSeries: false }, y: false, points: { size: 8 }, drag: { x: true, y: false, setScale: false } },
     scales: { x: { time: false, range: (plot, from, to) => (charts.zoom ? [from, to] : xs) },
               y: { range: [low, high] } },
-    axes: [{ ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => charts.axis === "step" ? (Number.isInteger(tick) ? tick : "") : span(tick)) },
+    axes: [{ ...axis, size: 30, ...(charts.axis === "time" ? { incrs: TIME_STEPS } : {}), values: (_, ticks) => ticks.map((tick) => charts.axis === "step" ? (Number.isInteger(tick) ? tick : "") : span(tick)) },
            { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick, 3)) }],
     hooks: { draw: [overlay(series, runs)], setSelect: [zoomAll], setCursor: [(each) => legend(card, series, each)] },
   }, data, body);

@@ -70,6 +70,7 @@ function rolloutBrowser(data) {
     browser.at = Math.max(0, Math.min(index, shown.length - 1));
     [...list.children].forEach((each, place) => each.setAttribute("aria-selected", place === browser.at));
     const row = list.children[browser.at];
+    if (row) list.setAttribute("aria-activedescendant", row.id); else list.removeAttribute("aria-activedescendant");
     if (row) list.scrollTop = Math.min(row.offsetTop, Math.max(list.scrollTop, row.offsetTop + row.offsetHeight - list.clientHeight));
     const group = shown[browser.at];
     detail.replaceChildren(...(group ? groupDetail(group) : [element("p", { class: "quiet" }, "No prompt matches these filters.")]));
@@ -78,7 +79,7 @@ function rolloutBrowser(data) {
     const text = browser.text.toLowerCase();
     shown = run.rollouts.groups.filter((group) => (browser.step === "" || group.step === Number(browser.step)) &&
       KINDS[browser.kind][1](group) && (!text || JSON.stringify([group.messages, group.fields, group.rollouts.map((each) => each.text)]).toLowerCase().includes(text)));
-    list.replaceChildren(...shown.map((group, index) => groupRow(group, () => choose(index))));
+    list.replaceChildren(...shown.map((group, index) => groupRow(group, index, () => choose(index))));
     const total = shown.reduce((sum, group) => sum + group.rollouts.length, 0);
     count.textContent = `${shown.length} prompts, ${total} completions`;
     choose(at);
@@ -105,11 +106,11 @@ function rolloutBrowser(data) {
   return section;
 }
 
-function groupRow(group, choose) {
+function groupRow(group, index, choose) {
   const known = rewards(group);
   const mean = known.length ? known.reduce((sum, each) => sum + each, 0) / known.length : null;
   const dots = element("span", { class: "dots", "aria-hidden": "true" }, group.rollouts.slice(0, 16).map((each) => element("i", { class: each.reward === null ? "failed" : each.reward > 0 ? "good" : each.reward < 0 ? "bad" : "zero" })));
-  return element("div", { class: "row", role: "option", onclick: choose }, element("span", { class: "step" }, `step ${group.step}`, group.refused ? " refused" : ""),
+  return element("div", { class: "row", id: `prompt-${index}`, role: "option", onclick: choose }, element("span", { class: "step" }, `step ${group.step}`, group.refused ? " refused" : ""),
     element("span", { class: "mean" }, mean === null ? "failed" : number(mean, 2)), element("span", { class: "snippet" }, lastTurn(group).slice(0, 200)), dots);
 }
 
