@@ -15,6 +15,7 @@ import pytest
 from small_recipe import SFT, write_small
 
 from trainer.commands.cli import main
+from trainer.config import semantics
 from trainer.config.load import load_recipe
 from trainer.config.recipe import LoggingSettings
 from trainer.planning.plan import make_plan
@@ -135,3 +136,15 @@ def test_a_sink_that_fails_is_left_out_and_said_once(run: RunDir) -> None:
 def test_a_recipe_asks_for_sinks(run: RunDir) -> None:
     recipe = load_recipe(Path("recipe.yaml"), ["logging.trackio=true", "logging.mlflow=http://127.0.0.1:5000"]).recipe
     assert wanted_sinks(recipe.logging) == ["trackio", "mlflow"]
+
+
+def test_check_warns_of_a_missing_package_with_its_line(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(semantics, "find_spec", lambda name: None)
+    write_small(Path.cwd(), SFT + "logging:\n  tensorboard: true\n")
+    assert main(["check", "recipe.yaml"]) == 0
+    assert (
+        "recipe.yaml:20: logging.tensorboard: the package is missing here, so nothing is copied; "
+        "pip install 'tunesmith[tensorboard]'"
+    ) in capsys.readouterr().err

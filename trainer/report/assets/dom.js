@@ -30,9 +30,9 @@ function span(seconds) {
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole}s`;
   const minutes = Math.floor(whole / 60);
-  if (minutes < 60) return `${minutes}m${String(whole % 60).padStart(2, "0")}s`;
+  if (minutes < 60) return `${minutes}m${whole % 60 ? `${String(whole % 60).padStart(2, "0")}s` : ""}`;
   const hours = Math.floor(minutes / 60);
-  return hours < 48 ? `${hours}h${String(minutes % 60).padStart(2, "0")}m` : `${Math.floor(hours / 24)}d${hours % 24}h`;
+  return hours < 48 ? `${hours}h${minutes % 60 ? `${String(minutes % 60).padStart(2, "0")}m` : ""}` : `${Math.floor(hours / 24)}d${hours % 24}h`;
 }
 
 function plain(value) {
