@@ -154,6 +154,24 @@ def test_long_completions_keep_their_beginning_and_end(run: RunDir) -> None:
     assert text.endswith("zzzz")
 
 
+def test_a_rollout_of_several_turns_is_a_chat(run: RunDir) -> None:
+    """As environments record it, in a file of the journal."""
+    write_step(run, 0, [1.0])
+    file = run.journal_chunk(0, 0)
+    header, prompt, rollout, end, _ = file.read_text().split("\n")
+    turns = [{"role": "assistant", "content": "higher?"}, {"role": "tool", "content": "lower"}]
+    conversation = {
+        "messages": [{"role": "user", "content": "0?"}, *turns],
+        "num_prompt": 1,
+        "turns": [],
+        "stop": "done",
+    }
+    line = json.dumps(json.loads(rollout) | {"conversation": conversation})
+    file.write_text("\n".join([header, prompt, line, end, ""]))
+    shown = RolloutReader(run, 1, 1).read().groups[0].rollouts[0]
+    assert (shown["messages"], shown["stop"]) == (turns, "done")
+
+
 def test_version_changes_with_what_the_page_shows(run: RunDir) -> None:
     reporter = RunReporter(run, lambda _: FINISHED)
     versions = [reporter.version()]

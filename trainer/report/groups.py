@@ -23,6 +23,11 @@ class ShownRollout:
     finish_reason: str
     failure: str | None
     tokens: int
+    messages: list[dict[str, Any]] | None = None
+    """Of a rollout with several turns: what followed the prompt."""
+    turns: list[dict[str, Any]] | None = None
+    stop: str | None = None
+    """Why a rollout with several turns ended."""
 
 
 @final
@@ -75,7 +80,18 @@ def _shown(group: RecordedGroup) -> ShownGroup:
         fields=group.prompt["fields"] if group.prompt is not None else {},
         spread=max(scored) - min(scored) if scored else 0.0,
         rollouts=[
-            ShownRollout(**{name: record[name] for name in names}, tokens=record["trained"].count("1"))
+            ShownRollout(
+                **{name: record[name] for name in names}, tokens=record["trained"].count("1"), **_turns(record)
+            )
             for record in records
         ],
     )
+
+
+def _turns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The turns after the prompt, where the journal has a conversation."""
+    conversation = record.get("conversation")
+    if conversation is None:
+        return {}
+    messages = conversation["messages"][conversation["num_prompt"] :]
+    return {"messages": messages, "turns": conversation["turns"], "stop": conversation["stop"]}

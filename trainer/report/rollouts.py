@@ -29,7 +29,7 @@ class PageGroup:
     messages: list[dict[str, Any]] | None
     fields: dict[str, Any]
     rollouts: list[dict[str, Any]]
-    """Each with text, reward, rewards, advantage, tokens, finish_reason, failure."""
+    """Each with text, messages (several turns), stop, reward, rewards, advantage, tokens, finish_reason, failure."""
 
 
 @final
@@ -115,6 +115,8 @@ def _page_group(step: int, group: ShownGroup, *, refused: bool) -> PageGroup:
         rollouts=[
             {
                 "text": shortened(rollout.text),
+                "messages": shortened_messages(rollout.messages),
+                "stop": rollout.stop,
                 "reward": rollout.reward,
                 "rewards": dict(rollout.rewards),
                 "advantage": rollout.advantage,

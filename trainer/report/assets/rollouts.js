@@ -34,7 +34,7 @@ function rolloutCard(rollout) {
   return element("article", { class: "rollout" },
     element("header", {}, rewardBadge(rollout.reward, rollout.failure), facts.filter((fact) => fact).map((fact) => element("span", {}, fact)),
       rollout.cut ? element("span", { class: "state preempted" }, "cut at the token limit") : null),
-    element("div", { class: "said" }, rollout.text || element("i", { class: "quiet" }, "(empty)")),
+    rollout.messages ? [chat(rollout.messages), element("small", {}, `ended: ${rollout.stop}`)] : element("div", { class: "said" }, rollout.text || element("i", { class: "quiet" }, "(empty)")),
     rollout.failure ? element("details", {}, element("summary", {}, rollout.failure.trim().split("\n").pop()), element("pre", {}, rollout.failure)) : null);
 }
 
@@ -78,7 +78,7 @@ function rolloutBrowser(data) {
   const fill = (at) => {
     const text = browser.text.toLowerCase();
     shown = run.rollouts.groups.filter((group) => (browser.step === "" || group.step === Number(browser.step)) &&
-      KINDS[browser.kind][1](group) && (!text || JSON.stringify([group.messages, group.fields, group.rollouts.map((each) => each.text)]).toLowerCase().includes(text)));
+      KINDS[browser.kind][1](group) && (!text || JSON.stringify([group.messages, group.fields, group.rollouts.map((each) => [each.text, each.messages])]).toLowerCase().includes(text)));
     list.replaceChildren(...shown.map((group, index) => groupRow(group, index, () => choose(index))));
     const total = shown.reduce((sum, group) => sum + group.rollouts.length, 0);
     count.textContent = `${shown.length} prompts, ${total} completions`;
