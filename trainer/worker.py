@@ -117,7 +117,7 @@ def _report(attempt: Attempt, outcome: Outcome) -> None:
     attempt.say(outcome.message)
     try:
         if attempt.run.newest_attempt() == attempt.number:
-            attempt.run.write_outcome(outcome)
+            attempt.run.end_attempt(attempt.number, outcome)
     except OSError as error:
         attempt.say(f"{attempt.run.outcome_file}: not written: {error}")
 

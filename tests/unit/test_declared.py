@@ -25,7 +25,7 @@ def imported_by(folder: str) -> dict[str, Path]:
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OURS:
-                found[installed.get(name, [name])[0].lower().replace("_", "-")] = file
+                found[installed.get(name, [NAMED_OTHERWISE.get(name, name)])[0].lower().replace("_", "-")] = file
     return found
 
 
@@ -40,8 +40,11 @@ def requirements(lines: list[str]) -> set[str]:
 
 OURS = {"trainer", "chaos", *(file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py"))}
 """The package, and the modules that tests and tools import from beside themselves."""
+OPTIONAL_EXTRAS = ("math", "s3", "qlora", "quickstart", "tensorboard", "trackio", "mlflow")
+NAMED_OTHERWISE = {"mlflow": "mlflow-skinny"}
+"""Distributions that need not be installed here, by the module that they bring."""
 RUNTIME = requirements(PROJECT["dependencies"])
-OPTIONAL = requirements([line for name in ("math", "s3", "qlora", "quickstart") for line in EXTRAS[name]])
+OPTIONAL = requirements([line for name in OPTIONAL_EXTRAS for line in EXTRAS[name]])
 DEVELOPMENT = requirements(EXTRAS["dev"])
 
 

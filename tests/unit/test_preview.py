@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, chromium
 from small_recipe import RFT, SFT, write_small
 from tiny import tiny_model_dir, tiny_tokenizer
 
@@ -320,3 +321,20 @@ def test_an_sft_recipe_has_no_rewards_to_try(capsys):
     write_recipe()
     assert main(["recipe.yaml", "--rewards"]) == 2
     assert capsys.readouterr().err == "recipe.yaml: has no rewards, since its method is sft\n"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_chromium_fits_the_screen_and_asks_for_nothing(tmp_path, width):
+    write_recipe()
+    write_rows(SHORT, {"prompt": "x" * 200 + "<img src=x onerror=alert(1)>", "completion": "y"}, {"prompt": "only <b>"})
+    assert main(["recipe.yaml", "--data", "--html", "page.html"]) == 2
+    url = Path("page.html").resolve().as_uri()
+    with chromium(tmp_path) as tab:
+        tab.open(url, width=width)
+        tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        assert (tab.complaints, tab.requests) == ([], [url])
+        assert tab.run("document.documentElement.scrollWidth") == width
+        assert tab.run("document.querySelectorAll('img, b img').length") == 0
+        longest = "Math.max(...[...document.querySelectorAll('td div')].map((each) => each.offsetWidth))"
+        assert tab.run(longest) > 50

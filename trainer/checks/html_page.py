@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from html import escape
 from typing import Final
@@ -9,28 +11,37 @@ from typing import Final
 from trainer.checks.data_survey import ShownRow, Survey
 
 STYLE: Final = """
-:root { color-scheme: light dark; --trained: #b7e4c7; --edge: #8884; --soft: #8881; --bar: #52b788; --bad: #c1121f }
-@media (prefers-color-scheme: dark) { :root { --trained: #1b5e3a; --bad: #ff8a80 } }
+:root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --ink: #171b24; --trained: #b7e4c7; --edge: #dfe3e9;
+  --soft: #edf0f4; --bar: #3f9d72; --bad: #c0262d }
+@media (prefers-color-scheme: dark) { :root { --ground: #101319; --card: #181c24; --ink: #e8ebf1; --trained: #1b5e3a;
+  --edge: #2f3642; --soft: #242a34; --bar: #4fd1a1; --bad: #ff8a8a } }
 * { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
+html { background: var(--ground); color: var(--ink); -webkit-text-size-adjust: 100% }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
+h1, h2, h3 { overflow-wrap: anywhere } h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
 h3 { font-size: .9rem; font-weight: 600; margin: 1.25rem 0 .35rem } h3 small { font-weight: 400; opacity: .75 }
 p { margin: .25rem 0 1rem } .quiet { opacity: .75 }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)) }
-.card { border: 1px solid var(--edge); border-radius: .5rem; padding: .75rem 1rem; min-width: 0 }
-.card h3 { margin-top: 0 } .wide { grid-column: 1 / -1 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--edge); border-radius: .5rem; margin: 0;
-  padding: .75rem 1rem; font: 13px/1.75 ui-monospace, monospace; max-height: 36rem; overflow-y: auto }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
+  align-items: start }
+.card { border: 1px solid var(--edge); border-radius: .75rem; padding: .85rem 1rem; min-width: 0;
+  background: var(--card) }
+.card h3 { margin-top: 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--edge); border-radius: .75rem; margin: 0;
+  background: var(--card); padding: .75rem 1rem; font: 13px/1.75 ui-monospace, monospace;
+  max-height: 36rem; overflow-y: auto }
 pre span { border-right: 1px solid var(--edge) } pre span:hover { outline: 2px solid var(--bar); outline-offset: -1px }
 pre span.t, .key { background: var(--trained) } .key { padding: .1rem .35rem; border-radius: .25rem }
 table { border-collapse: collapse; width: 100% } tr + tr td { border-top: 1px solid var(--soft) }
 td { padding: .2rem .75rem .2rem 0; vertical-align: top; overflow-wrap: anywhere } td:last-child { padding-right: 0 }
 td.n { text-align: right; white-space: nowrap; width: 1%; font-variant-numeric: tabular-nums }
 td.name { white-space: nowrap; width: 1%; opacity: .75 }
-td div { background: var(--bar); height: .7em; margin-top: .45em; border-radius: .15rem; min-width: 1px }
-.refused { border-left: 3px solid var(--bad); padding-left: .75rem; margin: .75rem 0 } .refused b { color: var(--bad) }
+td div { background: var(--bar); height: .7em; margin-top: .45em; border-radius: .15rem; min-width: 2px }
+.refused { border-left: 3px solid var(--bad); padding-left: .75rem; margin: .75rem 0; overflow-wrap: anywhere }
+.refused b { color: var(--bad) }
 summary { cursor: pointer }
 """
+WIDTHS: Final = "".join(f".w{step} {{ width: {step}% }} " for step in range(1, 101))
 REFUSED_SHOWN: Final = 100
 
 
@@ -56,10 +67,17 @@ def page(title: str, surveys: Mapping[str, Survey]) -> str:
             body.append(f"<h2>{escape(label.capitalize())} as tokens</h2>")
             body.append(f"<p>One cell is one token; its number and id are shown when you point at it. {legend}</p>")
             body += [_row(row) for row in survey.shown]
+    style = STYLE + WIDTHS
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = (
+        '<meta http-equiv="Content-Security-Policy" '
+        f"content=\"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\">\n"
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}: rows as tokens</title>\n'
-        f"<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}: rows as tokens</title>\n"
+        f"{policy}<style>{style}</style>\n" + "\n".join(body) + "\n</html>\n"
     )
 
 
@@ -90,14 +108,18 @@ def _counts(label: str, survey: Survey) -> str:
     histogram = survey.histogram()
     most = max((count for _, count in histogram), default=1)
     bars = "".join(
-        f'<tr><td class="n">{name}<td class="n">{count:,}<td><div style="width:{100 * count // most}%"></div>'
-        for name, count in histogram
+        f'<tr><td class="n">{name}<td class="n">{count:,}<td>{_bar(count, most)}' for name, count in histogram
     )
     cards = [f'<div class="card"><h3>Counts</h3><table>{counts}</table></div>']
     cards += [f'<div class="card"><h3>Fields</h3><table>{fields}</table></div>'] if survey.fields else []
-    cards += [f'<div class="card wide"><h3>Sequences by tokens</h3><table>{bars}</table></div>'] if histogram else []
+    cards += [f'<div class="card"><h3>Sequences by tokens</h3><table>{bars}</table></div>'] if histogram else []
     title = f"{label.capitalize()}: {survey.file}"
     return f'<h2>{escape(title)}</h2>\n<div class="cards">{"".join(cards)}</div>'
+
+
+def _bar(count: int, most: int) -> str:
+    """A bar as long as its share, in percent, as a class: the page's policy allows no style attributes."""
+    return f'<div class="w{max(1, 100 * count // most)}"></div>' if count else ""
 
 
 def _table(rows: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> str:

@@ -170,6 +170,13 @@ def _run_commands(commands: _Commands) -> None:
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
     rollouts.set_defaults(run=_rollouts)
 
+    report = commands.add_parser("report", help="write runs as one HTML page: curves, rollouts, what happened")
+    report.add_argument("targets", nargs="+", metavar="RUN", help="run directories or names; several are overlaid")
+    report.add_argument("--out", metavar="FILE", help="where the page is written; report.html when left out")
+    report.add_argument("--serve", action="store_true", help="serve a page that follows the runs, on this machine only")
+    report.add_argument("--port", type=int, default=0, metavar="N", help="--serve: port; a free one when left out")
+    report.set_defaults(run=_report)
+
     runs = commands.add_parser("runs", help="list every run: state, method, model, step, best value")
     runs.add_argument("--json", action="store_true", help="print one JSON document")
     runs.set_defaults(run=_runs)
@@ -192,8 +199,9 @@ def _run_commands(commands: _Commands) -> None:
     delete.add_argument("--yes", action="store_true", help="do not ask")
     delete.set_defaults(run=_delete)
 
-    sync = commands.add_parser("sync", help="send all metrics of a run to Weights & Biases")
+    sync = commands.add_parser("sync", help="send all metrics of a run to W&B, TensorBoard, trackio or MLflow")
     _run_argument(sync)
+    sync.add_argument("--to", choices=("wandb", "tensorboard", "trackio", "mlflow"), default="wandb", help="where to")
     sync.set_defaults(run=_sync)
 
     export = commands.add_parser("export", help="write a model from a run, verify it, upload it")
@@ -309,6 +317,12 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     from trainer.commands.rollouts import rollouts
 
     return rollouts(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from trainer.commands.report import report
+
+    return report(arguments)
 
 
 def _runs(arguments: argparse.Namespace) -> int:

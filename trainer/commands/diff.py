@@ -6,19 +6,19 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Final, final
 
 from trainer.commands.tables import table_lines
-from trainer.config.document import dotted, leaves
-from trainer.planning.plan import Plan, RFTPlan, resolved_values
-from trainer.rewards.runner import ALL_ABSTAINED
+from trainer.planning.plan import Plan
+from trainer.report.samples import mean_rewards
+from trainer.report.settings import flat_settings
 from trainer.run.best import best_value
 from trainer.run.console import SHOWN
 from trainer.run.directory import RunDir
+from trainer.run.evaluations import read_evaluation
 from trainer.run.find import find_run
 from trainer.run.intervals import PairedDifference, paired_difference
 from trainer.run.metrics_reader import Record
@@ -135,24 +135,10 @@ def _has_equal_held_out(first: RunDir, second: RunDir) -> bool:
 
 
 def _settings(first: Plan, second: Plan) -> Iterator[SettingDifference]:
-    ours, theirs = _flat(first), _flat(second)
+    ours, theirs = flat_settings(first), flat_settings(second)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             yield SettingDifference(name, ours.get(name), theirs.get(name))
-
-
-def _flat(plan: Plan) -> dict[str, Any]:
-    """Every resolved value by its dotted name, and digests of rows and model: a file may change under its name."""
-    values = resolved_values(plan.recipe, plan.algorithm if isinstance(plan, RFTPlan) else None)
-    flat = {dotted(path): _in_project(value, plan) for path, value in leaves(values) if path != ("name",)}
-    digests = {dotted(path): value for path, value in leaves(plan.identity) if path[-1] == "digest"}
-    return flat | digests | {"steps": plan.steps}
-
-
-def _in_project(value: Any, plan: Plan) -> Any:
-    """An absolute path inside the project by its part there: copies of a project do not differ by it."""
-    is_inside = isinstance(value, str) and plan.working_dir and value.startswith(f"{plan.working_dir}/")
-    return value[len(plan.working_dir) + 1 :] if is_inside else value
 
 
 def _best(records: list[Record]) -> str | None:
@@ -208,28 +194,15 @@ def _held_out(first: RunDir, second: RunDir) -> PairedDifference | None:
 
 
 def _answered(run: RunDir, *, may_use_place: bool) -> dict[tuple[str, int], float]:
-    """Mean reward of each held-out prompt at the last evaluation; equal prompts are counted through.
+    """Mean reward of each held-out prompt at the last evaluation of the present held-out rows.
 
     Args:
         run: any run.
         may_use_place: earlier versions recorded file and line instead of the prompt, which may stand for the row.
     """
     steps = run.comparable_evaluation_steps()
-    if not steps:
-        return {}
-    means: dict[tuple[str, int], float] = {}
-    occurrences: Counter[str] = Counter()
-    for line in run.evaluation(steps[-1]).read_text(encoding="utf-8").split("\n")[:-1]:
-        record = json.loads(line)
-        if "prompt" not in record and not may_use_place:
-            continue
-        asked = [record["prompt"], record["fields"]] if "prompt" in record else record["where"]
-        key = json.dumps(asked, sort_keys=True)
-        judged = [answer for answer in record["answers"] if answer.get("failure") != ALL_ABSTAINED]
-        if judged:  # a failed reward earns 0, as in eval/reward
-            means[key, occurrences[key]] = fmean(answer["reward"] or 0.0 for answer in judged)
-        occurrences[key] += 1
-    return means
+    prompts = read_evaluation(run, steps[-1]) if steps else []
+    return mean_rewards([each for each in prompts if each.messages is not None or may_use_place])
 
 
 def diff_lines(report: RunDiff, *, width: int | None = None) -> list[str]:

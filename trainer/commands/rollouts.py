@@ -6,52 +6,19 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, final
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Final
 
 from trainer.commands.tables import table_lines
 from trainer.errors import LaunchError
+from trainer.report.groups import ShownGroup, ShownRollout, step_groups, steps_with_rollouts
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
-from trainer.run.journal import RecordedGroup, read_step
 
 WIDTH: Final = 100
 """Characters of a text that are shown without --full."""
 UNRECORDED: Final = "(not recorded: the journal was written by an earlier version)"
-
-
-@final
-@dataclass(frozen=True)
-class ShownRollout:
-    """One completion, as `trainer rollouts --json` prints it."""
-
-    text: str
-    reward: float | None
-    rewards: Mapping[str, float | None]
-    """Each reward by name, and each part of a reward as name/part."""
-    advantage: float | None
-    finish_reason: str
-    failure: str | None
-    tokens: int
-
-
-@final
-@dataclass(frozen=True)
-class ShownGroup:
-    """The completions of one prompt, by falling reward."""
-
-    row: int
-    where: str
-    prompt: str
-    """Its last turn; empty where the journal has none."""
-    messages: list[dict[str, Any]] | None
-    """The whole prompt; None where the journal has none."""
-    fields: dict[str, Any]
-    """Other fields of the row, such as the gold answer."""
-    spread: float
-    """Difference of the highest and the lowest reward."""
-    rollouts: list[ShownRollout]
 
 
 def rollouts(arguments: argparse.Namespace) -> int:
@@ -65,7 +32,7 @@ def rollouts(arguments: argparse.Namespace) -> int:
         return 0
     note = ", refused: too many had no reward, so the step was not trained on them" if is_refused else ""
     lines = [f"{run.root}, step {step}: {len(groups)} prompts{note}"]
-    if not is_refused and step in _steps(run, refused=True):
+    if not is_refused and step in steps_with_rollouts(run, refused=True):
         lines.append("an earlier attempt's rollouts of this step were refused: --refused shows them")
     for group in groups[: arguments.groups]:
         lines += ["", *group_lines(group, is_full=arguments.full)]
@@ -75,18 +42,16 @@ def rollouts(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _steps(run: RunDir, *, refused: bool) -> list[int]:
-    """Steps that have rollouts; those of journal step k are trained on in step k + 1."""
-    return [step + 1 for step in run.journal_steps(refused=refused)]
-
-
 def _chosen_step(run: RunDir, wanted: int | None, *, refused_only: bool) -> tuple[int, bool]:
     """The step to show, and whether its refused rollouts are.
 
     Raises:
         LaunchError: there are none; says for which steps there are.
     """
-    kept, refused = [] if refused_only else _steps(run, refused=False), _steps(run, refused=True)
+    kept, refused = (
+        [] if refused_only else steps_with_rollouts(run, refused=False),
+        steps_with_rollouts(run, refused=True),
+    )
     steps = sorted({*kept, *refused})
     if not steps:
         if refused_only:
@@ -97,39 +62,6 @@ def _chosen_step(run: RunDir, wanted: int | None, *, refused_only: bool) -> tupl
         what = "refused rollouts" if refused_only else "rollouts"
         raise LaunchError(f"{run.root}: no {what} of step {step}; there are {steps[0]} to {steps[-1]}")
     return step, step not in kept
-
-
-def step_groups(run: RunDir, step: int, *, refused: bool) -> list[ShownGroup]:
-    """Groups by falling spread of rewards, each with its rollouts by falling reward.
-
-    Args:
-        run: the run directory.
-        step: the step trained on them, from 1.
-        refused: the rollouts that were set aside.
-    """
-    groups = [_shown(group) for group in read_step(run, step - 1, refused=refused)]
-    return sorted(groups, key=lambda group: (-group.spread, group.row))
-
-
-def _shown(group: RecordedGroup) -> ShownGroup:
-    records = sorted(
-        group.rollouts, key=lambda record: -(record["reward"] if record["reward"] is not None else float("-inf"))
-    )
-    scored = [record["reward"] for record in records if record["reward"] is not None]
-    messages = group.prompt["prompt"] if group.prompt is not None else None
-    names = ("text", "reward", "rewards", "advantage", "finish_reason", "failure")
-    return ShownGroup(
-        row=records[0]["row"],
-        where=records[0]["where"],
-        prompt=str(messages[-1]["content"]) if messages else "",
-        messages=messages,
-        fields=group.prompt["fields"] if group.prompt is not None else {},
-        spread=max(scored) - min(scored) if scored else 0.0,
-        rollouts=[
-            ShownRollout(**{name: record[name] for name in names}, tokens=record["trained"].count("1"))
-            for record in records
-        ],
-    )
 
 
 def group_lines(group: ShownGroup, *, is_full: bool) -> list[str]:

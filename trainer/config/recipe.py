@@ -202,7 +202,14 @@ class LoggingSettings(Section):
     ] = "off"
     """Copy metrics to Weights & Biases. A failure there never stops the run."""
     wandb_project: str = "tunesmith"
-    """Weights & Biases project."""
+    """Project of Weights & Biases and trackio; experiment of MLflow."""
+    tensorboard: bool = False
+    """Copy metrics to RUN/tensorboard; needs the extra `tensorboard`. A failure there never stops the run."""
+    trackio: bool = False
+    """Copy metrics to trackio's local database; needs the extra `trackio`. A failure there never stops the run."""
+    mlflow: str | None = None
+    """Copy metrics to this MLflow tracking URI, such as `http://host:5000` or `sqlite:///mlflow.db`; needs the extra
+    `mlflow`. A failure there never stops the run."""
 
 
 class CheckpointSettings(Section):

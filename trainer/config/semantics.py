@@ -6,6 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, final
 
@@ -30,6 +31,9 @@ BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos",
 STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hdfs", "ftp", "file")
 """Protocols of fsspec that are writable and persistent. Installed packages may register more."""
 
+TRACKERS: Final = ("tensorboard", "trackio", "mlflow")
+"""Fields of `logging` that need the package, and the extra, of the same name."""
+
 
 @final
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
     """
     num_rows = rows_for_epochs(recipe)
     findings = _length(recipe, num_rows) + _intervals(recipe, num_rows)
-    findings += _data(recipe) + _model(recipe) + _mirror(recipe)
+    findings += _data(recipe) + _model(recipe) + _mirror(recipe) + _trackers(recipe)
     return findings + (_rft(recipe, recipe_dir) if isinstance(recipe, RFTRecipe) else [])
 
 
@@ -81,6 +85,13 @@ def _intervals(recipe: Recipe, num_rows: int | None) -> list[Finding]:
         text = f"more than the {num_rows} rows: each step contains some of them several times"
         findings.append(Finding(("rows_per_step",), text, is_error=False))
     return findings
+
+
+def _trackers(recipe: Recipe) -> list[Finding]:
+    """Warn where a tracker's package is missing: it never stops a run, and the run may be on another machine."""
+    wanted = [name for name in TRACKERS if getattr(recipe.logging, name)]
+    text = "the package is missing here, so nothing is copied; pip install 'tunesmith[{}]'"
+    return [Finding(("logging", name), text.format(name), is_error=False) for name in wanted if find_spec(name) is None]
 
 
 def _mirror(recipe: Recipe) -> list[Finding]:

@@ -30,8 +30,8 @@ SHARDED_QUANTIZATION: Final = (
 FULL_EXPERTS: Final = "full-parameter training of mixture-of-experts models needs a router loss; use LoRA"
 ATTENTION_DROPOUT: Final = "attention dropout is not supported; set attention_dropout to 0 in the model's config.json"
 SELECTED_KEYS: Final = (
-    "selects {} keys per query by scores that can tie, so that sampler and trainer may attend to different keys in longer "
-    "sequences, which rft cannot correct: set data.max_seq_tokens to {}"
+    "selects {} keys per query by scores that can tie, so that sampler and trainer may attend to different keys in "
+    "longer sequences, which rft cannot correct: set data.max_seq_tokens to {}"
 )
 """Of a model with an indexer."""
 HEAD_ADAPTER: Final = "the head cannot have an adapter; leave it out"

@@ -194,7 +194,10 @@ class Supervisor:
         else:
             outcome = Outcome("failed", step, self._last_words(log), EXIT_FAILED, is_transient=True)
         with suppress(OSError, TrainerError), self.run.locked():  # unless another attempt has just begun
-            self.run.write_outcome(outcome)
+            if self.run.newest_attempt() == self.number:
+                self.run.end_attempt(self.number, outcome)
+            else:  # it ended before it took its number
+                self.run.write_outcome(outcome)
         return outcome
 
     def _last_words(self, log: Path) -> str:

@@ -132,6 +132,11 @@ class RunDir:
         return self.root / "wandb.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """Directory of TensorBoard's event file."""
+        return self.root / "tensorboard"
+
+    @property
     def logs(self) -> Path:
         """Directory of what attempts, supervisor and batch script printed."""
         return self.root / "logs"
@@ -338,6 +343,13 @@ class RunDir:
             facts: what is known only after the model was loaded.
         """
         readers.note_attempt(self.attempts_file, attempt, facts)
+
+    def end_attempt(self, attempt: int, outcome: Outcome) -> None:
+        """Write how the newest attempt ended: into its record, which stays, and into outcome.json."""
+        try:
+            self.note_attempt(attempt, readers.ended(outcome))
+        finally:
+            self.write_outcome(outcome)
 
     def newest_attempt(self) -> int:
         """Highest attempt number taken; 0 before the first."""

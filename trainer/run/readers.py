@@ -145,6 +145,11 @@ def read_attempts(file: Path) -> list[dict[str, Any]]:
     return records
 
 
+def ended(outcome: Outcome) -> dict[str, Any]:
+    """What the record of an attempt gets when it ends: the next attempt deletes outcome.json."""
+    return {"ended": {**asdict(outcome), "time": round(time.time(), 3)}}
+
+
 def note_attempt(file: Path, attempt: int, facts: Mapping[str, Any]) -> None:
     """Add facts to the record of an attempt; all other lines stay as they are.
 

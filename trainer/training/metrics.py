@@ -14,6 +14,7 @@ from trainer.files import sync, write_atomically
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import Record
+from trainer.run.sinks import Sinks, wanted_sinks
 from trainer.run.tracker import Tracker, tracker_mode
 from trainer.training.metrics_repair import find_damage, quarantine, rebuilt_records
 
@@ -48,6 +49,7 @@ class MetricsLog:
         self.run, self.attempt, self.is_main, self.show, self.say = run, attempt, is_main, show, say
         self._plan = plan
         self._tracker: Tracker | None = None
+        self._sinks: Sinks | None = None
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, from which the run continues.
@@ -63,7 +65,11 @@ class MetricsLog:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         self.run.refuse_stale(self.attempt)
         write_atomically(self.run.metrics_file, text)
-        mode = tracker_mode(self._plan.recipe.logging.wandb)
+        logging = self._plan.recipe.logging
+        if self._sinks is None:
+            self._sinks = Sinks(self.run, wanted_sinks(logging), logging, self.say)
+        self._sinks.rebuild(kept)
+        mode = tracker_mode(logging.wandb)
         if self._tracker is None and mode is not None:
             self._tracker = Tracker(self.run, self._plan, mode, self.say)
             self._tracker.catch_up(kept)
@@ -100,9 +106,13 @@ class MetricsLog:
         self.show(record)
         if self._tracker is not None:
             self._tracker.send(step, values)
+        if self._sinks is not None:
+            self._sinks.add(record)
 
     def close(self, exit_code: int) -> None:
-        """End the W&B run with the exit code of the attempt."""
+        """End the W&B run with the exit code of the attempt, and the other copies."""
+        if self._sinks is not None:
+            self._sinks.close(exit_code)
         if self._tracker is not None:
             self._tracker.close(exit_code)
 

@@ -117,5 +117,6 @@ class Watchdog:
                 state = "cancelled"
             with suppress(OSError, TrainerError):
                 self.run.refuse_stale(self.attempt)
-                self.run.write_outcome(Outcome(state, self.position.step, message, exit_code, state == "failed"))
+                outcome = Outcome(state, self.position.step, message, exit_code, state == "failed")
+                self.run.end_attempt(self.attempt, outcome)
         os._exit(exit_code)
