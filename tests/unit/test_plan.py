@@ -350,3 +350,18 @@ def test_a_broken_model_config_is_refused_in_words():
 def test_misfit_says_nothing_of_what_fits(shape):
     recipe = load_recipe(write_small(Path())).recipe
     assert misfit(recipe, find_shape(shape), model_facts(recipe)) is None
+
+
+def test_rft_is_refused_where_an_indexer_would_select_keys():
+    """Scores of keys can tie: sampler and trainer then attend to different keys (docs/models.md)."""
+    path = write_small(Path(), RFT)
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "model_type": "glm_moe_dsa", "index_topk": 16}))
+    recipe = load_recipe(path).recipe
+    longer = recipe.data.max_seq_tokens
+    assert longer > 16
+    said = misfit(recipe, find_shape("cpu"), model_facts(recipe))
+    assert said is not None
+    assert "glm_moe_dsa selects 16 keys per query" in said
+    Path("model/config.json").write_text(json.dumps({**config, "model_type": "glm_moe_dsa", "index_topk": longer}))
+    assert misfit(recipe, find_shape("cpu"), model_facts(recipe)) is None

@@ -67,7 +67,7 @@ def mean_rewards(prompts: Iterable[EvaluatedPrompt]) -> dict[tuple[str, int], fl
 
 def before_after(run: RunDir) -> BeforeAfter | None:
     """Compare the first recorded evaluation with the last; None where there are not two."""
-    steps = run.evaluation_steps()
+    steps = run.comparable_evaluation_steps()
     if len(steps) < 2:
         return None
     first, last = read_evaluation(run, steps[0]), {each.key: each for each in read_evaluation(run, steps[-1])}
