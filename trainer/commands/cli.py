@@ -28,6 +28,7 @@ ALIASES: Final = {
     "ls": "runs",
     "resume": "reconnect",
     "rm": "delete",
+    "new": "init",
     "stop": "cancel",
     "verify": "verify-resume",
 }
@@ -35,6 +36,9 @@ ALIASES: Final = {
 MEANT: Final = {
     "finetune": "train",
     "fit": "train",
+    "create": "init",
+    "quickstart": "init",
+    "start": "init",
     "inference": "generate",
     "infer": "generate",
     "kill": "cancel",
@@ -118,7 +122,20 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
 
 
 def _training_commands(commands: _Commands) -> None:
-    """Commands that take a recipe."""
+    """Commands that write or take a recipe."""
+    begin = commands.add_parser("init", help="write a recipe for your rows: five questions, or flags")
+    begin.add_argument("--quickstart", action="store_true", help="write the shipped recipes and rows, make their model")
+    begin.add_argument("--method", metavar="METHOD", help="sft or rft")
+    begin.add_argument("--model", metavar="MODEL", help="directory or hub name (owner/name)")
+    begin.add_argument("--data", metavar="FILE", help="your rows")
+    begin.add_argument("--optimize", metavar="WHAT", help="sft: all or last turns; rft: a reward")
+    begin.add_argument("--shape", metavar="NAME", help="where it runs: auto, cpu, or a training shape")
+    begin.add_argument("--name", metavar="NAME", help="name of the run; from the rows' file when left out")
+    begin.add_argument("--out", metavar="FILE", help="the recipe; NAME.yaml when left out")
+    begin.add_argument("--force", action="store_true", help="replace an existing recipe")
+    begin.add_argument("--yes", action="store_true", help="ask nothing: defaults for what no flag says")
+    begin.set_defaults(run=_init)
+
     check = commands.add_parser("check", help="validate a recipe, resolve it on a shape, estimate memory")
     add_recipe_arguments(check)
     check.add_argument("--json", action="store_true", help="print the plan as one JSON document")
@@ -271,6 +288,12 @@ def _name_argument(parser: argparse.ArgumentParser) -> None:
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="run directory or name")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from trainer.commands.init import init
+
+    return init(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

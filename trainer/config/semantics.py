@@ -178,7 +178,7 @@ def _model_directory(directory: Path) -> list[Finding]:
         return [Finding(("model", "path"), f"{directory} has no config.json: not a model directory")]
     remedy = ""
     if directory.parent == Path("models"):
-        remedy = ". Run scripts/prepare_model to make it" if directory.name.startswith("SmolLM2") else ""
+        remedy = ". `trainer init --quickstart` makes it" if directory.name.startswith("SmolLM2") else ""
     hub = "" if "/" in str(directory) else "; a hub name is `owner/name`"
     return [Finding(("model", "path"), f"no such directory: {directory}{hub}{remedy}")]
 
