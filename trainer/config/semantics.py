@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -30,6 +31,11 @@ BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "tos",
 STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hdfs", "ftp", "file")
 """Protocols of fsspec that are writable and persistent. Installed packages may register more."""
 
+HIGH_LEARNING_RATE: Final = 0.01
+HIGH_WEIGHT_DECAY: Final = 1.0
+MANY_EPOCHS: Final = 100.0
+HIGH_TEMPERATURE: Final = 2.0
+
 
 @final
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
     """
     num_rows = rows_for_epochs(recipe)
     findings = _length(recipe, num_rows) + _intervals(recipe, num_rows)
-    findings += _data(recipe) + _model(recipe) + _mirror(recipe)
+    findings += _data(recipe) + _model(recipe) + _mirror(recipe) + _unusual(recipe)
     return findings + (_rft(recipe, recipe_dir) if isinstance(recipe, RFTRecipe) else [])
 
 
@@ -81,6 +87,22 @@ def _intervals(recipe: Recipe, num_rows: int | None) -> list[Finding]:
         text = f"more than the {num_rows} rows: each step contains some of them several times"
         findings.append(Finding(("rows_per_step",), text, is_error=False))
     return findings
+
+
+def _unusual(recipe: Recipe) -> list[Finding]:
+    """Numbers that are valid and far from what anybody trains with."""
+    values: list[tuple[KeyPath, float | None, float]] = [
+        (("optimizer", "learning_rate"), recipe.optimizer.learning_rate, HIGH_LEARNING_RATE),
+        (("optimizer", "weight_decay"), recipe.optimizer.weight_decay, HIGH_WEIGHT_DECAY),
+        (("epochs",), recipe.epochs, MANY_EPOCHS),
+    ]
+    if isinstance(recipe, RFTRecipe):
+        values.append((("rollout", "temperature"), recipe.rollout.temperature, HIGH_TEMPERATURE))
+    return [
+        Finding(path, f"{value:g} is unusually high; values above {limit:g} are most often a slip", is_error=False)
+        for path, value, limit in values
+        if value is not None and value > limit
+    ]
 
 
 def _mirror(recipe: Recipe) -> list[Finding]:
@@ -137,7 +159,9 @@ def _source(path: KeyPath, source: DataSource) -> list[Finding]:
     if file is not None and file.is_dir():
         return [Finding(path, f"{file} is a directory without data files ({', '.join(READ_ENDINGS)})")]
     if source.hub is None:
-        return [Finding(path, f"no such file: {file} (paths are relative to {Path.cwd()})")]
+        return [
+            Finding(path, f"no such file: {file} ({_unexpanded(str(file)) or f'paths are relative to {Path.cwd()}'})")
+        ]
     if source.revision is None and not Path(source.hub).is_dir():
         text = f"rows come from the hub ({source.hub}) and may change; pin `revision` to a commit"
         return [Finding(path, text, is_error=False)]
@@ -165,9 +189,18 @@ def _model(recipe: Recipe) -> list[Finding]:
     return findings
 
 
+def _unexpanded(text: str) -> str:
+    """Why a path with `~` or `${VAR}` is not found; empty for another path."""
+    if text.startswith("~"):
+        return f"`~` is not your home directory in a recipe: write {Path(text).expanduser()}"
+    if re.search(r"\$\{?\w", text):
+        return f"variables of the shell are not replaced in a recipe: write {os.path.expandvars(text)}, or use --set"
+    return ""
+
+
 def is_hub_name(path: str) -> bool:
     """Whether the path is a hub name `owner/name`: one slash, and no such file or directory."""
-    looks_local = path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
+    looks_local = path.startswith((".", "/", "~", "$", "models/")) or path.count("/") != 1
     return not looks_local and not Path(path).exists()
 
 
@@ -180,6 +213,8 @@ def _model_directory(directory: Path) -> list[Finding]:
     if directory.parent == Path("models"):
         remedy = ". `trainer init --quickstart` makes it" if directory.name.startswith("SmolLM2") else ""
     hub = "" if "/" in str(directory) else "; a hub name is `owner/name`"
+    unexpanded = _unexpanded(str(directory))
+    hub = f"; {unexpanded}" if unexpanded else hub
     return [Finding(("model", "path"), f"no such directory: {directory}{hub}{remedy}")]
 
 
