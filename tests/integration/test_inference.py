@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_eval_repeats_the_run_s_own_evaluations_of_both_models(rft: Run, inside:
     assert paired["difference"] == pytest.approx(end["eval/reward"] - begin["eval/reward"], rel=1e-9)
     assert paired["low"] <= paired["difference"] <= paired["high"]
     assert paired["num_pairs"] == 6
+    for k in (1, 2):
+        assert about["values"][f"pass_at_{k}"]["value"] == pytest.approx(end[f"eval/pass_at_{k}"], rel=1e-12)
     assert about["token_loss"] is None
 
 
@@ -112,7 +115,7 @@ def test_eval_scores_answers_of_sft_by_a_reward(sft: Run, inside: Path, capsys) 
     [
         (["model"], "model: has no held-out rows of its own; name rows with --data FILE"),
         (["nothing"], "nothing: no run, no adapter (adapter_config.json) and no model (config.json)"),
-        (["model", "--best"], "model: is no run; --best goes with a run"),
+        (["model", "--best"], "model: is no run; --best and --checkpoint go with a run"),
         (["tiny", "--samples", "0"], "--samples must be 1 or more (got 0)"),
         (["model", "--of", "tiny", "--against", "base"], "model: has no base; name a model with --against"),
     ],
@@ -189,6 +192,42 @@ def test_job_exports_its_model_and_says_why_it_cannot(sft: Run, project: Project
     fresh = open_run(make_plan(load_recipe(Path("fresh.yaml"))))
     with pytest.raises(UserError, match="runs/fresh: has no weights to export"):
         find_job(str(fresh.root)).export()
+
+
+def test_a_checkpoint_is_the_model_of_its_step(sft: Run, inside: Path, capsys) -> None:
+    """Of the last step it is the trained adapter; of an earlier one it has that step's loss."""
+    by_step = {record["step"]: record["eval/loss"] for record in sft.metrics() if "eval/loss" in record}
+    steps = find_job("tiny").run_dir.joinpath("checkpoints")
+    kept = sorted(int(path.name.partition("-")[2]) for path in steps.glob("step-*"))
+    shared = [step for step in kept if step in by_step]
+    assert shared
+    for step in shared:
+        about = evaluated(capsys, "tiny", "--checkpoint", str(step), "--against", "none")
+        assert about["model"] == f"tiny@{step}"
+        assert about["token_loss"][0] == pytest.approx(by_step[step], rel=1e-5)
+    assert evaluation.main(["tiny", "--checkpoint", "77"]) == 2
+    assert "has no checkpoint of step 77; there are: " in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_answers_from_its_newest_checkpoint(sft: Run, inside: Path, capsys) -> None:
+    stopped = Path("runs/stopped")
+    shutil.copytree(sft.root, stopped)
+    (stopped / "outcome.json").unlink()
+    shutil.rmtree(stopped / "adapter")
+    Path("one.txt").write_text("what is 1 + 1?\n")
+    assert generate.main(["stopped", "one.txt", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().err.startswith("stopped: checkpoint, step ")
+    assert evaluation.main(["model", "--checkpoint", "3"]) == 2
+    assert "model: is no run; --best and --checkpoint go with a run" in capsys.readouterr().err
+
+
+def test_the_pieces_of_a_streamed_answer_are_the_answer(sft: Run, inside: Path) -> None:
+    model, pieces = loaded("tiny"), list[str]()
+    question = [{"role": "user", "content": "what is the sum of 1 and 3? \u00e9\u4e16"}]
+    draw = Draw(max_tokens=24, temperature=1.0, seed=5)
+    reply = model.reply(question, draw, pieces.append)
+    assert "".join(pieces) == reply.text == model.reply(question, draw).text
+    assert len(pieces) > 1
 
 
 def test_chat_says_why_a_turn_is_refused_and_goes_on(sft: Run, inside: Path) -> None:

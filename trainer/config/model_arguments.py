@@ -39,7 +39,9 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODEL", help="run, adapter directory, model directory or hub name")
-    parser.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
+    which.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run: the weights of this checkpoint")
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:

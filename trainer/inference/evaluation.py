@@ -35,7 +35,7 @@ from trainer.run.find import find_run
 from trainer.run.intervals import PairedDifference, bootstrap_interval, paired_difference
 from trainer.run.journal import json_line
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.evaluate import SEED_OFFSET
+from trainer.training.evaluate import SEED_OFFSET, PassRule
 from trainer.training.rollouts import sampling_params
 from trainer.types import Row
 
@@ -60,6 +60,13 @@ class Task:
     """Whose sampling settings are used; None draws the likeliest tokens."""
     max_tokens: int | None = None
     temperature: float | None = None
+
+    @property
+    def pass_rule(self) -> PassRule | None:
+        """When an answer passes, for pass@k; None without rewards of an rft run or with one answer per row."""
+        if not isinstance(self.plan, RFTPlan) or self.rewards != self.plan.recipe.rewards or self.num_samples < 2:
+            return None
+        return PassRule.of(self.plan.recipe)
 
     def params(self, model: ChatModel) -> SamplingParams:
         """How answers are drawn: as the run's own evaluations are, unless the command says otherwise."""
@@ -137,7 +144,7 @@ def measure(source: ModelSource, task: Task) -> Measured:
     answered: list[AnsweredRow] = []
     if task.rewards:
         prompts = [prompt_row(row, source) for row in task.rows]
-        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits)
+        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits, task.pass_rule)
         answered = rewarded.answered_by(model, task.params(model), task.num_samples)
     return Measured(source.label, losses, answered)
 
@@ -223,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    source = find_source(arguments.target, best=arguments.best)
+    source = find_source(arguments.target, best=arguments.best, checkpoint=arguments.checkpoint)
     task = _task(arguments, source)
     source = replace(source, data=task.data)
     against = arguments.against or (BASE if source.plan is not None or source.adapter is not None else NONE)

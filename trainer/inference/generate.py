@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     draw = draw_of(arguments, arguments.samples)
-    source = find_source(arguments.target, best=arguments.best)
+    source = find_source(arguments.target, best=arguments.best, checkpoint=arguments.checkpoint)
     if draw.num_samples > 1 and draw.temperature == 0:
         raise UserError("--samples needs a --temperature above 0: without noise all answers are equal")
     if arguments.prompts == "-" or arguments.prompts.endswith(".txt"):
