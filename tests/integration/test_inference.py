@@ -188,6 +188,9 @@ def test_job_exports_its_model_and_says_why_it_cannot(sft: Run, project: Project
     assert job.weights() == Path("runs/tiny/adapter")
     merged = job.export("merged", merge=True)
     assert (merged, (merged / "config.json").is_file()) == (Path("merged"), True)
+    step = max(int(path.name.partition("-")[2]) for path in Path("runs/tiny/checkpoints").glob("step-*"))
+    early = job.export("early", checkpoint=step)
+    assert (early / "adapter_model.safetensors").is_file()
     project.recipe("fresh.yaml", name="fresh")
     fresh = open_run(make_plan(load_recipe(Path("fresh.yaml"))))
     with pytest.raises(UserError, match="runs/fresh: has no weights to export"):

@@ -50,6 +50,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "eval": (
         "trainer eval my_run                              held-out rows, against the base",
         "trainer eval my_run --checkpoint 40 --against my_run",
+        "trainer eval my_run --tasks my_task.yaml,arc_easy --rows 200",
     ),
     "submit": ("trainer submit my.yaml --launcher slurm --partition gpu --time 4:00:00",),
     "jobs": ("trainer jobs --json",),

@@ -33,6 +33,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="answers per row")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--tasks", metavar="TASKS", help="lm-eval: names or YAML files of tasks, with commas between")
+    parser.add_argument("--apply-chat-template", action="store_true", help="--tasks: prompts as chats")
     parser.add_argument("--out", metavar="FILE", help="JSONL file with the answers and losses of each row")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     source = find_source(arguments.target, best=arguments.best, checkpoint=arguments.checkpoint)
+    if arguments.tasks:
+        return _benchmarks(arguments, source)
     task = _task(arguments, source)
     source = replace(source, data=task.data)
     against = arguments.against or (BASE if source.plan is not None or source.adapter is not None else NONE)
@@ -241,6 +243,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.out:
         _write_rows(Path(arguments.out), first, second)
     text = json.dumps(asdict(about)) if arguments.json else "\n".join(report_lines(about))
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _benchmarks(arguments: argparse.Namespace, source: ModelSource) -> int:
+    """Tasks of lm-eval, for the model and the one of `--against`."""
+    from trainer.inference.benchmarks import benchmark_lines, run_tasks
+
+    other = other_source(arguments.against, source) if arguments.against not in (None, NONE) else None
+    reports = [
+        run_tasks(ChatModel(each), arguments.tasks.split(","), arguments.rows, as_chat=arguments.apply_chat_template)
+        for each in (source, other)
+        if each is not None
+    ]
+    text = json.dumps([asdict(each) for each in reports]) if arguments.json else "\n".join(benchmark_lines(reports))
     sys.stdout.write(text + "\n")
     return 0
 

@@ -68,6 +68,20 @@ class Policy(nn.Module):
             temperature: of the distribution that logprobs and entropy are of.
             with_entropy: whether to compute the entropy.
         """
+        hidden = self.hidden(batch)
+        head = self.causal_lm.get_output_embeddings()
+        transform = replace(self.logit_transform, temperature=temperature)
+        logprobs, entropy = tiled_logprobs(
+            hidden, head.weight, head.bias, batch.targets, transform, with_entropy=with_entropy
+        )
+        return Scores(logprobs, entropy)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """[N, H] last hidden states at the positions that predict the trained tokens.
+
+        Args:
+            batch: the pack.
+        """
         with nullcontext() if self.adapters is None else self.adapters.routed(batch.owners):
             if self.separate_reason is None:
                 output = self.causal_lm.base_model(
@@ -80,13 +94,7 @@ class Policy(nn.Module):
                 assert batch.num_sequences == 1, "`pack_limit` makes each pack one sequence"
                 reset_rotary(self.causal_lm)
                 output = self.causal_lm.base_model(input_ids=batch.token_ids[None], use_cache=False)
-        hidden = output.last_hidden_state[0].index_select(0, batch.scored)
-        head = self.causal_lm.get_output_embeddings()
-        transform = replace(self.logit_transform, temperature=temperature)
-        logprobs, entropy = tiled_logprobs(
-            hidden, head.weight, head.bias, batch.targets, transform, with_entropy=with_entropy
-        )
-        return Scores(logprobs, entropy)
+        return output.last_hidden_state[0].index_select(0, batch.scored)
 
     def run_separately(self, reason: str) -> None:
         """From now on, each pass has one sequence and uses the model's own attention.
