@@ -224,6 +224,24 @@ def test_a_run_that_was_stopped_answers_from_its_newest_checkpoint(sft: Run, ins
     assert "model: is no run; --best and --checkpoint go with a run" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def full(project: Project) -> Run:
+    """Two steps of sft of every parameter."""
+    project.recipe("full.yaml", name="full", steps=2, lora=None, dcp_save_interval=2, optimizer__warmup_steps=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project.root)
+        assert work(["full.yaml"]) == 0
+    return project.run("full")
+
+
+def test_a_checkpoint_of_every_parameter_is_the_model_that_was_written(full: Run, inside: Path, capsys) -> None:
+    values = [
+        evaluated(capsys, "full", *arguments, "--against", "none")["token_loss"][0]
+        for arguments in ([], ["--checkpoint", "2"])
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
 def test_the_pieces_of_a_streamed_answer_are_the_answer(sft: Run, inside: Path) -> None:
     model, pieces = loaded("tiny"), list[str]()
     question = [{"role": "user", "content": "what is the sum of 1 and 3? \u00e9\u4e16"}]
