@@ -157,6 +157,15 @@ def test_generate_reads_a_prompt_a_line_and_repeats_its_noise(sft: Run, inside: 
     assert "--samples needs a --temperature above 0" in capsys.readouterr().err
 
 
+def test_generate_writes_plain_text_as_it_comes(sft: Run, inside: Path, capsys) -> None:
+    Path("two.txt").write_text("what is 1 + 1?\nwhat is 2 + 2?\n")
+    assert generate.main(["tiny", "two.txt", "--max-tokens", "8"]) == 0
+    texts = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    assert generate.main(["tiny", "two.txt", "--max-tokens", "8", "--text"]) == 0
+    assert capsys.readouterr().out == "".join(f"{text}\n\n" for text in texts)
+    assert generate.main(["tiny", "two.txt", "--text", "--samples", "2", "--temperature", "1"]) == 2
+
+
 def test_chat_answers_beside_the_base_as_generate_does(sft: Run, project: Project, inside: Path, capsys) -> None:
     Path("question.txt").write_text("what is the sum of 1 and 3?\n")
     texts = []

@@ -54,7 +54,8 @@ def test_the_wheel_carries_code_shapes_quickstart_schema_and_nothing_else(wheel:
     shapes = {f"trainer/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert shapes - set(names) == set()
     data = {name for name in names if name.startswith(("trainer/docs/", "trainer/recipes/", "trainer/datasets/"))}
-    assert data == {f"trainer/{name}" for name in (*QUICKSTART, f"docs/{SCHEMA}")}
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert data == {f"trainer/{name}" for name in (*QUICKSTART, f"docs/{SCHEMA}", *pages)}
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "scripts/"))]
 
 
@@ -69,6 +70,7 @@ def test_the_installed_wheel_begins_in_an_empty_directory(installed: Path, tmp_p
         recipe = line.partition("#")[0].split()[-1]
         checked = trainer(installed, tmp_path, "check", recipe)
         assert checked.returncode == 0, checked.stderr
+    assert trainer(installed, tmp_path, "docs", "data").stdout.startswith("# Rows\n")
     assert _place(installed, tmp_path).startswith(str(installed))
 
 

@@ -243,6 +243,10 @@ def _machine_commands(commands: _Commands) -> None:
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     doctor.set_defaults(run=_doctor)
 
+    pages = commands.add_parser("docs", help="print a page of the documentation, or list them")
+    pages.add_argument("page", nargs="?", metavar="PAGE", help="as messages name it: docs/data.md, or data")
+    pages.set_defaults(run=_docs)
+
     completion = commands.add_parser("completion", help="print the completion script of a shell")
     completion.add_argument("shell", choices=SHELLS, help="bash, zsh or tcsh")
     completion.set_defaults(run=_completion)
@@ -375,6 +379,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from trainer.commands.doctor import doctor
 
     return doctor(arguments)
+
+
+def _docs(arguments: argparse.Namespace) -> int:
+    from trainer.commands.docs import docs
+
+    return docs(arguments)
 
 
 def _completion(arguments: argparse.Namespace) -> int:

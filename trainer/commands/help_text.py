@@ -46,7 +46,10 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer chat my_run --against base",
         "trainer chat my_run --checkpoint 40 --temperature 0.7",
     ),
-    "generate": ("trainer generate my_run prompts.jsonl --out answers.jsonl --samples 4 --temperature 1",),
+    "generate": (
+        "trainer generate my_run prompts.jsonl --out answers.jsonl --samples 4 --temperature 1",
+        "trainer generate my_run prompts.txt --text       as the tokens come",
+    ),
     "eval": (
         "trainer eval my_run                              held-out rows, against the base",
         "trainer eval my_run --checkpoint 40 --against my_run",
@@ -57,6 +60,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "cancel": ("trainer cancel my_run",),
     "reconnect": ("trainer reconnect my_run --timeout 1200",),
     "doctor": ("trainer doctor --json",),
+    "docs": ("trainer docs", "trainer docs data | less"),
     "completion": (
         "trainer completion bash > ~/.local/share/bash-completion/completions/trainer",
         "trainer completion zsh > ~/.zfunc/_trainer",

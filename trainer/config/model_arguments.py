@@ -18,6 +18,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("prompts", metavar="PROMPTS", help="rows in any form that is read; or .txt, a prompt a line; -")
     _add_draw(parser)
+    parser.add_argument(
+        "--text", action="store_true", help="answers as plain text, token by token; a blank line between"
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per prompt")
     parser.add_argument("--out", metavar="FILE", help="JSONL file; standard output when left out")
 

@@ -41,6 +41,11 @@ def shipped_file(name: str) -> Path:
     raise LaunchError(f"{name} is missing in {PACKAGE}; install the package again")
 
 
+def pages() -> dict[str, Path]:
+    """The pages of the documentation by name: `data` is docs/data.md."""
+    return {file.stem: file for file in sorted(shipped_file("docs/index.md").parent.glob("*.md"))}
+
+
 def write_quickstart(directory: Path) -> Iterator[str]:
     """Write the quickstart's files; yields a line about each. A file that exists is kept.
 
