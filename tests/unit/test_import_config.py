@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_recipe import write_small
+from small_recipe import RFT, SFT, write_small
 
 from trainer.commands.cli import main
 from trainer.config.foreign_names import FIELDS, TOOLS
@@ -167,6 +167,39 @@ def test_a_recipe_that_needs_more_is_written_and_says_what(capsys) -> None:
     assert "no such file: alpaca_en.jsonl" in said
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "warmup_ratio: 0.1",
+            "warmup_ratio: some",
+            "left to you: warmup_ratio: 'some': cannot be read as axolotl writes",
+        ),
+        (
+            "micro_batch_size: 3",
+            "micro_batch_size: auto",
+            "left to you: micro_batch_size: 'auto': no number; write the",
+        ),
+        ("bf16: auto", "fp16: true", "left to you: fp16: True: float16 is not supported; bfloat16 is taken"),
+        ("lr_scheduler: linear", "lr_scheduler: rex", "left to you: lr_scheduler: 'rex': constant, linear or cosine"),
+        ("optimizer: adamw_bnb_8bit", "optimizer: muon", "left to you: optimizer: 'muon': the optimizer is AdamW"),
+        ("path: train.jsonl", "path: ", "names no path; write its rows as data.train"),
+        ("adapter: qlora", "adapter: llama-adapter", "left to you: adapter: 'llama-adapter': only LoRA"),
+    ],
+)
+def test_values_that_have_no_equal_are_left_to_the_user(old, new, said, capsys) -> None:
+    Path("other.yml").write_text(AXOLOTL.replace(old, new))
+    assert main(["import-config", "other.yml"]) == 0
+    assert said in capsys.readouterr().err
+
+
+def test_a_broken_dataset_info_is_named(capsys) -> None:
+    Path("data/dataset_info.json").write_text("{")
+    Path("other.yml").write_text(LLAMAFACTORY)
+    assert main(["import-config", "other.yml"]) == 2
+    assert "data/dataset_info.json: is not JSON" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_field_is_lost_without_a_word(tool: str) -> None:
     text = {"axolotl": AXOLOTL, "llamafactory": LLAMAFACTORY, "trl": TRL}[tool]
@@ -179,24 +212,35 @@ def test_no_field_is_lost_without_a_word(tool: str) -> None:
     assert [name for name in given if name not in said and name not in silent] == []
 
 
-def test_every_name_of_the_table_is_translated_or_belongs_to_another() -> None:
-    """A plain name is copied, so its value must be valid here; the others have a function."""
-    plain = {
-        "model.path": "model", "seed": 3, "lora.rank": 8, "lora.alpha": 16.0, "keep_last": 3,
-        "optimizer.learning_rate": 1e-4, "data.max_seq_tokens": 100,
-    }  # fmt: skip
+PLAIN: dict[str, Any] = {
+    "seed": 3, "model.path": "model", "model.revision": "main", "model.trust_remote_code": True,
+    "lora.rank": 8, "lora.alpha": 16.0, "lora.dropout": 0.05, "lora.rslora": True, "lora.dora": True,
+    "lora.warm_start": "adapter", "data.max_seq_tokens": 100, "data.system": "Be brief.",
+    "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 0.1, "optimizer.beta1": 0.8, "optimizer.beta2": 0.9,
+    "optimizer.epsilon": 1e-7, "optimizer.max_grad_norm": 0.5, "keep_last": 3, "logging.wandb_project": "mine",
+    "rollout.group_size": 4, "rollout.max_completion_tokens": 16, "rollout.temperature": 0.9, "rollout.top_p": 0.9,
+    "rollout.min_p": 0.1, "algorithm.kl_coef": 0.01, "algorithm.clip_high": 0.3, "algorithm.epochs_per_batch": 2,
+}  # fmt: skip
+"""A value of each field that is copied as it stands."""
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_name_of_the_table_is_translated(tool: str) -> None:
+    """By a function, as a part of another field, or by copying a value that the recipe accepts."""
     for each in FIELDS:
-        for tool in TOOLS:
-            for name in each.names(tool):
-                assert name in SPECIAL or name in HANDLED or each.ours in plain or "." in each.ours, (tool, name)
-    for tool, names in {
-        "trl": "model_name_or_path lora_r max_length",
-        "axolotl": "base_model lora_r sequence_len",
-    }.items():
-        first, rank, length = names.split()
-        text = {first: "model", rank: 8, length: 100, "max_steps": 3}
-        text |= {"dataset_name": "train.jsonl", "use_peft": True} if tool == "trl" else {"adapter": "lora"}
-        text |= {} if tool == "trl" else {"datasets": [{"path": "train.jsonl", "type": "alpaca"}]}
-        imported(yaml.safe_dump(text), "--from", tool)
-        recipe = load_recipe(Path("mine.yaml")).recipe
-        assert (recipe.lora.rank, recipe.data.max_seq_tokens, recipe.steps) == (8, 100, 3)
+        for name in each.names(tool):
+            if name in SPECIAL or name in HANDLED:
+                continue
+            assert each.ours in PLAIN, f"{tool}: {name}"
+            section, _, inner = name.rpartition(".")
+            text: dict[str, Any] = {section: {inner: PLAIN[each.ours]}} if section else {name: PLAIN[each.ours]}
+            Path("other.yml").write_text(yaml.safe_dump({**text, "max_steps": 3}))
+            value: Any = translate(Path("other.yml"), tool).recipe
+            for part in each.ours.split("."):
+                value = value[part]
+            assert value == PLAIN[each.ours]
+            base = SFT if each.ours.partition(".")[0] not in {"rollout", "algorithm"} else RFT
+            field = f"{each.ours}={json.dumps(value)}"
+            others = ["algorithm.mismatch_cap=2.0"] if base is RFT else []
+            others += ["lora.warm_start=null"] if each.ours == "lora.warm_start" else []
+            load_recipe(write_small(Path.cwd(), base), [field, *others])

@@ -40,7 +40,10 @@ def translate(file: Path, tool: str | None = None, *, gpus: int = 1) -> Translat
             continue
         special = SPECIAL.get(name)
         if special is not None and name in names:
-            special(told, name, value, given)
+            try:
+                special(told, name, value, given)
+            except (TypeError, ValueError, AttributeError, KeyError) as error:
+                told.leave(name, value, f"cannot be read as {tool} writes it ({error})")
         elif name in names:
             told.put(name, names[name], value)
         elif name in NOT_NEEDED:
@@ -93,6 +96,9 @@ def _method(told: Translation, given: Mapping[str, Value]) -> None:
 def _batch(told: Translation, given: Mapping[str, Value], gpus: int) -> None:
     """The global batch from its factors; of GRPO in prompts."""
     factors = [int(given[name]) for name in BATCH_PARTS if isinstance(given.get(name), int)]
+    for name in BATCH_PARTS:
+        if given.get(name) is not None and not isinstance(given[name], int):
+            told.leave(name, given[name], "no number; write the global batch as rows_per_step")
     for name in BATCH_PARTS:
         told.recipe.pop(name, None)
     told.done = [line for line in told.done if not line.startswith(BATCH_PARTS)]

@@ -23,7 +23,8 @@ def axolotl_rows(told: Translation, name: str, value: Value, given: Mapping[str,
         spec = {"path": each} if isinstance(each, str) else dict(each)
         sources += _axolotl_source(told, name, spec)
         columns |= _axolotl_columns(told, spec)
-    told.put(name, ours, sources[0] if len(sources) == 1 else sources)
+    if sources:
+        told.put(name, ours, sources[0] if len(sources) == 1 else sources)
     if columns:
         told.put(name, "data.columns", columns)
 
@@ -37,7 +38,10 @@ def _axolotl_source(told: Translation, name: str, spec: Mapping[str, Value]) -> 
     files = spec.get("data_files")
     if files:
         return list(files) if isinstance(files, list) else [files]
-    return [_source(str(spec.get("path")), spec.get("name"), spec.get("split"), spec.get("revision"))]
+    if not spec.get("path"):
+        told.leave(name, dict(spec), "names no path; write its rows as data.train")
+        return []
+    return [_source(str(spec["path"]), spec.get("name"), spec.get("split"), spec.get("revision"))]
 
 
 def _axolotl_columns(told: Translation, spec: Mapping[str, Value]) -> dict[str, str]:
@@ -69,7 +73,7 @@ def llamafactory_rows(told: Translation, name: str, value: Value, given: Mapping
     directory = Path(str(given.get("dataset_dir", "data")))
     info_file = directory / "dataset_info.json"
     names = [each.strip() for each in value.split(",")] if isinstance(value, str) else list(value)
-    info = json.loads(info_file.read_text(encoding="utf-8")) if info_file.is_file() else {}
+    info = _info(info_file)
     sources = []
     for each in names:
         spec = info.get(each)
@@ -88,6 +92,19 @@ def llamafactory_rows(told: Translation, name: str, value: Value, given: Mapping
         )
     ours = "data.eval" if name == "eval_dataset" else "data.train"
     told.put(name, ours, sources[0] if len(sources) == 1 else sources)
+
+
+def _info(file: Path) -> dict[str, Value]:
+    """The content of dataset_info.json; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must be an object of data sets")
+    return content
 
 
 def _info_columns(told: Translation, name: str, spec: Mapping[str, Value]) -> None:

@@ -27,7 +27,7 @@ def _name(told: Translation, name: str, value: Value, given: Mapping[str, Value]
 
 
 def _dtype(told: Translation, name: str, value: Value, given: Mapping[str, Value]) -> None:
-    if name == "fp16" and value is True:
+    if (name == "fp16" and value is True) or value in {"float16", "fp16"}:
         told.leave(name, value, "float16 is not supported; bfloat16 is taken")
     elif name == "bf16" and value is False and not given.get("fp16"):
         told.put(name, "model.compute_dtype", "float32")
