@@ -193,6 +193,15 @@ def test_values_that_have_no_equal_are_left_to_the_user(old, new, said, capsys) 
     assert said in capsys.readouterr().err
 
 
+def test_defaults_that_differ_between_tools_are_named(capsys) -> None:
+    Path("other.yml").write_text(AXOLOTL.replace("learning_rate: 0.0002\n", "").replace("lr_scheduler: linear\n", ""))
+    assert main(["import-config", "other.yml"]) == 0
+    said = capsys.readouterr().err
+    assert "left to you: optimizer.learning_rate: 0.0002, the default here; the configuration does not say it" in said
+    assert "left to you: optimizer.schedule: cosine, the default here" in said
+    assert "data.max_seq_tokens" not in said.partition("left to you")[2]
+
+
 def test_a_broken_dataset_info_is_named(capsys) -> None:
     Path("data/dataset_info.json").write_text("{")
     Path("other.yml").write_text(LLAMAFACTORY)

@@ -11,11 +11,19 @@ import yaml
 
 from trainer.config.document import read_document
 from trainer.config.foreign_names import FIELDS, NO_PREFERENCES, NOT_NEEDED, PREFERENCE_METHODS, TOOLS
+from trainer.config.recipe import DataSettings, OptimizerSettings, RecipeBase
 from trainer.errors import UserError
 from trainer.starter.foreign_values import BATCH_PARTS, HANDLED, SPECIAL
 from trainer.starter.translation import Translation, Value
 
 SAVE_INTERVAL: Final = 20
+DEFAULTS: Final = {
+    "optimizer.learning_rate": OptimizerSettings.model_fields["learning_rate"].default,
+    "optimizer.schedule": OptimizerSettings.model_fields["schedule"].default,
+    "data.max_seq_tokens": DataSettings.model_fields["max_seq_tokens"].default,
+    "rows_per_step": RecipeBase.model_fields["rows_per_step"].default,
+}
+"""What a recipe takes where it says nothing."""
 
 
 def translate(file: Path, tool: str | None = None, *, gpus: int = 1) -> Translation:
@@ -128,6 +136,7 @@ def _complete(told: Translation, given: Mapping[str, Value], file: Path) -> None
     if "steps" not in recipe and "epochs" not in recipe:
         recipe["epochs"] = 1 if told.tool == "axolotl" else 3
         told.left.append(f"epochs: {recipe['epochs']}, the default of {told.tool}")
+    _name_defaults(told)
     if not recipe.get("dcp_save_interval"):
         recipe["dcp_save_interval"] = SAVE_INTERVAL
     is_hub = str(recipe.get("model", {}).get("path", "")).count("/") == 1
@@ -137,6 +146,15 @@ def _complete(told: Translation, given: Mapping[str, Value], file: Path) -> None
     if recipe.get("eval_interval") and not {"eval", "eval_frac"} & recipe.get("data", {}).keys():
         del recipe["eval_interval"]
         told.left.append("eval_interval: left out, since there are no held-out rows (data.eval_frac)")
+
+
+def _name_defaults(told: Translation) -> None:
+    """Fields that decide the result and that the configuration leaves to its tool, whose default may be another one."""
+    for ours, default in DEFAULTS.items():
+        section, _, name = ours.rpartition(".")
+        inside = told.recipe.get(section, {}) if section else told.recipe
+        if name not in inside:
+            told.left.append(f"{ours}: {default}, the default here; the configuration does not say it")
 
 
 def as_recipe(told: Translation, file: Path) -> str:
