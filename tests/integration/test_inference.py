@@ -202,7 +202,7 @@ def test_job_exports_its_model_and_says_why_it_cannot(sft: Run, project: Project
     assert (early / "adapter_model.safetensors").is_file()
     project.recipe("fresh.yaml", name="fresh")
     fresh = open_run(make_plan(load_recipe(Path("fresh.yaml"))))
-    with pytest.raises(UserError, match="runs/fresh: has no weights to export"):
+    with pytest.raises(UserError, match="runs/fresh: has no weights yet"):
         find_job(str(fresh.root)).export()
 
 

@@ -122,6 +122,15 @@ def test_a_bad_row_is_named_and_the_recipe_is_written(capsys) -> None:
     assert captured.out.startswith("trainer check chats.yaml")
 
 
+def test_a_field_whose_text_would_be_lost_is_named_in_a_recipe_that_can_be_mended(capsys) -> None:
+    rows = [{**row, "history": [["q", "a"]]} for row in CHATS]
+    assert init("--data", write_rows("chats.jsonl", rows)) == 2
+    said = capsys.readouterr().err
+    assert "chats.jsonl:1: `history` would not reach the text" in said
+    assert "and 35 more: trainer check chats.yaml --data" in said
+    assert Path("chats.yaml").is_file()
+
+
 def test_an_existing_recipe_is_kept(capsys) -> None:
     write_rows("chats.jsonl", CHATS)
     Path("chats.yaml").write_text("mine")

@@ -29,6 +29,7 @@ from trainer.starter.shipped import MODEL, write_quickstart, write_schema
 
 METHODS: Final = ("sft", "rft")
 NO_PREFERENCES: Final = "preferences (DPO, ORPO, KTO, PPO with a reward model) are not trained here"
+MAX_SHOWN: Final = 5
 T = TypeVar("T")
 Ask = Callable[[str, str], str]
 """From a question and the default to the answer."""
@@ -50,9 +51,11 @@ def init(arguments: argparse.Namespace) -> int:
         raise UserError(f"{out}: {error.strerror}. Name another file with --out.") from None
     write_schema(out.parent)
     tell(f"{out}: written")
-    problems = [*answers.data.refused, *_problems(out)]
-    for problem in dict.fromkeys(problems):
+    problems = list(dict.fromkeys([*answers.data.refused, *_problems(out)]))
+    for problem in problems[:MAX_SHOWN]:
         tell(problem)
+    if len(problems) > MAX_SHOWN:
+        tell(f"and {len(problems) - MAX_SHOWN} more: trainer check {out} --data")
     _say_next(out, answers, is_ready=not problems)
     return EXIT_USER if problems else 0
 

@@ -127,22 +127,34 @@ def _recognised(row: Row, *, is_rft: bool) -> tuple[dict[str, Any], str]:
     raise first_error
 
 
+def _renamed(row: Row, settings: DataSettings) -> Row:
+    return Row({**row, **{ours: row[theirs] for ours, theirs in settings.columns.items()}}, row.file, row.line)
+
+
 def _form(row: Row, extra: Mapping[str, Any], *, is_rft: bool) -> str:
+    """As what the row is read.
+
+    Raises:
+        DataError: it is not.
+    """
     settings = _settings(extra)
-    renamed = Row({**row, **{ours: row[theirs] for ours, theirs in settings.columns.items()}}, row.file, row.line)
+    renamed = _renamed(row, settings)
     if settings.format == "text":
         return read_plain_text(renamed, settings).form
     read = read_conversation(renamed, settings, with_completion=not is_rft)
-    if not is_rft:
-        use_of_fields(renamed, read, settings)
     mapped = ", ".join(f"{theirs} -> {ours}" for ours, theirs in settings.columns.items())
     return mapped or read.form
 
 
 def _problems(rows: Sequence[Row], extra: Mapping[str, Any], *, is_rft: bool) -> Iterator[str]:
-    for row in rows[1:]:
+    """What the run would refuse: rows of another form, and fields whose text would be lost."""
+    settings = _settings(extra)
+    for row in rows:
         try:
             _form(row, extra, is_rft=is_rft)
+            if not is_rft and settings.format == "chat":
+                renamed = _renamed(row, settings)
+                use_of_fields(renamed, read_conversation(renamed, settings, with_completion=True), settings)
         except DataError as error:
             yield str(error)
         except KeyError as error:

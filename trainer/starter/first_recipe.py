@@ -23,9 +23,10 @@ TRAIN_ON: Final = ("all", "last")
 """What sft optimizes: every assistant turn, or the last one of each row."""
 SMALL_HIDDEN: Final = 1024
 """Below this width a model gets the learning rate of the quickstart, which was measured with 576."""
+LONG: Final = 100
+"""Steps that are assumed where the rows cannot be counted."""
+SAVE_INTERVAL: Final = 20
 EPOCHS: Final = 3
-MAX_EPOCHS: Final = 10
-FEWEST_STEPS: Final = 60
 EVALUATIONS: Final = 5
 COMPLETION_TOKENS: Final = 256
 
@@ -84,7 +85,7 @@ def recipe_text(answers: Answers) -> str:
     lines += ["# lora: null  # instead of the section above: trains every parameter, with several times the memory"]
     lines += [*_data(answers), *_length(answers), *_optimizer(answers, facts)]
     lines += _rft(answers) if answers.method == "rft" else []
-    lines += ["dcp_save_interval: 20  # steps between checkpoints: what a killed run can lose"]
+    lines += [f"dcp_save_interval: {_save_interval(answers)}  # steps between checkpoints: what a killed run can lose"]
     lines += [
         f"shape: {_yaml(answers.shape)}  # auto: the GPUs of this machine, else its CPU; `trainer shapes` lists others"
     ]
@@ -134,33 +135,31 @@ def _rows_per_step(answers: Answers) -> int:
     return most if rows is None else max(1, min(most, rows // 4))
 
 
+def _steps(answers: Answers) -> int | None:
+    rows, share = answers.data.num_rows, answers.data.held_out_frac or 0.0
+    return None if rows is None else math.ceil(_epochs(answers) * rows * (1 - share) / _rows_per_step(answers))
+
+
+def _save_interval(answers: Answers) -> int:
+    """Of a short run a quarter, so that there is something to resume from and to talk to before its end."""
+    steps = _steps(answers)
+    return SAVE_INTERVAL if steps is None else max(1, min(SAVE_INTERVAL, steps // 4))
+
+
 def _length(answers: Answers) -> list[str]:
     """Batch, length and evaluations, for which the number of steps is known where the rows are counted."""
     batch, epochs = _rows_per_step(answers), _epochs(answers)
     what = "rows" if answers.method == "sft" else "prompts"
     lines = [f"rows_per_step: {batch}  # {what} of one optimizer step, over all GPUs together"]
-    lines += [f"epochs: {epochs}  # passes over the rows{_why(epochs)}; or `steps: N`"]
+    lines += [f"epochs: {epochs}  # passes over the rows; or `steps: N`"]
     if answers.data.held_out_frac is None:
         return lines
-    rows = answers.data.num_rows
-    steps = 100 if rows is None else math.ceil(epochs * rows * (1 - answers.data.held_out_frac) / batch)
-    return [*lines, f"eval_interval: {max(1, steps // EVALUATIONS)}  # steps between evaluations on held-out rows"]
+    interval = max(1, (_steps(answers) or LONG) // EVALUATIONS)
+    return [*lines, f"eval_interval: {interval}  # steps between evaluations on held-out rows"]
 
 
 def _epochs(answers: Answers) -> int:
-    """More passes over few rows: with three, 24 rows are 10 steps, after which the loss still falls."""
-    rows = answers.data.num_rows
-    if answers.method == "rft":
-        return 1
-    return (
-        EPOCHS
-        if rows is None
-        else max(EPOCHS, min(MAX_EPOCHS, math.ceil(FEWEST_STEPS * _rows_per_step(answers) / rows)))
-    )
-
-
-def _why(epochs: int) -> str:
-    return ", many because they are few: watch the held-out loss" if epochs > EPOCHS else ""
+    return EPOCHS if answers.method == "sft" else 1
 
 
 def _optimizer(answers: Answers, facts: ModelFacts | None) -> list[str]:
