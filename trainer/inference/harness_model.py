@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -14,13 +13,10 @@ from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.errors import UserError
 from trainer.inference.chat_model import ChatModel, Draw
 from trainer.model.batch import Batch
-from trainer.model.lm_head import tiled_logprobs
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 
 PACK_TOKENS: Final = 2048
 """Tokens of one forward pass."""
-TILE_ROWS: Final = 64
-"""Positions whose logits are in memory together."""
 POSITIONS: Final = 2048
 """Where the model does not say how many it has."""
 ANSWER_TOKENS: Final = 256
@@ -140,18 +136,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         mask = (False,) * (len(tokens) - num_own) + (True,) * num_own
         return TokenSequence(tokens, mask, TokenInputs(weights=(1.0,) * num_own))
 
-    @torch.no_grad()
     def _of_pack(self, pack: Sequence[TokenSequence]) -> list[Scored]:
         policy = self.model.policy
         policy.eval()
         batch = Batch.pack(list(pack), self.model.device)
-        hidden, head = policy.hidden(batch), policy.causal_lm.get_output_embeddings()
-        logprobs, _ = tiled_logprobs(
-            hidden, head.weight, head.bias, batch.targets, policy.logit_transform, with_entropy=False
-        )
-        best = torch.cat([head(rows).argmax(-1) for rows in hidden.split(TILE_ROWS)])  # no transform changes the order
+        logprobs, are_best = policy.score_targets(batch)
         sizes = [sequence.num_trained for sequence in pack]
-        pairs = zip(logprobs.double().split(sizes), (best == batch.targets).split(sizes), strict=True)
+        pairs = zip(logprobs.double().split(sizes), are_best.split(sizes), strict=True)
         return [(float(each.sum()), bool(is_best.all())) for each, is_best in pairs]
 
 
