@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/{recipe,shape}.schema.json and docs/{recipe,shape}.md from the config classes.
+"""Write docs/{recipe,shape}.schema.json, docs/{recipe,shape}.md and docs/migration.md from the config classes.
 
 python scripts/make_schemas.py            write them
 python scripts/make_schemas.py --check    exit 1 if a file does not match the classes
@@ -18,6 +18,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from trainer.config.foreign_names import FIELDS, NO_PREFERENCES, NOT_NEEDED, OTHER_METHODS, TOOLS
 from trainer.config.recipe import RFT_FIELDS, RecipeBase, RFTRecipe
 from trainer.config.shape import TrainingShape
 
@@ -44,6 +45,21 @@ configs/shapes/; of two with the same name, the one in the working directory is 
 from the GPUs in configs/devices/, such as `rtx4090x2` ([machine.md](machine.md)). `trainer shapes` lists them all;
 `trainer shapes --print NAME` prints one, to copy and change it.""",
 }
+
+
+MIGRATION: Final = """\
+`trainer import-config` translates a configuration and names every field that it could not translate:
+
+    trainer import-config axolotl.yml --out my.yaml
+    trainer import-config trl.yaml --gpus 8 --out my.yaml     # what it was written for: the global batch counts GPUs
+    trainer check my.yaml --data                              # compare the tokens that are trained
+
+What is left to you stands in the recipe as comments (`# decide: ...`). Rows need no conversion where their form is
+[recognised](data.md). A recipe that uses a name of another tool gets the remedy, with its line.
+
+What differs in meaning: the batch is global and independent of the number of GPUs; rows are packed, so there is no
+micro-batch size; a row that is too long stops the run unless `data.overlong` says otherwise; prompts are never
+trained; every run can be resumed without a setting."""
 
 
 def schema(name: str) -> str:
@@ -142,7 +158,38 @@ def type_text(field: Mapping[str, Any], document: Mapping[str, Any]) -> str:
 def files() -> dict[Path, str]:
     """Every generated file with its expected text."""
     made = {ROOT / "docs" / f"{name}.schema.json": schema(name) for name in PAGES}
-    return made | {ROOT / "docs" / f"{name}.md": page(name) for name in PAGES}
+    made |= {ROOT / "docs" / f"{name}.md": page(name) for name in PAGES}
+    return made | {ROOT / "docs" / "migration.md": migration()}
+
+
+def migration() -> str:
+    """The page for users of other tools: the table by which `trainer import-config` translates."""
+    lines = [
+        "# Coming from Axolotl, LLaMA-Factory or TRL",
+        "",
+        "<!-- Made by scripts/make_schemas.py; do not edit. -->",
+        "",
+    ]
+    lines += [
+        MIGRATION,
+        "",
+        "## Fields",
+        "",
+        "| recipe | Axolotl | LLaMA-Factory | TRL | note |",
+        "|---|---|---|---|---|",
+    ]
+    for each in FIELDS:
+        cells = [", ".join(f"`{name}`" for name in each.names(tool)) for tool in TOOLS]
+        lines.append(f"| `{each.ours}` | {' | '.join(cells)} | {each.note.replace('|', '/')} |")
+    lines += ["", "## Fields that are not needed", "", "| field | why |", "|---|---|"]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in NOT_NEEDED.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in by_reason.items()]
+    lines += ["", "## Methods", "", f"{NO_PREFERENCES[0].upper()}{NO_PREFERENCES[1:]}.", ""]
+    lines += ["| theirs | here |", "|---|---|"]
+    lines += [f"| `{name}` | {remedy} |" for name, remedy in OTHER_METHODS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -66,6 +66,8 @@ def test_eval_repeats_the_run_s_own_evaluations_of_both_models(rft: Run, inside:
     assert paired["difference"] == pytest.approx(end["eval/reward"] - begin["eval/reward"], rel=1e-9)
     assert paired["low"] <= paired["difference"] <= paired["high"]
     assert paired["num_pairs"] == 6
+    for k in (1, 2):
+        assert about["values"][f"pass_at_{k}"]["value"] == pytest.approx(end[f"eval/pass_at_{k}"], rel=1e-12)
     assert about["token_loss"] is None
 
 
@@ -127,7 +129,7 @@ def test_eval_scores_answers_of_sft_by_a_reward(sft: Run, inside: Path, capsys) 
     [
         (["model"], "model: has no held-out rows of its own; name rows with --data FILE"),
         (["nothing"], "nothing: no run, no adapter (adapter_config.json) and no model (config.json)"),
-        (["model", "--best"], "model: is no run; --best goes with a run"),
+        (["model", "--best"], "model: is no run; --best and --checkpoint go with a run"),
         (["tiny", "--samples", "0"], "--samples must be 1 or more (got 0)"),
         (["model", "--of", "tiny", "--against", "base"], "model: has no base; name a model with --against"),
     ],
@@ -169,6 +171,15 @@ def test_generate_reads_a_prompt_a_line_and_repeats_its_noise(sft: Run, inside: 
     assert "--samples needs a --temperature above 0" in capsys.readouterr().err
 
 
+def test_generate_writes_plain_text_as_it_comes(sft: Run, inside: Path, capsys) -> None:
+    Path("two.txt").write_text("what is 1 + 1?\nwhat is 2 + 2?\n")
+    assert generate.main(["tiny", "two.txt", "--max-tokens", "8"]) == 0
+    texts = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    assert generate.main(["tiny", "two.txt", "--max-tokens", "8", "--text"]) == 0
+    assert capsys.readouterr().out == "".join(f"{text}\n\n" for text in texts)
+    assert generate.main(["tiny", "two.txt", "--text", "--samples", "2", "--temperature", "1"]) == 2
+
+
 def test_chat_answers_beside_the_base_as_generate_does(sft: Run, project: Project, inside: Path, capsys) -> None:
     Path("question.txt").write_text("what is the sum of 1 and 3?\n")
     texts = []
@@ -200,10 +211,67 @@ def test_job_exports_its_model_and_says_why_it_cannot(sft: Run, project: Project
     assert job.weights() == Path("runs/tiny/adapter")
     merged = job.export("merged", merge=True)
     assert (merged, (merged / "config.json").is_file()) == (Path("merged"), True)
+    step = max(int(path.name.partition("-")[2]) for path in Path("runs/tiny/checkpoints").glob("step-*"))
+    early = job.export("early", checkpoint=step)
+    assert (early / "adapter_model.safetensors").is_file()
     project.recipe("fresh.yaml", name="fresh")
     fresh = open_run(make_plan(load_recipe(Path("fresh.yaml"))))
-    with pytest.raises(UserError, match="runs/fresh: has no weights to export"):
+    with pytest.raises(UserError, match="runs/fresh: has no weights yet"):
         find_job(str(fresh.root)).export()
+
+
+def test_a_checkpoint_is_the_model_of_its_step(sft: Run, inside: Path, capsys) -> None:
+    """Of the last step it is the trained adapter; of an earlier one it has that step's loss."""
+    by_step = {record["step"]: record["eval/loss"] for record in sft.metrics() if "eval/loss" in record}
+    steps = find_job("tiny").run_dir.joinpath("checkpoints")
+    kept = sorted(int(path.name.partition("-")[2]) for path in steps.glob("step-*"))
+    shared = [step for step in kept if step in by_step]
+    assert shared
+    for step in shared:
+        about = evaluated(capsys, "tiny", "--checkpoint", str(step), "--against", "none")
+        assert about["model"] == f"tiny@{step}"
+        assert about["token_loss"][0] == pytest.approx(by_step[step], rel=1e-5)
+    assert evaluation.main(["tiny", "--checkpoint", "77"]) == 2
+    assert "has no checkpoint of step 77; there are: " in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_answers_from_its_newest_checkpoint(sft: Run, inside: Path, capsys) -> None:
+    stopped = Path("runs/stopped")
+    shutil.copytree(sft.root, stopped)
+    (stopped / "outcome.json").unlink()
+    shutil.rmtree(stopped / "adapter")
+    Path("one.txt").write_text("what is 1 + 1?\n")
+    assert generate.main(["stopped", "one.txt", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().err.startswith("stopped: checkpoint, step ")
+    assert evaluation.main(["model", "--checkpoint", "3"]) == 2
+    assert "model: is no run; --best and --checkpoint go with a run" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def full(project: Project) -> Run:
+    """Two steps of sft of every parameter."""
+    project.recipe("full.yaml", name="full", steps=2, lora=None, dcp_save_interval=2, optimizer__warmup_steps=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project.root)
+        assert work(["full.yaml"]) == 0
+    return project.run("full")
+
+
+def test_a_checkpoint_of_every_parameter_is_the_model_that_was_written(full: Run, inside: Path, capsys) -> None:
+    values = [
+        evaluated(capsys, "full", *arguments, "--against", "none")["token_loss"][0]
+        for arguments in ([], ["--checkpoint", "2"])
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_the_pieces_of_a_streamed_answer_are_the_answer(sft: Run, inside: Path) -> None:
+    model, pieces = loaded("tiny"), list[str]()
+    question = [{"role": "user", "content": "what is the sum of 1 and 3? \u00e9\u4e16"}]
+    draw = Draw(max_tokens=24, temperature=1.0, seed=5)
+    reply = model.reply(question, draw, pieces.append)
+    assert "".join(pieces) == reply.text == model.reply(question, draw).text
+    assert len(pieces) > 1
 
 
 def test_chat_says_why_a_turn_is_refused_and_goes_on(sft: Run, inside: Path) -> None:

@@ -98,7 +98,6 @@ def test_answers_stand_side_by_side_or_below_each_other_and_are_no_escapes():
         "four",
     ]
     assert answer_lines(labels, answers, 30) == ["sums:", "one two three", "four", "base:", "\\x1b[31mred"]
-    assert answer_lines(["sums"], ["one two"], 4) == ["one", "two"]
 
 
 def test_names_that_are_no_model(tmp_path, monkeypatch):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Collection
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from trainer.commands.help_text import SHELLS, add_help, print_completion
+from trainer.commands.other_names import ALIASES, guess
 from trainer.config.arguments import add_recipe_arguments
+from trainer.config.foreign_names import TOOLS
 from trainer.config.model_arguments import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
 from trainer.run.console import tell
@@ -18,37 +20,6 @@ from trainer.run.surroundings import complete_surroundings
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-
-ALIASES: Final = {
-    "compare": "diff",
-    "evaluate": "eval",
-    "list": "runs",
-    "log": "logs",
-    "ls": "runs",
-    "resume": "reconnect",
-    "rm": "delete",
-    "stop": "cancel",
-    "verify": "verify-resume",
-}
-"""Other names of commands; they work, and `--help` does not list them."""
-MEANT: Final = {
-    "finetune": "train",
-    "fit": "train",
-    "inference": "generate",
-    "infer": "generate",
-    "kill": "cancel",
-    "lint": "check",
-    "merge": "export",
-    "predict": "generate",
-    "preview": "check",
-    "samples": "rollouts",
-    "sft": "train",
-    "tail": "logs",
-    "test": "eval",
-    "validate": "check",
-}
-"""Names that other tools use, for the question "did you mean ...?"."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv and not argv[0].startswith("-"):
         argv[0] = ALIASES.get(argv[0], argv[0])
         if argv[0] not in names:
-            tell(f"trainer: no command `{argv[0]}`{_guess(argv[0], names)}")
+            tell(f"trainer: no command `{argv[0]}`{guess(argv[0], names)}")
             return EXIT_USER
     arguments = parser.parse_args(argv)
     arguments.argv = argv
@@ -89,19 +60,6 @@ def _end_without_output() -> int:
     return EXIT_FAILED
 
 
-def _guess(word: str, names: Collection[str]) -> str:
-    """The command that was meant, or all of them.
-
-    >>> _guess("trian", ["train", "runs"]), _guess("xyz", ["train", "runs"])
-    ('; did you mean `train`?', '. There are: train, runs')
-    """
-    known = [*names, *ALIASES]
-    similar = MEANT.get(word) or next(iter(difflib.get_close_matches(word, known, n=1)), None)
-    if similar is not None:
-        return f"; did you mean `{ALIASES.get(similar, similar)}`?"
-    return f". There are: {', '.join(names)}"
-
-
 def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     """The parser, and the names of its commands."""
     from trainer import __version__
@@ -114,11 +72,33 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _model_commands(commands)
     _job_commands(commands)
     _machine_commands(commands)
+    add_help(commands.choices)
     return parser, commands.choices.keys()
 
 
 def _training_commands(commands: _Commands) -> None:
-    """Commands that take a recipe."""
+    """Commands that write or take a recipe."""
+    begin = commands.add_parser("init", help="write a recipe for your rows: five questions, or flags")
+    begin.add_argument("--quickstart", action="store_true", help="write the shipped recipes and rows, make their model")
+    begin.add_argument("--method", metavar="METHOD", help="sft or rft")
+    begin.add_argument("--model", metavar="MODEL", help="directory or hub name (owner/name)")
+    begin.add_argument("--data", metavar="FILE", help="your rows")
+    begin.add_argument("--optimize", metavar="WHAT", help="sft: all or last turns; rft: a reward")
+    begin.add_argument("--shape", metavar="NAME", help="where it runs: auto, cpu, or a training shape")
+    begin.add_argument("--name", metavar="NAME", help="name of the run; from the rows' file when left out")
+    begin.add_argument("--out", metavar="FILE", help="the recipe; NAME.yaml when left out")
+    begin.add_argument("--force", action="store_true", help="replace an existing recipe")
+    begin.add_argument("--yes", action="store_true", help="ask nothing: defaults for what no flag says")
+    begin.set_defaults(run=_init)
+
+    other = commands.add_parser("import-config", help="translate a configuration of Axolotl, LLaMA-Factory or TRL")
+    other.add_argument("config", metavar="FILE", help="YAML of the other tool")
+    other.add_argument("--from", dest="tool", choices=TOOLS, help="which tool; by its fields when left out")
+    other.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that it was written for")
+    other.add_argument("--out", metavar="RECIPE", help="recipe to write; standard output when left out")
+    other.add_argument("--force", action="store_true", help="replace an existing recipe")
+    other.set_defaults(run=_import_config)
+
     check = commands.add_parser("check", help="validate a recipe, resolve it on a shape, estimate memory")
     add_recipe_arguments(check)
     check.add_argument("--json", action="store_true", help="print the plan as one JSON document")
@@ -279,6 +259,14 @@ def _machine_commands(commands: _Commands) -> None:
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     doctor.set_defaults(run=_doctor)
 
+    pages = commands.add_parser("docs", help="print a page of the documentation, or list them")
+    pages.add_argument("page", nargs="?", metavar="PAGE", help="as messages name it: docs/data.md, or data")
+    pages.set_defaults(run=_docs)
+
+    completion = commands.add_parser("completion", help="print the completion script of a shell")
+    completion.add_argument("shell", choices=SHELLS, help="bash, zsh or tcsh")
+    completion.set_defaults(run=_completion)
+
 
 def _name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run; the recipe's when left out")
@@ -287,6 +275,18 @@ def _name_argument(parser: argparse.ArgumentParser) -> None:
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="run directory or name")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from trainer.commands.init import init
+
+    return init(arguments)
+
+
+def _import_config(arguments: argparse.Namespace) -> int:
+    from trainer.commands.import_config import import_config
+
+    return import_config(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -401,6 +401,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from trainer.commands.doctor import doctor
 
     return doctor(arguments)
+
+
+def _docs(arguments: argparse.Namespace) -> int:
+    from trainer.commands.docs import docs
+
+    return docs(arguments)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    return print_completion(_parser()[0], arguments.shell)
 
 
 if __name__ == "__main__":

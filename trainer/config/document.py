@@ -125,12 +125,20 @@ def read_document(path: Path) -> Document:
         document.data = _read_mapping(loader, node, (), document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(
-            [f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}"]
-        ) from None
+        number = mark.line + 1 if mark else 1
+        raise RecipeError([f"{path}:{number}: not YAML: {_yaml_problem(error, text, number)}"]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters, invalid date, recursive alias
         raise RecipeError([f"{path}: not YAML: {str(error).splitlines()[0]}"]) from None
     return document
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError, text: str, number: int) -> str:
+    """What is wrong, with the remedy for a tab in the indentation, which YAML forbids."""
+    lines = text.splitlines()
+    line = lines[number - 1] if number <= len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return "the line is indented with a tab; use spaces"
+    return str(error.problem or error.context)
 
 
 def _read_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import Final, final
 
 from trainer.config.devices import KnownDevice, catalog_shape, made_shapes, read_devices
 from trainer.config.document import Document, apply_override, read_document
+from trainer.config.foreign_names import method_remedy, remedies
 from trainer.config.recipe import Recipe, RecipeBase, RFTRecipe, SFTRecipe
 from trainer.config.semantics import Finding, contradictions
 from trainer.config.shape import TrainingShape
@@ -43,7 +44,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     document = read_document(path)
     for assignment in overrides:
         apply_override(document, assignment)
-    recipe, wrong = validate_tagged(RecipeBase, RECIPES, "method", document.data)
+    recipe, wrong = validate_tagged(RecipeBase, RECIPES, "method", document.data, remedies())
+    method = method_remedy(document.data.get("method"))
+    wrong |= {("method",): method} if method is not None else {}
     mistakes = document.mistakes + [f"{document.where(path)}: {text}" for path, text in wrong.items()]
     findings = contradictions(recipe, path.parent) if recipe is not None else []
     for finding in findings:

@@ -18,6 +18,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("prompts", metavar="PROMPTS", help="rows in any form that is read; or .txt, a prompt a line; -")
     _add_draw(parser)
+    parser.add_argument(
+        "--text", action="store_true", help="answers as plain text, token by token; a blank line between"
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per prompt")
     parser.add_argument("--out", metavar="FILE", help="JSONL file; standard output when left out")
 
@@ -33,13 +36,17 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="answers per row")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--tasks", metavar="TASKS", help="lm-eval: names or YAML files of tasks, with commas between")
+    parser.add_argument("--apply-chat-template", action="store_true", help="--tasks: prompts as chats")
     parser.add_argument("--out", metavar="FILE", help="JSONL file with the answers and losses of each row")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODEL", help="run, adapter directory, model directory or hub name")
-    parser.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
+    which.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run: the weights of this checkpoint")
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:

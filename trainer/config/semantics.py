@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -33,6 +34,10 @@ STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hd
 
 TRACKERS: Final = ("tensorboard", "trackio", "mlflow")
 """Fields of `logging` that need the package, and the extra, of the same name."""
+HIGH_LEARNING_RATE: Final = 0.01
+HIGH_WEIGHT_DECAY: Final = 1.0
+MANY_EPOCHS: Final = 100.0
+HIGH_TEMPERATURE: Final = 2.0
 
 
 @final
@@ -54,7 +59,7 @@ def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
     """
     num_rows = rows_for_epochs(recipe)
     findings = _length(recipe, num_rows) + _intervals(recipe, num_rows)
-    findings += _data(recipe) + _model(recipe) + _mirror(recipe) + _trackers(recipe)
+    findings += _data(recipe) + _model(recipe) + _mirror(recipe) + _trackers(recipe) + _unusual(recipe)
     return findings + (_rft(recipe, recipe_dir) if isinstance(recipe, RFTRecipe) else [])
 
 
@@ -92,6 +97,22 @@ def _trackers(recipe: Recipe) -> list[Finding]:
     wanted = [name for name in TRACKERS if getattr(recipe.logging, name)]
     text = "the package is missing here, so nothing is copied; pip install 'tunesmith[{}]'"
     return [Finding(("logging", name), text.format(name), is_error=False) for name in wanted if find_spec(name) is None]
+
+
+def _unusual(recipe: Recipe) -> list[Finding]:
+    """Numbers that are valid and far from what anybody trains with."""
+    values: list[tuple[KeyPath, float | None, float]] = [
+        (("optimizer", "learning_rate"), recipe.optimizer.learning_rate, HIGH_LEARNING_RATE),
+        (("optimizer", "weight_decay"), recipe.optimizer.weight_decay, HIGH_WEIGHT_DECAY),
+        (("epochs",), recipe.epochs, MANY_EPOCHS),
+    ]
+    if isinstance(recipe, RFTRecipe):
+        values.append((("rollout", "temperature"), recipe.rollout.temperature, HIGH_TEMPERATURE))
+    return [
+        Finding(path, f"{value:g} is unusually high; values above {limit:g} are most often a slip", is_error=False)
+        for path, value, limit in values
+        if value is not None and value > limit
+    ]
 
 
 def _mirror(recipe: Recipe) -> list[Finding]:
@@ -148,7 +169,9 @@ def _source(path: KeyPath, source: DataSource) -> list[Finding]:
     if file is not None and file.is_dir():
         return [Finding(path, f"{file} is a directory without data files ({', '.join(READ_ENDINGS)})")]
     if source.hub is None:
-        return [Finding(path, f"no such file: {file} (paths are relative to {Path.cwd()})")]
+        return [
+            Finding(path, f"no such file: {file} ({_unexpanded(str(file)) or f'paths are relative to {Path.cwd()}'})")
+        ]
     if source.revision is None and not Path(source.hub).is_dir():
         text = f"rows come from the hub ({source.hub}) and may change; pin `revision` to a commit"
         return [Finding(path, text, is_error=False)]
@@ -176,9 +199,18 @@ def _model(recipe: Recipe) -> list[Finding]:
     return findings
 
 
+def _unexpanded(text: str) -> str:
+    """Why a path with `~` or `${VAR}` is not found; empty for another path."""
+    if text.startswith("~"):
+        return f"`~` is not your home directory in a recipe: write {Path(text).expanduser()}"
+    if re.search(r"\$\{?\w", text):
+        return f"variables of the shell are not replaced in a recipe: write {os.path.expandvars(text)}, or use --set"
+    return ""
+
+
 def is_hub_name(path: str) -> bool:
     """Whether the path is a hub name `owner/name`: one slash, and no such file or directory."""
-    looks_local = path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
+    looks_local = path.startswith((".", "/", "~", "$", "models/")) or path.count("/") != 1
     return not looks_local and not Path(path).exists()
 
 
@@ -189,8 +221,10 @@ def _model_directory(directory: Path) -> list[Finding]:
         return [Finding(("model", "path"), f"{directory} has no config.json: not a model directory")]
     remedy = ""
     if directory.parent == Path("models"):
-        remedy = ". Run scripts/prepare_model to make it" if directory.name.startswith("SmolLM2") else ""
+        remedy = ". `trainer init --quickstart` makes it" if directory.name.startswith("SmolLM2") else ""
     hub = "" if "/" in str(directory) else "; a hub name is `owner/name`"
+    unexpanded = _unexpanded(str(directory))
+    hub = f"; {unexpanded}" if unexpanded else hub
     return [Finding(("model", "path"), f"no such directory: {directory}{hub}{remedy}")]
 
 

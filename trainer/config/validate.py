@@ -6,12 +6,12 @@ import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.config.document import KeyPath
+from trainer.config.document import KeyPath, dotted
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -29,10 +29,16 @@ WANTED: Final[Mapping[str, str]] = {
 PATTERN_WORDS: Final = "letters, digits, `.`, `_` or `-`, beginning with a letter or digit"
 NEAR_CUTOFF: Final = 0.6
 SHOWN_CHARS: Final = 60
+MAX_PLACES: Final = 2
+MAX_DEPTH: Final = 1
 
 
 def validate_tagged(
-    base: type[BaseModel], variants: Mapping[str, type[M]], tag: str, data: dict[str, object]
+    base: type[BaseModel],
+    variants: Mapping[str, type[M]],
+    tag: str,
+    data: dict[str, object],
+    remedies: Mapping[str, str] | None = None,
 ) -> tuple[M | None, dict[KeyPath, str]]:
     """Validate against the variant that the value of `tag` selects.
 
@@ -44,6 +50,7 @@ def validate_tagged(
         variants: The model for each value of `tag`.
         tag: Name of the field that selects the variant.
         data: The document.
+        remedies: As for `validate`.
 
     Returns:
         As `validate`.
@@ -56,7 +63,7 @@ def validate_tagged(
         for name, variant in variants.items()
         for field in variant.model_fields.keys() - variants[assumed].model_fields.keys()
     }
-    valid, mistakes = validate(variants[assumed], {**data, tag: assumed}, elsewhere)
+    valid, mistakes = validate(variants[assumed], {**data, tag: assumed}, elsewhere, remedies)
     if chosen is not None:
         return valid, mistakes
     about_tag = validate(base, data)[1]
@@ -64,7 +71,10 @@ def validate_tagged(
 
 
 def validate(
-    model: type[M], data: dict[str, object], elsewhere: Mapping[str, str] | None = None
+    model: type[M],
+    data: dict[str, object],
+    elsewhere: Mapping[str, str] | None = None,
+    remedies: Mapping[str, str] | None = None,
 ) -> tuple[M | None, dict[KeyPath, str]]:
     """Validate a document; after dropping wrong values, validate again, so that the rest can be checked further.
 
@@ -72,6 +82,7 @@ def validate(
         model: The schema.
         data: The document.
         elsewhere: What to say of top-level fields that the schema does not have, but a related one does.
+        remedies: What to say of unknown fields that other tools have, by name.
 
     Returns:
         The section without the wrong values, or None if a required value is wrong; and each mistake by its path.
@@ -88,7 +99,9 @@ def validate(
         if any(len(other) > len(path) and other[: len(path)] == path for other in problems):
             continue  # a branch of a union that was not meant: another branch failed deeper
         is_elsewhere = len(path) == 1 and group[0]["type"] == "extra_forbidden" and path[0] in (elsewhere or {})
-        mistakes[path] = (elsewhere or {})[str(path[0])] if is_elsewhere else _explain(group, path, model)
+        mistakes[path] = (
+            (elsewhere or {})[str(path[0])] if is_elsewhere else _explain(group, path, model, remedies or {})
+        )
         _drop(pruned, path)
     try:
         return model.model_validate(pruned), mistakes
@@ -119,14 +132,11 @@ def _drop(data: Any, path: KeyPath) -> None:
         data[int(path[-1])] = None  # stays invalid: removing it would shift the others
 
 
-def _explain(problems: list[ErrorDetails], path: KeyPath, model: type[BaseModel]) -> str:
+def _explain(problems: list[ErrorDetails], path: KeyPath, model: type[BaseModel], remedies: Mapping[str, str]) -> str:
     """Describe what is wrong with one value; a union has one problem for each branch."""
     kind, value = problems[0]["type"], problems[0]["input"]
     if kind == "extra_forbidden":
-        names = list(_fields_at(model, path[:-1]))
-        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=NEAR_CUTOFF)
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(names)}"
-        return f"unknown field; {hint}"
+        return f"unknown field; {_unknown(path, model, remedies)}"
     if kind == "missing":
         meaning = _fields_at(model, path[:-1]).get(str(path[-1])) or ""
         first, _, _ = meaning.replace("\n", " ").partition(". ")
@@ -135,6 +145,29 @@ def _explain(problems: list[ErrorDetails], path: KeyPath, model: type[BaseModel]
     shown = repr(value)
     shown = shown if len(shown) <= SHOWN_CHARS else shown[: SHOWN_CHARS - 3] + "..."
     return f"{wanted if wanted[:1].isupper() else f'must be {wanted}'} (got {shown}){_hint(kind, value, problems)}"
+
+
+def _unknown(path: KeyPath, model: type[BaseModel], remedies: Mapping[str, str]) -> str:
+    """What was meant by an unknown field."""
+    name = str(path[-1])
+    places = [place for place in _places(model, name) if place != path]
+    if places and len(places) <= MAX_PLACES:
+        return f"write it as {' or '.join(f'`{dotted(place)}`' for place in places)}"
+    if name in remedies:
+        return remedies[name]
+    names = list(_fields_at(model, path[:-1]))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=NEAR_CUTOFF)
+    return f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(names)}"
+
+
+def _places(model: type[BaseModel], name: str, path: KeyPath = ()) -> list[KeyPath]:
+    """Where the schema has a field of this name; not in sections of lists, and two sections deep at most."""
+    places: list[KeyPath] = [(*path, name)] if name in model.model_fields else []
+    for field, info in model.model_fields.items():
+        section = _section_in(info.annotation)
+        if section is not None and len(path) < MAX_DEPTH and get_origin(info.annotation) is not list:
+            places += _places(section, name, (*path, field))
+    return places
 
 
 def _wanted(problem: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str:
@@ -163,6 +196,8 @@ def _hint(kind: str, value: object, problems: list[ErrorDetails]) -> str:
         return "; remove the quotes" if _reads_as_number(value) or value in {"true", "false"} else ""
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
+    if isinstance(value, str) and "${" in value:
+        return "; variables of the shell are not replaced in a recipe: use --set"
     for problem in problems:
         if problem["type"] == "literal_error" and isinstance(value, str):
             near = difflib.get_close_matches(value, _options(problem), n=1, cutoff=NEAR_CUTOFF)

@@ -142,7 +142,7 @@ class _Export:
         except ModuleNotFoundError as error:
             if error.name != "gguf":
                 raise
-            raise ModelError("--gguf needs the package gguf: pip install 'tunesmith[gguf]'") from None
+            raise ModelError("--gguf needs the package gguf: pip install gguf") from None
         converter = Path(self.arguments.converter) if self.arguments.converter else None
         sample, kind = sample_rows(self.plan), self.arguments.gguf
         if self.is_adapter:

@@ -73,7 +73,7 @@ def choose_weights(run: RunDir, plan: Plan, *, best: bool = False, checkpoint: i
         except CheckpointError as error:
             problems.append(str(error))
     reason = "; ".join(problems) or f"no checkpoint yet; see `trainer status {run.root}`"
-    raise ModelError(f"{run.root}: has no weights to export: {reason}")
+    raise ModelError(f"{run.root}: has no weights yet: {reason}")
 
 
 def _of_checkpoint(run: RunDir, plan: Plan, step: int) -> Weights:

@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, Final, TextIO, final
 
@@ -41,15 +41,20 @@ class Chat:
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
         self.histories: list[list[dict[str, Any]]] = [list(first) for _ in self.models]
 
-    def say(self, text: str) -> list[str]:
+    def say(self, text: str, on_text: Callable[[str], None] | None = None) -> list[str]:
         """Add a user turn; returns the answer of each model.
+
+        Args:
+            text: of the turn.
+            on_text: takes the pieces of the first model's answer as they come.
 
         Raises:
             DataError: the text cannot be a turn; the chat is as before.
         """
         replies = []
         for model, history in zip(self.models, self.histories, strict=True):
-            replies.append(model.reply([*history, {"role": "user", "content": text}], self.draw))
+            heard = on_text if model is self.models[0] else None
+            replies.append(model.reply([*history, {"role": "user", "content": text}], self.draw, heard))
         for history, reply in zip(self.histories, replies, strict=True):
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
         return [reply.text + (CUT if reply.finish_reason == "length" else "") for reply in replies]
@@ -76,10 +81,24 @@ def talk(chat: Chat, lines: Iterator[str], out: TextIO, width: int) -> None:
             out.write(f"({HELP})\n")
         elif text:
             try:
-                out.write("\n".join(answer_lines(labels, chat.say(text), width)) + "\n\n")
+                _answer(chat, text, labels, out, width)
             except DataError as error:
                 out.write(f"({str(error).removeprefix('chat:1: ')})\n")
         out.flush()
+
+
+def _answer(chat: Chat, text: str, labels: Sequence[str], out: TextIO, width: int) -> None:
+    """One model's answer as its tokens come; those of several side by side."""
+    if len(labels) > 1:
+        out.write("\n".join(answer_lines(labels, chat.say(text), width)) + "\n\n")
+        return
+
+    def show(piece: str) -> None:
+        out.write(_shown(piece))
+        out.flush()
+
+    (answer,) = chat.say(text, show)
+    out.write(f"{CUT if answer.endswith(CUT) else ''}\n\n")
 
 
 def answer_lines(labels: Sequence[str], answers: Sequence[str], width: int) -> list[str]:
@@ -93,8 +112,6 @@ def answer_lines(labels: Sequence[str], answers: Sequence[str], width: int) -> l
         answers: of each model.
         width: of the terminal, in columns.
     """
-    if len(answers) == 1:
-        return _wrapped(answers[0], width)
     if width < NARROW:
         return [
             line for label, text in zip(labels, answers, strict=True) for line in [f"{label}:", *_wrapped(text, width)]
@@ -105,10 +122,13 @@ def answer_lines(labels: Sequence[str], answers: Sequence[str], width: int) -> l
     return [" ".join(cell.ljust(column) for cell in row).rstrip() for row in rows]
 
 
+def _shown(text: str) -> str:
+    """The text without control characters: a model may write terminal escapes."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of a text, without control characters: a model may write terminal escapes."""
-    shown = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-    return [part for line in shown.split("\n") for part in textwrap.wrap(line, max(1, width)) or [""]]
+    return [part for line in _shown(text).split("\n") for part in textwrap.wrap(line, max(1, width)) or [""]]
 
 
 def main(argv: list[str] | None = None) -> int:

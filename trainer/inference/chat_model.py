@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -12,12 +13,14 @@ from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.forms import read_conversation
 from trainer.errors import DataError, ModelError
 from trainer.inference.source import ModelSource
+from trainer.inference.text_stream import TextStream
 from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.base_model import load_base
 from trainer.model.policy import Policy, load_policy
 from trainer.model.rms_norm import use_fused_norms
-from trainer.sampling.local import LocalSampler
+from trainer.sampling.local import LocalSampler, OnTokens
 from trainer.sampling.sampler import SampleRequest, SamplingParams
+from trainer.training.masters import read_masters
 from trainer.types import Completion, Row
 
 UNBOUNDED: Final = 1 << 20
@@ -79,43 +82,55 @@ class ChatModel:
         """
         return self.encoder.encode_prompt(row)
 
-    def answer(self, rows: Sequence[Row], draw: Draw) -> list[list[Completion]]:
+    def answer(self, rows: Sequence[Row], draw: Draw, on_tokens: OnTokens | None = None) -> list[list[Completion]]:
         """Answer prompts together; `num_samples` completions for each, in their order.
 
         Args:
             rows: prompts; the index of each selects its noise.
             draw: how.
+            on_tokens: called at each token; see `LocalSampler.sample`.
 
         Raises:
             DataError: a row is no prompt.
         """
-        return self.sample(rows, draw.params(self.encoder.stop_ids), draw.num_samples)
+        return self.sample(rows, draw.params(self.encoder.stop_ids), draw.num_samples, on_tokens)
 
-    def sample(self, rows: Sequence[Row], params: SamplingParams, num_samples: int) -> list[list[Completion]]:
+    def sample(
+        self, rows: Sequence[Row], params: SamplingParams, num_samples: int, on_tokens: OnTokens | None = None
+    ) -> list[list[Completion]]:
         """Like `answer`, with the sampler's own parameters.
 
         Args:
             rows: prompts.
             params: how tokens are drawn.
             num_samples: completions per prompt.
+            on_tokens: called at each token; see `LocalSampler.sample`.
         """
-        return self.sampler.sample(
-            [SampleRequest(self.prompt_ids(row), row.index, num_samples) for row in rows], params
-        )
+        requests = [SampleRequest(self.prompt_ids(row), row.index, num_samples) for row in rows]
+        return self.sampler.sample(requests, params, on_tokens)
 
-    def reply(self, messages: Sequence[Mapping[str, Any]], draw: Draw) -> Completion:
+    def reply(
+        self, messages: Sequence[Mapping[str, Any]], draw: Draw, on_text: Callable[[str], None] | None = None
+    ) -> Completion:
         """Answer one chat.
 
         Args:
             messages: ends with a user turn.
             draw: how; the first sample is returned.
+            on_text: called with each new piece of the answer's text; the pieces together are the text.
         """
-        ((completion, *_),) = self.answer([Row({"messages": list(messages)}, file="chat", line=1)], draw)
+        stream = TextStream(self.tokenizer, on_text) if on_text is not None else None
+        row = Row({"messages": list(messages)}, file="chat", line=1)
+        ((completion, *_),) = self.answer([row], draw, stream.take if stream is not None else None)
+        if stream is not None:
+            stream.finish(completion.text)
         return completion
 
 
 def _load_policy(source: ModelSource, device: torch.device) -> Policy:
     """The policy with the trained weights."""
+    if source.checkpoint is not None:
+        return _of_checkpoint(source, source.checkpoint, device)
     if source.lora is None or source.adapter is None:
         base = load_base(source.model, device)
         use_fused_norms(base)
@@ -126,6 +141,18 @@ def _load_policy(source: ModelSource, device: torch.device) -> Policy:
     with torch.no_grad():
         for name, parameter in policy.trained_parameters().items():
             parameter.copy_(saved[name])
+    return policy
+
+
+def _of_checkpoint(source: ModelSource, checkpoint: Path, device: torch.device) -> Policy:
+    """The policy with the masters of a checkpoint, rounded to the dtype in which it computes."""
+    policy = load_policy(source.model, source.lora, 0, device)
+    parameters = policy.trained_parameters()
+    masters = {name: torch.empty(value.shape, dtype=torch.float32) for name, value in parameters.items()}
+    read_masters(checkpoint, masters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(masters[name])
     return policy
 
 

@@ -38,7 +38,7 @@ def load(arguments: argparse.Namespace) -> list[ChatModel]:
     Raises:
         TrainerError: one cannot be loaded.
     """
-    source = find_source(arguments.target, best=arguments.best)
+    source = find_source(arguments.target, best=arguments.best, checkpoint=arguments.checkpoint)
     sources = [source] + ([other_source(arguments.against, source)] if arguments.against else [])
     return [ChatModel(each) for each in sources]
 

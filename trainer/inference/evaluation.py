@@ -36,7 +36,7 @@ from trainer.run.intervals import PairedDifference, bootstrap_interval, paired_d
 from trainer.run.journal import json_line
 from trainer.run.place import plan_from_here
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.evaluate import SEED_OFFSET
+from trainer.training.evaluate import SEED_OFFSET, PassRule
 from trainer.training.rollouts import sampling_params
 from trainer.types import Row
 
@@ -61,6 +61,13 @@ class Task:
     """Whose sampling settings are used; None draws the likeliest tokens."""
     max_tokens: int | None = None
     temperature: float | None = None
+
+    @property
+    def pass_rule(self) -> PassRule | None:
+        """When an answer passes, for pass@k; None without rewards of an rft run or with one answer per row."""
+        if not isinstance(self.plan, RFTPlan) or self.rewards != self.plan.recipe.rewards or self.num_samples < 2:
+            return None
+        return PassRule.of(self.plan.recipe)
 
     def params(self, model: ChatModel) -> SamplingParams:
         """How answers are drawn: as the run's own evaluations are, unless the command says otherwise."""
@@ -138,7 +145,7 @@ def measure(source: ModelSource, task: Task) -> Measured:
     answered: list[AnsweredRow] = []
     if task.rewards:
         prompts = [prompt_row(row, source) for row in task.rows]
-        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits)
+        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits, task.pass_rule)
         answered = rewarded.answered_by(model, task.params(model), task.num_samples)
     return Measured(source.label, losses, answered)
 
@@ -224,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    source = find_source(arguments.target, best=arguments.best)
+    source = find_source(arguments.target, best=arguments.best, checkpoint=arguments.checkpoint)
+    if arguments.tasks:
+        return _benchmarks(arguments, source)
     task = _task(arguments, source)
     source = replace(source, data=task.data)
     against = arguments.against or (BASE if source.plan is not None or source.adapter is not None else NONE)
@@ -235,6 +244,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.out:
         _write_rows(Path(arguments.out), first, second)
     text = json.dumps(asdict(about)) if arguments.json else "\n".join(report_lines(about))
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _benchmarks(arguments: argparse.Namespace, source: ModelSource) -> int:
+    """Tasks of lm-eval, for the model and the one of `--against`."""
+    from trainer.inference.benchmarks import benchmark_lines, run_tasks
+
+    other = other_source(arguments.against, source) if arguments.against not in (None, NONE) else None
+    reports = [
+        run_tasks(ChatModel(each), arguments.tasks.split(","), arguments.rows, as_chat=arguments.apply_chat_template)
+        for each in (source, other)
+        if each is not None
+    ]
+    text = json.dumps([asdict(each) for each in reports]) if arguments.json else "\n".join(benchmark_lines(reports))
     sys.stdout.write(text + "\n")
     return 0
 

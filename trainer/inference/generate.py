@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from trainer.config.model_arguments import add_generate_arguments
 from trainer.config.recipe import DataSource
@@ -18,6 +18,7 @@ from trainer.errors import DataError, UserError
 from trainer.inference.chat_model import ChatModel, Draw, prompt_row
 from trainer.inference.command_line import draw_of, run_command
 from trainer.inference.source import find_source
+from trainer.inference.text_stream import TextStream
 from trainer.types import Row
 
 CHUNK: Final = 16
@@ -53,6 +54,33 @@ def answers(model: ChatModel, rows: list[Row], draw: Draw) -> Iterator[dict[str,
                 }
 
 
+def write_texts(model: ChatModel, rows: list[Row], draw: Draw, out: TextIO) -> None:
+    """Write each answer as its tokens come, with a blank line between two.
+
+    Args:
+        model: answers.
+        rows: prompts.
+        draw: how; one answer per prompt.
+        out: where to.
+
+    Raises:
+        DataError: a row is no prompt.
+    """
+    prompts = [prompt_row(row, model.source) for row in rows]
+    for prompt in prompts:
+        model.prompt_ids(prompt)
+
+    def show(piece: str) -> None:
+        out.write(piece)
+        out.flush()
+
+    for prompt in prompts:
+        stream = TextStream(model.tokenizer, show)
+        ((completion,),) = model.answer([prompt], draw, stream.take)
+        stream.finish(completion.text)
+        show("\n\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Answer the prompts of a file."""
     parser = argparse.ArgumentParser(prog="trainer generate", description=__doc__)
@@ -62,9 +90,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     draw = draw_of(arguments, arguments.samples)
-    source = find_source(arguments.target, best=arguments.best)
+    source = find_source(arguments.target, best=arguments.best, checkpoint=arguments.checkpoint)
     if draw.num_samples > 1 and draw.temperature == 0:
         raise UserError("--samples needs a --temperature above 0: without noise all answers are equal")
+    if draw.num_samples > 1 and arguments.text:
+        raise UserError("--text writes one answer per prompt; leave out --samples")
     if arguments.prompts == "-" or arguments.prompts.endswith(".txt"):
         rows = _text_rows(arguments.prompts)
     else:
@@ -75,6 +105,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"{arguments.out}: {error.strerror}. Name another file with --out.") from None
     with target as out:
+        if arguments.text:
+            write_texts(model, rows, draw, out)
+            return 0
         for answer in answers(model, rows, draw):
             out.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
             out.flush()

@@ -19,7 +19,7 @@ from trainer.inference.chat_model import ChatModel
 from trainer.model.batch import Batch
 from trainer.rewards.runner import ALL_ABSTAINED, RewardRunner
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.evaluate import CHUNK_PROMPTS, HeldOutAnswer
+from trainer.training.evaluate import CHUNK_PROMPTS, HeldOutAnswer, PassRule, pass_at_k
 from trainer.training.group_sampler import with_score
 from trainer.training.losses import sft_loss
 from trainer.types import Rollout, Row
@@ -37,6 +37,9 @@ class AnsweredRow:
     answers: tuple[HeldOutAnswer, ...]
     """Without those on which every reward abstained."""
     num_failed: int
+    pass_rule: PassRule | None = None
+    num_samples: int = 1
+    """Answers that were drawn: the k of pass@k."""
 
     def values(self) -> dict[str, float] | None:
         """Means over the answers, by name; None where every reward abstained on all of them.
@@ -48,10 +51,18 @@ class AnsweredRow:
         number = len(self.answers)
         return {
             "reward": math.fsum(answer.earned for answer in self.answers) / number,
+            **self._passed(),
             **self._parts(),
             "completion_tokens": sum(answer.num_tokens for answer in self.answers) / number,
             "truncated_frac": sum(answer.finish_reason == "length" for answer in self.answers) / number,
         }
+
+    def _passed(self) -> dict[str, float]:
+        """pass@k of this row, for one answer and for all of them."""
+        if self.pass_rule is None:
+            return {}
+        passed = [[self.pass_rule.passes(answer) for answer in self.answers]]
+        return {f"pass_at_{k}": pass_at_k(passed, k) for k in sorted({1, self.num_samples})}
 
     def _parts(self) -> dict[str, float]:
         """Mean of each reward over the answers on which it did not abstain; 0 where one failed."""
@@ -78,6 +89,7 @@ class RewardedRows:
     base_dir: Path
     """What `file.py:function` is relative to."""
     limits: RewardLimits
+    pass_rule: PassRule | None = None
 
     def answered_by(self, model: ChatModel, params: SamplingParams, num_samples: int) -> list[AnsweredRow]:
         """Answer every row in chunks, as evaluations in training do, and score the answers.
@@ -103,7 +115,7 @@ class RewardedRows:
             chunks = (self.rows[begin : begin + CHUNK_PROMPTS] for begin in range(0, len(self.rows), CHUNK_PROMPTS))
             rollouts = [pair for chunk in chunks for pair in _rollouts(model, chunk, params, num_samples, runner)]
         self._refuse_failures([rollout for _, of_row in rollouts for rollout in of_row])
-        return [_answered(row, of_row) for row, of_row in rollouts]
+        return [_answered(row, of_row, self.pass_rule, num_samples) for row, of_row in rollouts]
 
     def _refuse_failures(self, rollouts: Sequence[Rollout]) -> None:
         failures = [each.failure or "" for each in rollouts if _has_failed(each)]
@@ -131,9 +143,9 @@ def _has_failed(rollout: Rollout) -> bool:
     return rollout.reward is None and rollout.failure != ALL_ABSTAINED
 
 
-def _answered(row: Row, rollouts: Sequence[Rollout]) -> AnsweredRow:
+def _answered(row: Row, rollouts: Sequence[Rollout], rule: PassRule | None, num_samples: int) -> AnsweredRow:
     answers = tuple(HeldOutAnswer.of_rollout(each) for each in rollouts if each.failure != ALL_ABSTAINED)
-    return AnsweredRow(row, answers, sum(map(_has_failed, rollouts)))
+    return AnsweredRow(row, answers, sum(map(_has_failed, rollouts)), rule, num_samples)
 
 
 @final

@@ -9,7 +9,9 @@ from typing import Any, Final, Literal, final
 
 from trainer.config.recipe import DataSettings, LoraSettings, ModelSettings
 from trainer.errors import LaunchError, ModelError
+from trainer.export.weights import choose_weights
 from trainer.planning.plan import Plan
+from trainer.run.console import tell
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
 from trainer.run.place import plan_from_here
@@ -38,14 +40,17 @@ class ModelSource:
     """Of the adapter."""
     plan: Plan | None = None
     """Of the run, where it is one."""
+    checkpoint: Path | None = None
+    """A checkpoint whose weights are taken instead of an adapter's or a model's files."""
 
 
-def find_source(target: str, *, best: bool = False) -> ModelSource:
+def find_source(target: str, *, best: bool = False, checkpoint: int | None = None) -> ModelSource:
     """What a name means.
 
     Args:
         target: name or directory of a run, directory of an adapter or a model, or a hub name.
         best: of a run, the weights of the best held-out value, not the last.
+        checkpoint: of a run, the weights of the checkpoint of this step.
 
     Raises:
         LaunchError: it is a run without weights, or nothing of the kind.
@@ -53,9 +58,9 @@ def find_source(target: str, *, best: bool = False) -> ModelSource:
     """
     run = _run_of(target)
     if run is not None:
-        return _of_run(run, best=best)
-    if best:
-        raise LaunchError(f"{target}: is no run; --best goes with a run")
+        return _of_run(run, best=best, checkpoint=checkpoint)
+    if best or checkpoint is not None:
+        raise LaunchError(f"{target}: is no run; --best and --checkpoint go with a run")
     directory = Path(target)
     if (directory / ADAPTER_CONFIG).is_file():
         return _of_adapter(directory)
@@ -101,19 +106,21 @@ def _run_of(target: str) -> RunDir | None:
         return None
 
 
-def _of_run(run: RunDir, *, best: bool) -> ModelSource:
+def _of_run(run: RunDir, *, best: bool, checkpoint: int | None) -> ModelSource:
+    """The weights of a run; of one that has not finished, those of its newest valid checkpoint, and says so."""
     plan = plan_from_here(run)
     recipe = plan.recipe
-    weights = run.weights(is_lora=recipe.lora is not None, best=best)
-    if not weights.is_dir():
-        available = [directory.name for directory in run.all_weights()]
-        remedy = "add --best for the best so far" if f"{weights.name}-best" in available else "let it finish first"
-        raise LaunchError(f"{run.root}: has no {weights.name}/ yet (trainer status {run.root}); {remedy}")
-    if recipe.lora is None:
-        model = recipe.model.model_copy(update={"path": str(weights), "revision": None})
-        return ModelSource(run.name, model, recipe.data, plan=plan)
-    lora = recipe.lora.model_copy(update={"warm_start": None})
-    return ModelSource(run.name, recipe.model, recipe.data, weights, lora, plan)
+    weights = choose_weights(run, plan, best=best, checkpoint=checkpoint)
+    if weights.kind != "last":
+        tell(f"{run.name}: {weights}")
+    label = f"{run.name}@{weights.step}" if weights.is_checkpoint else run.name
+    lora = None if recipe.lora is None else recipe.lora.model_copy(update={"warm_start": None})
+    if weights.is_checkpoint:
+        return ModelSource(label, recipe.model, recipe.data, None, lora, plan, weights.directory)
+    if lora is None:
+        model = recipe.model.model_copy(update={"path": str(weights.directory), "revision": None})
+        return ModelSource(label, model, recipe.data, plan=plan)
+    return ModelSource(label, recipe.model, recipe.data, weights.directory, lora, plan)
 
 
 def _of_adapter(directory: Path) -> ModelSource:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, final
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, JobTimeoutError, LaunchError, QueueError
 from trainer.jobs.delete import delete_run
 from trainer.jobs.logs import log_lines
-from trainer.jobs.results import export_weights, metric_records, trained_weights
+from trainer.jobs.results import GgufKind, export_weights, metric_records, trained_weights
 from trainer.jobs.slurm_script import SlurmOptions
 from trainer.jobs.start import refuse_live, restart_job, start_job, stop_job
 from trainer.jobs.state import Launcher, observe, read_record, read_state, waiting_reason
@@ -142,18 +142,28 @@ class Job:
         """
         return trained_weights(RunDir(self.run_dir), best=best)
 
-    def export(self, out: str | Path | None = None, *, merge: bool = False, best: bool = False) -> Path:
+    def export(
+        self,
+        out: str | Path | None = None,
+        *,
+        merge: bool = False,
+        best: bool = False,
+        checkpoint: int | None = None,
+        gguf: GgufKind | None = None,
+    ) -> Path:
         """Write a model from the trained weights and verify it; returns its directory.
 
         Args:
             out: output directory; inside the run directory when None.
             merge: merge the adapter into a copy of the base model.
             best: use the weights of the best held-out value, not the last.
+            checkpoint: use the weights of the checkpoint of this step.
+            gguf: write one GGUF file, for llama.cpp and Ollama, with weights of this type.
 
         Raises:
             UserError: there is nothing to export, or it would not compute what was trained.
         """
-        return export_weights(RunDir(self.run_dir), out, merge=merge, best=best)
+        return export_weights(RunDir(self.run_dir), out, merge=merge, best=best, checkpoint=checkpoint, gguf=gguf)
 
     def delete(self) -> None:
         """Delete the run directory with its checkpoints, weights and exports. Copies on a mirror stay.

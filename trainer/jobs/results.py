@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from trainer.errors import EXIT_USER, LaunchError, TrainerError, UserError
 from trainer.jobs.logs import is_live
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import Record
+
+GgufKind = Literal["bf16", "f16", "q8_0"]
 
 
 def metric_records(run: RunDir, *, follow: bool, poll_s: float) -> Iterator[Record]:
@@ -50,7 +53,15 @@ def trained_weights(run: RunDir, *, best: bool) -> Path:
     return weights
 
 
-def export_weights(run: RunDir, out: str | Path | None, *, merge: bool, best: bool) -> Path:
+def export_weights(
+    run: RunDir,
+    out: str | Path | None,
+    *,
+    merge: bool,
+    best: bool,
+    checkpoint: int | None = None,
+    gguf: GgufKind | None = None,
+) -> Path:
     """Run the exporter in a process of its own, which imports torch; returns the directory that it wrote.
 
     Args:
@@ -58,6 +69,8 @@ def export_weights(run: RunDir, out: str | Path | None, *, merge: bool, best: bo
         out: output directory; inside the run directory when None.
         merge: merge the adapter into a copy of the base model.
         best: use the best weights, not the last.
+        checkpoint: use the weights of the checkpoint of this step.
+        gguf: write one GGUF file with weights of this type.
 
     Raises:
         TrainerError: nothing was exported; says why.
@@ -65,6 +78,8 @@ def export_weights(run: RunDir, out: str | Path | None, *, merge: bool, best: bo
     argv = [sys.executable, "-m", "trainer.export", str(run.root)]
     argv += ["--merge"] if merge else []
     argv += ["--best"] if best else []
+    argv += ["--checkpoint", str(checkpoint)] if checkpoint is not None else []
+    argv += ["--gguf", gguf] if gguf is not None else []
     argv += ["--out", str(out)] if out is not None else []
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     if done.returncode != 0:

@@ -23,7 +23,7 @@ from trainer.model.attention import PACKED_ATTENTION
 from trainer.model.base_model import has_experts, load_base, logit_transform
 from trainer.model.batch import Batch
 from trainer.model.compiled_layers import CompiledLayers, is_compilable
-from trainer.model.lm_head import tiled_logprobs
+from trainer.model.lm_head import tile_rows, tiled_logprobs
 from trainer.model.lora_linear import Routing
 from trainer.model.own_forward import reset_rotary, use_own_attention
 from trainer.model.rms_norm import use_fused_norms
@@ -71,6 +71,20 @@ class Policy(nn.Module):
             temperature: of the distribution that logprobs and entropy are of.
             with_entropy: whether to compute the entropy.
         """
+        hidden = self._hidden(batch)
+        head = self.causal_lm.get_output_embeddings()
+        transform = replace(self.logit_transform, temperature=temperature)
+        logprobs, entropy = tiled_logprobs(
+            hidden, head.weight, head.bias, batch.targets, transform, with_entropy=with_entropy
+        )
+        return Scores(logprobs, entropy)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """[N, H] last hidden states at the positions that predict the trained tokens.
+
+        Args:
+            batch: the pack.
+        """
         with nullcontext() if self.adapters is None else self.adapters.routed(batch.owners):
             if self.separate_reason is None:
                 plain = batch.token_ids, batch.positions, batch.layout
@@ -82,13 +96,22 @@ class Policy(nn.Module):
                 assert batch.num_sequences == 1, "`pack_limit` makes each pack one sequence"
                 reset_rotary(self.causal_lm)
                 output = self.causal_lm.base_model(input_ids=batch.token_ids[None], use_cache=False)
-        hidden = output.last_hidden_state[0].index_select(0, batch.scored)
-        head = self.causal_lm.get_output_embeddings()
-        transform = replace(self.logit_transform, temperature=temperature)
-        logprobs, entropy = tiled_logprobs(
-            hidden, head.weight, head.bias, batch.targets, transform, with_entropy=with_entropy
+        return output.last_hidden_state[0].index_select(0, batch.scored)
+
+    @torch.no_grad()
+    def score_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N] logprobs of the trained tokens, and [N] whether each is the most likely token.
+
+        Args:
+            batch: the pack.
+        """
+        hidden, head = self._hidden(batch), self.causal_lm.get_output_embeddings()
+        logprobs, _ = tiled_logprobs(
+            hidden, head.weight, head.bias, batch.targets, self.logit_transform, with_entropy=False
         )
-        return Scores(logprobs, entropy)
+        tiles = hidden.split(tile_rows(head.weight.shape[0], head.weight.device.type))  # scale and soft cap do not change the order of logits
+        best = torch.cat([head(rows).argmax(-1) for rows in tiles])
+        return logprobs, best == batch.targets
 
     def run_separately(self, reason: str) -> None:
         """From now on, each pass has one sequence and uses the model's own attention.

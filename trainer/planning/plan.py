@@ -142,7 +142,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         "reward_digests": reward_digests(recipe, Path(document.file).resolve().parent),
         "separate_reason": why_separate(model_config(recipe), recipe.data.max_seq_tokens),
         "origins": origins,
-        "warnings": [*loaded.warnings, *revision_notes, *choice.notes, *_warnings(recipe, facts, shape)],
+        "warnings": [*loaded.warnings, *revision_notes, *choice.notes, *_warnings(recipe, facts, shape, document)],
     }
     if algorithm is None:
         return SFTPlan.model_validate(values)
@@ -196,11 +196,17 @@ def _refuse_model(recipe: Recipe, facts: ModelFacts | None, document: Document) 
         raise ModelError(f"{document.where(('model', 'path'))}: {ATTENTION_DROPOUT}")
 
 
-def _warnings(recipe: Recipe, facts: ModelFacts | None, shape: TrainingShape) -> list[str]:
-    if facts is not None:
-        return []
-    what = f"{recipe.model.path}: the sizes of the model are unknown"
-    return [f"{what}, so it was not checked that it fits {shape.name}"]
+def _warnings(recipe: Recipe, facts: ModelFacts | None, shape: TrainingShape, document: Document) -> list[str]:
+    if facts is None:
+        what = f"{recipe.model.path}: the sizes of the model are unknown"
+        return [f"{what}, so it was not checked that it fits {shape.name}"]
+    if recipe.lora is not None and recipe.lora.rank > facts.hidden:
+        where = document.where(("lora", "rank"))
+        return [
+            f"{where}: {recipe.lora.rank} is more than the width of the model ({facts.hidden}): an adapter of full "
+            "rank costs more than training every parameter (`lora: null`)"
+        ]
+    return []
 
 
 def parse_plan(text: str | bytes) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -21,6 +21,8 @@ from trainer.types import Completion, FinishReason
 TAIL_MARGIN: Final = 8
 """Extra tokens decoded before those that a stop string can span: some tokenizers decode the first token differently."""
 
+OnTokens = Callable[[int, Sequence[int]], None]
+"""Takes the index of a completion and its tokens so far."""
 CPU_TILE_CELLS: Final = 1 << 18
 """Logits sampled from at once on a CPU: few enough for its cache, four times faster than 32 rows of 49,152."""
 
@@ -50,8 +52,15 @@ class LocalSampler:
         self.version = version
 
     @torch.inference_mode()
-    def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[list[Completion]]:
+    def sample(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, on_tokens: OnTokens | None = None
+    ) -> list[list[Completion]]:
         """Draw `num_samples` completions per request; one list per request, in the same order.
+
+        Args:
+            requests: the prompts.
+            params: how tokens are drawn.
+            on_tokens: called after each token with the index of its completion, over all requests, and its tokens.
 
         Raises:
             NumericalError: the model's logits are not finite.
@@ -64,8 +73,10 @@ class LocalSampler:
             for request in requests
             for sample in range(request.num_samples)
         ]
+        for index, draft in enumerate(drafts):
+            draft.index = index
         if drafts:
-            self._draw_all(prompts, drafts, params)
+            self._draw_all(prompts, drafts, params, on_tokens)
         completions = iter([self._completion(draft) for draft in drafts])
         return [[next(completions) for _ in range(request.num_samples)] for request in requests]
 
@@ -73,7 +84,13 @@ class LocalSampler:
         text = decoded(self.tokenizer, draft.token_ids)
         return Completion(tuple(draft.token_ids), tuple(draft.logprobs), draft.finish_reason, self.version, text)
 
-    def _draw_all(self, prompts: Sequence[tuple[int, ...]], drafts: Sequence[_Draft], params: SamplingParams) -> None:
+    def _draw_all(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        drafts: Sequence[_Draft],
+        params: SamplingParams,
+        on_tokens: OnTokens | None,
+    ) -> None:
         rows = self.decoder.start(prompts, [draft.prompt for draft in drafts])
         hidden = rows.begin()
         keys = noise.row_keys(
@@ -89,6 +106,9 @@ class LocalSampler:
                 if stop_rule.ends(draft):
                     draft.finish_reason = "stop"
                     finished.append(index)
+            if on_tokens is not None:
+                for draft in live:
+                    on_tokens(draft.index, draft.token_ids)
             if len(finished) == len(live) or position + 1 == params.max_completion_tokens:
                 break
             if finished:
@@ -119,6 +139,8 @@ class _Draft:
     """Index of its prompt among the distinct prompts."""
     row: int
     sample: int
+    index: int = 0
+    """Over all requests."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
