@@ -229,7 +229,7 @@ def test_data_cannot_end_its_script_element() -> None:
 def test_wheel_carries_the_assets(tmp_path: Path) -> None:
     """Built from a copy: setuptools leaves files in the source directory."""
     root, source = Path(__file__).parents[2], tmp_path / "source"
-    for name in ("trainer", "configs"):
+    for name in ("trainer", "configs", "recipes", "datasets", "docs"):
         shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source / name)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_followed_log_goes_through_attempts_and_ends_with_the_run():
     with run.supervised():
         reader = threading.Thread(target=lambda: lines.extend(log_lines(run, follow=True, poll_s=0.01)))
         reader.start()
+        deadline = time.monotonic() + 30
+        while not lines and time.monotonic() < deadline:  # it reads the first attempt before the second begins
+            time.sleep(0.01)
         with run.log_file(1).open("ab") as file:
             file.write("日".encode()[:2])  # a character is cut by the read
         run.take_attempt({})

@@ -55,6 +55,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer eval my_run --checkpoint 40 --against my_run",
         "trainer eval my_run --tasks my_task.yaml,arc_easy --rows 200",
     ),
+    "report": (
+        "trainer report my_run                            one HTML page",
+        "trainer report my_run other_run --out both.html",
+        "trainer report my_run --serve                    a live page on this machine",
+    ),
     "submit": ("trainer submit my.yaml --launcher slurm --partition gpu --time 4:00:00",),
     "jobs": ("trainer jobs --json",),
     "cancel": ("trainer cancel my_run",),
