@@ -122,11 +122,11 @@ class Batch:
     targets: torch.Tensor
     """[N] long: that next token."""
     sequence_ids: torch.Tensor
-    """[N] long: the sequence of each trained token, from 0."""
+    """[N] long: the sequence of each trained token, from 0; sequences of one rollout count as one."""
     inputs: LossInputs
     """[N] float32 each."""
     sources: tuple[str, ...]
-    """File and line of each sequence."""
+    """File and line of each sequence; of a rollout of several sequences once."""
     owners: TokenOwners | None = None
     """The adapter of each token; None: all tokens use the active one."""
     is_forward_only: bool = False
@@ -165,12 +165,15 @@ class Batch:
         positions: list[int] = []
         scored: list[tuple[int, int, int]] = []
         sequences = [sequence for tree in trees for sequence in tree.sequences]
-        sequence_id = 0
+        rollouts: dict[object, int] = {}
+        number = 0
         for tree in trees:
             trunk, prefix = len(token_ids), tree.prefix
             token_ids += tree.sequences[0].token_ids[:prefix]
             positions += range(prefix)
             for sequence in tree.sequences:
+                sequence_id = rollouts.setdefault(sequence.owner or number, len(rollouts))
+                number += 1
                 branch = len(token_ids) - prefix
                 token_ids += sequence.token_ids[prefix:]
                 positions += range(prefix, len(sequence.token_ids))
@@ -178,7 +181,6 @@ class Batch:
                     if is_trained:
                         position = (trunk if offset < prefix else branch) + offset
                         scored.append((position, sequence.token_ids[offset + 1], sequence_id))
-                sequence_id += 1
         scores = torch.tensor(scored, dtype=torch.long).reshape(-1, 3).T.contiguous().to(device)
         scored_positions, targets, sequence_ids = scores
         return cls(
@@ -189,7 +191,7 @@ class Batch:
             targets=targets,
             sequence_ids=sequence_ids,
             inputs=LossInputs.of([sequence.inputs for sequence in sequences], device),
-            sources=tuple(sequence.source for sequence in sequences),
+            sources=tuple({each.owner or index: each.source for index, each in enumerate(sequences)}.values()),
             owners=None if adapters is None else _owners([tree.num_tokens for tree in trees], adapters, device),
         )
 
@@ -238,7 +240,13 @@ def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[
 
 def tree_batches(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
     """`micro_batches` for trees; a tree is never split."""
-    return [[trees[index] for index in group] for group in fill([tree.num_tokens for tree in trees], budget)]
+    return unit_batches([[tree] for tree in trees], budget)
+
+
+def unit_batches(units: Sequence[Sequence[Tree]], budget: int) -> list[list[Tree]]:
+    """`micro_batches` for trees of which those of a unit stay together."""
+    sizes = [sum(tree.num_tokens for tree in unit) for unit in units]
+    return [[tree for index in group for tree in units[index]] for group in fill(sizes, budget)]
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
