@@ -16,7 +16,8 @@ class GuessingGame:
         low, high = row["low"], row["high"]
         self.secret = row.get("secret", low + seed % (high - low + 1))
         self.guesses_left = row["guesses"]
-        return Start([{"role": "user", "content": row["question"]}])
+        rule = {"role": "system", "content": "Answer with one number."}
+        return Start([rule, {"role": "user", "content": row["question"]}])
 
     def step(self, turn: Turn) -> Observation:
         """Compare the guess with the secret."""

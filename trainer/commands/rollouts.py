@@ -12,6 +12,7 @@ from typing import Any, Final, final
 
 from trainer.commands.tables import table_lines
 from trainer.errors import LaunchError
+from trainer.run.conversation_record import drawn_tokens
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
 from trainer.run.journal import RecordedGroup, read_step
@@ -34,6 +35,11 @@ class ShownRollout:
     finish_reason: str
     failure: str | None
     tokens: int
+    messages: list[dict[str, Any]] | None = None
+    """Of a rollout with several turns: what followed the prompt."""
+    turns: list[dict[str, Any]] | None = None
+    stop: str | None = None
+    """Why a rollout with several turns ended."""
 
 
 @final
@@ -126,10 +132,43 @@ def _shown(group: RecordedGroup) -> ShownGroup:
         fields=group.prompt["fields"] if group.prompt is not None else {},
         spread=max(scored) - min(scored) if scored else 0.0,
         rollouts=[
-            ShownRollout(**{name: record[name] for name in names}, tokens=record["trained"].count("1"))
+            ShownRollout(**{name: record[name] for name in names}, tokens=drawn_tokens(record), **_turns(record))
             for record in records
         ],
     )
+
+
+def _turns(record: Mapping[str, Any]) -> dict[str, Any]:
+    conversation = record.get("conversation")
+    if conversation is None:
+        return {}
+    messages = conversation["messages"][conversation["num_prompt"] :]
+    return {"messages": messages, "turns": conversation["turns"], "stop": conversation["stop"]}
+
+
+def conversation_lines(rollout: ShownRollout, limit: int | None) -> list[str]:
+    """The turns and observations of a rollout, the calls that were faulty, and why it ended.
+
+    Args:
+        rollout: with messages.
+        limit: characters of a message that are shown; None shows all.
+    """
+    reward = f"{rollout.reward:.3f}" if rollout.reward is not None else "failed"
+    advantage = f", advantage {rollout.advantage:+.2f}" if rollout.advantage is not None else ""
+    lines = [f"  reward {reward}{advantage}, {rollout.tokens} tokens, ended: {rollout.stop}"]
+    turns = iter(rollout.turns or [])
+    for message in rollout.messages or []:
+        text = str(message["content"])
+        for call in message.get("tool_calls") or []:
+            function = call["function"]
+            text += f" -> {function['name']}({json.dumps(function['arguments'], ensure_ascii=False)})"
+        lines.append(f"    {message['role']:9} {_plain(text, limit)}")
+        if message["role"] == "assistant":
+            faulty = [call for call in next(turns, {"calls": []})["calls"] if call["status"] != "ok"]
+            lines += [f"              {call['status']}: {_plain(call['problem'], limit)}" for call in faulty]
+    if rollout.failure:
+        lines.append(f"    failure: {_plain(rollout.failure.strip().splitlines()[-1], limit)}")
+    return lines
 
 
 def group_lines(group: ShownGroup, *, is_full: bool) -> list[str]:
@@ -150,6 +189,8 @@ def group_lines(group: ShownGroup, *, is_full: bool) -> list[str]:
     if group.fields:
         gold = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in group.fields.items())
         lines.append(f"  gold    {_plain(gold, limit)}")
+    if any(rollout.messages is not None for rollout in group.rollouts):
+        return lines + [line for rollout in group.rollouts for line in conversation_lines(rollout, limit)]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     return lines + table_lines(_table(group.rollouts, limit), indent=2, width=width)
 

@@ -66,8 +66,8 @@ class SuccessRule(Section):
 class ToolErrors(Section):
     """What a faulty tool call leads to.
 
-    `tell` gives the policy the problem as the tool's result, `end` ends the rollout there, `answer` takes the text as an
-    answer without calls.
+    `tell` gives the policy the problem as the tool's result, `end` ends the rollout there, `answer` takes the text as
+    an answer without calls.
     """
 
     invalid_json: ToolErrorWay = "tell"

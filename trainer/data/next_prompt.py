@@ -1,8 +1,8 @@
 """The prompt of the next turn of a conversation, as token ids: sampled ids are never tokenized again.
 
 The next prompt is the previous ids, followed by what the chat template renders behind the end of the turn. That is
-right only where the template keeps what was said. Where it rewrites earlier turns, as templates of reasoning models do (they
-drop the reasoning), the whole conversation is rendered again, and a new sequence of the same rollout begins.
+right only where the template keeps what was said. Where it rewrites earlier turns, as templates of reasoning models do
+(they drop the reasoning), the whole conversation is rendered again, and a new sequence of the same rollout begins.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The process that imports the environment once and forks a child per rollout: `python -m trainer.environments.zygote`.
 
 Its argument is the descriptor of its control socket. A request `fork` carries two descriptors, the child's own socket
-and its standard error; `wait` kills a child's process group and returns how it ended. When the trainer's end of the socket closes, all
-children are killed. Each child answers one call at a time, under a memory limit; the trainer enforces the time limit.
+and its standard error; `wait` kills a child's process group and returns how it ended. When the trainer's end of the
+socket closes, all children are killed. Each child answers one call at a time, under a memory limit; the trainer
+enforces the time limit.
 """
 
 from __future__ import annotations

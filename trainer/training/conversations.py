@@ -274,9 +274,11 @@ class ConversationSampler:
             tuple(groups), tuple(results), (own, *recipe.reward_functions), self.rewards.submit(items)
         )
 
-    @staticmethod
-    def _own_result(live: _Live) -> CallResult:
-        return CallResult(live.reward, live.parts, failure=live.failure)
+    def _own_result(self, live: _Live) -> CallResult:
+        """The environment's reward. A rollout that ended before it gave one earned 0, else it would be left out."""
+        is_cut = self.settings.environment is not None and live.stop not in ("done", "environment_died")
+        reward = 0.0 if live.reward is None and is_cut else live.reward
+        return CallResult(reward, live.parts, failure=live.failure)
 
 
 def rollout_seed(params: SamplingParams, row: int, sample: int) -> int:
