@@ -61,8 +61,11 @@ class EnvironmentPool:
         """Keep the settings; entering the context starts the zygote."""
         self._settings = settings
         self._lock = threading.Lock()
+        self._opened: list[RemoteEnvironment] = []
         self.schemas: list[dict[str, Any]] = []
         """Of the recipe's tools."""
+        self.compares_groups = False
+        """Whether the environment has `group_rewards`."""
 
     def __enter__(self) -> EnvironmentPool:
         """Start the zygote and import the environment.
@@ -105,7 +108,7 @@ class EnvironmentPool:
         except BaseException:
             self.close()
             raise
-        self.schemas = reply["schemas"]
+        self.schemas, self.compares_groups = reply["schemas"], reply["compares"]
         return self
 
     def __exit__(
@@ -123,6 +126,8 @@ class EnvironmentPool:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        for remote in self._opened:
+            remote.release()
         self._stderr.close()
         self._directory.cleanup()
 
@@ -132,6 +137,7 @@ class EnvironmentPool:
         Raises:
             RewardError: the zygote itself has died.
         """
+        self._opened = [remote for remote in self._opened if remote.is_open]
         ours, theirs = socket.socketpair()
         log = tempfile.TemporaryFile(dir=self._directory.name)  # noqa: SIM115 - closed by the environment
         deadline = time.monotonic() + FORK_TIMEOUT_S
@@ -140,10 +146,14 @@ class EnvironmentPool:
                 self._control.send({"fork": True}, deadline, [theirs.fileno(), log.fileno()])
                 pid = self._control.receive(deadline)["pid"]
         except (EOFError, TimeoutError, ConnectionError):
+            ours.close()
+            log.close()
             raise RewardError(f"the process that starts environments has ended{self._output()}") from None
         finally:
             theirs.close()
-        return RemoteEnvironment(Channel(ours), pid, log, self._settings.timeout_s, self._end)
+        remote = RemoteEnvironment(Channel(ours), pid, log, self._settings.timeout_s, self._end)
+        self._opened.append(remote)
+        return remote
 
     def map(self, function: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
         """Call a function for each item, at most `num_workers` at a time; the results are in the order of the items."""
@@ -170,7 +180,7 @@ class RemoteEnvironment:
     def __init__(self, channel: Channel, pid: int, log: Any, timeout_s: float, end: Callable[[int], int]) -> None:
         """Take the connection to a forked process; `end` kills and reaps it."""
         self._channel, self._pid, self._log, self._timeout_s, self._end = channel, pid, log, timeout_s, end
-        self._is_open = True
+        self.is_open = True
 
     def reset(self, row: Row, messages: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         """The first messages and the tools' schemas.
@@ -189,24 +199,30 @@ class RemoteEnvironment:
         """
         return self._ask({"turn": turn}, f"step of turn {turn['number']}")
 
-    def compare(self, rollouts: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
-        """The environment's `group_rewards`; None where it has none.
+    def compare(self, rollouts: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """The environment's `group_rewards`.
 
         Raises:
             EnvironmentDiedError: it raised, hung or ended.
         """
-        values: list[float | None] | None = self._ask({"group": list(rollouts)}, "group_rewards")["values"]
+        values: list[float | None] = self._ask({"group": list(rollouts)}, "group_rewards")["values"]
         return values
 
     def close(self) -> None:
         """Let the environment close itself within its time limit, then end its process; idempotent."""
-        if not self._is_open:
+        if not self.is_open:
             return
         with suppress(TimeoutError, EOFError, ConnectionError):
             deadline = time.monotonic() + self._timeout_s
             self._channel.send({"close": True}, deadline)
             self._channel.receive(deadline)  # ends with EOFError once the process has ended
         self._kill()
+
+    def release(self) -> None:
+        """Close the connection and the log of a process that has ended, or that the zygote will end."""
+        self.is_open = False
+        self._channel.close()
+        self._log.close()
 
     def _ask(self, message: Mapping[str, Any], what: str) -> dict[str, Any]:
         deadline = time.monotonic() + self._timeout_s
@@ -225,13 +241,11 @@ class RemoteEnvironment:
 
     def _kill(self) -> str:
         """End the process; returns how it had ended, and its last output."""
-        if not self._is_open:
+        if not self.is_open:
             return "had ended"
-        self._is_open = False
         code = self._end(self._pid)
         output = _tail(self._log.fileno())
-        self._channel.close()
-        self._log.close()
+        self.release()
         ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended itself with status {code}"
         return f"{ended}{output}"
 

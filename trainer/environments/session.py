@@ -71,15 +71,12 @@ class Session:
             close()
 
 
-def group_rewards(environment: type[Any], rollouts: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
-    """The environment's comparison of a group; None where it has none."""
-    function = getattr(environment, "group_rewards", None)
-    if function is None:
-        return None
+def group_rewards(environment: type[Any], rollouts: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """The environment's comparison of a group."""
     finished = [
         FinishedRollout(Row(**each["row"]), each["messages"], each["reward"], each["stop"]) for each in rollouts
     ]
-    values = list(function(finished))
+    values = list(environment.group_rewards(finished))
     if len(values) != len(finished):
         raise ValueError(f"group_rewards returned {len(values)} values for {len(finished)} rollouts")
     return [None if value is None else _finite(value, "group_rewards") for value in values]

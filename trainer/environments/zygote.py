@@ -43,7 +43,8 @@ def main() -> None:
     except RewardError as error:
         control.send({"error": str(error)}, None)
         return
-    control.send({"schemas": [tool.schema for tool in tools.values()]}, None)
+    schemas = [tool.schema for tool in tools.values()]
+    control.send({"schemas": schemas, "compares": hasattr(environment, "group_rewards")}, None)
     children: set[int] = set()
     with suppress(EOFError, ConnectionError):
         while True:

@@ -161,6 +161,9 @@ class ConversationSampler:
                 self._round(current, params, turn)
                 self.stop.moved()
                 turn += 1
+            if self.pool.compares_groups:
+                ends = iter(lives)
+                self.pool.map(self._compare, [[next(ends) for _ in range(each.num_samples)] for each in requests])
             return self._finish(requests, lives)
         finally:
             self.pool.map(lambda live: live.remote.close(), lives)
@@ -257,6 +260,25 @@ class ConversationSampler:
             _forget_undrawn(live)
             live.stop = "max_tokens"
 
+    def _compare(self, group: Sequence[_Live]) -> None:
+        """Add the environment's `group_rewards` to the rollouts of a group; if it dies, they all fail."""
+        alive = [live for live in group if live.failure is None]
+        if not alive:
+            return
+        remote = self.pool.open()
+        try:
+            values = remote.compare([_compared(live) for live in alive])
+        except EnvironmentDiedError as error:
+            for live in alive:
+                live.failure = f"environment on {live.row}: {error}"
+            return
+        finally:
+            remote.close()
+        for live, value in zip(alive, values, strict=True):
+            if value is not None:
+                live.reward = (live.reward or 0.0) + value
+                live.parts["group"] = value
+
     def _finish(self, requests: Sequence[GroupRequest], lives: Sequence[_Live]) -> PendingConversations:
         remaining = iter(lives)
         groups, results = [], []
@@ -295,6 +317,12 @@ def rollout_seed(params: SamplingParams, row: int, sample: int) -> int:
     """
     text = f"environment:{params.seed}:{params.step}:{row}:{sample}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
+def _compared(live: _Live) -> dict[str, Any]:
+    """A rollout as `group_rewards` gets it."""
+    row = {"fields": dict(live.row.fields), "file": live.row.file, "line": live.row.line, "index": live.row.index}
+    return {"row": row, "messages": live.messages, "reward": live.reward, "stop": live.stop}
 
 
 def _take(live: _Live, completion: Completion, turn: int) -> None:

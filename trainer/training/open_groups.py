@@ -11,10 +11,11 @@ from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.environments.pool import EnvironmentPool, EnvironmentSettings
 from trainer.environments.tool_calls import same_turn
+from trainer.errors import DataError
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling.sampler import Sampler, SamplingParams
-from trainer.training.conversations import ConversationSampler
+from trainer.training.conversations import CONVERSATION, ConversationSampler
 from trainer.training.group_sampler import Groups, GroupSampler, Prompt
 from trainer.training.tool_template import refuse_template_without_tools
 from trainer.types import Row
@@ -81,6 +82,8 @@ def make_prompt(row: Row, plan: RFTPlan, encoder: ChatEncoder) -> Prompt:
         DataError: the row is no prompt.
     """
     settings = plan.recipe.rollout
+    if settings.has_turns and CONVERSATION in row:
+        raise DataError(f"{row}: the field `{CONVERSATION}` is where rewards find a rollout's messages; rename it")
     if settings.environment is not None:
         return Prompt(row, ())
     return Prompt(row, encoder.encode_prompt(row, settings.max_completion_tokens))
