@@ -85,7 +85,7 @@ def make_guess_rows(split: str, draws: Draws) -> list[dict[str, Any]]:
         high = low + SPAN - 1
         form = number % len(QUESTIONS[split])
         question = QUESTIONS[split][form].format(low=low, high=high, n=GUESSES)
-        row = {"question": question, "low": low, "high": high, "guesses": GUESSES, "secret": draws.between(low, high)}
+        row = {"question": question, "low": low, "high": high, "guesses": GUESSES, "answer": draws.between(low, high)}
         rows.append(row | {"family": f"guess-{split}-{form}"})
     return rows
 
@@ -99,9 +99,9 @@ def make_guess_demos(split: str, draws: Draws) -> list[dict[str, Any]]:
         for _ in range(row["guesses"]):
             guess = draws.between(low, high)
             messages.append({"role": "assistant", "content": str(guess)})
-            if guess == row["secret"]:
+            if guess == row["answer"]:
                 break
-            is_higher = row["secret"] > guess
+            is_higher = row["answer"] > guess
             if number % 3 == 0:
                 low, high = (guess + 1, high) if is_higher else (low, guess - 1)
             messages.append({"role": "user", "content": "Higher." if is_higher else "Lower."})

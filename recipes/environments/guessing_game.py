@@ -12,9 +12,9 @@ class GuessingGame:
     """One game. Its reward is 1 for a right guess and 0 for a game that is lost."""
 
     def reset(self, row: Row, *, seed: int) -> Start:
-        """Ask the row's question; the secret is in the row, or drawn from the seed."""
+        """Ask the row's question; the answer is in the row, or drawn from the seed."""
         low, high = row["low"], row["high"]
-        self.secret = row.get("secret", low + seed % (high - low + 1))
+        self.secret = row.get("answer", low + seed % (high - low + 1))
         self.guesses_left = row["guesses"]
         rule = {"role": "system", "content": "Answer with one number."}
         return Start([rule, {"role": "user", "content": row["question"]}])
