@@ -5,37 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
+from prompt_writer import FORGETFUL, STOP, ids, writer
 
 from trainer.data.next_prompt import PromptWriter
-from trainer.data.template import TEMPLATES, ChatTemplate
-from trainer.environments.tool_calls import parse_turn, same_turn
+from trainer.data.template import TEMPLATES
+from trainer.environments.tool_calls import parse_turn
 from trainer.errors import ModelError
 from trainer.training.tool_template import SCHEMA, refuse_template_without_tools
 
-FORGETFUL = """{%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
-{{ message['content'].split('</think>')[-1] if message['role'] == 'assistant' else message['content'] }}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif -%}"""
-"""Drops earlier reasoning, as templates of thinking models do."""
 ASK = {"role": "user", "content": "what is the sum of 8 and 90?"}
 MORE = {"role": "user", "content": "and 12?"}
 CALL = '<tool_call>{"arguments":{"a":7},"name":"zqtool"}</tool_call>'
-STOP = 2
-
-
-def writer(template: str | None = None) -> PromptWriter:
-    tokenizer = tiny_tokenizer()
-    if template is not None:
-        tokenizer.chat_template = template
-    return PromptWriter(tokenizer, ChatTemplate(tokenizer, "2026-01-01"), frozenset({STOP}), {}, same_turn)
-
-
-def ids(one: PromptWriter, text: str) -> list[int]:
-    encoded: list[int] = one.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return encoded
 
 
 def follow(one: PromptWriter, drawn: list[int], observation: dict[str, Any], *tools: Any) -> Any:

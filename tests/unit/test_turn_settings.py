@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from trainer.config.recipe import RFTRecipe
 from trainer.config.rft_sections import RolloutSettings
 from trainer.config.turn_settings import turn_findings
-from trainer.environments.tools import Tool
+from trainer.environments.loading import load_tools
 from trainer.planning.identity import LATER_ROLLOUT_FIELDS, ROLLOUT_EXEMPT
 from trainer.sampling import noise
 
@@ -78,13 +77,9 @@ def rows(name: str, split: str) -> list[dict[str, Any]]:
 
 
 def test_demonstrations_show_the_tool_that_the_run_offers():
-    sys.path.insert(0, str(ROOT / "recipes" / "environments"))
-    try:
-        from calculator import multiply  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
+    tools = load_tools(["recipes/environments/calculator.py:multiply"], ROOT)
     (tool,) = rows("calculator_sft", "train")[0]["tools"]
-    assert tool == Tool.of(multiply).schema
+    assert tool == tools["multiply"].schema
 
 
 @pytest.mark.parametrize("name", ["calculator_sft", "calculator_rft", "guess_sft", "guess_rft"])

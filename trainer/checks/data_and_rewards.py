@@ -48,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 def _show_data(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> bool:
     from trainer.data.chat import load_tokenizer
 
+    if isinstance(plan, RFTPlan) and plan.recipe.rollout.environment is not None:
+        about["data"] = "the environment writes the prompts"
+        if not arguments.json:
+            sys.stdout.write("the environment writes the prompts of these rows: `--rewards` plays it\n")
+        return False
     tokenizer = load_tokenizer(plan.recipe.model)
     recipe, selection = plan.recipe, Selection(arguments.rows, tuple(arguments.row), arguments.find)
     train = survey_rows(recipe, recipe.data.train, tokenizer, selection=selection)

@@ -35,7 +35,7 @@ class ModelSettings(Section):
     """Commit of a hub model, required for one. Of a branch or tag, such as `main`, the plan keeps the commit that it is
     then; where that cannot be found out, it stays, with a warning."""
     chat_template: str | None = None
-    """A Jinja file, or `chatml`, `llama3`, `gemma` or `zephyr`, that replaces the tokenizer's chat template."""
+    """A Jinja file, or `chatml`, `llama3`, `gemma`, `zephyr` or `hermes`, that replaces the tokenizer's template."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. When false, such a model is refused."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -19,6 +19,7 @@ from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, RemoteEnvironment
 from trainer.environments.tool_calls import parse_turn
+from trainer.errors import DataError
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.call_result import CallResult
 from trainer.rewards.runner import RewardRunner, Scored, Scoring, weigh
@@ -85,7 +86,7 @@ class _Live:
     def num_tokens(self) -> int:
         return sum(len(each.ids) for each in self.sequences)
 
-    def die(self, error: EnvironmentDiedError) -> None:
+    def die(self, error: Exception | str) -> None:
         self.stop, self.failure = "environment_died", f"environment on {self.row}: {error}"
 
 
@@ -182,9 +183,24 @@ class ConversationSampler:
 
     def _begin(self, live: _Live) -> None:
         if live.stop is None:
-            self._new_sequence(live, self.writer.first(live.messages, live.tools, str(live.row)))
+            prompt = self._prompt(live)
+            if prompt is None:
+                return
+            self._new_sequence(live, prompt)
             if not self._has_room(live):
-                live.stop = "max_tokens"
+                live.die(
+                    f"the first prompt has {live.num_tokens:,} tokens and a turn may have "
+                    f"{self.settings.max_completion_tokens:,}; a rollout may have {self.max_tokens:,} "
+                    "(rollout.max_tokens, data.max_seq_tokens)"
+                )
+
+    def _prompt(self, live: _Live) -> TokenizedPrompt | None:
+        """The prompt of the next turn; None, and a failed rollout, where the chat template refuses the messages."""
+        try:
+            return self.writer.first(live.messages, live.tools, str(live.row))
+        except DataError as error:
+            live.die(error)
+            return None
 
     def _new_sequence(self, live: _Live, prompt: TokenizedPrompt) -> None:
         live.prompt_text = prompt.text
@@ -249,7 +265,9 @@ class ConversationSampler:
             self._extend(live)
 
     def _extend(self, live: _Live) -> None:
-        prompt = self.writer.first(live.messages, live.tools, str(live.row))
+        prompt = self._prompt(live)
+        if prompt is None:
+            return
         tail = self.writer.tail(live.prompt_text, live.drawn, prompt.text)
         if tail is None:
             self._new_sequence(live, prompt)
