@@ -169,3 +169,14 @@ def test_a_group_is_compared(tmp_path):
     with played(tmp_path, "98", environment=f"{tmp_path}/game.py:Compared") as (_, play):
         (group,) = play({"turns": 1})
     assert [each.rewards["environment"] for each in group.rollouts] == [0.25, 1.25]
+
+
+def test_without_tools_a_call_is_text_for_the_environment(tmp_path):
+    text = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    with played(tmp_path, text, max_completion_tokens=80) as (_, play):
+        (group,) = play({"turns": 1})
+    conversation = group.rollouts[0].conversation
+    assert conversation is not None
+    assert conversation.messages[1] == {"role": "assistant", "content": text}
+    assert conversation.turns[0].calls == ()
+    assert conversation.stop == "done"

@@ -51,7 +51,7 @@ class Session:
 
     def step(self, turn: Turn) -> dict[str, Any]:
         """What the policy gets back. Turns with calls go to the tools, the others to the environment."""
-        calls = tuple(check_call(call, self._tools) for call in turn.calls)
+        calls = tuple(check_call(call, self._tools) for call in turn.calls) if self._tools else ()
         faulty = [call for call in calls if call.status != "ok"]
         ways = {self._errors[call.status] for call in faulty}
         if calls and "end" not in ways and "answer" not in ways:

@@ -18,13 +18,14 @@ from trainer.data.next_prompt import PromptWriter, TokenizedPrompt
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, RemoteEnvironment
-from trainer.environments.tool_calls import parse_turn
+from trainer.environments.tool_calls import ParsedTurn, parse_turn
 from trainer.errors import DataError
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.call_result import CallResult
 from trainer.rewards.runner import RewardRunner, Scored, Scoring, weigh
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 from trainer.training.group_sampler import GroupRequest, with_score
+from trainer.training.tool_template import refuse_template_without_tools
 from trainer.types import (
     Completion,
     Conversation,
@@ -76,6 +77,8 @@ class _Live:
     drawn: tuple[int, ...] = ()
     """Ids of the last turn."""
     text: str = ""
+    parsed: ParsedTurn = field(default_factory=lambda: ParsedTurn({}))
+    """The last turn as a message and calls."""
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     stop: StopReason | None = None
@@ -183,6 +186,8 @@ class ConversationSampler:
 
     def _begin(self, live: _Live) -> None:
         if live.stop is None:
+            if live.tools:  # of the recipe, or of the environment's `Start`
+                refuse_template_without_tools(self.writer.template, self.writer.arguments)
             prompt = self._prompt(live)
             if prompt is None:
                 return
@@ -217,17 +222,24 @@ class ConversationSampler:
         drawn = self.sampler.sample(requests, params)
         for live, (completion,) in zip(lives, drawn, strict=True):
             _take(live, completion, turn)
+            live.parsed = self._parsed(live)
+            live.messages.append(live.parsed.message)
         observed = self.pool.map(lambda live: self._observe(live), lives)
         for live, observation in zip(lives, observed, strict=True):
             if observation is not None:
                 self._continue(live, *observation)
+
+    def _parsed(self, live: _Live) -> ParsedTurn:
+        """The last turn; where no tools were offered, all of it is text."""
+        text = self.writer.raw_text(live.drawn)
+        return parse_turn(text) if live.tools else ParsedTurn({"role": "assistant", "content": text})
 
     def _observe(self, live: _Live) -> tuple[dict[str, Any], float] | None:
         span = live.turns[-1]
         if span.finish == "length":
             live.stop = "length"
             return None
-        parsed = parse_turn(self.writer.raw_text(live.drawn))
+        parsed = live.parsed
         wire = {
             "number": span.number,
             "text": live.text,
@@ -351,11 +363,6 @@ def _take(live: _Live, completion: Completion, turn: int) -> None:
     sequence.logprobs += completion.logprobs
     live.drawn, live.text, live.version = completion.token_ids, completion.text, completion.policy_version
     live.turns.append(TurnSpan(turn, len(live.sequences) - 1, begin, len(sequence.ids), completion.finish_reason))
-    live.messages.append(_message(live, completion))
-
-
-def _message(live: _Live, completion: Completion) -> Mapping[str, Any]:
-    return parse_turn(completion.text).message
 
 
 def _forget_undrawn(live: _Live) -> None:
