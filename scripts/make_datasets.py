@@ -19,6 +19,7 @@ from datasets_extract import make_extract_rows
 from datasets_json import make_json_rows
 from datasets_random import Draws
 from datasets_sums import make_sums_rows
+from datasets_turns import make_calculator_demos, make_calculator_rows, make_guess_demos, make_guess_rows
 
 DIRECTORY: Final = Path(__file__).resolve().parent.parent / "datasets"
 SPLITS: Final = ("train", "heldout")
@@ -27,6 +28,10 @@ MAKERS: Final[Mapping[str, Callable[[str, Draws], list[dict[str, Any]]]]] = {
     "sums": make_sums_rows,
     "json_rft": make_json_rows,
     "code_rft": make_code_rows,
+    "calculator_sft": make_calculator_demos,
+    "calculator_rft": make_calculator_rows,
+    "guess_sft": make_guess_demos,
+    "guess_rft": make_guess_rows,
 }
 
 

@@ -74,7 +74,8 @@ def described(name: str) -> dict[str, Any]:
         document["properties"]["method"] = RecipeBase.model_json_schema()["properties"]["method"]
         document["if"] = {"properties": {"method": {"const": "sft"}}}
         document["then"] = {"properties": dict.fromkeys(sorted(RFT_FIELDS), False)}
-        document["else"] = {"required": ["rewards"]}
+        has_environment = {"required": ["rollout"], "properties": {"rollout": {"required": ["environment"]}}}
+        document["else"] = {"anyOf": [{"required": ["rewards"]}, has_environment]}
     return document
 
 

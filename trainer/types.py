@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 FinishReason = Literal["stop", "length"]
+CallStatus = Literal["ok", "invalid_json", "unclosed", "unknown_tool", "bad_arguments"]
+StopReason = Literal["done", "max_turns", "max_tokens", "length", "time", "environment_died"]
+"""Why a rollout of several turns ended."""
 
 
 @final
@@ -62,6 +65,80 @@ class Completion:
 
 @final
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool as the policy wrote it.
+
+    >>> ToolCall("call_0", "add", {"a": 1}, "bad_arguments", problem="b: field required").status
+    'bad_arguments'
+    """
+
+    id: str
+    name: str
+    """Empty where it could not be read."""
+    arguments: Mapping[str, Any]
+    """As written; empty where they could not be read."""
+    status: CallStatus
+    problem: str = ""
+    """What is wrong with the call, in words for the policy; empty with `ok`."""
+
+
+@final
+@dataclass(frozen=True)
+class DrawnSequence:
+    """Token ids as the policy was given and drew them, and which of them it drew."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    """One per token: whether the policy drew it, so that it is trained."""
+    sampler_logprobs: tuple[float, ...]
+    """One per drawn token, as many as `loss_mask` has True."""
+
+
+@final
+@dataclass(frozen=True)
+class TurnSpan:
+    """Where a turn of a rollout lies among its tokens, and what it earned.
+
+    The completion above as the first turn of a conversation: tokens 2 to 4 of sequence 0.
+
+    >>> TurnSpan(0, sequence=0, begin=2, end=5, finish="stop", reward=1.0).end
+    5
+    """
+
+    number: int
+    sequence: int
+    begin: int
+    end: int
+    """The token after its last one."""
+    finish: FinishReason
+    reward: float | None = None
+    """What the environment gave for this turn; None if nothing."""
+    calls: tuple[ToolCall, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """`Observation.info`."""
+    seconds: float = 0.0
+    """That the environment took to answer."""
+
+
+@final
+@dataclass(frozen=True)
+class Conversation:
+    """What a rollout of several turns has in addition to its first sequence."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """All of them: prompt, turns and observations."""
+    num_prompt: int
+    """Messages of the prompt."""
+    turns: tuple[TurnSpan, ...]
+    stop: StopReason
+    later: tuple[DrawnSequence, ...] = ()
+    """Sequences after the first one: a new one begins where the chat template rewrites what was said before."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that the policy could call."""
+
+
+@final
+@dataclass(frozen=True)
 class Rollout:
     """A token sequence, which of its tokens the policy drew, and what they earned.
 
@@ -95,6 +172,8 @@ class Rollout:
     """Traceback of the reward that failed."""
     advantage: float | None = None
     """The reward relative to the group; None without a reward."""
+    conversation: Conversation | None = None
+    """Of a rollout with an environment or tools; None of a single completion."""
 
     @classmethod
     def of_completion(cls, prompt_ids: tuple[int, ...], completion: Completion) -> Rollout:
@@ -109,9 +188,20 @@ class Rollout:
         )
 
     @property
+    def sequences(self) -> tuple[DrawnSequence, ...]:
+        """All token sequences: one, unless the chat template rewrote earlier turns."""
+        later = self.conversation.later if self.conversation is not None else ()
+        return DrawnSequence(self.token_ids, self.loss_mask, self.sampler_logprobs), *later
+
+    @property
     def num_drawn(self) -> int:
         """Tokens that the policy drew."""
-        return len(self.sampler_logprobs)
+        return sum(len(sequence.sampler_logprobs) for sequence in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
 @final

@@ -23,7 +23,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-REMEDY = r"Set `model.chat_template` to a Jinja file, or to a built-in template: chatml, llama3, gemma, zephyr\.$"
+REMEDY = (
+    r"Set `model.chat_template` to a Jinja file, or to a built-in template: chatml, llama3, gemma, zephyr, hermes\.$"
+)
 
 
 def make_encoder(template=None, *, tokenizer=None, path: str = "nowhere", override=None) -> ChatEncoder:

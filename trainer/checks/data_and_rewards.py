@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +15,9 @@ from trainer.checks.data_survey import Selection, ShownRow, Survey, overlap, sur
 from trainer.checks.html_page import page
 from trainer.config.arguments import add_recipe_arguments
 from trainer.errors import EXIT_FINISHED, EXIT_USER, TrainerError, UserError
-from trainer.planning.plan import Plan
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.plan_recipe import plan_recipe
+from trainer.types import Row
 
 UNTRAINED, TRAINED = ("\x1b[2m", "\x1b[2;4m"), ("\x1b[30;42m", "\x1b[30;102m")
 """Dim and black on green; every other token a shade apart, so that their borders are seen."""
@@ -46,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 def _show_data(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> bool:
     from trainer.data.chat import load_tokenizer
 
+    if isinstance(plan, RFTPlan) and plan.recipe.rollout.environment is not None:
+        about["data"] = "the environment writes the prompts"
+        if not arguments.json:
+            sys.stdout.write("the environment writes the prompts of these rows: `--rewards` plays it\n")
+        return False
     tokenizer = load_tokenizer(plan.recipe.model)
     recipe, selection = plan.recipe, Selection(arguments.rows, tuple(arguments.row), arguments.find)
     train = survey_rows(recipe, recipe.data.train, tokenizer, selection=selection)
@@ -95,16 +102,44 @@ def _show_rewards(plan: Plan, arguments: argparse.Namespace, about: dict[str, An
     recipe = plan.recipe
     if recipe.method != "rft":
         raise UserError(f"{arguments.recipe}: has no rewards, since its method is {recipe.method}")
-    report = probe(
-        recipe.rewards,
-        read_rows(recipe.data.train, recipe.data),
-        base_dir=Path(plan.recipe_dir),
-        timeout_s=recipe.reward_limits.timeout_s,
-        memory_limit_gib=recipe.reward_limits.memory_limit_gib,
-    )
-    about["rewards"] = report.lines()
+    lines: list[str] = []
+    rows = read_rows(recipe.data.train, recipe.data)
+    if isinstance(plan, RFTPlan) and recipe.rollout.has_turns:
+        lines += _play_environment(plan, rows)
+    if recipe.reward_functions and recipe.rollout.environment is None:
+        report = probe(
+            recipe.reward_functions,
+            rows,
+            base_dir=Path(plan.recipe_dir),
+            timeout_s=recipe.reward_limits.timeout_s,
+            memory_limit_gib=recipe.reward_limits.memory_limit_gib,
+        )
+        lines += report.lines()
+    about["rewards"] = lines
     if not arguments.json:
-        sys.stdout.write("\n".join(report.lines()) + "\n")
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _play_environment(plan: RFTPlan, rows: Sequence[Row]) -> list[str]:
+    from trainer.data.chat import ChatEncoder, load_tokenizer
+    from trainer.data.forms import read_conversation
+    from trainer.environments.pool import EnvironmentPool
+    from trainer.environments.trial import play_trials
+    from trainer.training.open_groups import environment_settings
+    from trainer.training.tool_template import refuse_template_without_tools
+
+    recipe = plan.recipe
+    has_environment = recipe.rollout.environment is not None
+    with EnvironmentPool(environment_settings(plan)) as pool:
+        if pool.schemas:
+            encoder = ChatEncoder(load_tokenizer(recipe.model), recipe.model, recipe.data, for_prompts=True)
+            assert encoder.template is not None, "recipes with prompts have `format: chat`"
+            refuse_template_without_tools(encoder.template, recipe.data.chat_template_kwargs)
+
+        def messages(row: Row) -> Sequence[Mapping[str, Any]]:
+            return () if has_environment else read_conversation(row, recipe.data, with_completion=False).messages
+
+        return play_trials(pool, rows, messages, max_turns=recipe.rollout.max_turns, has_rewards=has_environment)
 
 
 def row_lines(row: ShownRow, *, is_colored: bool) -> list[str]:

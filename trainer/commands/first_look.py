@@ -45,10 +45,11 @@ def _rows(recipe: Recipe) -> Iterator[str]:
             yield str(error)
             continue
         problems = [str(error) for error in refused]
-        problems += [problem for row in rows if (problem := _row_problem(row, recipe)) is not None]
+        is_played = isinstance(recipe, RFTRecipe) and recipe.rollout.environment is not None
+        problems += [problem for row in rows if not is_played and (problem := _row_problem(row, recipe)) is not None]
         if isinstance(recipe, RFTRecipe) and not problems:
             try:
-                refuse_unscorable_rows(recipe.rewards, rows)
+                refuse_unscorable_rows(recipe.reward_functions, rows)
             except RewardError as error:
                 problems += str(error).splitlines()
         yield from problems[:MAX_SHOWN]

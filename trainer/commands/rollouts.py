@@ -64,6 +64,31 @@ def _chosen_step(run: RunDir, wanted: int | None, *, refused_only: bool) -> tupl
     return step, step not in kept
 
 
+def conversation_lines(rollout: ShownRollout, limit: int | None) -> list[str]:
+    """The turns and observations of a rollout, the calls that were faulty, and why it ended.
+
+    Args:
+        rollout: with messages.
+        limit: characters of a message that are shown; None shows all.
+    """
+    reward = f"{rollout.reward:.3f}" if rollout.reward is not None else "failed"
+    advantage = f", advantage {rollout.advantage:+.2f}" if rollout.advantage is not None else ""
+    lines = [f"  reward {reward}{advantage}, {rollout.tokens} tokens, ended: {rollout.stop}"]
+    turns = iter(rollout.turns or [])
+    for message in rollout.messages or []:
+        text = str(message["content"])
+        for call in message.get("tool_calls") or []:
+            function = call["function"]
+            text += f" -> {function['name']}({json.dumps(function['arguments'], ensure_ascii=False)})"
+        lines.append(f"    {message['role']:9} {_plain(text, limit)}")
+        if message["role"] == "assistant":
+            faulty = [call for call in next(turns, {"calls": []})["calls"] if call["status"] != "ok"]
+            lines += [f"              {call['status']}: {_plain(call['problem'], limit)}" for call in faulty]
+    if rollout.failure:
+        lines.append(f"    failure: {_plain(rollout.failure.strip().splitlines()[-1], limit)}")
+    return lines
+
+
 def group_lines(group: ShownGroup, *, is_full: bool) -> list[str]:
     """A prompt, its gold fields, and a table of its completions.
 
@@ -82,6 +107,8 @@ def group_lines(group: ShownGroup, *, is_full: bool) -> list[str]:
     if group.fields:
         gold = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in group.fields.items())
         lines.append(f"  gold    {_plain(gold, limit)}")
+    if any(rollout.messages is not None for rollout in group.rollouts):
+        return lines + [line for rollout in group.rollouts for line in conversation_lines(rollout, limit)]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     return lines + table_lines(_table(group.rollouts, limit), indent=2, width=width)
 

@@ -17,7 +17,7 @@ from trainer.commands.certificate import GPU_TOLERANCE, certificate_lines, compa
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, LaunchError
 from trainer.files import write_atomically
 from trainer.launch.processes import kill_with_descendants
-from trainer.planning.plan import Plan
+from trainer.planning.plan import Plan, RFTPlan
 from trainer.run.directory import RunDir
 from trainer.run.find import RUNS, open_run
 from trainer.run.plan_recipe import plan_recipe
@@ -32,6 +32,11 @@ def verify_resume(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None:
         overrides += [f"steps={arguments.steps}", "epochs=null"]
     plan = plan_recipe(Path(arguments.recipe), overrides, arguments.shape)
+    if isinstance(plan, RFTPlan) and plan.recipe.rollout.has_turns and not plan.recipe.rollout.deterministic:
+        raise LaunchError(
+            f"{arguments.recipe}: a killed rollout is played again, which gives equal results only if environment and "
+            "tools answer the same turns in the same way. If they do, set `rollout.deterministic: true`."
+        )
     if not 0 <= arguments.kills < plan.steps:
         raise LaunchError(
             f"--kills {arguments.kills}: the run has {plan.steps} steps. Set it to less: at most one kill a step"

@@ -10,9 +10,10 @@ from typing import Final, final
 
 from trainer.config.devices import KnownDevice, catalog_shape, made_shapes, read_devices
 from trainer.config.document import Document, apply_override, read_document
+from trainer.config.finding import Finding
 from trainer.config.foreign_names import method_remedy, remedies
 from trainer.config.recipe import Recipe, RecipeBase, RFTRecipe, SFTRecipe
-from trainer.config.semantics import Finding, contradictions
+from trainer.config.semantics import contradictions
 from trainer.config.shape import TrainingShape
 from trainer.config.validate import validate, validate_tagged
 from trainer.errors import RecipeError, ShapeError

@@ -17,10 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.config.rft_sections import AlgorithmSettings, RewardLimits, RewardSpec, RolloutSettings
+from trainer.config.rft_sections import ENVIRONMENT_REWARD, AlgorithmSettings, RewardLimits, RewardSpec, RolloutSettings
 from trainer.config.section import Fraction, OpenFraction, Section
 
-BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "zephyr")
+BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "zephyr", "hermes")
 """Names that `model.chat_template` takes beside files."""
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -35,7 +35,7 @@ class ModelSettings(Section):
     """Commit of a hub model, required for one. Of a branch or tag, such as `main`, the plan keeps the commit that it is
     then; where that cannot be found out, it stays, with a warning."""
     chat_template: str | None = None
-    """A Jinja file, or `chatml`, `llama3`, `gemma` or `zephyr`, that replaces the tokenizer's chat template."""
+    """A Jinja file, or `chatml`, `llama3`, `gemma`, `zephyr` or `hermes`, that replaces the tokenizer's template."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. When false, such a model is refused."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -298,6 +298,11 @@ class RFTRecipe(RecipeBase):
     """rft only, at least one: reward functions. Their weighted sum is the reward; each is logged."""
     reward_limits: RewardLimits = Field(default_factory=RewardLimits)
     """rft only: time and memory limits of rewards, and how many may fail."""
+
+    @property
+    def reward_functions(self) -> list[RewardSpec]:
+        """The rewards without that of the environment."""
+        return [reward for reward in self.rewards if reward.use != ENVIRONMENT_REWARD]
 
 
 RFT_FIELDS: Final = frozenset(RFTRecipe.model_fields) - frozenset(RecipeBase.model_fields)

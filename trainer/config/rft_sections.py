@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -15,6 +15,10 @@ from trainer.config.presets import (
     ReferencePolicy,
 )
 from trainer.config.section import Fraction, OpenFraction, Section
+
+ToolErrorWay: TypeAlias = Literal["tell", "end", "answer"]
+ENVIRONMENT_REWARD: Final = "environment"
+"""`use` of the reward that the environment itself gives."""
 
 
 class AlgorithmSettings(Section):
@@ -59,6 +63,34 @@ class SuccessRule(Section):
     """The answer passes if the reward is at least this much."""
 
 
+class ToolErrors(Section):
+    """What a faulty tool call leads to.
+
+    `tell` gives the policy the problem as the tool's result, `end` ends the rollout there, `answer` takes the text as
+    an answer without calls.
+    """
+
+    invalid_json: ToolErrorWay = "tell"
+    """The call is no JSON object with `name` and `arguments`."""
+    unclosed: ToolErrorWay = "tell"
+    """The call does not end."""
+    unknown_tool: ToolErrorWay = "tell"
+    """No tool has this name."""
+    bad_arguments: ToolErrorWay = "tell"
+    """The arguments do not fit the tool's signature."""
+
+
+class EnvironmentLimits(Section):
+    """Resource limits of environments and tools; a rollout that exceeds one counts as failed."""
+
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock time limit of one `reset` or `step`, tools included."""
+    memory_limit_gib: PositiveFloat = 2.0
+    """Address space that an environment may use in addition to what its imports use."""
+    num_workers: PositiveInt = 8
+    """Environments that compute at the same time, per rank."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled during training."""
 
@@ -94,6 +126,34 @@ class RolloutSettings(Section):
     weighted sum reaches the highest value that it can take when every reward gives at most 1."""
     max_sampler_kl: PositiveFloat = 0.1
     """Upper limit of `train/sampler_kl`. Above it the run stops: the sampler and the policy have different weights."""
+    environment: str | None = None
+    """A class with `reset` and `step`, as `module:Class` or `file.py:Class`; rollouts then have several turns
+    (docs/environments.md)."""
+    tools: list[str] = Field(default_factory=list)
+    """Typed functions that the policy may call, as `module:function` or `file.py:function`."""
+    max_turns: PositiveInt = 8
+    """Turns after which a rollout with an environment or tools ends."""
+    max_tokens: PositiveInt | None = None
+    """Tokens that a rollout with an environment or tools may have, prompts and observations included; at most, and by
+    default, `data.max_seq_tokens`. It ends where another turn would not fit."""
+    max_time_s: PositiveFloat | None = None
+    """Seconds after which a rollout with an environment or tools gets no further turn. Results then depend on time."""
+    tool_errors: ToolErrors = Field(default_factory=ToolErrors)
+    """What the policy gets back for a faulty tool call."""
+    environment_limits: EnvironmentLimits = Field(default_factory=EnvironmentLimits)
+    """Time and memory limits of environments and tools."""
+    deterministic: bool = False
+    """You state that environment and tools answer the same turns in the same way; `trainer verify-resume` needs it."""
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether rollouts may have several turns."""
+        return self.environment is not None or bool(self.tools)
+
+    @property
+    def drawn_token_limit(self) -> int:
+        """Most tokens that the policy draws in a rollout."""
+        return self.max_completion_tokens * (self.max_turns if self.has_turns else 1)
 
 
 class RewardSpec(Section):

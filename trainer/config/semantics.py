@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, final
+from typing import Final
 
 from trainer.config.document import KeyPath
+from trainer.config.finding import Finding
 from trainer.config.length import num_steps, rows_for_epochs
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSource, Recipe, RFTRecipe
+from trainer.config.rft_sections import ENVIRONMENT_REWARD
 from trainer.config.source_files import READ_ENDINGS, source_files
+from trainer.config.turn_settings import turn_findings
 from trainer.config.unsupported import (
     HEAD_ADAPTER,
     HEAD_NAME,
@@ -38,16 +40,6 @@ HIGH_LEARNING_RATE: Final = 0.01
 HIGH_WEIGHT_DECAY: Final = 1.0
 MANY_EPOCHS: Final = 100.0
 HIGH_TEMPERATURE: Final = 2.0
-
-
-@final
-@dataclass(frozen=True)
-class Finding:
-    """A contradiction (error) or a questionable setting (warning), at the field to look at."""
-
-    path: KeyPath
-    text: str
-    is_error: bool = True
 
 
 def contradictions(recipe: Recipe, recipe_dir: Path) -> list[Finding]:
@@ -238,7 +230,7 @@ def _hub_model(recipe: Recipe) -> list[Finding]:
 
 
 def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
-    findings = _rewards(recipe, recipe_dir) + _rollout(recipe) + _success(recipe)
+    findings = _rewards(recipe, recipe_dir) + turn_findings(recipe, recipe_dir) + _rollout(recipe) + _success(recipe)
     if recipe.lora is not None and recipe.lora.dropout > 0:
         findings.append(
             Finding(
@@ -257,12 +249,15 @@ def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
 def _rewards(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
     from trainer.config.reward_place import importable  # imported here to keep `check` of sft recipes fast
 
-    if not recipe.rewards:
+    if not recipe.rewards and recipe.rollout.environment is None:
         return [Finding(("rewards",), "missing; rft needs at least one reward, for example `- use: last_number`")]
     findings = []
     names = [reward.name for reward in recipe.rewards]
     for index, reward in enumerate(recipe.rewards):
-        problem = importable(reward.use, recipe_dir)
+        is_own = reward.use == ENVIRONMENT_REWARD
+        problem = None if is_own else importable(reward.use, recipe_dir)
+        if is_own and recipe.rollout.environment is None:
+            problem = "the reward of an environment needs `rollout.environment`"
         if problem is not None:
             text = problem.removeprefix(f"reward {reward.use}: ").replace("\n", " ")
             findings.append(Finding(("rewards", index, "use"), text))

@@ -16,7 +16,7 @@ from trainer.config.recipe import BUILTIN_TEMPLATES
 from trainer.errors import ModelError
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
-TURN_ENDS: Final = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+TURN_ENDS: Final = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "hermes": "<|im_end|>"}
 """The token with which a built-in template ends a turn; zephyr ends it with the tokenizer's own stop token."""
 REMEDY: Final = (
     "Set `model.chat_template` to a Jinja file, or to a built-in template: " + ", ".join(BUILTIN_TEMPLATES) + "."

@@ -44,6 +44,8 @@ class TokenSequence:
     """One number per trained token, the first token of the sequence not counted."""
     source: str = ""
     """File and line of the row, for messages."""
+    owner: tuple[int, int] | None = None
+    """RFT: names the rollout that several sequences of a pack belong to; None: the sequence is a rollout of its own."""
 
     @property
     def num_trained(self) -> int:
@@ -53,4 +55,4 @@ class TokenSequence:
     def truncated(self, length: int) -> TokenSequence:
         """The first `length` tokens."""
         inputs = self.inputs.truncated(sum(self.loss_mask[1:length]))
-        return TokenSequence(self.token_ids[:length], self.loss_mask[:length], inputs, self.source)
+        return TokenSequence(self.token_ids[:length], self.loss_mask[:length], inputs, self.source, self.owner)

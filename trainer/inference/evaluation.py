@@ -282,6 +282,11 @@ def _task(arguments: argparse.Namespace, source: ModelSource) -> Task:
     is_rft = isinstance(plan, RFTPlan)
     rewards = [RewardSpec(use=use) for use in arguments.reward]
     base_dir = Path.cwd()
+    if isinstance(plan, RFTPlan) and not rewards and plan.recipe.rollout.has_turns:
+        raise UserError(
+            "`trainer eval` draws single answers, and this run's rollouts have an environment or tools. Its own "
+            "evaluations (eval/reward in metrics.jsonl) play them; or name a --reward for single answers."
+        )
     if isinstance(plan, RFTPlan) and not rewards:
         rewards, base_dir = plan.recipe.rewards, Path(plan.recipe_dir)
     samples = plan.recipe.rollout.eval_samples if isinstance(plan, RFTPlan) else 1

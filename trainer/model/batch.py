@@ -123,11 +123,11 @@ class Batch:
     targets: torch.Tensor
     """[N] long: that next token."""
     sequence_ids: torch.Tensor
-    """[N] long: the sequence of each trained token, from 0."""
+    """[N] long: the sequence of each trained token, from 0; sequences of one rollout count as one."""
     inputs: LossInputs
     """[N] float32 each."""
     sources: tuple[str, ...]
-    """File and line of each sequence."""
+    """File and line of each sequence; of a rollout of several sequences once."""
     owners: TokenOwners | None = None
     """The adapter of each token; None: all tokens use the active one."""
     is_forward_only: bool = False
@@ -166,12 +166,15 @@ class Batch:
         positions: list[np.ndarray[Any, Any]] = []
         scored: list[np.ndarray[Any, Any]] = []
         sequences = [sequence for tree in trees for sequence in tree.sequences]
-        sequence_id = 0
+        rollouts: dict[object, int] = {}
+        number = 0
         for tree in trees:
             trunk, prefix = len(token_ids), tree.prefix
             token_ids += tree.sequences[0].token_ids[:prefix]
             positions.append(np.arange(prefix))
             for sequence in tree.sequences:
+                sequence_id = rollouts.setdefault(sequence.owner or number, len(rollouts))
+                number += 1
                 branch = len(token_ids) - prefix
                 token_ids += sequence.token_ids[prefix:]
                 positions.append(np.arange(prefix, len(sequence.token_ids)))
@@ -179,7 +182,6 @@ class Batch:
                 places = offsets + np.where(offsets < prefix, trunk, branch)
                 targets = np.array(sequence.token_ids, dtype=np.int64)[offsets + 1]
                 scored.append(np.stack([places, targets, np.full_like(places, sequence_id)]))
-                sequence_id += 1
         scored_positions, targets, sequence_ids = torch.from_numpy(np.concatenate(scored, axis=1)).to(device)
         return cls(
             token_ids=torch.tensor(token_ids).to(device),
@@ -189,7 +191,7 @@ class Batch:
             targets=targets,
             sequence_ids=sequence_ids,
             inputs=LossInputs.of([sequence.inputs for sequence in sequences], device),
-            sources=tuple(sequence.source for sequence in sequences),
+            sources=tuple({each.owner or index: each.source for index, each in enumerate(sequences)}.values()),
             owners=None if adapters is None else _owners([tree.num_tokens for tree in trees], adapters, device),
         )
 
@@ -238,7 +240,13 @@ def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[
 
 def tree_batches(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
     """`micro_batches` for trees; a tree is never split."""
-    return [[trees[index] for index in group] for group in fill([tree.num_tokens for tree in trees], budget)]
+    return unit_batches([[tree] for tree in trees], budget)
+
+
+def unit_batches(units: Sequence[Sequence[Tree]], budget: int) -> list[list[Tree]]:
+    """`micro_batches` for trees of which those of a unit stay together."""
+    sizes = [sum(tree.num_tokens for tree in unit) for unit in units]
+    return [[tree for index in group for tree in units[index]] for group in fill(sizes, budget)]
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:

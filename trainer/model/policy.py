@@ -93,7 +93,7 @@ class Policy(nn.Module):
                     input_ids=ids[None], position_ids=positions[None], use_cache=False, packed=layout
                 )
             else:
-                assert batch.num_sequences == 1, "`pack_limit` makes each pack one sequence"
+                _refuse_split(batch, self.separate_reason)
                 reset_rotary(self.causal_lm)
                 output = self.causal_lm.base_model(input_ids=batch.token_ids[None], use_cache=False)
         return output.last_hidden_state[0].index_select(0, batch.scored)
@@ -231,6 +231,15 @@ class Policy(nn.Module):
             raise ModelError("a policy without adapter has no base to compare with")
         with self.adapters.off():
             yield
+
+
+def _refuse_split(batch: Batch, reason: str) -> None:
+    """`Policy.pack_limit` makes each pack one sequence, but for a rollout whose template rewrites earlier turns."""
+    if [branches for _, branches in batch.layout.trees] not in ([()], [(0,)]):
+        raise ModelError(
+            f"the pack has several sequences of one rollout, and this model computes each alone ({reason}): use a chat "
+            "template that keeps earlier turns, such as model.chat_template: chatml"
+        )
 
 
 @torch.no_grad()

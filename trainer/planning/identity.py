@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSettings, DataSource, Recipe, RFTRecipe
 from trainer.config.reward_place import source_of_reward
+from trainer.config.rft_sections import RolloutSettings
 from trainer.config.source_files import source_files
 from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
 
-ROLLOUT_EXEMPT = frozenset({"vllm_url", "eval_samples", "success", "max_sampler_kl"})
+ROLLOUT_EXEMPT = frozenset(
+    {"vllm_url", "eval_samples", "success", "max_sampler_kl", "environment_limits", "deterministic"}
+)
 """Fields of `rollout` that do not change what is trained."""
+LATER_ROLLOUT_FIELDS: Final = (
+    "environment",
+    "tools",
+    "max_turns",
+    "max_tokens",
+    "max_time_s",
+    "tool_errors",
+)
+"""The same for `rollout`."""
 LATER_DATA_FIELDS: Final = (
     "ignore",
     "eval_frac",
@@ -39,6 +52,10 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
     if isinstance(recipe, RFTRecipe) and algorithm is not None:
         fields["algorithm"] = algorithm_values(algorithm)
         fields["rollout"] = recipe.rollout.model_dump(exclude=set(ROLLOUT_EXEMPT))
+        unset = RolloutSettings().model_dump(include=set(LATER_ROLLOUT_FIELDS))
+        for name, value in unset.items():
+            if fields["rollout"][name] == value:
+                del fields["rollout"][name]
         fields["rewards"] = [reward.model_dump() for reward in recipe.rewards]
     fields["data"] = recipe.data.model_dump(exclude={"train", "eval", "eval_rows"})
     for name in LATER_DATA_FIELDS:
@@ -89,9 +106,25 @@ def reward_digests(recipe: Recipe, recipe_dir: Path) -> dict[str, str]:
     """
     if not isinstance(recipe, RFTRecipe):
         return {}
+    uses = [reward.use for reward in recipe.reward_functions]
+    return _source_digests(uses, recipe_dir) | environment_digests(recipe, recipe_dir)
+
+
+def environment_digests(recipe: RFTRecipe, recipe_dir: Path) -> dict[str, str]:
+    """Return the digest of each source file of the environment and the tools.
+
+    Args:
+        recipe: Names them.
+        recipe_dir: Its directory.
+    """
+    rollout = recipe.rollout
+    return _source_digests([*([rollout.environment] if rollout.environment else []), *rollout.tools], recipe_dir)
+
+
+def _source_digests(uses: Sequence[str], recipe_dir: Path) -> dict[str, str]:
     digests = {}
-    for reward in recipe.rewards:
-        source = source_of_reward(reward.use, recipe_dir)
+    for use in uses:
+        source = source_of_reward(use, recipe_dir)
         if source is not None:
             shown = str(source.relative_to(recipe_dir) if source.is_relative_to(recipe_dir) else source)
             digests[shown] = _file_digest(source)

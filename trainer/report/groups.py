@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+from trainer.run.conversation_record import drawn_tokens
 from trainer.run.directory import RunDir
 from trainer.run.journal import RecordedGroup, read_step
 
@@ -80,9 +81,7 @@ def _shown(group: RecordedGroup) -> ShownGroup:
         fields=group.prompt["fields"] if group.prompt is not None else {},
         spread=max(scored) - min(scored) if scored else 0.0,
         rollouts=[
-            ShownRollout(
-                **{name: record[name] for name in names}, tokens=record["trained"].count("1"), **_turns(record)
-            )
+            ShownRollout(**{name: record[name] for name in names}, tokens=drawn_tokens(record), **_turns(record))
             for record in records
         ],
     )

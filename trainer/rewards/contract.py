@@ -85,20 +85,36 @@ def load_reward(use: str, args: Mapping[str, Any], base_dir: Path) -> LoadedRewa
     Raises:
         RewardError: the name cannot be found or imported, or the signature does not fit.
     """
-    place = locate(use, base_dir)
-    module = _import(place, use, base_dir)
-    try:
-        function = getattr(module, place.function)
-    except AttributeError:
-        near = difflib.get_close_matches(place.function, dir(module), n=1)
-        meant = f"; did you mean `{near[0]}`?" if near else ""
-        raise RewardError(f"reward {use}: {place} has no function `{place.function}`{meant}") from None
+    function = load_object(use, base_dir, kind="reward")
     if not callable(function):
-        raise RewardError(f"reward {use}: `{place.function}` is a {type(function).__name__}, not a function")
+        name = locate(use, base_dir).function
+        raise RewardError(f"reward {use}: `{name}` is a {type(function).__name__}, not a function")
     return _bind(function, args, use)
 
 
-def _import(place: Place, use: str, base_dir: Path) -> ModuleType:
+def load_object(use: str, base_dir: Path, *, kind: str) -> Any:
+    """Import what `use` names.
+
+    Args:
+        use: a built-in name, `module:name`, or `file.py:name` relative to `base_dir`.
+        base_dir: the recipe's directory, which is also on the import path.
+        kind: what it is to be, for messages, such as "reward".
+
+    Raises:
+        RewardError: it cannot be found or imported.
+    """
+    place = locate(use, base_dir)
+    module = _import(place, f"{kind} {use}", base_dir)
+    try:
+        return getattr(module, place.function)
+    except AttributeError:
+        near = difflib.get_close_matches(place.function, dir(module), n=1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        wanted = "class" if kind == "environment" else "function"
+        raise RewardError(f"{kind} {use}: {place} has no {wanted} `{place.function}`{meant}") from None
+
+
+def _import(place: Place, what: str, base_dir: Path) -> ModuleType:
     """Import the module or the file; an exception becomes one line with file and line."""
     for directory in (base_dir, place.file.parent if place.file else base_dir):
         if str(directory.resolve()) not in sys.path:
@@ -114,10 +130,10 @@ def _import(place: Place, use: str, base_dir: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
         remedy = {"math_verify": 'pip install "tunesmith[math]"'}.get(error.name or "", f"pip install {error.name}")
-        raise RewardError(f"reward {use}: {error}{_source(error, place)}\nInstall it: {remedy}") from error
+        raise RewardError(f"{what}: {error}{_source(error, place)}\nInstall it: {remedy}") from error
     except Exception as error:
-        what = f"{type(error).__name__}: {error}{_source(error, place)}"
-        raise RewardError(f"reward {use}: importing {place} fails: {what}") from error
+        problem = f"{type(error).__name__}: {error}{_source(error, place)}"
+        raise RewardError(f"{what}: importing {place} fails: {problem}") from error
     return module
 
 

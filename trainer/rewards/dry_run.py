@@ -188,7 +188,7 @@ def refuse_missing_fields(
 
 
 def _simple_items(rows: Sequence[Row], gold_field: str | None) -> list[tuple[str, Row]]:
-    return [(text, row) for row in rows for text in (_gold(row, gold_field) or "1", WORDS)]
+    return [(text, row) for row in rows for text in (gold_answer(row, gold_field) or "1", WORDS)]
 
 
 def _trials(rows: Sequence[Row], num_rows: int, gold_field: str | None) -> list[Trial]:
@@ -197,7 +197,7 @@ def _trials(rows: Sequence[Row], num_rows: int, gold_field: str | None) -> list[
     trials = []
     tried = rows[:num_rows]
     for position, row in enumerate(tried):
-        gold, other = _gold(row, gold_field), _gold(tried[position - 1], gold_field)
+        gold, other = gold_answer(row, gold_field), gold_answer(tried[position - 1], gold_field)
         if gold is not None:
             trials += [Trial(row, label, form.format(gold), is_gold=True) for label, form in FORMATS.items()]
         if other is not None and other != gold:
@@ -207,8 +207,16 @@ def _trials(rows: Sequence[Row], num_rows: int, gold_field: str | None) -> list[
     return trials
 
 
-def _gold(row: Row, field: str | None) -> str | None:
-    """The row's gold answer as text, or None."""
+def gold_answer(row: Row, field: str | None = None) -> str | None:
+    """The row's gold answer as text, or None.
+
+    Args:
+        row: of the data.
+        field: that holds it; None tries the usual names.
+
+    Raises:
+        RewardError: the row lacks this field.
+    """
     if field is not None and field not in row:
         raise RewardError(f"{row}: no field `{field}`, which was named as the gold answer")
     for name in (field,) if field else GOLD_FIELDS:

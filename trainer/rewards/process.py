@@ -29,6 +29,22 @@ class WorkerFailedError(Exception):
     """The worker exited or timed out during a call; the message includes its last output."""
 
 
+def worker_environment(directory: Path) -> dict[str, str]:
+    """The environment variables of a process that runs the user's code.
+
+    Args:
+        directory: its TMPDIR.
+    """
+    root = str(Path(__file__).parents[2])
+    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])] if "site-packages" not in root else []
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONHASHSEED": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "TMPDIR": str(directory)}
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
 @final
 class WorkerProcess:
     """A child process that answers one call at a time.
@@ -43,13 +59,6 @@ class WorkerProcess:
             setup: the first message: the rewards and the memory limit.
             directory: the worker's TMPDIR; the caller removes it, since a killed worker cannot.
         """
-        root = str(Path(__file__).parents[2])
-        path = [root, *filter(None, [os.environ.get("PYTHONPATH")])] if "site-packages" not in root else []
-        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"PYTHONHASHSEED": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "TMPDIR": str(directory)}
-        if path:
-            environment["PYTHONPATH"] = os.pathsep.join(path)
         self._stderr = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by kill()
         with _blocked(signal.SIGTERM):  # inherited by the child, which unblocks it when it has a handler
             self._process = subprocess.Popen(
@@ -58,7 +67,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 start_new_session=True,  # its own process group, so that a kill reaches its children
-                env=environment,
+                env=worker_environment(directory),
                 bufsize=0,
             )
         assert self._process.stdin is not None

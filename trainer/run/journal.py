@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from trainer.files import make_directory, write_atomically
+from trainer.run.conversation_record import (
+    conversation_record,
+    drawn_tokens,
+    read_conversation_record,
+    read_sequence,
+    sequence_record,
+)
 from trainer.run.directory import RunDir
 from trainer.types import Group, Rollout, Row
 
@@ -41,10 +48,15 @@ class ChunkHeader:
     """Chunks are dealt to ranks, so another number of ranks may sample with other batches and get other bits."""
     length: tuple[int | None, float | None]
     """`steps` and `epochs`. A resume may change them, and with them the learning rates and so the weights that draw."""
+    environment: Mapping[str, str] | None = None
+    """Digests of the files of environment and tools; None, and not on disk, without them."""
 
     def record(self) -> dict[str, Any]:
         """The first line of the file."""
-        return {"format": FORMAT, **asdict(self), "rows": list(self.rows), "length": list(self.length)}
+        fields = asdict(self) | {"rows": list(self.rows), "length": list(self.length)}
+        if self.environment is None:
+            del fields["environment"]
+        return {"format": FORMAT, **fields}
 
 
 @final
@@ -128,7 +140,7 @@ def count_sampled(run: RunDir) -> tuple[int, int]:
     for (step, number), times in begun.items():
         records = _complete(run.journal_chunk(step, number))
         rollouts = [each for group in _by_group(records) for each in group.rollouts] if records else []
-        tokens = sum(record["trained"].count("1") for record in rollouts)
+        tokens = sum(map(drawn_tokens, rollouts))
         total += tokens
         repeated += tokens * (times - 1)
     return total, repeated
@@ -206,29 +218,27 @@ def _shortened(value: Any) -> Any:
 
 def _record(row: Row, rollout: Rollout) -> dict[str, Any]:
     """The line of a rollout. On disk logprobs have the length of `token_ids`, with 0.0 where nothing was drawn."""
-    logprobs = iter(rollout.sampler_logprobs)
     return {
         "row": row.index,
         "where": str(row),
         "advantage": rollout.advantage,
-        "token_ids": rollout.token_ids,
-        "trained": "".join("1" if is_drawn else "0" for is_drawn in rollout.loss_mask),
-        "sampler_logprobs": [next(logprobs) if is_drawn else 0.0 for is_drawn in rollout.loss_mask],
+        **sequence_record(rollout.sequences[0]),
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,
         "text": rollout.text,
         "reward": rollout.reward,
         "rewards": rollout.rewards,
         "failure": rollout.failure,
+        **({"conversation": conversation_record(rollout.conversation)} if rollout.conversation is not None else {}),
     }
 
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
-    loss_mask, logprobs = tuple(flag == "1" for flag in record["trained"]), record["sampler_logprobs"]
+    first, conversation = read_sequence(record), record.get("conversation")
     return Rollout(
-        token_ids=tuple(record["token_ids"]),
-        loss_mask=loss_mask,
-        sampler_logprobs=tuple(value for value, is_drawn in zip(logprobs, loss_mask, strict=True) if is_drawn),
+        token_ids=first.token_ids,
+        loss_mask=first.loss_mask,
+        sampler_logprobs=first.sampler_logprobs,
         finish_reason=record["finish_reason"],
         policy_version=record["policy_version"],
         text=record["text"],
@@ -236,4 +246,5 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
         rewards=record["rewards"],
         failure=record["failure"],
         advantage=record["advantage"],
+        conversation=read_conversation_record(conversation) if conversation is not None else None,
     )

@@ -69,7 +69,7 @@ class LocalSampler:
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         prompt_index = {prompt: index for index, prompt in enumerate(prompts)}
         drafts = [
-            _Draft(prompt=prompt_index[request.prompt_ids], row=request.row, sample=request.first_sample + sample)
+            _Draft(prompt_index[request.prompt_ids], request.row, request.first_sample + sample, request.turn)
             for request in requests
             for sample in range(request.num_samples)
         ]
@@ -96,6 +96,7 @@ class LocalSampler:
         keys = noise.row_keys(
             params.seed, params.step, [draft.row for draft in drafts], [draft.sample for draft in drafts], self.device
         )
+        keys = noise.turn_keys(keys, [draft.turn for draft in drafts])
         live, stop_rule = list(drafts), _StopRule(params, self.tokenizer)
         for position in range(params.max_completion_tokens):
             tokens, logprobs = self._draw_next(hidden, params, keys, position)
@@ -139,6 +140,7 @@ class _Draft:
     """Index of its prompt among the distinct prompts."""
     row: int
     sample: int
+    turn: int = 0
     index: int = 0
     """Over all requests."""
     token_ids: list[int] = field(default_factory=list)

@@ -5,6 +5,8 @@ depend on which completions are sampled in the same batch, and there is no gener
 
     key = mix(seed);  key = mix(key + (counter + 1) * GAMMA) for step, row, sample, position;  u = key >> 16, over 2**48
 
+Turns of a conversation after the first one continue with key = mix(~key + turn * GAMMA), before the position.
+
 where `mix` is the finalizer of SplitMix64 (Steele, Lea and Flood 2014) and arithmetic is modulo 2**64.
 
 A token is drawn by inverting the distribution function in integers: q_i = floor(p_i * 2**40), and the token is the
@@ -46,6 +48,18 @@ def row_keys(seed: int, step: int, rows: Sequence[int], samples: Sequence[int], 
     key = _mix(_stir(key, torch.tensor([step], device=device)))
     key = _mix(_stir(key, torch.tensor(rows, device=device)))
     return _mix(_stir(key, torch.tensor(samples, device=device)))
+
+
+def turn_keys(keys: torch.Tensor, turns: Sequence[int]) -> torch.Tensor:
+    """[R] noise keys of a turn of each completion's conversation; turn 0 keeps its key.
+
+    Args:
+        keys: [R] from `row_keys`.
+        turns: from 0.
+    """
+    turn = torch.tensor(turns, device=keys.device)
+    later = _mix(~keys + turn * _signed(_GAMMA))
+    return torch.where(turn == 0, keys, later)
 
 
 def uniforms(keys: torch.Tensor, position: int) -> torch.Tensor:

@@ -24,6 +24,8 @@ class SampleRequest:
     """The group size, G."""
     first_sample: int = 0
     """Index of the first completion in the row's noise; later groups of the same row and step start higher."""
+    turn: int = 0
+    """Turn of the conversation, from 0; each has noise of its own."""
 
 
 @final

@@ -183,7 +183,7 @@ class VllmSampler:
             "model": self.name,
             "prompt": request.prompt_ids,
             "n": request.num_samples // copies,
-            "seed": request_seed(params.seed, params.step, request.row) + request.first_sample,
+            "seed": request_seed(params.seed, params.step, request.row, request.turn) + request.first_sample,
             "max_tokens": params.max_completion_tokens,
             "stop": params.stop,
             "stop_token_ids": sorted(params.stop_ids),
@@ -225,7 +225,7 @@ class VllmSampler:
         return Completion(token_ids, logprobs, reason, self.version, decoded(self.tokenizer, token_ids))
 
 
-def request_seed(seed: int, step: int, row: int) -> int:
+def request_seed(seed: int, step: int, row: int, turn: int = 0) -> int:
     """Seed of a row's first completion; vLLM itself adds n for the n-th one.
 
     >>> request_seed(0, 0, 0) != request_seed(0, 1, 0) != request_seed(0, 0, 1)
@@ -235,8 +235,10 @@ def request_seed(seed: int, step: int, row: int) -> int:
         seed: of the run.
         step: of the training.
         row: index of the row.
+        turn: of the conversation, from 0.
     """
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{step}:{row}".encode(), digest_size=7).digest())
+    text = f"{seed}:{step}:{row}" + (f":{turn}" if turn else "")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 def _is_truncated(params: SamplingParams) -> bool:

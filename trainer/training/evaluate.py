@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 from trainer.config.recipe import DataSettings, RFTRecipe
 from trainer.errors import RewardError
@@ -14,10 +14,10 @@ from trainer.files import make_directory, write_atomically
 from trainer.rewards.runner import ALL_ABSTAINED
 from trainer.run.intervals import bootstrap_interval
 from trainer.run.journal import json_line
-from trainer.training.group_sampler import GroupRequest, GroupSampler, Prompt
+from trainer.training.group_sampler import GroupRequest, Groups, Prompt
 from trainer.training.prompt_record import journal_prompt
 from trainer.training.rollouts import split_chunks
-from trainer.types import FinishReason, Rollout
+from trainer.types import Conversation, FinishReason, Rollout
 
 CHUNK_PROMPTS: Final = 16
 ROUNDING: Final = 1e-9
@@ -38,12 +38,24 @@ class HeldOutAnswer:
     num_tokens: int
     failure: str | None = None
     """Traceback of the reward that failed, or that every reward abstained."""
+    conversation: Conversation | None = None
+    """Of an answer with several turns."""
 
     @classmethod
     def of_rollout(cls, rollout: Rollout) -> HeldOutAnswer:
         """What evaluation keeps of a scored rollout."""
         rewards, reason = rollout.rewards, rollout.finish_reason
-        return cls(rollout.text, rollout.reward, rewards, reason, rollout.num_drawn, rollout.failure)
+        return cls(
+            rollout.text, rollout.reward, rewards, reason, rollout.num_drawn, rollout.failure, rollout.conversation
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The answer as it is on disk; messages only with a conversation."""
+        fields = {**self.__dict__}
+        conversation = fields.pop("conversation")
+        if conversation is not None:
+            fields |= {"messages": conversation.messages[conversation.num_prompt :], "stop": conversation.stop}
+        return fields
 
     @property
     def has_abstained(self) -> bool:
@@ -111,7 +123,7 @@ class EvaluationSettings:
 class RewardEvaluation:
     """Answers each held-out prompt several times and averages the rewards."""
 
-    def __init__(self, prompts: Sequence[Prompt], sampler: GroupSampler, settings: EvaluationSettings) -> None:
+    def __init__(self, prompts: Sequence[Prompt], sampler: Groups, settings: EvaluationSettings) -> None:
         """Fix the prompts and the noise.
 
         Args:
@@ -195,7 +207,8 @@ class RewardEvaluation:
         pairs = zip(self.prompts, by_prompt, strict=True)
         return "".join(
             json_line(
-                journal_prompt(prompt.row, self.data).record() | {"answers": [answer.__dict__ for answer in answers]}
+                journal_prompt(prompt.row, self.data, answers[0].conversation).record()
+                | {"answers": [answer.record() for answer in answers]}
             )
             for prompt, answers in pairs
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Protocol, final
 
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
@@ -34,6 +34,37 @@ class GroupRequest:
     num_samples: int
     first_sample: int = 0
     """Index of the first sample in the noise stream of the row."""
+
+
+class Pending(Protocol):
+    """Groups whose rollouts are being scored."""
+
+    def result(self) -> list[Group]:
+        """Wait for the rewards; returns the groups with them."""
+
+
+class Groups(Protocol):
+    """Draws and scores groups: of single completions, or of conversations."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """Of training; callers select the noise stream with `at_step` or `for_evaluation`."""
+
+    @property
+    def world(self) -> World:
+        """The ranks that share the work."""
+
+    @property
+    def stop(self) -> StopFlag:
+        """Set when the run is to stop."""
+
+    def submit(self, requests: Sequence[GroupRequest], params: SamplingParams) -> Pending:
+        """Draw groups and start to score them; the caller may draw more in the meantime.
+
+        Args:
+            requests: one per group.
+            params: how to sample them.
+        """
 
 
 @final

@@ -12,7 +12,7 @@ from trainer.algorithms import ResolvedAlgorithm, denominator
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
-from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
+from trainer.model.batch import Batch, Tree, grow_trees, unit_batches
 from trainer.model.policy import Reference, score
 from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner, PackResult, Update
@@ -50,12 +50,14 @@ def minibatches(drawn: StepRollouts, plan: RFTPlan, device: torch.device, budget
     algorithm = plan.algorithm
     result = []
     for part in _split(drawn, algorithm.minibatches_per_step):
-        packs = _packs([_sequences(group, algorithm) for group in part], algorithm, budget, device)
+        packs = _packs(
+            [_sequences(group, algorithm, number) for number, group in enumerate(part)], algorithm, budget, device
+        )
         divisor = denominator(
             algorithm.normalizer,
             num_tokens=sum(pack.num_trained for pack in packs),
             num_sequences=sum(len(group.scored) for group in part),
-            max_completion_tokens=plan.recipe.rollout.max_completion_tokens,
+            max_completion_tokens=plan.recipe.rollout.drawn_token_limit,
         )
         result.append(Minibatch(packs, float(divisor)))
     return result
@@ -160,30 +162,51 @@ def _packs(
 
     Zero-advantage groups are packed separately and run without backward, unless a KL penalty gives them a gradient.
     """
-    trained: list[Tree] = []
-    forward_only: list[Tree] = []
+    trained: list[list[Tree]] = []
+    forward_only: list[list[Tree]] = []
     for sequences in groups:
         if sequences:
             has_gradient = algorithm.kl_coef != 0 or any(any(each.inputs.advantages) for each in sequences)
-            (trained if has_gradient else forward_only).extend(grow_trees(sequences, budget))
-    packs = [Batch.pack_trees(trees, device) for trees in tree_batches(trained, budget)]
+            (trained if has_gradient else forward_only).extend(_units(sequences, budget))
+    packs = [Batch.pack_trees(trees, device) for trees in unit_batches(trained, budget)]
     return packs + [
-        replace(Batch.pack_trees(trees, device), is_forward_only=True) for trees in tree_batches(forward_only, budget)
+        replace(Batch.pack_trees(trees, device), is_forward_only=True) for trees in unit_batches(forward_only, budget)
     ]
 
 
-def _sequences(group: Group, algorithm: ResolvedAlgorithm) -> list[TokenSequence]:
-    """The rollouts of a group that are trained on: scored, and not masked for their length."""
+def _units(sequences: Sequence[TokenSequence], budget: int) -> list[list[Tree]]:
+    """Trees that must stay in one pack: one each, or those of a rollout with several sequences.
+
+    Normalizers and GSPO count tokens of whole rollouts, so a rollout is never split.
+    """
+    split = {each.owner for each in sequences if each.owner is not None}
+    alone = [each for each in sequences if each.owner is None]
+    units = [[tree] for tree in grow_trees(alone, budget)] if alone else []
+    return units + [grow_trees([each for each in sequences if each.owner == owner], budget) for owner in sorted(split)]
+
+
+def _sequences(group: Group, algorithm: ResolvedAlgorithm, number: int) -> list[TokenSequence]:
+    """The token sequences of a group that are trained on: of rollouts scored, and not masked for their length."""
     return [
-        _sequence(rollout, rollout.advantage, str(group.row))
-        for rollout in group.rollouts
+        sequence
+        for index, rollout in enumerate(group.rollouts)
         if rollout.advantage is not None and not (algorithm.overlong == "mask" and rollout.finish_reason == "length")
+        for sequence in _sequences_of(rollout, rollout.advantage, str(group.row), (number, index))
     ]
 
 
-def _sequence(rollout: Rollout, advantage: float, source: str) -> TokenSequence:
-    inputs = TokenInputs(advantages=(advantage,) * rollout.num_drawn, sampler_logprobs=rollout.sampler_logprobs)
-    return TokenSequence(rollout.token_ids, rollout.loss_mask, inputs, source)
+def _sequences_of(rollout: Rollout, advantage: float, source: str, owner: tuple[int, int]) -> list[TokenSequence]:
+    drawn = rollout.sequences
+    return [
+        TokenSequence(
+            each.token_ids,
+            each.loss_mask,
+            TokenInputs((), (advantage,) * len(each.sampler_logprobs), each.sampler_logprobs),
+            source,
+            owner if len(drawn) > 1 else None,
+        )
+        for each in drawn
+    ]
 
 
 def _mean(updates: Sequence[Update], num_epochs: int) -> Update:

@@ -19,9 +19,10 @@ from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
-from trainer.training.group_sampler import GroupSampler, Prompt
+from trainer.training.group_sampler import Prompt
 from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.metrics import Values
+from trainer.training.open_groups import make_prompt, open_groups
 from trainer.training.rollouts import Rollouts, sampling_params, summarize
 
 
@@ -51,7 +52,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         limits = recipe.reward_limits
         rewards = stack.enter_context(
             RewardRunner(
-                recipe.rewards,
+                recipe.reward_functions,
                 base_dir=Path(plan.recipe_dir),
                 num_workers=limits.num_workers,
                 timeout_s=limits.timeout_s,
@@ -63,9 +64,9 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
             attempt.say(sampler.note)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world)
-        group_sampler = GroupSampler(sampler, rewards, params, world, attempt.stop)
-        rollouts = Rollouts(plan, prompts, group_sampler, attempt.run)
-        evaluation = RewardEvaluation(held_out, group_sampler, EvaluationSettings.of(recipe))
+        groups = open_groups(stack, plan, encoder, sampler, params, rewards, world, attempt.stop)
+        rollouts = Rollouts(plan, prompts, groups, attempt.run)
+        evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
         def evaluate() -> Values:
             sampler.publish(policy, attempt.step)
@@ -112,8 +113,8 @@ def _prompts(
 ) -> list[Prompt]:
     """The rows of a source, checked and encoded; `limit` keeps the first rows only."""
     rows = read_rows(source, encoder.data, limit)
-    refuse_unscorable_rows(plan.recipe.rewards, rows)
-    prompts = [Prompt(row, encoder.encode_prompt(row, plan.recipe.rollout.max_completion_tokens)) for row in rows]
+    refuse_unscorable_rows(plan.recipe.reward_functions, rows)
+    prompts = [make_prompt(row, plan, encoder) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     attempt.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TypeVar, final
 
 from trainer.algorithms import group_advantages
@@ -16,11 +17,13 @@ from trainer.config.rft_sections import RolloutSettings
 from trainer.data.order import epoch_order, rows_of_step
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
+from trainer.planning.identity import environment_digests
 from trainer.planning.plan import RFTPlan
 from trainer.run.directory import RunDir
 from trainer.run.journal import ChunkHeader, note_begun, read_chunk, set_aside, write_chunk
 from trainer.sampling.sampler import SamplingParams
-from trainer.training.group_sampler import GroupRequest, GroupSampler, PendingGroups, Prompt
+from trainer.training.conversation_metrics import conversation_metrics
+from trainer.training.group_sampler import GroupRequest, Groups, Pending, Prompt
 from trainer.training.prompt_record import journal_prompt
 from trainer.types import Group, Rollout
 
@@ -59,14 +62,14 @@ class _PendingChunk:
 
     number: int
     header: ChunkHeader
-    pending: PendingGroups
+    pending: Pending
 
 
 @final
 class Rollouts:
     """Samples and scores the groups of each step, chunk by chunk."""
 
-    def __init__(self, plan: RFTPlan, prompts: Sequence[Prompt], sampler: GroupSampler, run: RunDir) -> None:
+    def __init__(self, plan: RFTPlan, prompts: Sequence[Prompt], sampler: Groups, run: RunDir) -> None:
         """Prepare to sample; nothing is drawn yet.
 
         Args:
@@ -80,6 +83,7 @@ class Rollouts:
         self.overlong_reward = algorithm.overlong_reward if algorithm.overlong == "punish" else None
         self.recipe, self.settings, self.prompts = plan.recipe, plan.recipe.rollout, prompts
         self.sampler, self.run = sampler, run
+        self.environment = environment_digests(plan.recipe, Path(plan.recipe_dir)) or None
         self.world, self.stop = sampler.world, sampler.stop
         bad_sources = self.world.from_main(run.read_excluded())
         self.excluded = {index for index, prompt in enumerate(prompts) if str(prompt.row) in bad_sources}
@@ -169,7 +173,7 @@ class Rollouts:
         if self.overlong_reward is not None:
             groups = [penalize_overlong(group, self.overlong_reward) for group in groups]
         groups = [with_advantages(group, self.estimator) for group in groups]
-        prompts = [journal_prompt(group.row, self.recipe.data) for group in groups]
+        prompts = [journal_prompt(group.row, self.recipe.data, group.rollouts[0].conversation) for group in groups]
         write_chunk(self.run, chunk.number, chunk.header, groups, prompts)
         return groups
 
@@ -180,6 +184,7 @@ class Rollouts:
             group_size=self.settings.group_size,
             world_size=self.world.size,
             length=(self.recipe.steps, self.recipe.epochs),
+            environment=self.environment,
         )
 
     def _refuse_failures(self, step: int, groups: Sequence[Group]) -> None:
@@ -264,7 +269,7 @@ def summarize(drawn: StepRollouts, world: World) -> dict[str, float]:
             "reward": math.fsum(rewards),
             "squared_reward": math.fsum(reward * reward for reward in rewards),
             "drawn_tokens": sum(rollout.num_drawn for rollout in rollouts),
-            "tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+            "tokens": sum(rollout.num_tokens for rollout in rollouts),
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts),
             "replayed_chunks": drawn.num_replayed,
         }
@@ -282,6 +287,7 @@ def summarize(drawn: StepRollouts, world: World) -> dict[str, float]:
         "rollout/sampled_tokens": total["drawn_tokens"],
         "perf/replayed_chunks": total["replayed_chunks"],
         **{f"rollout/reward/{name}": value for name, value in _mean_rewards(rollouts, world).items()},
+        **conversation_metrics(rollouts, world),
     }
 
 

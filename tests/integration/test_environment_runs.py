@@ -1,0 +1,111 @@
+"""Runs with environments: killed within a turn they end with equal bits, and a dead environment ends nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import Project, wait_for
+from rft_project import RECIPE, journal, prepare, rollouts, run_here
+
+# A random model draws no stop token, but soon a letter: its turns end there.
+ECHO: dict[str, Any] = {
+    "data": {"train": "asks.jsonl", "max_seq_tokens": 128},
+    "rows_per_step": 4,
+    "steps": 3,
+    "rewards": [],
+    "rollout": {
+        "group_size": 3,
+        "max_completion_tokens": 12,
+        "stop": ["a", "e", "i", "o", "n", "s", " "],
+        "chunk_prompts": 2,
+        "environment": "guessing.py:Echo",
+        "deterministic": True,
+    },
+    "algorithm": {"normalizer": "sequence"},
+    "eval_interval": 0,
+    "dcp_save_interval": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def asks(shared: Project) -> Project:
+    project = prepare(shared)
+    shutil.copy(Path(__file__).with_name("guessing.py"), project.root / "guessing.py")
+    rows = [{"ask": f"what is {number}?"} for number in range(8)]
+    (project.root / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return project
+
+
+@pytest.fixture(scope="module")
+def whole(asks):
+    return run_here(asks, "whole", **ECHO)
+
+
+def test_every_turn_is_trained_and_no_observation_is(whole):
+    records = rollouts(whole, 0)
+    assert {len(each["conversation"]["turns"]) for each in records} > {1}, "some have several turns"
+    for record in records:
+        conversation = record["conversation"]
+        drawn = [index for index, flag in enumerate(record["trained"]) if flag == "1"]
+        spans = [index for turn in conversation["turns"] for index in range(turn["begin"], turn["end"])]
+        assert not conversation["later"], "this template keeps what was said"
+        assert drawn == spans
+        assert record["reward"] == sum(turn["reward"] or 0.0 for turn in conversation["turns"])
+        said = [message["role"] for message in conversation["messages"][conversation["num_prompt"] :]]
+        assert said[::2] == ["assistant"] * len(conversation["turns"])
+
+
+def test_turns_have_noise_of_their_own(whole):
+    """With the noise of turn 0 in every turn, a random policy would repeat its first tokens far more often."""
+    pairs = [
+        [record["token_ids"][turn["begin"]] for turn in record["conversation"]["turns"][:2]]
+        for step in range(3)
+        for record in rollouts(whole, step)
+    ]
+    several = [pair for pair in pairs if len(pair) == 2]
+    assert sum(first == second for first, second in several) < len(several) / 2
+
+
+def test_a_run_killed_in_the_middle_of_a_turn_ends_with_equal_bits(asks, whole):
+    asks.recipe("killed.yaml", **{**RECIPE, **ECHO, "name": "killed"})
+    (asks.root / "wait").touch()
+    running = asks.start_worker("killed.yaml")
+    wait_for((asks.root / "waiting").exists, running)
+    running.signal(signal.SIGKILL, group=True)
+    running.wait()
+    (asks.root / "wait").unlink()
+    killed = run_here(asks, "killed", **ECHO)
+    assert without_seconds(journal(killed)) == without_seconds(journal(whole))
+    assert killed.adapter() == whole.adapter()
+
+
+def test_a_dead_environment_is_a_failed_rollout(asks):
+    (asks.root / "die").write_text("what is 3?")
+    try:
+        limits = {"max_failed_frac": 1.0}
+        run = run_here(asks, "dying", **{**ECHO, "steps": 2, "reward_limits": limits})
+    finally:
+        (asks.root / "die").unlink()
+    records = [record for step in range(2) for record in rollouts(run, step)]
+    dead = [record for record in records if record["where"].endswith(":4")]
+    assert dead
+    assert all(record["conversation"]["stop"] == "environment_died" for record in dead)
+    assert all("ended itself with status 7" in record["failure"] for record in dead)
+    assert all(record["reward"] is not None for record in records if record not in dead)
+
+
+def without_seconds(chunks: dict[str, bytes]) -> dict[str, Any]:
+    """The journal without the time that environments took."""
+    parsed: dict[str, Any] = {}
+    for place, text in chunks.items():
+        lines = [json.loads(line) for line in text.decode().split("\n")[:-1]]
+        for line in lines:
+            for turn in line.get("conversation", {}).get("turns", []):
+                turn["seconds"] = 0.0
+        parsed[place] = lines
+    return parsed

@@ -1,0 +1,182 @@
+"""Conversations: rounds by turn, sequences where a template forgets, limits, and what is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from plans import rft_plan
+from prompt_writer import FORGETFUL, STOP, ids, writer
+
+from trainer.config.recipe import RFTRecipe
+from trainer.distributed.preemption import StopFlag
+from trainer.distributed.world import World
+from trainer.environments.pool import EnvironmentPool
+from trainer.rewards.runner import RewardRunner
+from trainer.training.conversation_metrics import conversation_metrics
+from trainer.training.conversations import ConversationSampler
+from trainer.training.group_sampler import GroupRequest, Prompt
+from trainer.training.open_groups import environment_settings
+from trainer.training.rollouts import sampling_params
+from trainer.types import Completion, Group, Rollout, Row
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+GAME = '''
+import os
+from trainer.environments.contract import Observation, Start
+
+class Game:
+    """Plays as many turns as the row says; samples of odd seed pass first."""
+
+    def reset(self, row, *, seed):
+        self.row, self.left = row, row["turns"]
+        return Start([{"role": "user", "content": "go"}])
+
+    def step(self, turn):
+        self.left -= 1
+        if self.row.get("dies") == turn.number:
+            os._exit(1)
+        done = self.left == 0
+        return Observation([{"role": "user", "content": "more"}], done=done, reward=0.25, parts={"seen": 1.0})
+
+class Compared(Game):
+    @staticmethod
+    def group_rewards(rollouts):
+        return [float(index) for index, _ in enumerate(rollouts)]
+
+def count(completion, row):
+    return float(len(row["conversation"]))
+'''
+
+
+class ScriptedSampler:
+    """Says the script's text in every turn, and records what it was asked."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.asked: list[list[tuple[int, int, int]]] = []
+
+    def publish(self, policy: Any, version: int) -> None:
+        raise AssertionError("the loop publishes")
+
+    def sample(self, requests: Any, params: Any) -> list[list[Completion]]:
+        self.asked.append([(request.row, request.first_sample, request.turn) for request in requests])
+        drawn = (*ids(writer(), self.text), STOP)
+        assert all(request.num_samples == 1 for request in requests)
+        return [[Completion(drawn, (-0.5,) * len(drawn), "stop", 4, self.text)] for _ in requests]
+
+
+@contextmanager
+def played(tmp_path: Path, text: str, template: str | None = None, **rollout: Any) -> Iterator[Any]:
+    (tmp_path / "game.py").write_text(GAME)
+    settings = {"environment": f"{tmp_path}/game.py:Game", "max_completion_tokens": 16, **rollout}
+    fields = {"name": "a", "method": "rft", "model": {"path": "m"}, "data": {"train": "r.jsonl", "max_seq_tokens": 256}}
+    rewards = [{"use": f"{tmp_path}/game.py:count", "weight": 0.5}]
+    plan = rft_plan(RFTRecipe.model_validate({**fields, "rewards": rewards, "rollout": settings}))
+    sampler = ScriptedSampler(text)
+    with (
+        RewardRunner(plan.recipe.reward_functions, base_dir=tmp_path) as runner,
+        EnvironmentPool(environment_settings(plan)) as pool,
+    ):
+        params = sampling_params(plan.recipe, plan.recipe.rollout, frozenset({STOP}))
+        groups = ConversationSampler(sampler, runner, params, WORLD, StopFlag(), pool, writer(template), plan)
+
+        def play(*rows: dict[str, Any]) -> list[Group]:
+            requests = [GroupRequest(Prompt(Row(row, index=index), ()), 2) for index, row in enumerate(rows)]
+            return groups.submit(requests, params).result()
+
+        yield sampler, play
+
+
+def test_rounds_have_all_live_rollouts_in_their_order(tmp_path):
+    with played(tmp_path, "98") as (sampler, play):
+        play({"turns": 1}, {"turns": 3}, {"turns": 2})
+    assert sampler.asked == [
+        [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 0)],
+        [(1, 0, 1), (1, 1, 1), (2, 0, 1), (2, 1, 1)],
+        [(1, 0, 2), (1, 1, 2)],
+    ]
+
+
+def test_rewards_of_turns_and_functions_are_added(tmp_path):
+    with played(tmp_path, "98") as (_, play):
+        (group,) = play({"turns": 3})
+    rollout = group.rollouts[0]
+    # three turns of 0.25, and half of the 6 messages: a prompt, three turns, two observations between, one at the end
+    assert rollout.rewards == {"environment": 0.75, "environment/seen": 3.0, "count": 7.0}
+    assert rollout.reward == 0.75 + 0.5 * 7
+    assert conversation_metrics(group.rollouts, WORLD) == {
+        "rollout/sequences": 1.0,
+        "rollout/stop/done": 1.0,
+        "rollout/turns": 3.0,
+    }
+
+
+def test_forgotten_reasoning_makes_a_sequence_per_turn(tmp_path):
+    with played(tmp_path, "<think>8</think>98", FORGETFUL) as (_, play):
+        (group,) = play({"turns": 3})
+    (first, second, third) = group.rollouts[0].sequences
+    drawn = [*ids(writer(), "<think>8</think>98"), STOP]
+    for sequence in (first, second, third):
+        assert sequence.token_ids[-len(drawn) :] == tuple(drawn)
+        assert sum(sequence.loss_mask) == len(drawn), "only the last turn is trained"
+    decoded = writer().tokenizer.decode(second.token_ids)
+    assert decoded.count("<think>") == 1, "the first turn's reasoning is gone"
+    conversation = group.rollouts[0].conversation
+    assert conversation is not None
+    assert [turn.sequence for turn in conversation.turns] == [0, 1, 2]
+
+
+def test_a_rollout_ends_at_each_limit(tmp_path):
+    def ends(**rollout: Any) -> list[str]:
+        with played(tmp_path, "98", **rollout) as (_, play):
+            (group,) = play({"turns": 9})
+        found = [stop(each) for each in group.rollouts]
+        lengths = [each.num_tokens for each in group.rollouts]
+        assert max(lengths) <= rollout.get("max_tokens", 256)
+        assert all(each.sequences[-1].loss_mask[-1] for each in group.rollouts), "no prompt that nothing answers"
+        return found
+
+    assert ends(max_turns=4) == ["max_turns"] * 2
+    assert ends(max_tokens=160, max_turns=9) == ["max_tokens"] * 2
+    assert ends(max_time_s=1e-6) == ["time"] * 2
+
+
+def stop(rollout: Rollout) -> str:
+    assert rollout.conversation is not None
+    return rollout.conversation.stop
+
+
+def test_a_dead_environment_leaves_its_rollout_without_a_reward(tmp_path):
+    with played(tmp_path, "98") as (_, play):
+        dead, alive = play({"turns": 3, "dies": 1}, {"turns": 3})
+    assert {stop(each) for each in dead.rollouts} == {"environment_died"}
+    assert all(each.reward is None and "ended itself with status 1" in (each.failure or "") for each in dead.rollouts)
+    assert all(each.reward is not None for each in alive.rollouts)
+
+
+def test_a_prompt_without_room_is_a_failed_rollout(tmp_path):
+    with played(tmp_path, "98", max_tokens=40) as (sampler, play):
+        (group,) = play({"turns": 3})
+    assert sampler.asked == []
+    assert "the first prompt has" in (group.rollouts[0].failure or "")
+
+
+def test_a_group_is_compared(tmp_path):
+    with played(tmp_path, "98", environment=f"{tmp_path}/game.py:Compared") as (_, play):
+        (group,) = play({"turns": 1})
+    assert [each.rewards["environment"] for each in group.rollouts] == [0.25, 1.25]
+
+
+def test_without_tools_a_call_is_text_for_the_environment(tmp_path):
+    text = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    with played(tmp_path, text, max_completion_tokens=80) as (_, play):
+        (group,) = play({"turns": 1})
+    conversation = group.rollouts[0].conversation
+    assert conversation is not None
+    assert conversation.messages[1] == {"role": "assistant", "content": text}
+    assert conversation.turns[0].calls == ()
+    assert conversation.stop == "done"

@@ -1,0 +1,89 @@
+"""Opens what draws a run's groups: single completions, or conversations with an environment or tools."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from trainer.data.chat import ChatEncoder
+from trainer.data.next_prompt import PromptWriter
+from trainer.distributed.preemption import StopFlag
+from trainer.distributed.world import World
+from trainer.environments.pool import EnvironmentPool, EnvironmentSettings
+from trainer.environments.tool_calls import same_turn
+from trainer.errors import DataError
+from trainer.planning.plan import RFTPlan
+from trainer.rewards.runner import RewardRunner
+from trainer.sampling.sampler import Sampler, SamplingParams
+from trainer.training.conversations import CONVERSATION, ConversationSampler
+from trainer.training.group_sampler import Groups, GroupSampler, Prompt
+from trainer.training.tool_template import refuse_template_without_tools
+from trainer.types import Row
+
+
+def open_groups(
+    stack: ExitStack,
+    plan: RFTPlan,
+    encoder: ChatEncoder,
+    sampler: Sampler,
+    params: SamplingParams,
+    rewards: RewardRunner,
+    world: World,
+    stop: StopFlag,
+) -> Groups:
+    """What draws and scores groups, as the recipe's `rollout` section says.
+
+    Args:
+        stack: closes environments at the end of the run.
+        plan: of the run.
+        encoder: has the chat template.
+        sampler: draws completions.
+        params: of training.
+        rewards: started.
+        world: the ranks.
+        stop: set when the run is to stop.
+
+    Raises:
+        RewardError: environment or tools cannot be loaded.
+        ModelError: the chat template shows no tools.
+    """
+    settings = plan.recipe.rollout
+    if not settings.has_turns:
+        return GroupSampler(sampler, rewards, params, world, stop)
+    pool = stack.enter_context(EnvironmentPool(environment_settings(plan)))
+    assert encoder.template is not None, "recipes with prompts have `format: chat`"
+    if pool.schemas:
+        refuse_template_without_tools(encoder.template, plan.recipe.data.chat_template_kwargs)
+    writer = PromptWriter(
+        encoder.tokenizer, encoder.template, encoder.stop_ids, plan.recipe.data.chat_template_kwargs, same_turn
+    )
+    return ConversationSampler(sampler, rewards, params, world, stop, pool, writer, plan)
+
+
+def environment_settings(plan: RFTPlan) -> EnvironmentSettings:
+    """What the plan's environments load, and their limits."""
+    settings = plan.recipe.rollout
+    limits = settings.environment_limits
+    return EnvironmentSettings(
+        environment=settings.environment,
+        tools=tuple(settings.tools),
+        errors=settings.tool_errors.model_dump(),
+        base_dir=Path(plan.recipe_dir),
+        timeout_s=limits.timeout_s,
+        memory_limit_gib=limits.memory_limit_gib,
+        num_workers=limits.num_workers,
+    )
+
+
+def make_prompt(row: Row, plan: RFTPlan, encoder: ChatEncoder) -> Prompt:
+    """The prompt of a row; with an environment or tools it is written when the rollout begins.
+
+    Raises:
+        DataError: the row is no prompt.
+    """
+    settings = plan.recipe.rollout
+    if settings.has_turns and CONVERSATION in row:
+        raise DataError(f"{row}: the field `{CONVERSATION}` is where rewards find a rollout's messages; rename it")
+    if settings.environment is not None:
+        return Prompt(row, ())
+    return Prompt(row, encoder.encode_prompt(row, settings.max_completion_tokens))
