@@ -26,7 +26,8 @@ from trainer.checkpoints.storage import Storage, first_line
 from trainer.errors import CheckpointError, MirrorError
 from trainer.files import fsync_dir, fsync_file
 from trainer.retry import retry
-from trainer.run.directory import RunDir, step_number
+from trainer.run.directory import RunDir
+from trainer.run.step_names import step_number
 
 MARKER: Final = "complete.json"
 SNAPSHOT_TRIES: Final = 5

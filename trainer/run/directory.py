@@ -20,36 +20,12 @@ from trainer.run.metrics_reader import MetricsReader, Record, newest_records, re
 from trainer.run.polling import wait_until
 from trainer.run.readers import Heartbeat, HeldOut
 from trainer.run.state import Outcome
+from trainer.run.step_names import step_name, step_number, steps_in
 
 JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
 WEIGHTS = ("adapter", "adapter-best", "model", "model-best")
 REFUSED = "refused-"
 """Begins the name of a step's rollouts that were set aside, because too many had no reward."""
-
-
-def step_name(step: int) -> str:
-    """Name of a step's directory.
-
-    >>> step_name(20)
-    'step-000020'
-    """
-    return f"step-{step:06d}"
-
-
-def step_number(name: str) -> int | None:
-    """The step of a directory; None for any other name.
-
-    >>> step_number("step-000020"), step_number("step-000020.broken-1")
-    (20, None)
-    """
-    digits = name.removeprefix("step-")
-    return int(digits) if digits != name and digits.isdigit() else None
-
-
-def _steps(directory: Path, prefix: str = "") -> list[int]:
-    entries = (entry.name for entry in directory.glob("*/") if entry.name.startswith(prefix))
-    numbers = (step_number(name.removeprefix(prefix)) for name in entries)
-    return sorted(number for number in numbers if number is not None)
 
 
 @final
@@ -172,7 +148,7 @@ class RunDir:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a checkpoint directory, valid or not, ascending."""
-        return _steps(self.checkpoints)
+        return steps_in(self.checkpoints)
 
     def newest_checkpoint_step(self) -> int:
         """Newest checkpoint step; -1 where there is none."""
@@ -188,7 +164,7 @@ class RunDir:
 
     def journal_steps(self, *, refused: bool = False) -> list[int]:
         """Steps that have rollouts, or some that were set aside, ascending."""
-        return _steps(self.rollouts, REFUSED if refused else "")
+        return steps_in(self.rollouts, REFUSED if refused else "")
 
     def journal_chunk(self, step: int, number: int) -> Path:
         """One chunk of a step's rollouts."""
