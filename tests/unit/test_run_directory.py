@@ -24,7 +24,7 @@ NAMES: Final = re.compile(
     re.VERBOSE,
 )
 ALLOWED: Final = {
-    ("commands/cli.py", "logs"),  # a command
+    *((f"commands/{module}.py", "logs") for module in ("cli", "help_text", "other_names")),  # a command
     ("checkpoints/mirror.py", "run/metrics.jsonl"),  # a name on the mirror, whose layout is that module's
     *((f"jobs/{module}.py", f"logs/{file}") for module, file in [  # names that RunDir.of_job accepts, typed
         ("job", "supervisor.log"), ("start", "supervisor.log"), ("slurm_script", "slurm-%j.log"),

@@ -74,7 +74,8 @@ class TokenizingState:
 def tokenize_rows(request: RowRequest, *, few_rows: int = FEW_ROWS) -> Generator[TokenizingState, None, None]:
     """Yield the progress at least every few seconds, in the end the directory of a complete `TokenTable`.
 
-    A generator that is closed before its end stops the work and removes what was written.
+    A generator that is closed before its end stops the work and removes what was written, but for a table that was
+    completed meanwhile: the next start uses it.
 
     Args:
         request: what is tokenized.
