@@ -11,7 +11,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_recipe_arguments
-from trainer.config.model_arguments import add_chat_arguments, add_eval_arguments, add_generate_arguments
+from trainer.config.model_arguments import (
+    add_chat_arguments,
+    add_eval_arguments,
+    add_generate_arguments,
+    add_serve_arguments,
+)
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
 from trainer.run.console import tell
 from trainer.run.surroundings import complete_surroundings
@@ -230,6 +235,10 @@ def _model_commands(commands: _Commands) -> None:
     add_eval_arguments(evaluate)
     evaluate.set_defaults(run=_use_model)
 
+    serve = commands.add_parser("serve", help="answer OpenAI's API with a run or a model, and many adapters")
+    add_serve_arguments(serve)
+    serve.set_defaults(run=_serve)
+
 
 def _job_commands(commands: _Commands) -> None:
     """Commands for runs in the background."""
@@ -331,6 +340,12 @@ def _use_model(arguments: argparse.Namespace) -> int:
     from trainer.commands.inference import use_model
 
     return use_model(arguments.argv)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from trainer.commands.inference import serve
+
+    return serve(arguments.argv)
 
 
 def _sync(arguments: argparse.Namespace) -> int:

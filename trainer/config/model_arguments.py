@@ -37,6 +37,26 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trainer serve`."""
+    _add_model(parser)
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=RUN", help="serve another run or adapter as NAME"
+    )
+    parser.add_argument("--served-name", metavar="NAME", help="name of the base model; the last part of its path")
+    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback needs --api-key-file")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key-file", metavar="FILE", help="keys that clients may use, one a line")
+    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
+    parser.add_argument("--kv-cache-fraction", type=float, default=0.1, metavar="F", help="of the available memory")
+    parser.add_argument("--kv-cache-tokens", type=int, metavar="N", help="tokens of the cache, not a fraction")
+    parser.add_argument("--max-rows", type=int, default=64, metavar="N", help="sequences continued in one step")
+    parser.add_argument("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens read in one step")
+    parser.add_argument("--max-adapter-rank", type=int, default=128, metavar="R")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="sequences in flight; then 429")
+    parser.add_argument("--drain-s", type=int, default=60, metavar="S", help="after SIGTERM, time for running requests")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODEL", help="run, adapter directory, model directory or hub name")
     parser.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
