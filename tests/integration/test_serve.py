@@ -5,8 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import httpx
@@ -14,7 +20,7 @@ import jsonschema
 import openai
 import pytest
 from adapter_files import adapter_dir
-from project import Project
+from project import PATIENCE_S, Project
 from pydantic import BaseModel
 from serving import Server, serving
 
@@ -42,30 +48,30 @@ def server(adapted: Project) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> openai.OpenAI:
+def client(server: Server) -> Any:
     return server.client()
 
 
-def ask(client: openai.OpenAI, model: str = BASE, **how: Any) -> Any:
+def ask(client: Any, model: str = BASE, **how: Any) -> Any:
     return client.chat.completions.create(
         **{"model": model, "messages": CHAT, "temperature": 0, "max_tokens": 12, **how}
     )
 
 
-def test_models_are_the_base_and_its_adapters(client: openai.OpenAI) -> None:
+def test_models_are_the_base_and_its_adapters(client: Any) -> None:
     assert [each.id for each in client.models.list()] == [BASE, "first", "second"]
     assert client.models.retrieve("first").id == "first"
     with pytest.raises(openai.NotFoundError, match="there are: model, first, second"):
         ask(client, "third")
 
 
-def test_each_adapter_answers_for_itself_and_base_hash_adapter_names_it(client: openai.OpenAI) -> None:
+def test_each_adapter_answers_for_itself_and_base_hash_adapter_names_it(client: Any) -> None:
     texts = [ask(client, name).choices[0].message.content for name in (BASE, "first", "second")]
     assert len(set(texts)) == 3
     assert ask(client, f"{BASE}#first").choices[0].message.content == texts[1]
 
 
-def test_a_stream_has_the_text_and_the_usage_of_the_whole(client: openai.OpenAI) -> None:
+def test_a_stream_has_the_text_and_the_usage_of_the_whole(client: Any) -> None:
     whole = ask(client)
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -76,7 +82,7 @@ def test_a_stream_has_the_text_and_the_usage_of_the_whole(client: openai.OpenAI)
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
 
 
-def test_a_plain_completion_goes_on_from_text_or_ids(client: openai.OpenAI) -> None:
+def test_a_plain_completion_goes_on_from_text_or_ids(client: Any) -> None:
     by_text = client.completions.create(model=BASE, prompt="the quick", temperature=0, max_tokens=5)
     ids = httpx.post(str(client.base_url) + "completions", json={"model": BASE, "prompt": [80]}).json()
     assert by_text.usage.completion_tokens == 5
@@ -87,7 +93,7 @@ def test_a_plain_completion_goes_on_from_text_or_ids(client: openai.OpenAI) -> N
     assert len(both.choices[1].logprobs.top_logprobs[0]) == 2
 
 
-def test_seed_n_stop_and_logprobs(client: openai.OpenAI) -> None:
+def test_seed_n_stop_and_logprobs(client: Any) -> None:
     first, again = (ask(client, temperature=1, seed=3, n=3) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in again.choices]
@@ -117,9 +123,7 @@ def test_seed_n_stop_and_logprobs(client: openai.OpenAI) -> None:
         ({"reasoning_effort": "high"}, "has no switch for reasoning"),
     ],
 )
-def test_what_the_client_must_change_is_a_400_with_the_reason(
-    client: openai.OpenAI, how: dict[str, Any], message: str
-) -> None:
+def test_what_the_client_must_change_is_a_400_with_the_reason(client: Any, how: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message) as found:
         ask(client, **how)
     assert found.value.type == "invalid_request_error"
@@ -133,7 +137,7 @@ class Order(BaseModel):
     is_large: bool
 
 
-def test_structured_output_is_valid_at_any_temperature_or_refused_by_keyword(client: openai.OpenAI) -> None:
+def test_structured_output_is_valid_at_any_temperature_or_refused_by_keyword(client: Any) -> None:
     text, number = {"type": "string", "maxLength": 6}, {"type": "integer", "minimum": -5, "maximum": 99}
     schema = {
         "type": "object",
@@ -154,6 +158,19 @@ def test_structured_output_is_valid_at_any_temperature_or_refused_by_keyword(cli
     refused = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}}
     with pytest.raises(openai.BadRequestError, match="the keyword `not` at # cannot be guaranteed"):
         ask(client, response_format=refused)
+
+
+def test_the_commands_of_the_documentation_work(server: Server) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "bash", "bash"]
+    for kind, text in blocks:
+        here = text.replace("http://127.0.0.1:8000", server.url).replace("sft_quickstart", "first")
+        program = [sys.executable, "-c"] if kind == "python" else ["bash", "-ec"]
+        done = subprocess.run([*program, here], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        assert "error" not in done.stdout
 
 
 def test_health_metrics_request_ids_and_routes_that_do_not_exist(server: Server) -> None:
@@ -182,14 +199,14 @@ def test_clients_that_leave_free_their_pages(server: Server) -> None:
         await asyncio.gather(*(leave(number) for number in range(20)))
 
     asyncio.run(all_leave())
+    body = {"model": BASE, "messages": CHAT, "max_tokens": 400, "ignore_eos": True, "n": 16}
     with pytest.raises(httpx.ReadTimeout):
-        body = {"model": BASE, "messages": CHAT, "max_tokens": 400, "ignore_eos": True, "n": 16}
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
     stats = server.wait_idle()
     assert (stats["live"], stats["pages_used"]) == (0, 0)
 
 
-def test_adapters_are_replaced_while_requests_run(server: Server, adapted: Project, client: openai.OpenAI) -> None:
+def test_adapters_are_replaced_while_requests_run(server: Server, adapted: Project, client: Any) -> None:
     def load(path: str) -> httpx.Response:
         body = {"lora_name": "hot", "lora_path": path}
         return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
@@ -212,7 +229,65 @@ def test_adapters_are_replaced_while_requests_run(server: Server, adapted: Proje
         ask(client, "hot")
 
 
-def test_a_dead_engine_is_replaced_and_streams_go_on(server: Server, client: openai.OpenAI) -> None:
+def test_files_and_batches(client: Any) -> None:
+    lines = [
+        {
+            "custom_id": f"r{k}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": BASE, "messages": CHAT, "max_tokens": 3 + k, "temperature": 0},
+        }
+        for k in range(5)
+    ]
+    data = "".join(json.dumps(line) + "\n" for line in lines) + "no json\n"
+    file = client.files.create(file=("in.jsonl", data.encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    deadline = time.monotonic() + 60
+    while (batch := client.batches.retrieve(batch.id)).status == "in_progress":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (5, 1)
+    results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    tokens = {each["custom_id"]: each["response"]["body"]["usage"]["completion_tokens"] for each in results}
+    assert tokens == {f"r{k}": 3 + k for k in range(5)}
+    assert "line 6: no JSON" in client.files.content(batch.error_file_id).text
+    with pytest.raises(openai.NotFoundError):
+        client.batches.retrieve("batch-../../secret")
+
+
+def test_a_batch_that_is_killed_goes_on_and_answers_each_request_once(adapted: Project) -> None:
+    lines: list[dict[str, Any]] = [
+        {
+            "custom_id": f"r{k}",
+            "url": "/v1/completions",
+            "body": {"prompt": f"the quick {k}", "max_tokens": 200, "ignore_eos": True, "temperature": 1, "seed": k},
+        }
+        for k in range(300)
+    ]
+    file = adapted.root / "in.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("batch", "create", "in.jsonl", "--model", "model", "--adapter", "first=first")
+    running = adapted.start_trainer(*words)
+    out = adapted.root / "in.out.jsonl"
+    deadline = time.monotonic() + PATIENCE_S
+    while not (out.exists() and out.read_bytes().count(b"\n") > 20):
+        assert running.process.poll() is None, running.wait().said
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.signal(signal.SIGKILL, group=True)
+    running.process.wait()
+    before = out.read_bytes()
+    assert before.count(b"\n") < 300
+    out.write_bytes(before + b'{"id": "batch_req_1", "cust')  # as if cut in the middle of a line
+    done = adapted.trainer(*words)
+    assert done.code == 0, done.said
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(each["custom_id"] for each in found) == sorted(line["custom_id"] for line in lines)
+    assert found[0]["response"]["body"]["model"] == "first"
+    assert out.read_bytes().startswith(before)
+
+
+def test_a_dead_engine_is_replaced_and_streams_go_on(server: Server, client: Any) -> None:
     whole = ask(client, "first", max_tokens=400, extra_body={"ignore_eos": True})
     stream = ask(client, "first", max_tokens=400, stream=True, extra_body={"ignore_eos": True})
     chunks = [next(iter(stream))]
@@ -226,18 +301,65 @@ def test_a_dead_engine_is_replaced_and_streams_go_on(server: Server, client: ope
     assert ask(client, "second").choices[0].message.content
 
 
-def test_keys_limits_and_the_end(adapted: Project) -> None:
+CALLS: Final = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""A template with calls, as Qwen writes them."""
+TOOL: Final[Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tools_need_a_template_that_writes_calls(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="does not write calls as <tool_call>"):
+        ask(client, tools=[TOOL])
+
+
+def check_tools(client: Any) -> None:
+    answer = ask(client, "caller", tools=[TOOL], tool_choice="required", parallel_tool_calls=False, max_tokens=200)
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)["city"] in {"Oslo", "Rome"}) == ("weather", True)
+    named = {"type": "function", "function": {"name": "weather"}}
+    how = {"tool_choice": named, "parallel_tool_calls": False, "max_tokens": 200, "stream": True}
+    deltas = [chunk.choices[0] for chunk in ask(client, "caller", tools=[TOOL], **how)]
+    (streamed,) = [each for choice in deltas for each in choice.delta.tool_calls or []]
+    assert (streamed.index, streamed.function.name, deltas[-1].finish_reason) == (0, "weather", "tool_calls")
+    result = [
+        *CHAT,
+        {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "rain"},
+    ]
+    assert ask(client, "caller", messages=result, tools=[TOOL], tool_choice="none").usage.prompt_tokens > 50
+
+
+def test_keys_limits_tools_and_the_end(adapted: Project) -> None:
+    shutil.copytree(adapted.root / "model", adapted.root / "caller")
+    (adapted.root / "caller" / "chat_template.jinja").write_text(CALLS)
     open_to_all = adapted.trainer("serve", "model", "--host", "0.0.0.0")
     assert (open_to_all.code, "--api-key-file" in open_to_all.stderr) == (2, True)
     (adapted.root / "keys").write_text("secret-1\nsecret-2\n")
-    with serving(adapted, "model", "--api-key-file", "keys", "--max-queue", "2") as server:
+    with serving(adapted, "caller", "--api-key-file", "keys", "--max-queue", "2") as server:
         with pytest.raises(openai.AuthenticationError):
-            ask(server.client("wrong"))
+            ask(server.client("wrong"), "caller")
         client = server.client("secret-2")
         with pytest.raises(openai.RateLimitError) as found:
-            ask(client, n=3)
+            ask(client, "caller", n=3)
+        check_tools(client)
         assert found.value.response.headers["retry-after"] == "1"
-        stream = ask(client, stream=True, max_tokens=300, extra_body={"ignore_eos": True})
+        stream = ask(client, "caller", stream=True, max_tokens=300, extra_body={"ignore_eos": True})
         next(iter(stream))
         server.running.signal(signal.SIGTERM)
         chunks = list(stream)  # drained, not cut

@@ -90,7 +90,7 @@ def test_rows_of_adapters_follow_peft_beside_rows_of_the_base(
     rows = [sequence(PROMPT[begin:], adapter) for begin in (0, 9) for adapter in (None, *adapters)]
     run(model, rows)
     base = AutoModelForCausalLM.from_pretrained(directory)
-    answers = {None: [greedy(base, PROMPT[begin:], 12) for begin in (0, 9)]}
+    answers: dict[str | None, list[list[int]]] = {None: [greedy(base, PROMPT[begin:], 12) for begin in (0, 9)]}
     for adapter in adapters:
         adapted = peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(directory), str(directory.parent / adapter.name)
@@ -120,7 +120,7 @@ def test_rows_of_the_base_have_the_bits_of_a_batch_without_adapters(
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_company(model: EngineModel, adapters: list[AdapterVersion]) -> None:
-    how = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 20}
+    how: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 20}
     alone = sequence(seed=11, **how)
     run(model, [alone])
     among = sequence(seed=11, **how)
@@ -175,7 +175,7 @@ def test_n_samples_of_one_prompt_read_it_once(model: EngineModel) -> None:
 def test_pages_of_a_prefix_are_reused_when_the_budget_is_spent() -> None:
     pool = PagePool(1, 1, 4, 2, torch.float32)
     first, second = prefix_keys(b"base", range(2 * PAGE))
-    pages = [pool.take(), pool.take()]
+    pages: list[Any] = [pool.take(), pool.take()]
     assert pool.take() is None
     pool.keep(pages[0], first)
     pool.keep(pages[1], second)
@@ -207,7 +207,7 @@ def test_logprobs_are_the_model_s_own(model: EngineModel, directory: Path) -> No
     row = sequence(temperature=0.5, top_k=3, logprobs=2, prompt_logprobs=0)
     scheduler = Scheduler(model, model.pool(16), chunk_tokens=32)
     scheduler.add(row)
-    reports = []
+    reports: list[Any] = []
     while not scheduler.is_idle:
         reports += [report for _, _, report in scheduler.step().tokens]
     ids = [*row.prompt, *row.drawn]
@@ -260,7 +260,8 @@ def test_broken_adapters_and_those_of_another_base_are_refused(
     save_file(tensors, path / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="is not finite"):
         model.adapter("bad", path)
-    for name, change in (("wide", {"hidden_size": 64}), ("deep", {"num_hidden_layers": 3})):
+    changes: list[tuple[str, dict[str, Any]]] = [("wide", {"hidden_size": 64}), ("deep", {"num_hidden_layers": 3})]
+    for name, change in changes:
         other = tiny_model_dir(tmp_path / name, **change)
         with pytest.raises(ModelError, match="belongs to another base model"):
             model.adapter("bad", adapter_dir(tmp_path / f"{name}-adapter", other))

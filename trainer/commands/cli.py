@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_recipe_arguments
 from trainer.config.model_arguments import (
+    add_batch_arguments,
     add_chat_arguments,
     add_eval_arguments,
     add_generate_arguments,
@@ -238,6 +239,10 @@ def _model_commands(commands: _Commands) -> None:
     serve = commands.add_parser("serve", help="answer OpenAI's API with a run or a model, and many adapters")
     add_serve_arguments(serve)
     serve.set_defaults(run=_serve)
+
+    batch = commands.add_parser("batch", help="answer a file of requests in OpenAI's batch format")
+    add_batch_arguments(batch)
+    batch.set_defaults(run=_serve)
 
 
 def _job_commands(commands: _Commands) -> None:

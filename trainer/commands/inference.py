@@ -29,12 +29,12 @@ def use_model(argv: Sequence[str]) -> int:
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Become the gateway, which starts the engine.
+    """Become the gateway, which starts the engine; also for `batch`.
 
     Args:
         argv: the command and its arguments.
     """
-    os.execv(sys.executable, [sys.executable, "-m", "trainer.serve", *argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-m", "trainer.serve", *(argv if argv[0] == "batch" else argv[1:])])
 
 
 def _hear_ctrl_c() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, final
 from trainer.serve.choices import Piece, Usage, chat_logprobs, token_text
 from trainer.serve.models import Served
 from trainer.serve.requests import ChatRequest, CompletionRequest
+from trainer.serve.tools import CallReader
 
 
 class Answer(Protocol):
@@ -51,6 +52,8 @@ class ChatAnswer:
         """
         self.served, self.wants_usage = served, request.wants_usage
         self._count, self._has_logprobs = request.num_choices, request.num_logprobs is not None
+        has_calls = bool(request.tools) and request.tool_choice != "none"
+        self._readers = [CallReader() for _ in range(self._count)] if has_calls else None
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time()), "model": request.model}
 
     def opening(self) -> Iterator[dict[str, Any]]:
@@ -60,8 +63,22 @@ class ChatAnswer:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """A piece in a stream."""
-        delta = {"content": piece.text} if piece.text else {}
-        return self._chunk(piece.choice, delta, self._logprobs([piece]), piece.finish_reason)
+        text, calls, reason = self._read(piece)
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = calls
+        return self._chunk(piece.choice, delta, self._logprobs([piece]), reason)
+
+    def _read(self, piece: Piece) -> tuple[str, list[dict[str, Any]], str | None]:
+        """Content, calls and finish reason of a piece."""
+        if self._readers is None:
+            return piece.text, [], piece.finish_reason
+        reader = self._readers[piece.choice]
+        text, calls = reader.feed(piece.text)
+        if piece.finish_reason is None:
+            return text, calls, None
+        is_called = reader.num_calls > 0 and piece.finish_reason == "stop"
+        return text + reader.flush(), calls, "tool_calls" if is_called else piece.finish_reason
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk at the end of a stream."""
@@ -69,16 +86,18 @@ class ChatAnswer:
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """A response that is no stream."""
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": "".join(each.text for each in part), "refusal": None},
-                "logprobs": self._logprobs(part),
-                "finish_reason": part[-1].finish_reason,
-            }
-            for index, part in enumerate(_by_choice(pieces, self._count))
-        ]
+        choices = [self._choice(index, part) for index, part in enumerate(_by_choice(pieces, self._count))]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body()}
+
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        parts = [self._read(piece) for piece in pieces]
+        calls = [{key: call[key] for key in ("id", "type", "function")} for _, some, _ in parts for call in some]
+        text = "".join(text for text, _, _ in parts)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        logprobs = self._logprobs(pieces)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts[-1][2]}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if not self._has_logprobs:

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from trainer.serve.answers import Answer, ChatAnswer, TextAnswer
 from trainer.serve.api_errors import ApiError
+from trainer.serve.batch_api import BatchStore, add_batches
 from trainer.serve.choices import Job, Piece, Usage, run_all
 from trainer.serve.gateway import Gateway
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
@@ -44,18 +45,19 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def make_app(gateway: Gateway, lifespan: Any = None) -> FastAPI:
+def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
     """The application.
 
     Args:
         gateway: its state.
-        lifespan: starts and ends what it needs.
+        store: files and batches.
     """
-    app = FastAPI(title="tunesmith", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
     _add_guard(app, gateway)
     _add_status(app, gateway)
     _add_adapters(app, gateway)
+    add_batches(app, store)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:

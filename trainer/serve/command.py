@@ -1,4 +1,4 @@
-"""`trainer serve`: from arguments to a listening gateway."""
+"""`trainer serve` and `trainer batch create`: from arguments to an engine and what uses it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from trainer.config.model_arguments import add_serve_arguments
+from trainer.config.model_arguments import add_batch_arguments, add_serve_arguments
 from trainer.errors import TrainerError, UserError
 from trainer.inference.source import ModelSource, base_of, find_source
 from trainer.run.console import tell
+from trainer.serve.engine_client import EngineClient
+from trainer.serve.engine_process import EngineProcess
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+if TYPE_CHECKING:
+    from trainer.serve.batch import Progress
+    from trainer.serve.gateway import Gateway
+
+NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil")
+"""Modules of the extra `serve`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="trainer serve", description=__doc__)
-    add_serve_arguments(parser)
-    arguments = parser.parse_args(argv)
+    """Serve until SIGTERM or Ctrl-C, or answer a batch."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_batch = bool(words) and words[0] == "batch"
+    parser = argparse.ArgumentParser(prog=f"trainer {'batch' if is_batch else 'serve'}", description=__doc__)
+    (add_batch_arguments if is_batch else add_serve_arguments)(parser)
+    arguments = parser.parse_args(words[1:] if is_batch else words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        _refuse(arguments)
-        return _serve(arguments)
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise UserError(f"trainer serve needs {', '.join(missing)}: pip install 'tunesmith[serve]'")
+        if not is_batch:
+            _refuse(arguments)
+        return _start(arguments, is_batch=is_batch)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -42,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(arguments: argparse.Namespace) -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise UserError(f"trainer serve needs {', '.join(missing)}: pip install 'tunesmith[serve]'")
     if arguments.engine == "vllm":
         raise UserError("--engine vllm is not available yet; the embedded engine serves without it")
     if not _is_loopback(arguments.host) and arguments.api_key_file is None:
@@ -113,43 +122,53 @@ def _engine_arguments(arguments: argparse.Namespace, base: ModelSource) -> list[
     return words
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    import uvicorn
+def _start(arguments: argparse.Namespace, *, is_batch: bool) -> int:
+    """Start the engine, and load what renders prompts while it loads its model."""
+    base, adapters = sources_of(arguments)
+    keys = frozenset() if is_batch else _keys(arguments.api_key_file)
+    with tempfile.TemporaryDirectory(prefix="trainer-serve-") as directory:  # mode 0700
+        process = EngineProcess(_engine_arguments(arguments, base), Path(directory) / "engine.sock", EngineClient())
+        process.launch()
+        try:
+            gateway = _gateway(arguments, base, adapters, process.client, keys)
+        except BaseException:
+            asyncio.run(process.stop())
+            raise
+        work = _run_batch if is_batch else _listen
+        return asyncio.run(work(arguments, gateway, process))
 
-    from trainer.serve.app import make_app
-    from trainer.serve.engine_client import EngineClient
-    from trainer.serve.engine_process import EngineProcess
+
+def _gateway(
+    arguments: argparse.Namespace,
+    base: ModelSource,
+    adapters: dict[str, ModelSource],
+    client: EngineClient,
+    keys: frozenset[bytes],
+) -> Gateway:
     from trainer.serve.gateway import Gateway, Limits
     from trainer.serve.models import ServedModels
 
-    base, adapters = sources_of(arguments)
-    name = arguments.served_name or Path(base.model.path).name
-    models = ServedModels(base, name)
+    models = ServedModels(base, arguments.served_name or Path(base.model.path).name)
     for key, source in adapters.items():
         models.put(models.add(key, source))
-    client = EngineClient()
-    limits = Limits(arguments.max_queue, _keys(arguments.api_key_file))
-    gateway = Gateway(models, client, limits)
+    return Gateway(models, client, Limits(arguments.max_queue, keys))
 
-    @asynccontextmanager
-    async def lifespan(_app: Any) -> AsyncIterator[None]:
-        with tempfile.TemporaryDirectory(prefix="trainer-serve-") as directory:  # mode 0700
-            process = EngineProcess(
-                _engine_arguments(arguments, base),
-                Path(directory) / "engine.sock",
-                client,
-                lambda: {each.name: str(each.path) for each in models.adapters.values()},
-            )
-            try:
-                await process.start()
-                names = ", ".join([models.base.name, *models.adapters])
-                tell(f"http://{arguments.host}:{arguments.port}/v1 serves {names}")
-                yield
-            finally:
-                await process.stop()
 
+def _paths(gateway: Gateway) -> dict[str, str]:
+    """Name and path of each adapter that is served now."""
+    return {each.name: str(each.path) for each in gateway.models.adapters.values()}
+
+
+async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+    """Serve; from the first signal on, new requests are refused and those in flight are finished."""
+    import uvicorn
+
+    from trainer.serve.app import make_app
+    from trainer.serve.batch_api import BatchStore, running_batches
+
+    store = BatchStore(gateway, Path(arguments.batch_dir))
     config = uvicorn.Config(
-        make_app(gateway, lifespan),
+        make_app(gateway, store),
         host=arguments.host,
         port=arguments.port,
         log_level="warning",
@@ -157,12 +176,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         timeout_graceful_shutdown=arguments.drain_s,
     )
     server = uvicorn.Server(config)
-    asyncio.run(_run(server, gateway))
-    return 0 if server.started else 1
-
-
-async def _run(server: Any, gateway: Any) -> None:
-    """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has ended
         signal.signal(number, lambda *_: None)
     ordinary = server.handle_exit
@@ -171,5 +184,43 @@ async def _run(server: Any, gateway: Any) -> None:
         gateway.is_draining = True
         ordinary(number, frame)
 
-    server.handle_exit = handle_exit
-    await server.serve()
+    server.handle_exit = handle_exit  # type: ignore[method-assign, assignment]
+    try:
+        await process.start(lambda: _paths(gateway))
+        names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
+        tell(f"http://{arguments.host}:{arguments.port}/v1 serves {names}")
+        async with running_batches(store):
+            await server.serve()
+    finally:
+        await process.stop()
+    return 0 if server.started else 1
+
+
+async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+    """Answer a file; the same command again goes on with it."""
+    from trainer.serve.batch import BatchRun
+
+    source = Path(arguments.requests)
+    output = Path(arguments.out) if arguments.out else source.with_suffix(".out.jsonl")
+    errors = output.with_suffix(".errors.jsonl")
+    default = next(reversed([gateway.models.base.name, *gateway.models.adapters]))
+    try:
+        run = BatchRun(gateway, source, output, errors, default)
+        await process.start(lambda: _paths(gateway))
+        progress = await run.run(_show)
+    finally:
+        await process.stop()
+    tell(
+        f"{progress.completed:,} answered in {output}, {progress.failed:,} failed"
+        + (f" in {errors}" if progress.failed else "")
+        + f"; {progress.prompt_tokens:,} prompt and {progress.completion_tokens:,} completion tokens in this start"
+    )
+    return 0
+
+
+def _show(progress: Progress) -> None:
+    done, left = progress.completed + progress.failed, progress.seconds_left
+    is_terminal = sys.stderr.isatty()
+    if is_terminal or done == progress.total or done % 100 == 0:
+        text = f"{done:,}/{progress.total:,}  failed {progress.failed:,}  {left or 0:,.0f} s left"
+        sys.stderr.write(f"\r{text}   " if is_terminal and done < progress.total else f"{text}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,19 +27,18 @@ MAX_RAPID: Final = 3
 class EngineProcess:
     """Supervises one engine."""
 
-    def __init__(
-        self, arguments: Sequence[str], socket: Path, client: EngineClient, adapters: Callable[[], dict[str, str]]
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], socket: Path, client: EngineClient) -> None:
         """Prepare; `start` starts it.
 
         Args:
             arguments: of `python -m trainer.engine`, without the socket.
             socket: in a directory that only the owner can read.
             client: is connected.
-            adapters: name and path of each adapter that is served now.
         """
-        self._arguments, self._socket, self._client, self._adapters = list(arguments), socket, client, adapters
-        self._process: asyncio.subprocess.Process | None = None
+        self.client = client
+        self._arguments, self._socket = list(arguments), socket
+        self._adapters: Callable[[], dict[str, str]] = dict
+        self._process: subprocess.Popen[bytes] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.num_starts = 0
 
@@ -47,12 +47,25 @@ class EngineProcess:
         """Of the engine."""
         return None if self._process is None else self._process.pid
 
-    async def start(self) -> None:
+    def launch(self) -> None:
+        """Begin to start it, where it does not run: its imports take seconds, and the gateway has its own."""
+        if self._process is not None:
+            return
+        self._socket.unlink(missing_ok=True)
+        self.num_starts += 1
+        words = [sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._arguments]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE)
+
+    async def start(self, adapters: Callable[[], dict[str, str]]) -> None:
         """Start it and wait until it answers.
+
+        Args:
+            adapters: name and path of each adapter that is served now.
 
         Raises:
             LaunchError: it ended, with its exit code, or an adapter cannot be served.
         """
+        self._adapters = adapters
         connection = await self._start_once()
         self._supervisor = asyncio.create_task(self._supervise(connection))
 
@@ -62,31 +75,26 @@ class EngineProcess:
             self._supervisor.cancel()
             with suppress(asyncio.CancelledError):
                 await self._supervisor
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.terminate()
-            await self._process.wait()
+        if self._process is not None:
+            self._process.terminate()
+            await asyncio.to_thread(self._process.wait)
 
     async def _start_once(self) -> asyncio.Task[None]:
-        self._socket.unlink(missing_ok=True)
-        self.num_starts += 1
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._arguments),
-            stdin=asyncio.subprocess.PIPE,
-        )
+        self.launch()
+        assert self._process is not None
         deadline = monotonic() + START_S
         while not self._socket.exists():
-            if self._process.returncode is not None:
+            if self._process.poll() is not None:
                 raise LaunchError(f"the engine ended with exit code {self._process.returncode}; its words are above")
             if monotonic() > deadline:
                 raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
             await asyncio.sleep(0.05)
-        connection = await self._client.connect(self._socket)
+        connection = await self.client.connect(self._socket)
         for name, path in self._adapters().items():
-            reply = await self._client.ask("load", name=name, path=path)
+            reply = await self.client.ask("load", name=name, path=path)
             if not reply["ok"]:
                 raise LaunchError(str(reply["error"]))
-        self._client.set_ready()
+        self.client.set_ready()
         return connection
 
     async def _supervise(self, connection: asyncio.Task[None]) -> None:
@@ -95,7 +103,8 @@ class EngineProcess:
             begin = monotonic()
             await connection
             assert self._process is not None
-            code = await self._process.wait()
+            code = await asyncio.to_thread(self._process.wait)
+            self._process = None
             rapid = rapid + 1 if monotonic() - begin < RAPID_S else 0
             if rapid >= MAX_RAPID:
                 tell(f"the engine died {rapid} times within {RAPID_S:.0f} s of its start; giving up")

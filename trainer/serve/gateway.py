@@ -16,6 +16,7 @@ from trainer.serve.engine_client import EngineClient
 from trainer.serve.models import Served, ServedModels
 from trainer.serve.requests import ChatRequest, CompletionRequest
 from trainer.serve.structure import grammar_of
+from trainer.serve.tools import tool_grammar, tools_of
 
 DEFAULT_COMPLETION: Final = 16
 """`max_tokens` of /v1/completions where the request has none, as OpenAI defines it."""
@@ -80,9 +81,10 @@ class Gateway:
         """
         served = self.models.find(request.model)
         grammar = grammar_of(request)
-        if request.tools and request.tool_choice != "none":
-            raise ApiError(400, "tools are not supported by this server yet", param="tools")
-        prompt = served.prompt_ids(request.messages, None, self._template_arguments(request, served))
+        tools = tools_of(request, served)
+        if tools:
+            grammar = tool_grammar(request, tools)
+        prompt = served.prompt_ids(request.messages, request.tools, self._template_arguments(request, served))
         limit = self._limit(request.limit, prompt)
         vocab = int(self.engine.hello["vocab"])
         sampling = request.sampling(limit, served.stop_ids, vocab, request.num_logprobs, grammar)

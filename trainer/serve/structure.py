@@ -23,7 +23,7 @@ PLACES: Final = ("properties", "patternProperties", "$defs", "definitions", "dep
 """Keywords whose value maps names, which are no keywords, to schemas."""
 DATA: Final = ("enum", "const", "default", "examples")
 """Keywords whose value is data."""
-FORM: Final = {"whitespace_pattern": "[ \\n\\t]{0,16}"}
+FORM: Final[Any] = {"whitespace_pattern": "[ \\n\\t]{0,16}"}
 """White space between tokens of JSON is bounded: a model may otherwise write nothing else until max_tokens."""
 ANY_OBJECT: Final = {"type": "object"}
 
@@ -39,7 +39,7 @@ def grammar_of(request: ChatRequest) -> str | None:
         return None
     if wanted.type == "json_object":
         return json_grammar(ANY_OBJECT)
-    if wanted.json_schema is None:
+    if wanted.json_schema is None or not wanted.json_schema.schema_:
         raise ApiError(400, "type json_schema needs json_schema.schema", param="response_format")
     return json_grammar(wanted.json_schema.schema_)
 

@@ -39,7 +39,7 @@ class TextStream:
                 self._held = self._held[:at]
         if self.is_stopped:
             return ""
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         ready = self._held[: len(self._held) - keep]
         self._held = self._held[len(ready) :]
         return ready
@@ -50,10 +50,10 @@ class TextStream:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     r"""Characters at the end of a text with which a stop string begins.
 
-    >>> _overlap("a\\n#", "\\n##"), _overlap("a", "b")
+    >>> overlap("a\\n#", "\\n##"), overlap("a", "b")
     (2, 0)
     """
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
