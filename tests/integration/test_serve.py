@@ -20,7 +20,7 @@ import jsonschema
 import openai
 import pytest
 from adapter_files import adapter_dir
-from project import PATIENCE_S, Project
+from project import BIN, PATIENCE_S, Project
 from pydantic import BaseModel
 from serving import Server, serving
 
@@ -171,6 +171,19 @@ def test_the_commands_of_the_documentation_work(server: Server) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
         assert "error" not in done.stdout
+
+
+def test_chat_talks_to_a_server(server: Server, adapted: Project, client: Any) -> None:
+    words = [str(BIN / "trainer"), "chat", f"{server.url}/v1#first", "--against", f"{server.url}/v1#second"]
+    said = subprocess.run(
+        [*words, "--max-tokens", "12"], input=CHAT[0]["content"] + "\n", capture_output=True, text=True, check=True
+    ).stdout
+    first = ask(client, "first").choices[0].message.content
+    assert said.splitlines()[0].split() == ["first", "second"]
+    letters = [letter for letter in first.splitlines()[0] if letter.isascii() and letter.isalnum()]
+    assert "".join(letters[:6]) in "".join(letter for letter in said if letter.isascii() and letter.isalnum())
+    lost = subprocess.run([*words[:2], "http://127.0.0.1:9/v1"], capture_output=True, text=True, check=False)
+    assert (lost.returncode, "does not answer" in lost.stderr) == (2, True)
 
 
 def test_health_metrics_request_ids_and_routes_that_do_not_exist(server: Server) -> None:

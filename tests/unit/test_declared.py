@@ -41,7 +41,7 @@ def requirements(lines: list[str]) -> set[str]:
 OURS = {"trainer", "chaos", *(file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py"))}
 """The package, and the modules that tests and tools import from beside themselves."""
 RUNTIME = requirements(PROJECT["dependencies"])
-OPTIONAL = requirements([line for name in ("math", "s3", "qlora", "quickstart") for line in EXTRAS[name]])
+OPTIONAL = requirements([line for name in ("math", "s3", "qlora", "quickstart", "serve") for line in EXTRAS[name]])
 DEVELOPMENT = requirements(EXTRAS["dev"])
 
 

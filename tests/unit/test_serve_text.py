@@ -128,6 +128,56 @@ def test_what_cannot_be_guaranteed_is_refused_by_name(schema: Any, message: str)
         json_grammar(schema)
 
 
+AWKWARD: dict[str, Any] = {
+    "recursion": {
+        "$defs": {
+            "t": {
+                "type": "object",
+                "properties": {"kids": {"type": "array", "maxItems": 1, "items": {"$ref": "#/$defs/t"}}},
+                "required": ["kids"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/t",
+    },
+    "separate oneOf": {"oneOf": [{"const": "a"}, {"const": 2}]},
+    "anyOf": {
+        "anyOf": [
+            {"type": "null"},
+            {
+                "type": "object",
+                "properties": {"n": {"type": "integer"}},
+                "required": ["n"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+    "pattern": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
+    "enum of all kinds": {"enum": [None, True, 1.5, "x", [1], {"a": 2}]},
+    "many values": {"enum": [f"value {k}" for k in range(500)]},
+    "range": {"type": "number", "minimum": -0.5, "exclusiveMaximum": 12},
+    "lengths": {"type": "string", "minLength": 2, "maxLength": 4},
+    "tuple": {"type": "array", "prefixItems": [{"type": "boolean"}, {"const": 7}], "minItems": 2, "items": False},
+    "date": {"type": "string", "format": "date"},
+    "allOf": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 9}]},
+    "optional": {
+        "type": "object",
+        "properties": {"a": {"const": 1}, "b": {"const": 2}},
+        "minProperties": 0,
+        "additionalProperties": False,
+    },
+}
+"""Schemas that other libraries get wrong."""
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_finished_texts_of_awkward_schemas_are_valid(name: str) -> None:
+    texts = [text for seed in range(12) if (text := drawn(json_grammar(AWKWARD[name]), seed, 200)) is not None]
+    assert len(texts) >= 6
+    for text in texts:
+        jsonschema.Draft202012Validator(AWKWARD[name]).validate(json.loads(text))
+
+
 def test_names_of_properties_are_no_keywords() -> None:
     assert json_grammar({"type": "object", "properties": {"not": {"enum": [{"if": 1}]}}})
 

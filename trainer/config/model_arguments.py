@@ -7,7 +7,7 @@ import argparse
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `trainer chat`."""
-    _add_model(parser)
+    _add_model(parser, "run, adapter directory, model directory, hub name, or http://HOST:PORT/v1[#NAME] of a server")
     _add_draw(parser)
     parser.add_argument("--against", metavar="MODEL", help="answer beside this run or model; `base`: the run's base")
     parser.add_argument("--system", metavar="TEXT", help="a system message; the recipe's when left out")
@@ -76,8 +76,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="sequences in flight; then 429")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MODEL", help="run, adapter directory, model directory or hub name")
+def _add_model(
+    parser: argparse.ArgumentParser, text: str = "run, adapter directory, model directory or hub name"
+) -> None:
+    parser.add_argument("target", metavar="MODEL", help=text)
     parser.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
 
 
