@@ -21,8 +21,9 @@ from kills import kill_runs
 sys.path.remove(str(Path(__file__).resolve().parent))  # so that `chaos` is the package with the faults, not this script
 
 from chaos_runs import Chaos, Fault, Report, Row, chaos, table
-from conftest import write_files
 from project import Project
+
+from conftest import write_files
 
 ACTIONS = ["kill", "kill", "cut", "cut", "torn"]
 SAVING = [

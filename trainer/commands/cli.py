@@ -9,11 +9,18 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from trainer.commands import dispatch
 from trainer.commands.help_text import SHELLS, add_help, print_completion
 from trainer.commands.other_names import ALIASES, guess
 from trainer.config.arguments import add_recipe_arguments
 from trainer.config.foreign_names import TOOLS
-from trainer.config.model_arguments import add_chat_arguments, add_eval_arguments, add_generate_arguments
+from trainer.config.model_arguments import (
+    add_batch_arguments,
+    add_chat_arguments,
+    add_eval_arguments,
+    add_generate_arguments,
+    add_serve_arguments,
+)
 from trainer.errors import EXIT_FAILED, EXIT_USER, TrainerError
 from trainer.run.console import tell
 from trainer.run.surroundings import complete_surroundings
@@ -89,7 +96,7 @@ def _training_commands(commands: _Commands) -> None:
     begin.add_argument("--out", metavar="FILE", help="the recipe; NAME.yaml when left out")
     begin.add_argument("--force", action="store_true", help="replace an existing recipe")
     begin.add_argument("--yes", action="store_true", help="ask nothing: defaults for what no flag says")
-    begin.set_defaults(run=_init)
+    begin.set_defaults(run=dispatch.init)
 
     other = commands.add_parser("import-config", help="translate a configuration of Axolotl, LLaMA-Factory or TRL")
     other.add_argument("config", metavar="FILE", help="YAML of the other tool")
@@ -97,7 +104,7 @@ def _training_commands(commands: _Commands) -> None:
     other.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that it was written for")
     other.add_argument("--out", metavar="RECIPE", help="recipe to write; standard output when left out")
     other.add_argument("--force", action="store_true", help="replace an existing recipe")
-    other.set_defaults(run=_import_config)
+    other.set_defaults(run=dispatch.import_config)
 
     check = commands.add_parser("check", help="validate a recipe, resolve it on a shape, estimate memory")
     add_recipe_arguments(check)
@@ -110,18 +117,18 @@ def _training_commands(commands: _Commands) -> None:
     check.add_argument("--html", default="preview.html", metavar="FILE", help="where --data writes its page")
     check.add_argument("--row", type=int, action="append", default=[], metavar="LINE", help="--data: show this row")
     check.add_argument("--find", metavar="TEXT", help="--data: show rows that contain this text")
-    check.set_defaults(run=_check)
+    check.set_defaults(run=dispatch.check)
 
     train = commands.add_parser("train", help="train; the same command again resumes the run")
     add_recipe_arguments(train, "path of the recipe, or a run directory")
     _name_argument(train)
     train.add_argument("--resubmitted", action="store_true", help=argparse.SUPPRESS)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=dispatch.train)
 
     shapes = commands.add_parser("shapes", help="list the training shapes; with a recipe, which of them it fits")
     shapes.add_argument("recipe", nargs="?", metavar="RECIPE", help="path of a recipe")
     shapes.add_argument("--print", metavar="NAME", help="print a shape as YAML, to copy and change it")
-    shapes.set_defaults(run=_shapes)
+    shapes.set_defaults(run=dispatch.shapes)
 
     verify = commands.add_parser("verify-resume", help="prove that an interrupted run equals an undisturbed one")
     add_recipe_arguments(verify)
@@ -130,7 +137,7 @@ def _training_commands(commands: _Commands) -> None:
     verify.add_argument("--signal", choices=("KILL", "TERM"), default="KILL", help="signal of an interruption")
     verify.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the moments of interruption")
     verify.add_argument("--json", action="store_true", help="print the certificate as one JSON document")
-    verify.set_defaults(run=_verify_resume)
+    verify.set_defaults(run=dispatch.verify_resume)
 
 
 def _run_commands(commands: _Commands) -> None:
@@ -139,7 +146,7 @@ def _run_commands(commands: _Commands) -> None:
     _run_argument(status)
     status.add_argument("--follow", action="store_true", help="show progress until the run ends")
     status.add_argument("--json", action="store_true", help="print one JSON document")
-    status.set_defaults(run=_status)
+    status.set_defaults(run=dispatch.status)
 
     rollouts = commands.add_parser("rollouts", help="what the policy answered in a step, and its rewards")
     _run_argument(rollouts)
@@ -148,46 +155,46 @@ def _run_commands(commands: _Commands) -> None:
     rollouts.add_argument("--full", action="store_true", help="show whole prompts and completions")
     rollouts.add_argument("--refused", action="store_true", help="show rollouts that a failing reward made unusable")
     rollouts.add_argument("--json", action="store_true", help="print one JSON document")
-    rollouts.set_defaults(run=_rollouts)
+    rollouts.set_defaults(run=dispatch.rollouts)
 
     report = commands.add_parser("report", help="write runs as one HTML page: curves, rollouts, what happened")
     report.add_argument("targets", nargs="+", metavar="RUN", help="run directories or names; several are overlaid")
     report.add_argument("--out", metavar="FILE", help="where the page is written; report.html when left out")
     report.add_argument("--serve", action="store_true", help="serve a page that follows the runs, on this machine only")
     report.add_argument("--port", type=int, default=0, metavar="N", help="--serve: port; a free one when left out")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=dispatch.report)
 
     runs = commands.add_parser("runs", help="list every run: state, method, model, step, best value")
     runs.add_argument("--json", action="store_true", help="print one JSON document")
-    runs.set_defaults(run=_runs)
+    runs.set_defaults(run=dispatch.runs)
 
     diff = commands.add_parser("diff", help="compare two runs: settings, results, held-out prompts one by one")
     diff.add_argument("first", metavar="RUN", help="run directory or name")
     diff.add_argument("second", metavar="RUN", help="run directory or name")
     diff.add_argument("--json", action="store_true", help="print one JSON document")
-    diff.set_defaults(run=_diff)
+    diff.set_defaults(run=dispatch.diff)
 
     logs = commands.add_parser("logs", help="print what the newest attempt of a run printed")
     _run_argument(logs)
     logs.add_argument("--attempt", type=int, metavar="N", help="another attempt, from 1")
     logs.add_argument("--lines", type=int, metavar="N", help="only the last lines")
     logs.add_argument("--follow", action="store_true", help="go on, through restarts, until the run ends")
-    logs.set_defaults(run=_logs)
+    logs.set_defaults(run=dispatch.logs)
 
     delete = commands.add_parser("delete", help="delete runs with their checkpoints and weights")
     delete.add_argument("targets", nargs="+", metavar="RUN", help="run directories or names")
     delete.add_argument("--yes", action="store_true", help="do not ask")
-    delete.set_defaults(run=_delete)
+    delete.set_defaults(run=dispatch.delete)
 
     sync = commands.add_parser("sync", help="send all metrics of a run to W&B, TensorBoard, trackio or MLflow")
     _run_argument(sync)
     sync.add_argument("--to", choices=("wandb", "tensorboard", "trackio", "mlflow"), default="wandb", help="where to")
-    sync.set_defaults(run=_sync)
+    sync.set_defaults(run=dispatch.sync)
 
     export = commands.add_parser("export", help="write a model from a run, verify it, upload it")
     _run_argument(export)
     _export_arguments(export)
-    export.set_defaults(run=_export)
+    export.set_defaults(run=dispatch.export)
 
 
 def _export_arguments(export: argparse.ArgumentParser) -> None:
@@ -209,15 +216,23 @@ def _model_commands(commands: _Commands) -> None:
     """Commands that load a trained model."""
     chat = commands.add_parser("chat", help="talk to a run or a model; --against puts another one beside it")
     add_chat_arguments(chat)
-    chat.set_defaults(run=_use_model)
+    chat.set_defaults(run=dispatch.use_model)
 
     generate = commands.add_parser("generate", help="answer a file of prompts")
     add_generate_arguments(generate)
-    generate.set_defaults(run=_use_model)
+    generate.set_defaults(run=dispatch.use_model)
 
     evaluate = commands.add_parser("eval", help="held-out loss and rewards, compared with the base row by row")
     add_eval_arguments(evaluate)
-    evaluate.set_defaults(run=_use_model)
+    evaluate.set_defaults(run=dispatch.use_model)
+
+    serve = commands.add_parser("serve", help="answer OpenAI's API with a run or a model, and many adapters")
+    add_serve_arguments(serve)
+    serve.set_defaults(run=dispatch.serve)
+
+    batch = commands.add_parser("batch", help="answer a file of requests in OpenAI's batch format")
+    add_batch_arguments(batch)
+    batch.set_defaults(run=dispatch.serve)
 
 
 def _job_commands(commands: _Commands) -> None:
@@ -237,31 +252,31 @@ def _job_commands(commands: _Commands) -> None:
         "--k8s", action="append", default=[], metavar="KEY=VALUE", help="an option of the Kubernetes job"
     )
     submit.add_argument("--print", action="store_true", help="print batch script, task or job, and submit nothing")
-    submit.set_defaults(run=_submit)
+    submit.set_defaults(run=dispatch.submit)
 
     jobs = commands.add_parser("jobs", help="list submitted runs and their states")
     jobs.add_argument("--json", action="store_true", help="print one JSON document")
-    jobs.set_defaults(run=_jobs)
+    jobs.set_defaults(run=dispatch.jobs)
 
     cancel = commands.add_parser("cancel", help="let a run save and end; only you start it again")
     cancel.add_argument("job", metavar="JOB", help="job id, run directory or name")
-    cancel.set_defaults(run=_cancel)
+    cancel.set_defaults(run=dispatch.cancel)
 
     reconnect = commands.add_parser("reconnect", help="join a run, or resume it and wait for its first step")
     reconnect.add_argument("job", metavar="JOB", help="job id, run directory or name")
     reconnect.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time to wait")
-    reconnect.set_defaults(run=_reconnect)
+    reconnect.set_defaults(run=dispatch.reconnect)
 
 
 def _machine_commands(commands: _Commands) -> None:
     """Commands about this machine."""
     doctor = commands.add_parser("doctor", help="whether this machine can train: devices, versions, disk, hub")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=dispatch.doctor)
 
     pages = commands.add_parser("docs", help="print a page of the documentation, or list them")
     pages.add_argument("page", nargs="?", metavar="PAGE", help="as messages name it: docs/data.md, or data")
-    pages.set_defaults(run=_docs)
+    pages.set_defaults(run=dispatch.docs)
 
     completion = commands.add_parser("completion", help="print the completion script of a shell")
     completion.add_argument("shell", choices=SHELLS, help="bash, zsh or tcsh")
@@ -275,138 +290,6 @@ def _name_argument(parser: argparse.ArgumentParser) -> None:
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="run directory or name")
-
-
-def _init(arguments: argparse.Namespace) -> int:
-    from trainer.commands.init import init
-
-    return init(arguments)
-
-
-def _import_config(arguments: argparse.Namespace) -> int:
-    from trainer.commands.import_config import import_config
-
-    return import_config(arguments)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from trainer.commands.check import check
-
-    return check(arguments)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from trainer.commands.train import train
-
-    return train(arguments)
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from trainer.commands.status import status
-
-    return status(arguments)
-
-
-def _shapes(arguments: argparse.Namespace) -> int:
-    from trainer.commands.check import shapes
-
-    return shapes(arguments)
-
-
-def _rollouts(arguments: argparse.Namespace) -> int:
-    from trainer.commands.rollouts import rollouts
-
-    return rollouts(arguments)
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from trainer.commands.report import report
-
-    return report(arguments)
-
-
-def _runs(arguments: argparse.Namespace) -> int:
-    from trainer.commands.runs import list_runs
-
-    return list_runs(arguments)
-
-
-def _diff(arguments: argparse.Namespace) -> int:
-    from trainer.commands.diff import diff
-
-    return diff(arguments)
-
-
-def _logs(arguments: argparse.Namespace) -> int:
-    from trainer.commands.runs import logs
-
-    return logs(arguments)
-
-
-def _delete(arguments: argparse.Namespace) -> int:
-    from trainer.commands.runs import delete
-
-    return delete(arguments)
-
-
-def _use_model(arguments: argparse.Namespace) -> int:
-    from trainer.commands.inference import use_model
-
-    return use_model(arguments.argv)
-
-
-def _sync(arguments: argparse.Namespace) -> int:
-    from trainer.commands.sync import sync
-
-    return sync(arguments)
-
-
-def _verify_resume(arguments: argparse.Namespace) -> int:
-    from trainer.commands.verify import verify_resume
-
-    return verify_resume(arguments)
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from trainer.commands.train import export
-
-    return export(arguments)
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from trainer.commands.jobs import submit
-
-    return submit(arguments)
-
-
-def _jobs(arguments: argparse.Namespace) -> int:
-    from trainer.commands.jobs import list_jobs
-
-    return list_jobs(arguments)
-
-
-def _cancel(arguments: argparse.Namespace) -> int:
-    from trainer.commands.jobs import cancel
-
-    return cancel(arguments)
-
-
-def _reconnect(arguments: argparse.Namespace) -> int:
-    from trainer.commands.jobs import reconnect
-
-    return reconnect(arguments)
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from trainer.commands.doctor import doctor
-
-    return doctor(arguments)
-
-
-def _docs(arguments: argparse.Namespace) -> int:
-    from trainer.commands.docs import docs
-
-    return docs(arguments)
 
 
 def _completion(arguments: argparse.Namespace) -> int:

@@ -55,6 +55,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer eval my_run --checkpoint 40 --against my_run",
         "trainer eval my_run --tasks my_task.yaml,arc_easy --rows 200",
     ),
+    "serve": (
+        "trainer serve my_run                             OpenAI's API on 127.0.0.1:8000",
+        "trainer serve my_run --adapter second=other_run  several adapters of one base",
+    ),
+    "batch": ("trainer batch create requests.jsonl --model my_run --out answers.jsonl",),
     "report": (
         "trainer report my_run                            one HTML page",
         "trainer report my_run other_run --out both.html",

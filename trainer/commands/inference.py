@@ -1,7 +1,8 @@
-"""`trainer chat`, `generate` and `eval`: start the process that loads the model."""
+"""`trainer chat`, `generate`, `eval` and `serve`: start the process that loads the model."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -25,6 +26,15 @@ def use_model(argv: Sequence[str]) -> int:
         ).returncode
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Become the gateway, which starts the engine; also for `batch`.
+
+    Args:
+        argv: the command and its arguments.
+    """
+    os.execv(sys.executable, [sys.executable, "-m", "trainer.serve", *(argv if argv[0] == "batch" else argv[1:])])
 
 
 def _hear_ctrl_c() -> None:

@@ -7,7 +7,7 @@ import argparse
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `trainer chat`."""
-    _add_model(parser)
+    _add_model(parser, "run, adapter directory, model directory, hub name, or http://HOST:PORT/v1[#NAME] of a server")
     _add_draw(parser)
     parser.add_argument("--against", metavar="MODEL", help="answer beside this run or model; `base`: the run's base")
     parser.add_argument("--system", metavar="TEXT", help="a system message; the recipe's when left out")
@@ -42,8 +42,49 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MODEL", help="run, adapter directory, model directory or hub name")
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trainer serve`."""
+    _add_model(parser)
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=RUN", help="serve another run or adapter as NAME"
+    )
+    _add_engine(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback needs --api-key-file")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key-file", metavar="FILE", help="keys that clients may use, one a line")
+    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
+    parser.add_argument("--drain-s", type=int, default=60, metavar="S", help="after SIGTERM, time for running requests")
+    parser.add_argument(
+        "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
+    )
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trainer batch`."""
+    parser.add_argument("action", choices=("create",), help="answer a file of requests; again: go on with it")
+    parser.add_argument("requests", metavar="IN.jsonl", help="requests in the format of OpenAI's batches")
+    parser.add_argument("--model", dest="target", required=True, metavar="MODEL", help="run, adapter or model")
+    parser.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
+    parser.add_argument("--out", metavar="OUT.jsonl", help="results; IN.out.jsonl when left out")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=RUN", help="one more adapter")
+    _add_engine(parser)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add what the embedded engine is started with."""
+    parser.add_argument("--served-name", metavar="NAME", help="name of the base model; the last part of its path")
+    parser.add_argument("--kv-cache-fraction", type=float, default=0.1, metavar="F", help="of the available memory")
+    parser.add_argument("--kv-cache-tokens", type=int, metavar="N", help="tokens of the cache, not a fraction")
+    parser.add_argument("--max-rows", type=int, default=64, metavar="N", help="sequences continued in one step")
+    parser.add_argument("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens read in one step")
+    parser.add_argument("--max-adapter-rank", type=int, default=128, metavar="R")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="sequences in flight; then 429")
+
+
+def _add_model(
+    parser: argparse.ArgumentParser, text: str = "run, adapter directory, model directory or hub name"
+) -> None:
+    parser.add_argument("target", metavar="MODEL", help=text)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
     which.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run: the weights of this checkpoint")

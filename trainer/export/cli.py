@@ -13,12 +13,12 @@ from typing import final
 from transformers.utils import logging
 
 from trainer.errors import ModelError, TrainerError
+from trainer.export.choice import Weights, choose_weights
 from trainer.export.hub import push, refuse_unready
 from trainer.export.merge import write_merged, write_plain
 from trainer.export.model_card import CARD, Exported, model_card
 from trainer.export.ollama import modelfile
 from trainer.export.verification import sample_rows
-from trainer.export.weights import Weights, choose_weights
 from trainer.files import replaced_directory
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir

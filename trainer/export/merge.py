@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from trainer.data.chat import load_tokenizer
 from trainer.errors import ModelError
+from trainer.export.choice import Weights
 from trainer.export.verification import (
     Sample,
     Verification,
@@ -21,7 +22,7 @@ from trainer.export.verification import (
     policy_logprobs,
     sample_rows,
 )
-from trainer.export.weights import Weights, load_trained, write_weights
+from trainer.export.weights import load_trained, write_weights
 from trainer.planning.plan import Plan
 
 

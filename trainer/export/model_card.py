@@ -11,7 +11,7 @@ from typing import Any, Final, final
 import yaml
 
 from trainer.config.recipe import DataSource, RFTRecipe
-from trainer.export.weights import Weights
+from trainer.export.choice import Weights
 from trainer.planning.identity import source_digest
 from trainer.planning.plan import Plan
 from trainer.run.best import best_value

@@ -14,6 +14,7 @@ from trainer.config.model_arguments import add_chat_arguments
 from trainer.errors import DataError
 from trainer.inference.chat_model import ChatModel, Draw
 from trainer.inference.command_line import draw_of, load, run_command
+from trainer.inference.server_model import ServerModel, is_address
 
 HELP: Final = "/reset begins a new chat, /quit or Ctrl-D ends"
 NARROW: Final = 60
@@ -25,7 +26,7 @@ CUT: Final = " ... (cut at --max-tokens)"
 class Chat:
     """A chat with one or several models; each goes on from its own answers."""
 
-    def __init__(self, models: Sequence[ChatModel], draw: Draw, system: str | None) -> None:
+    def __init__(self, models: Sequence[ChatModel | ServerModel], draw: Draw, system: str | None) -> None:
         """Begin a chat.
 
         Args:
@@ -139,7 +140,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    chat = Chat(load(arguments), draw_of(arguments), arguments.system)
+    models: Sequence[ChatModel | ServerModel]
+    if is_address(arguments.target):
+        models = [ServerModel(each) for each in (arguments.target, arguments.against) if each]
+    else:
+        models = load(arguments)
+    chat = Chat(models, draw_of(arguments), arguments.system)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         sys.stderr.write(f"{' | '.join(model.source.label for model in chat.models)}: {HELP}\n")

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, final
 
 from trainer.config.recipe import DataSettings, LoraSettings, ModelSettings
 from trainer.errors import LaunchError, ModelError
-from trainer.export.weights import choose_weights
+from trainer.export.choice import choose_weights
 from trainer.planning.plan import Plan
 from trainer.run.console import tell
 from trainer.run.directory import RunDir

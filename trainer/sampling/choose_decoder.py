@@ -63,7 +63,7 @@ def choose_decoder(policy: Policy) -> ChosenDecoder:
 def _candidates(policy: Policy) -> Iterator[tuple[Decoder, str]]:
     """Decoders from fast to slow; the last one is the model's own forward pass over the whole sequence."""
     if policy.separate_reason is None:
-        yield (FusedDecoder(policy) if is_fusible(policy) else CopiedDecoder(policy)), "the fast decoder"
+        yield (FusedDecoder(policy) if is_fusible(policy.causal_lm) else CopiedDecoder(policy)), "the fast decoder"
     yield OwnDecoder(policy, is_cached=True), "the model's own cache"
     yield OwnDecoder(policy, is_cached=False), "a pass over the whole sequence"
 

@@ -74,7 +74,7 @@ class DecodingLinear(nn.Module):
     def refresh(self) -> None:
         """Take the policy's current weights."""
         if self._weight.numel() == 0 or not self._is_frozen:
-            self._weight = self._packed(_joined([base.weight.detach() for base in self._bases]))
+            self._weight = self.packed(_joined([base.weight.detach() for base in self._bases]))
             if self._has_bias:
                 self._bias = _joined([base.bias.detach() for base in self._bases])
         if any(adapter is not None for adapter in self._adapters):
@@ -83,16 +83,24 @@ class DecodingLinear(nn.Module):
     def forward(self, inputs: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """W x + b + s B (A x) + added."""
         if self._up.numel():
-            added = self._product(self._product(inputs, self._down), self._up, added=added)
-        return self._product(inputs, self._weight, self._bias if self._has_bias else None, added)
+            added = self.product(self.product(inputs, self._down), self._up, added=added)
+        return self.product(inputs, self._weight, self._bias if self._has_bias else None, added)
 
-    def _product(
+    def product(
         self,
         inputs: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         added: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """X weight^T + bias + added.
+
+        Args:
+            inputs: [T, in].
+            weight: [out, in], as `packed` returned it.
+            bias: [out] or None.
+            added: [T, out] or None.
+        """
         if not self._is_packed:
             out = linear(inputs, weight, bias)
             return out if added is None else out + added
@@ -100,7 +108,7 @@ class DecodingLinear(nn.Module):
             return self._packed_linear(inputs, weight, bias, "none", [], "")
         return self._packed_linear_add(inputs, added, weight, bias, "add")
 
-    def _packed(self, weight: torch.Tensor) -> torch.Tensor:
+    def packed(self, weight: torch.Tensor) -> torch.Tensor:
         """In the layout that oneDNN reads fastest: 1.3 times faster with 32 rows, 1.6 times with 8."""
         return torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
@@ -114,7 +122,7 @@ class DecodingLinear(nn.Module):
                 name, dtype = adapter.active_adapters[0], base.weight.dtype
                 downs.append(adapter.lora_A[name].weight.detach().to(dtype))
                 ups.append((adapter.lora_B[name].weight.detach() * adapter.scaling[name]).to(dtype))
-        self._down, self._up = self._packed(torch.cat(downs)), self._packed(torch.block_diag(*ups))
+        self._down, self._up = self.packed(torch.cat(downs)), self.packed(torch.block_diag(*ups))
 
 
 @final

@@ -68,6 +68,16 @@ def uniforms(keys: torch.Tensor, position: int) -> torch.Tensor:
     return _shift_right(mixed, 64 - UNIFORM_BITS).double() * 2.0**-UNIFORM_BITS
 
 
+def uniforms_at(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[R] float64 in [0, 1): like `uniforms`, with a position of its own for each completion.
+
+    Args:
+        keys: [R] int64 from `row_keys`.
+        positions: [R] int64.
+    """
+    return _shift_right(_mix(_stir(keys, positions)), 64 - UNIFORM_BITS).double() * 2.0**-UNIFORM_BITS
+
+
 def quantize(probabilities: torch.Tensor) -> torch.Tensor:
     """[R, B * BLOCK] int64 in units of 2**-40, zero beyond the vocabulary, from [R, V] probabilities."""
     rows, vocab = probabilities.shape

@@ -1,0 +1,90 @@
+"""`python -m trainer.engine`: load the base model and listen on a Unix socket."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from transformers.utils import logging
+
+from trainer.config.recipe import ModelSettings
+from trainer.data.chat import load_tokenizer
+from trainer.data.stop_tokens import stop_token_ids
+from trainer.engine.connections import Connections
+from trainer.engine.grammar import Grammars
+from trainer.engine.model import EngineModel
+from trainer.engine.pages import PAGE
+from trainer.engine.scheduler import Scheduler
+from trainer.engine.service import Service
+from trainer.errors import TrainerError
+
+LEAST_PAGES: Final = 16
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until the process that started this one closes standard input, or until SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.engine", description=__doc__)
+    parser.add_argument("--model", required=True, help="model settings as JSON")
+    parser.add_argument("--socket", required=True, type=Path)
+    parser.add_argument("--kv-cache-fraction", type=float, default=0.1, help="of the memory that is available")
+    parser.add_argument("--kv-cache-tokens", type=int, help="instead of the fraction")
+    parser.add_argument("--max-rows", type=int, default=64)
+    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--max-adapter-rank", type=int, default=128)
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        service = _service(arguments)
+    except TrainerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the gateway, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: service.stop())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    service.run()
+    os._exit(0)  # threads that load adapters or read the socket need no end
+
+
+def _service(arguments: argparse.Namespace) -> Service:
+    settings = ModelSettings.model_validate_json(arguments.model)
+    model = EngineModel(settings, arguments.max_adapter_rank)
+    tokenizer = load_tokenizer(settings)
+    pages = _num_pages(model.page_bytes, arguments.kv_cache_fraction, arguments.kv_cache_tokens)
+    hello: dict[str, Any] = {
+        "hello": "trainer.engine",
+        "window": min(model.window, pages * PAGE),
+        "vocab": model.vocab_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_tokens": pages * PAGE,
+    }
+    scheduler = Scheduler(model, model.pool(pages), max_rows=arguments.max_rows, chunk_tokens=arguments.chunk_tokens)
+    grammars = Grammars(tokenizer, model.vocab_size, sorted(stop_token_ids(tokenizer, settings.path)))
+    return Service(model, scheduler, grammars, Connections(arguments.socket, hello))
+
+
+def _num_pages(page_bytes: int, fraction: float, tokens: int | None) -> int:
+    """Pages of the budget."""
+    if tokens is not None:
+        return max(1, -(-tokens // PAGE))
+    return max(LEAST_PAGES, int(psutil.virtual_memory().available * fraction) // page_bytes)
+
+
+def _end_with_parent() -> None:
+    """End when standard input is closed: the gateway is gone."""
+    while os.read(0, 1 << 12):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

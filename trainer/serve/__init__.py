@@ -1,0 +1,1 @@
+"""The gateway: OpenAI's API in front of an engine. No torch."""

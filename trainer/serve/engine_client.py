@@ -1,0 +1,216 @@
+"""One client of an engine: many requests over one socket, continued when the engine is restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias, final
+
+from trainer.engine.protocol import LINE_LIMIT, Sampling, line
+from trainer.serve.api_errors import ApiError
+
+ATTEMPTS: Final = 3
+"""Engines that a request is sent to, one after the other."""
+READY_S: Final = 120.0
+"""How long a request waits for an engine."""
+
+
+@final
+@dataclass(frozen=True)
+class Token:
+    """A token that was drawn."""
+
+    token: int
+    report: dict[str, Any] | None
+    """`logprob` and `top`, where they were asked for."""
+
+
+@final
+@dataclass(frozen=True)
+class End:
+    """The end of a sequence."""
+
+    reason: str
+    cached_tokens: int = 0
+    version: str | None = None
+    """Adapter and digest that answered."""
+    prompt_logprobs: tuple[dict[str, Any], ...] = ()
+
+
+@final
+class _LostError(Exception):
+    """The engine went away."""
+
+
+Event: TypeAlias = Token | End | ApiError | _LostError
+
+
+@final
+class EngineClient:
+    """Sends sequences to an engine and yields their tokens."""
+
+    def __init__(self) -> None:
+        """Begin without a connection; see `connect`."""
+        self._writer: asyncio.StreamWriter | None = None
+        self._queues: dict[str, asyncio.Queue[Event]] = {}
+        self._replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._ready = asyncio.Event()
+        self._number = 0
+        self.hello: dict[str, Any] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether an engine answers."""
+        return self._ready.is_set()
+
+    @property
+    def num_live(self) -> int:
+        """Sequences in flight."""
+        return len(self._queues)
+
+    async def connect(self, path: Path) -> asyncio.Task[None]:
+        """Open the socket; the returned task ends when the engine goes away."""
+        reader, self._writer = await asyncio.open_unix_connection(str(path), limit=LINE_LIMIT)
+        self.hello = json.loads(await reader.readline())
+        return asyncio.create_task(self._read(reader))
+
+    def set_ready(self) -> None:
+        """Let requests through: adapters are loaded."""
+        self._ready.set()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        with suppress(ConnectionError):
+            while received := await reader.readline():
+                self._dispatch(json.loads(received))
+        self._ready.clear()
+        if self._writer is not None:
+            self._writer.close()
+        for queue in self._queues.values():
+            queue.put_nowait(_LostError())
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_result({"ok": False, "error": "the engine went away"})
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        for request, token, report in message.get("tokens", ()):
+            queue = self._queues.get(request)
+            if queue is not None:
+                queue.put_nowait(Token(token, report))
+        if "end" in message and (queue := self._queues.get(message["end"])) is not None:
+            queue.put_nowait(_end_of(message))
+        if "reply" in message and (reply := self._replies.pop(message["reply"], None)) is not None:
+            reply.set_result(message)
+
+    async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send a command and wait for its reply.
+
+        Args:
+            op: `load`, `unload` or `stats`.
+            **fields: of the command.
+        """
+        request = self._new_id()
+        reply = self._replies[request] = asyncio.get_running_loop().create_future()
+        self._send({"op": op, "id": request, **fields})
+        return await reply
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Token | End, None]:
+        """Yield the tokens of a sequence, then its end; closing the iterator cancels it.
+
+        An engine that goes away is replaced: a sequence without tokens is sent again, one with tokens is continued
+        from them at the same noise positions.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are drawn.
+            adapter: None is the base.
+
+        Raises:
+            ApiError: the engine refuses the request, or none is there.
+        """
+        drawn: list[int] = []
+        for attempt in range(ATTEMPTS):
+            await self._wait_ready()
+            try:
+                async for event in self._stream([*prompt, *drawn], _rest(sampling, drawn), adapter):
+                    if isinstance(event, Token):
+                        drawn.append(event.token)
+                    yield event
+                return
+            except _LostError:
+                if attempt + 1 == ATTEMPTS or (drawn and not _can_continue(sampling)):
+                    raise ApiError(503, "the engine went away during this request; send it again", retry_s=1) from None
+                if len(drawn) >= sampling.max_tokens or (drawn and drawn[-1] in sampling.stop_ids):
+                    yield End("length" if drawn[-1] not in sampling.stop_ids else "stop")
+                    return
+
+    async def _stream(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Token | End, None]:
+        request = self._new_id()
+        queue = self._queues[request] = asyncio.Queue()
+        is_ended = False
+        try:
+            self._send(
+                {
+                    "op": "generate",
+                    "id": request,
+                    "prompt": list(prompt),
+                    "adapter": adapter,
+                    "sampling": sampling.to_json(),
+                }
+            )
+            while not is_ended:
+                event = await queue.get()
+                is_ended = not isinstance(event, Token)
+                if isinstance(event, ApiError | _LostError):
+                    raise event
+                yield event
+        finally:
+            del self._queues[request]
+            if not is_ended and self.is_ready:
+                self._send({"op": "cancel", "id": request})
+
+    async def _wait_ready(self) -> None:
+        try:
+            await asyncio.wait_for(self._ready.wait(), READY_S)
+        except TimeoutError:
+            raise ApiError(503, "no engine is ready", retry_s=10) from None
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(line(message))
+
+    def _new_id(self) -> str:
+        self._number += 1
+        return str(self._number)
+
+
+def _rest(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
+    """What is left of a sequence of which some tokens are drawn."""
+    if not drawn:
+        return sampling
+    left = sampling.max_tokens - len(drawn)
+    return replace(sampling, max_tokens=left, first_position=sampling.first_position + len(drawn))
+
+
+def _can_continue(sampling: Sampling) -> bool:
+    """Whether a sequence's state is its tokens alone: no grammar, no penalty that counts what was drawn."""
+    return sampling.grammar is None and not sampling.presence_penalty and not sampling.frequency_penalty
+
+
+def _end_of(message: dict[str, Any]) -> Event:
+    if message["reason"] == "error":
+        status = 400 if message.get("is_request_wrong") else 500
+        return ApiError(status, message.get("message", "the engine failed"))
+    return End(
+        message["reason"],
+        message["cached_tokens"],
+        message["version"],
+        tuple(message.get("prompt_logprobs", ())),
+    )

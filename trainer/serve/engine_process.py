@@ -1,0 +1,117 @@
+"""Start the engine, load its adapters, start it again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Final, final
+
+from trainer.errors import LaunchError
+from trainer.run.console import tell
+from trainer.serve.engine_client import EngineClient
+
+START_S: Final = 300.0
+"""How long an engine may take to load its model."""
+RAPID_S: Final = 10.0
+"""An engine that dies within this time of its start was not a good one."""
+MAX_RAPID: Final = 3
+"""Bad engines in a row after which the gateway gives up."""
+
+
+@final
+class EngineProcess:
+    """Supervises one engine."""
+
+    def __init__(self, arguments: Sequence[str], socket: Path, client: EngineClient) -> None:
+        """Prepare; `start` starts it.
+
+        Args:
+            arguments: of `python -m trainer.engine`, without the socket.
+            socket: in a directory that only the owner can read.
+            client: is connected.
+        """
+        self.client = client
+        self._arguments, self._socket = list(arguments), socket
+        self._adapters: Callable[[], dict[str, str]] = dict
+        self._process: subprocess.Popen[bytes] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self.num_starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine."""
+        return None if self._process is None else self._process.pid
+
+    def launch(self) -> None:
+        """Begin to start it, where it does not run: its imports take seconds, and the gateway has its own."""
+        if self._process is not None:
+            return
+        self._socket.unlink(missing_ok=True)
+        self.num_starts += 1
+        words = [sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._arguments]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE)
+
+    async def start(self, adapters: Callable[[], dict[str, str]]) -> None:
+        """Start it and wait until it answers.
+
+        Args:
+            adapters: name and path of each adapter that is served now.
+
+        Raises:
+            LaunchError: it ended, with its exit code, or an adapter cannot be served.
+        """
+        self._adapters = adapters
+        connection = await self._start_once()
+        self._supervisor = asyncio.create_task(self._supervise(connection))
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._process is not None:
+            self._process.terminate()
+            await asyncio.to_thread(self._process.wait)
+
+    async def _start_once(self) -> asyncio.Task[None]:
+        self.launch()
+        assert self._process is not None
+        deadline = monotonic() + START_S
+        while not self._socket.exists():
+            if self._process.poll() is not None:
+                raise LaunchError(f"the engine ended with exit code {self._process.returncode}; its words are above")
+            if monotonic() > deadline:
+                raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
+            await asyncio.sleep(0.05)
+        connection = await self.client.connect(self._socket)
+        for name, path in self._adapters().items():
+            reply = await self.client.ask("load", name=name, path=path)
+            if not reply["ok"]:
+                raise LaunchError(str(reply["error"]))
+        self.client.set_ready()
+        return connection
+
+    async def _supervise(self, connection: asyncio.Task[None]) -> None:
+        rapid = 0
+        while True:
+            begin = monotonic()
+            await connection
+            assert self._process is not None
+            code = await asyncio.to_thread(self._process.wait)
+            self._process = None
+            rapid = rapid + 1 if monotonic() - begin < RAPID_S else 0
+            if rapid >= MAX_RAPID:
+                tell(f"the engine died {rapid} times within {RAPID_S:.0f} s of its start; giving up")
+                return
+            tell(f"the engine ended (exit code {code}); starting it again")
+            try:
+                connection = await self._start_once()
+            except (LaunchError, OSError) as error:
+                tell(f"the engine cannot be started: {error}")
+                return
