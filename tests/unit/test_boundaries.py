@@ -31,12 +31,12 @@ def users_of(name: str) -> set[str]:
         ("DTensor", {"distributed/sharding.py"}),
         ("fully_shard", {"distributed/sharding.py"}),
         ("flex_attention", {"model/flex.py"}),
-        ("scaled_dot_product_attention", {"model/attention.py"}),
+        ("scaled_dot_product_attention", {"model/attention.py", "engine/attention.py"}),
         # A decoder reads the structure of the model; everything else asks the policy.
         (
             "causal_lm",
             {"model/policy.py", "model/packing_check.py"}
-            | {f"sampling/{name}.py" for name in ("decoder", "fused", "own_decoder")},
+            | {f"sampling/{name}.py" for name in ("decoder", "fused", "own_decoder", "choose_decoder")},
         ),
         ("get_peft_model", {"model/adapters.py"}),
     ],
