@@ -7,10 +7,10 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,7 +28,10 @@ from trainer.serve.requests import ChatRequest, CompletionRequest, validation_er
 
 OPEN_ROUTES: Final = frozenset({"/health", "/ready"})
 """Routes that need no key."""
+LEFT: Final = 499
+"""Status of a request whose client left; nobody reads it but the log."""
 Next = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 class LoadRequest(BaseModel):
@@ -81,18 +84,33 @@ async def _answer(gateway: Gateway, request: Request, answer: Answer, jobs: list
     usage = Usage(prompt_tokens=_prompt_tokens(jobs))
     if is_stream:
         pieces = _counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage)
-        first = await anext(pieces)  # errors of the request become a status, not a part of the stream
+        first = await _unless_left(_first(pieces), request)  # errors become a status, not a part of the stream
+        if first is None:
+            await pieces.aclose()
+            return Response(status_code=LEFT)
         return StreamingResponse(_events(answer, first, pieces, usage), media_type="text/event-stream")
-    task = asyncio.ensure_future(_collect(_counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage)))
-    watch = asyncio.ensure_future(_disconnected(request))
+    whole = _collect(_counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage))
+    collected = await _unless_left(whole, request)
+    if collected is None:
+        return Response(status_code=LEFT)
+    return JSONResponse(answer.whole(collected, usage), headers=_version(usage))
+
+
+async def _unless_left(work: Coroutine[Any, Any, T], request: Request) -> T | None:
+    """What the work returns; None where the client left before its end, which cancels it."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     done, _ = await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
     watch.cancel()
-    if task not in done:
-        task.cancel()
-        with suppress(asyncio.CancelledError, ApiError):
-            await task
-        return Response(status_code=499)
-    return JSONResponse(answer.whole(task.result(), usage), headers=_version(usage))
+    if task in done:
+        return task.result()
+    task.cancel()
+    with suppress(asyncio.CancelledError, ApiError):
+        await task
+    return None
+
+
+async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    return await anext(pieces)
 
 
 def _prompt_tokens(jobs: Sequence[Job]) -> int:
