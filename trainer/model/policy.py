@@ -109,9 +109,8 @@ class Policy(nn.Module):
         logprobs, _ = tiled_logprobs(
             hidden, head.weight, head.bias, batch.targets, self.logit_transform, with_entropy=False
         )
-        tiles = hidden.split(
-            tile_rows(head.weight.shape[0], head.weight.device.type)
-        )  # scale and soft cap do not change the order of logits
+        # Scale and soft cap do not change the order of logits.
+        tiles = hidden.split(tile_rows(head.weight.shape[0], head.weight.device.type))
         best = torch.cat([head(rows).argmax(-1) for rows in tiles])
         return logprobs, best == batch.targets
 
