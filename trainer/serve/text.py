@@ -53,7 +53,7 @@ class TextStream:
 def overlap(text: str, stop: str) -> int:
     r"""Characters at the end of a text with which a stop string begins.
 
-    >>> overlap("a\\n#", "\\n##"), overlap("a", "b")
+    >>> overlap("a\n#", "\n##"), overlap("a", "b")
     (2, 0)
     """
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
