@@ -219,6 +219,8 @@ def serve(arguments: argparse.Namespace) -> tuple[subprocess.Popen[bytes], Side]
     process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     url = f"http://127.0.0.1:{port}"
     while True:
+        if process.poll() is not None:
+            sys.exit(f"the server ended with {process.returncode}")
         try:
             if httpx.get(f"{url}/ready").status_code == 200:
                 break
