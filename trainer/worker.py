@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,10 +77,11 @@ def _run_attempt(plan: Plan, run: RunDir) -> int:
 
     from trainer.distributed.preemption import StopFlag
     from trainer.distributed.world import join_world, leave_world, use_deterministic_kernels
+    from trainer.model.quiet import quiet_transformers
     from trainer.training.attempt import Attempt
     from trainer.training.attempt_record import describe_attempt
 
-    _quiet_libraries()
+    quiet_transformers()
     if plan.recipe.deterministic and plan.shape.device == "cuda":
         use_deterministic_kernels()
     try:
@@ -231,15 +231,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_override_arguments(parser)
     parser.add_argument("--name", help="run name")
     return parser.parse_args(argv)
-
-
-def _quiet_libraries() -> None:
-    """Turn off progress bars and warnings that are meant for callers of transformers, not for our users."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.model import lm_head
 from trainer.model.lm_head import LogitTransform, tile_rows, tiled_logprobs
 
 HIDDEN = 8
@@ -165,3 +166,28 @@ def relative_distance(ours: Tensor, exact: Tensor) -> float:
 def test_tile_rows_are_a_power_of_two_within_the_budget(monkeypatch, vocab, rows):
     monkeypatch.setattr("trainer.model.lm_head.TILE_CELLS", 128 * 49_152)
     assert tile_rows(vocab) == rows
+
+
+@pytest.mark.parametrize("factor", [False, True], ids=["plain", "times-factor"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        LogitTransform(),
+        LogitTransform(scale=0.5, temperature=0.7),
+        LogitTransform(softcap=2.0, temperature=1.3),
+        LogitTransform(scale=2.0, softcap=3.0),
+    ],
+    ids=str,
+)
+def test_the_gpus_statistics_are_those_of_the_cpu(transform, factor):
+    """The function that is compiled on a GPU, uncompiled, beside the one that runs in blocks."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(70, 50, generator=generator)
+    targets = torch.randint(50, (70,), generator=generator)
+    weights = torch.rand(70, generator=generator) if factor else None
+    ours = lm_head.fused_statistics(logits, targets, transform, True, True, weights)
+    theirs = lm_head._blocked_statistics(logits.clone(), targets, transform, True, True, weights)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5)  # the entropy is a difference of numbers near 10
+    assert lm_head.fused_statistics(logits, targets, transform, False, False, None)[1:] == (None, None)

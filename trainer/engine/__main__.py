@@ -7,12 +7,10 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
-from transformers.utils import logging
 
 from trainer.config.recipe import ModelSettings
 from trainer.data.chat import load_tokenizer
@@ -24,6 +22,7 @@ from trainer.engine.pages import PAGE
 from trainer.engine.scheduler import Scheduler
 from trainer.engine.service import Service
 from trainer.errors import TrainerError
+from trainer.model.quiet import quiet_transformers
 
 LEAST_PAGES: Final = 16
 
@@ -40,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-adapter-rank", type=int, default=128)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_transformers()
     try:
         service = _service(arguments)
     except TrainerError as error:

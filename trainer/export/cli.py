@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
-
-from transformers.utils import logging
 
 from trainer.errors import ModelError, TrainerError
 from trainer.export.choice import Weights, choose_weights
@@ -20,6 +17,7 @@ from trainer.export.model_card import CARD, Exported, model_card
 from trainer.export.ollama import modelfile
 from trainer.export.verification import sample_rows
 from trainer.files import replaced_directory
+from trainer.model.quiet import quiet_transformers
 from trainer.planning.plan import Plan
 from trainer.run.directory import RunDir
 from trainer.run.place import settle
@@ -28,9 +26,7 @@ from trainer.run.place import settle
 def main(argv: list[str] | None = None) -> int:
     """Export one run; prints the directory of the export, and the address where it was uploaded."""
     arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     try:
         shown = arguments.out
         for name in ("out", "converter"):

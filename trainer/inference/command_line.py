@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Callable
-
-from transformers.utils import logging
 
 from trainer.errors import TrainerError, UserError
 from trainer.inference.chat_model import ChatModel, Draw
 from trainer.inference.source import find_source, other_source
+from trainer.model.quiet import quiet_transformers
 
 
 def draw_of(arguments: argparse.Namespace, num_samples: int = 1) -> Draw:
@@ -55,9 +53,7 @@ def run_command(
     """
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_transformers()
     try:
         return command(arguments)
     except TrainerError as error:

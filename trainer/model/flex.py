@@ -82,7 +82,7 @@ def _flex_kernel(device: str, backend: str | Callable[..., Any] = "inductor") ->
 
 
 def prepare_compiler() -> None:
-    """Settings of torch.compile that attention kernels need."""
+    """Settings of torch.compile that our kernels need."""
     # Otherwise scale and soft cap become inputs, which the kernel cannot read.
     torch._dynamo.config.specialize_float = True
     # Windows, short packs, with and without gradient: more variants than the default.

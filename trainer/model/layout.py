@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, final
 
 import numpy as np
@@ -104,7 +105,7 @@ class PackedLayout:
         order = torch.argsort(torch.cat([bucket.gather.flatten()[bucket.cells] for bucket in buckets]))
         return cls(numbered, longest, tuple(buckets), order)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """T, the tokens of the pack."""
         return sum(prefix + sum(branches) for prefix, branches in self.trees)

@@ -19,6 +19,8 @@ from typing import Any, Final, final
 import torch
 from torch.autograd.function import once_differentiable
 
+from trainer.model.flex import prepare_compiler
+
 TILE_CELLS: Final = 256 * 49_152
 """Logits in a tile on a CPU: enough rows for an efficient product."""
 GPU_TILE_ROWS: Final = 1024
@@ -182,7 +184,7 @@ def fused_statistics(
 
 @cache
 def _compiled_statistics() -> Callable[..., Statistics]:
-    torch._dynamo.config.specialize_float = True
+    prepare_compiler()
     return torch.compile(fused_statistics, dynamic=True, fullgraph=True)
 
 

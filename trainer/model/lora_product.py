@@ -120,7 +120,7 @@ def compiled_lora_product(
     return y
 
 
-_product_operator = torch.library.custom_op("tunesmith::lora_product", _product, mutates_args=())
+_product_operator = torch.library.custom_op("trainer::lora_product", _product, mutates_args=())
 
 
 @_product_operator.register_fake
@@ -136,7 +136,7 @@ def _fake_product(
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
 
 
-@torch.library.custom_op("tunesmith::lora_gradients", mutates_args=())
+@torch.library.custom_op("trainer::lora_gradients", mutates_args=())
 def _gradients_operator(
     grad: torch.Tensor,
     x: torch.Tensor,

@@ -31,9 +31,10 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
         return SHARDED_SAMPLING
     if is_sharded and recipe.model.quantization is not None:
         return SHARDED_QUANTIZATION
-    selected = facts.selected_keys if facts is not None else None
-    if isinstance(recipe, RFTRecipe) and selected is not None and recipe.data.max_seq_tokens > selected:
-        return f"cannot be used: {facts.model_type} {SELECTED_KEYS.format(selected, selected)}" if facts else None
+    if facts is not None and facts.selected_keys is not None and isinstance(recipe, RFTRecipe):
+        selected = facts.selected_keys
+        if recipe.data.max_seq_tokens > selected:
+            return f"cannot be used: {facts.model_type} {SELECTED_KEYS.format(selected, selected)}"
     if recipe.data.max_seq_tokens > limit.max_seq_tokens:
         return f"supports sequences up to {limit.max_seq_tokens:,} tokens ({limit.basis})"
     if facts is None:

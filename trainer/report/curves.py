@@ -40,7 +40,7 @@ class Curves:
     held_out: Points
     """Each evaluation, never averaged."""
     steps_per_point: int
-    """More than 1 where a point is the mean of so many steps."""
+    """Steps that each point is the mean of; 1 where every step has its point."""
     num_steps: int
     not_finite: dict[str, int]
     """Number of values of a metric that are NaN or infinite, which a curve cannot show."""

@@ -24,7 +24,7 @@ from trainer.planning.plan import RFTPlan
 from trainer.rewards.call_result import CallResult
 from trainer.rewards.runner import RewardRunner, Scored, Scoring, weigh
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
-from trainer.training.group_sampler import GroupRequest, with_score
+from trainer.training.group_sampler import GroupRequest, scored_groups
 from trainer.training.tool_template import refuse_template_without_tools
 from trainer.types import (
     Completion,
@@ -108,14 +108,11 @@ class PendingConversations:
     def result(self) -> list[Group]:
         """Wait for the rewards; returns the groups with them."""
         functions = self.scoring.call_results() if len(self.specs) > 1 else [[] for _ in self.results]
-        scores = iter(
+        scores = (
             Scored(None, failure=own.failure) if own.failure is not None else weigh(self.specs, [own, *of_item])
             for own, of_item in zip(self.results, functions, strict=True)
         )
-        return [
-            replace(group, rollouts=tuple(with_score(rollout, next(scores)) for rollout in group.rollouts))
-            for group in self.groups
-        ]
+        return scored_groups(self.groups, scores)
 
 
 @final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, final
 
@@ -78,11 +78,7 @@ class PendingGroups:
 
     def result(self) -> list[Group]:
         """Wait for the rewards; returns the groups with them."""
-        scores = iter(self.scoring.result())
-        return [
-            replace(group, rollouts=tuple(with_score(rollout, next(scores)) for rollout in group.rollouts))
-            for group in self.sampled
-        ]
+        return scored_groups(self.sampled, self.scoring.result())
 
 
 @final
@@ -117,6 +113,15 @@ class GroupSampler:
         )
         items = [(rollout.text, group.row) for group in sampled for rollout in group.rollouts]
         return PendingGroups(sampled, self.rewards.submit(items))
+
+
+def scored_groups(groups: Sequence[Group], scores: Iterable[Scored]) -> list[Group]:
+    """The groups with a score for each of their rollouts, in order."""
+    of_rollouts = iter(scores)
+    return [
+        replace(group, rollouts=tuple(with_score(rollout, next(of_rollouts)) for rollout in group.rollouts))
+        for group in groups
+    ]
 
 
 def with_score(rollout: Rollout, scored: Scored) -> Rollout:
