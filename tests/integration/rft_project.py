@@ -44,9 +44,14 @@ def prepare(project: Project) -> Project:
 def run_here(project: Project, name: str, *, code: int = 0, **changes: Any) -> Run:
     """Run a recipe's worker in this process, which spares its start; `code` is what it must return."""
     project.recipe(f"{name}.yaml", **{**deepcopy(RECIPE), "name": name, **changes})
+    return work(project, f"{name}.yaml", name, code=code)
+
+
+def work(project: Project, file: str, name: str, *, code: int = 0) -> Run:
+    """Run the worker of a recipe that is written already."""
     with _handlers_restored(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.root)  # not for longer: `kill_all` kills whatever works there
-        assert main([f"{name}.yaml"]) == code
+        assert main([file]) == code
     return project.run(name)
 
 

@@ -65,7 +65,7 @@ def test_runs_lists_every_run_and_a_damaged_one_hides_none(capsys):
     broken_entry, entry = json.loads(capsys.readouterr().out)
     assert entry == {
         "run": "runs/first", "state": "pending", "method": "sft", "model": "model", "step": 5, "steps": 10,
-        "best": {"step": 5, "name": "eval/loss", "value": 0.5}, "problem": None,
+        "best": {"step": 5, "name": "eval/loss", "value": 0.5}, "problem": None, "lost_trackers": [],
     }  # fmt: skip
     assert (broken_entry["run"], broken_entry["state"]) == ("runs/broken", "unreadable")
     assert main(["ls"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from trainer.config import semantics
 from trainer.config.load import load_recipe
 from trainer.config.recipe import LoggingSettings
 from trainer.planning.plan import make_plan
+from trainer.report.run_report import RunReporter, Standing
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
 from trainer.run.sinks import Sinks, wanted_sinks
@@ -131,6 +133,38 @@ def test_a_sink_that_fails_is_left_out_and_said_once(run: RunDir) -> None:
     sinks.add({"step": 1, "time": 1.0, "train/loss": 1.0})
     assert len(said) == 1
     assert list(sinks.problems) == ["tensorboard"]
+
+
+def test_a_lost_tracker_is_named_by_status_runs_and_report_until_it_works_again(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    record = {"step": 4, "time": 1.0, "train/loss": 1.0}
+    run.metrics_file.write_text(json.dumps(record) + "\n")
+    sinks = Sinks(run, ["tensorboard"], LoggingSettings(), lambda _: None)
+    sinks.rebuild([record])
+    shutil.rmtree(run.tensorboard)
+    run.tensorboard.write_text("a full disk, or a directory that was taken away")
+    sinks._sinks["tensorboard"].close(0)  # what the package's own thread finds out sooner or later
+    sinks.add({**record, "step": 5})
+    reasons = json.loads(run.sinks_file.read_text())
+    assert reasons["tensorboard"].startswith("after step 4: ")
+    assert shown(capsys, "status", "small").count("tensorboard receives nothing more (after step 4: ") == 1
+    assert json.loads(shown(capsys, "status", "small", "--json"))["trackers"] == reasons
+    assert shown(capsys, "runs").rstrip().endswith("lost: tensorboard")
+    (note,) = [note for note in RunReporter(run, lambda _: Standing("failed", False)).read().notes if "tensor" in note]
+    assert note.endswith("trainer sync runs/small --to tensorboard copies all.")
+    Sinks(run, ["trackio"], LoggingSettings(), lambda _: None)
+    assert json.loads(run.sinks_file.read_text())["tensorboard"] == reasons["tensorboard"]  # it is still lost
+    run.tensorboard.unlink()
+    assert main(["sync", "small", "--to", "tensorboard"]) == 0
+    assert "tensorboard" not in shown(capsys, "status", "small")
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main([*arguments]) == 0
+    return capsys.readouterr().out
 
 
 def test_a_recipe_asks_for_sinks(run: RunDir) -> None:

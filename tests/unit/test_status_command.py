@@ -79,6 +79,7 @@ def test_status_reads_the_end_of_the_metrics_only(run, capsys):
         "run": "runs/small", "state": "running", "step": 3, "steps": 10, "phase": "training", "attempts": 1,
         "seconds_left": 14.0, "message": None, "metrics": {"step": 3, "time": 106.0, "train/loss": 0.5},
         "wandb": None,
+        "trackers": {},
     }  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class RunSummary:
     best: BestValue | None = None
     problem: str | None = None
     """Why it is unreadable."""
+    lost_trackers: tuple[str, ...] = ()
+    """Trackers that receive nothing more: `trainer status` says why."""
 
 
 def list_runs(arguments: argparse.Namespace) -> int:
@@ -74,7 +76,14 @@ def summarize_run(run: RunDir, ask: Ask = find_queued) -> RunSummary:
         recipe, status = run.read_plan().recipe, describe_run(run, ask)
         best = best_value(run.comparable_metrics())
         return RunSummary(
-            str(run.root), status.state, recipe.method, recipe.model.path, status.step, status.steps, best
+            str(run.root),
+            status.state,
+            recipe.method,
+            recipe.model.path,
+            status.step,
+            status.steps,
+            best,
+            lost_trackers=(*(["wandb"] if status.wandb else []), *status.trackers),
         )
     except (TrainerError, OSError) as error:
         return RunSummary(str(run.root), "unreadable", problem=str(error))
@@ -85,6 +94,8 @@ def _row(summary: RunSummary) -> tuple[str, ...]:
         return (summary.run, summary.state, "", "", "", summary.problem)
     best = summary.best
     value = f"{best.name} {best.value:.4f} at step {best.step}" if best is not None else ""
+    if summary.lost_trackers:
+        value += f"{', ' if value else ''}lost: {' '.join(summary.lost_trackers)}"
     progress = f"step {summary.step} of {summary.steps}"
     return (summary.run, summary.state, summary.method or "", Path(summary.model or "").name, progress, value)
 

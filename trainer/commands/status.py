@@ -19,6 +19,7 @@ from trainer.run.find import find_run
 from trainer.run.polling import wait_until
 from trainer.run.protocol import HEARTBEAT_S, LATE_S
 from trainer.run.pulse import Pulse
+from trainer.run.sinks import sink_problems
 from trainer.run.state import Outcome, RunState
 from trainer.run.tracker import read_tracker
 
@@ -43,6 +44,8 @@ class RunStatus:
     metrics: dict[str, Any]
     wandb: str | None
     """Why W&B receives nothing more; None while it works, or is not used."""
+    trackers: dict[str, str]
+    """Why TensorBoard, trackio or MLflow receives nothing more, by name; without those that work or are not used."""
 
 
 def describe_run(run: RunDir, ask: Ask = find_queued, pulse: Pulse | None = None) -> RunStatus:
@@ -71,6 +74,7 @@ def describe_run(run: RunDir, ask: Ask = find_queued, pulse: Pulse | None = None
         message=reason or (outcome.message if outcome is not None else None),
         metrics=records[-1] if records else {},
         wandb=tracker.problem if tracker is not None else None,
+        trackers=sink_problems(run),
     )
 
 
@@ -116,6 +120,8 @@ def status(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"  {current.message}\n")
     if current.wandb:
         sys.stdout.write(f"  {current.wandb}; `trainer sync {current.run}` sends what is missing\n")
+    for name, why in current.trackers.items():
+        sys.stdout.write(f"  {name} receives nothing more ({why}); `trainer sync {current.run} --to {name}` copies all\n")
     return 0
 
 

@@ -194,8 +194,11 @@ def _null_to_defaults(value: object) -> object:
 
 
 class LoggingSettings(Section):
-    """Where metrics are sent in addition to metrics.jsonl."""
+    """What is recorded beside metrics.jsonl, and where metrics are sent."""
 
+    answers: NonNegativeInt = 4
+    """sft only: answer this many held-out rows (training rows where there are none) before the first and after the last
+    step, for the report; 0 answers none. Metrics and weights do not depend on it. rft records all held-out answers."""
     wandb: Annotated[
         Literal["off", "offline", "online"],
         BeforeValidator(_off, json_schema_input_type=Literal["off", "offline", "online"]),

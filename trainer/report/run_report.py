@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -18,6 +18,8 @@ from trainer.run.best import best_value
 from trainer.run.console import duration
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import Record
+from trainer.run.sinks import sink_problems
+from trainer.run.tracker import read_tracker
 
 NO_ROLLOUTS: Final = PageRollouts([], 0, 0, "")
 MAX_EVENTS: Final = 500
@@ -108,6 +110,8 @@ class RunReporter:
             chunks,
             len(run.journal_steps(refused=True)),
             len(run.evaluation_steps()),
+            len(run.answer_steps()),
+            len(sink_problems(run)),
         )
 
     def read(self) -> RunReport:
@@ -128,7 +132,7 @@ class RunReporter:
             tiles=_tiles(run, plan, records, spans, standing),
             settings=settings_of(plan),
             warnings=list(plan.warnings),
-            notes=_notes(curves, rollouts, found, samples),
+            notes=[*_notes(curves, rollouts, found, samples), *_lost_trackers(run)],
             curves=curves,
             attempts=spans,
             events=found[:MAX_EVENTS],
@@ -184,6 +188,15 @@ def _best_tile(run: RunDir) -> list[Tile]:
     when = "before training" if first["step"] == 0 else f"at step {first['step']}"
     label = f"Best held-out {best.name.removeprefix(HELD_OUT)}"
     return [Tile(label, f"{best.value:.3f}", f"step {best.step}; {first[best.name]:.3f} {when}")]
+
+
+def _lost_trackers(run: RunDir) -> Iterator[str]:
+    """Copies of the metrics that receive nothing more."""
+    tracker = read_tracker(run)
+    if tracker is not None and tracker.problem is not None:
+        yield f"{tracker.problem}; trainer sync {run.root} sends what is missing."
+    for name, why in sink_problems(run).items():
+        yield f"{name} receives nothing more ({why}); trainer sync {run.root} --to {name} copies all."
 
 
 def _notes(curves: Curves, rollouts: PageRollouts, found: Sequence[Event], samples: BeforeAfter | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Before and after: the first and the last recorded answers to the same held-out prompts."""
+"""Before and after: the first and the last recorded answers to the same prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from trainer.report.text import shortened, shortened_messages
 from trainer.rewards.runner import ALL_ABSTAINED
 from trainer.run.directory import RunDir
-from trainer.run.evaluations import EvaluatedPrompt, read_evaluation
+from trainer.run.evaluations import EvaluatedPrompt, read_answers, read_evaluation
 from trainer.run.intervals import PairedDifference, paired_difference
 
 MAX_PROMPTS: Final = 100
@@ -51,8 +51,12 @@ class BeforeAfter:
     num_prompts: int
     """Prompts that both answered."""
     difference: PairedDifference | None
-    """Of the mean reward of each prompt; None where no prompt was judged at both steps."""
+    """Of the mean reward of each prompt; None where no prompt was judged at both steps, as in sft."""
     samples: list[Sample]
+    part: str
+    """Which rows these are: held-out or training ones."""
+    is_judged: bool
+    """Whether rewards judged the answers."""
 
 
 def mean_rewards(prompts: Iterable[EvaluatedPrompt]) -> dict[tuple[str, int], float]:
@@ -66,14 +70,20 @@ def mean_rewards(prompts: Iterable[EvaluatedPrompt]) -> dict[tuple[str, int], fl
 
 
 def before_after(run: RunDir) -> BeforeAfter | None:
-    """Compare the first recorded evaluation with the last; None where there are not two."""
-    steps = run.comparable_evaluation_steps()
+    """Compare the first recorded answers with the last; None where there are not two with a prompt in common."""
+    is_judged = bool(run.evaluation_steps())
+    steps = run.comparable_evaluation_steps() if is_judged else run.answer_steps()
     if len(steps) < 2:
         return None
-    first, last = read_evaluation(run, steps[0]), {each.key: each for each in read_evaluation(run, steps[-1])}
+    read = read_evaluation if is_judged else read_answers
+    first, last = read(run, steps[0]), {each.key: each for each in read(run, steps[-1])}
     pairs = [(prompt, last[prompt.key]) for prompt in first if prompt.key in last]
+    if not pairs and not is_judged:  # the rows were replaced
+        return None
+    difference = _difference(first, list(last.values())) if is_judged else None
     samples = [_sample(before, after) for before, after in pairs[:MAX_PROMPTS]]
-    return BeforeAfter(steps[0], steps[-1], len(pairs), _difference(first, list(last.values())), samples)
+    part = pairs[0][0].part if pairs else "held-out"
+    return BeforeAfter(steps[0], steps[-1], len(pairs), difference, samples, part, is_judged)
 
 
 def _difference(first: Sequence[EvaluatedPrompt], last: Sequence[EvaluatedPrompt]) -> PairedDifference | None:
@@ -98,7 +108,7 @@ def _answer(record: Mapping[str, Any]) -> Answer:
     failure = record.get("failure")
     return Answer(
         text=shortened(record["text"]),
-        reward=record["reward"],
+        reward=record.get("reward"),
         cut=record.get("finish_reason") == "length",
         failure=shortened(failure) if failure else None,
     )

@@ -108,6 +108,11 @@ class RunDir:
         return self.root / "wandb.json"
 
     @property
+    def sinks_file(self) -> Path:
+        """Why a copy of the metrics (TensorBoard, trackio, MLflow) receives nothing more, by its name."""
+        return self.root / "trackers.json"
+
+    @property
     def tensorboard(self) -> Path:
         """Directory of TensorBoard's event file."""
         return self.root / "tensorboard"
@@ -183,6 +188,19 @@ class RunDir:
         numbers = (step_number(file.stem) for file in self._evaluations.glob("*.jsonl"))
         return sorted(number for number in numbers if number is not None)
 
+    def answers(self, step: int) -> Path:
+        """Answers of an sft run to a few rows after a step."""
+        return self._answers / f"{step_name(step)}.jsonl"
+
+    def answer_steps(self) -> list[int]:
+        """Steps after which an sft run answered a few rows, ascending."""
+        numbers = (step_number(file.stem) for file in self._answers.glob("*.jsonl"))
+        return sorted(number for number in numbers if number is not None)
+
+    @property
+    def _answers(self) -> Path:
+        return self.root / "answers"
+
     @property
     def _evaluations(self) -> Path:
         return self.root / "evaluations"
@@ -217,9 +235,9 @@ class RunDir:
     def discard_start(self) -> None:
         """Delete what an attempt has left that made no step; logs and attempt numbers stay."""
         files = (self.metrics_file, self.outcome_file, self.cancel_file, self.excluded_file)
-        for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file):
+        for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file, self.sinks_file):
             file.unlink(missing_ok=True)
-        for directory in (self.checkpoints, self.rollouts, self.root / "evaluations", *self.all_weights()):
+        for directory in (self.checkpoints, self.rollouts, self._evaluations, self._answers, *self.all_weights()):
             shutil.rmtree(directory, ignore_errors=True)
 
     def move_aside(self) -> Path:

@@ -1,4 +1,4 @@
-"""Reads the held-out answers that a run recorded. No torch."""
+"""Reads the answers that a run recorded: to held-out prompts (rft), to a few rows (sft). No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from trainer.run.directory import RunDir
@@ -25,7 +26,9 @@ class EvaluatedPrompt:
     fields: Mapping[str, Any]
     """The other fields of the row: the gold answer."""
     answers: Sequence[Mapping[str, Any]]
-    """Each with `text`, `reward`, `rewards`, `finish_reason`, `num_tokens` and `failure`."""
+    """Each with `text`, `finish_reason` and `num_tokens`; of rft also `reward`, `rewards` and `failure`."""
+    part: str = "held-out"
+    """Which rows these are: held-out or training ones."""
 
 
 def read_evaluation(run: RunDir, step: int) -> list[EvaluatedPrompt]:
@@ -35,9 +38,23 @@ def read_evaluation(run: RunDir, step: int) -> list[EvaluatedPrompt]:
         run: any run.
         step: one of `run.evaluation_steps()`.
     """
+    return _read(run.evaluation(step))
+
+
+def read_answers(run: RunDir, step: int) -> list[EvaluatedPrompt]:
+    """The answers of an sft run to a few rows after a step, in the order of the rows; empty where there are none.
+
+    Args:
+        run: any run.
+        step: one of `run.answer_steps()`.
+    """
+    return _read(run.answers(step))
+
+
+def _read(file: Path) -> list[EvaluatedPrompt]:
     try:
         # not splitlines(): texts contain U+2028 and the like, which do not end a line of JSON
-        lines = run.evaluation(step).read_text(encoding="utf-8").split("\n")[:-1]
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError:
         return []
     occurrences: Counter[str] = Counter()
@@ -53,6 +70,7 @@ def read_evaluation(run: RunDir, step: int) -> list[EvaluatedPrompt]:
                 messages=record.get("prompt"),
                 fields=record.get("fields", {}),
                 answers=record["answers"],
+                part=record.get("part", "held-out"),
             )
         )
         occurrences[text] += 1

@@ -6,6 +6,7 @@ after it was written there. So after any number of kills it has each step exactl
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol, final
 
 from trainer.config.recipe import LoggingSettings
+from trainer.files import write_atomically
 from trainer.run.directory import RunDir
 from trainer.run.metrics_reader import Record
 
@@ -198,22 +200,27 @@ class Sinks:
             say: prints a message to the user.
         """
         self._run, self._say = run, say
+        self._names = list(names)
+        self._step: int | None = None
         self._sinks: dict[SinkName, Sink] = {}
         self.problems: dict[SinkName, str] = {}
         """Why a sink receives nothing more."""
-        for name in names:
+        for name in self._names:
             try:
                 self._sinks[name] = _opened(name, run, logging)
             except ImportError:
                 self._lose(name, f"the package is missing: pip install 'tunesmith[{name}]'")
+        self._note()
 
     def rebuild(self, records: Sequence[Record]) -> None:
         """Make every sink hold these records and no others."""
         self._each(lambda sink: sink.rebuild(records))
+        self._step = records[-1]["step"] if records else None
 
     def add(self, record: Record) -> None:
         """Copy one more record, of a later step."""
         self._each(lambda sink: sink.add(record))
+        self._step = record["step"]
 
     def close(self, exit_code: int) -> None:
         """Write what is pending; the attempt ended with this code."""
@@ -229,11 +236,34 @@ class Sinks:
 
     def _lose(self, name: SinkName, why: str) -> None:
         self._sinks.pop(name, None)
-        self.problems[name] = why
+        self.problems[name] = why if self._step is None else f"after step {self._step}: {why}"
+        self._note()
         self._say(
             f"warning: {name} receives nothing more ({why}); metrics.jsonl has everything, "
             f"`trainer sync {self._run.root} --to {name}` copies it"
         )
+
+
+    def _note(self) -> None:
+        """Write the problems for `trainer status`; those of other sinks stay. A failure is said and changes nothing."""
+        others = {name: why for name, why in sink_problems(self._run).items() if name not in self._names}
+        problems = {**others, **self.problems}
+        try:
+            if problems:
+                write_atomically(self._run.sinks_file, json.dumps(problems) + "\n", durable=False)
+            else:
+                self._run.sinks_file.unlink(missing_ok=True)
+        except OSError as error:
+            self._say(f"warning: {self._run.sinks_file}: not written: {error.strerror or error}")
+
+
+def sink_problems(run: RunDir) -> dict[str, str]:
+    """Why copies of the metrics receive nothing more, by name; empty where all do, or nothing readable says so."""
+    try:
+        problems = json.loads(run.sinks_file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(why) for name, why in problems.items()} if isinstance(problems, dict) else {}
 
 
 def _opened(name: SinkName, run: RunDir, logging: LoggingSettings) -> Sink:

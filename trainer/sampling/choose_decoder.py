@@ -39,8 +39,12 @@ class ChosenDecoder:
     """Why sampling is slow; None where it is not."""
 
 
-def choose_decoder(policy: Policy) -> ChosenDecoder:
+def choose_decoder(policy: Policy, *, may_copy: bool = True) -> ChosenDecoder:
     """The fastest decoder whose logprobs are the policy's, by a trial with a few tokens.
+
+    Args:
+        policy: whose tokens are drawn.
+        may_copy: whether there is memory for a copy of the linear layers, which fast decoders make.
 
     Raises:
         ModelError: the policy's weights are sharded.
@@ -48,7 +52,7 @@ def choose_decoder(policy: Policy) -> ChosenDecoder:
     if policy.is_sharded:
         raise ModelError(f"the shape {SHARDED_SAMPLING}")
     reasons = []
-    for decoder, name in _candidates(policy):
+    for decoder, name in _candidates(policy, may_copy=may_copy):
         problem = _problem(decoder, policy)
         if problem is None:
             break
@@ -60,9 +64,9 @@ def choose_decoder(policy: Policy) -> ChosenDecoder:
     return ChosenDecoder(decoder, None)
 
 
-def _candidates(policy: Policy) -> Iterator[tuple[Decoder, str]]:
+def _candidates(policy: Policy, *, may_copy: bool) -> Iterator[tuple[Decoder, str]]:
     """Decoders from fast to slow; the last one is the model's own forward pass over the whole sequence."""
-    if policy.separate_reason is None:
+    if policy.separate_reason is None and may_copy:
         yield (FusedDecoder(policy) if is_fusible(policy.causal_lm) else CopiedDecoder(policy)), "the fast decoder"
     yield OwnDecoder(policy, is_cached=True), "the model's own cache"
     yield OwnDecoder(policy, is_cached=False), "a pass over the whole sequence"

@@ -31,13 +31,18 @@ CPU_TILE_CELLS: Final = 1 << 18
 class LocalSampler:
     """Samples from a policy in this process."""
 
-    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, *, may_copy: bool = True) -> None:
         """Prepare the decoder; `publish` loads the weights.
+
+        Args:
+            policy: samples are drawn from it.
+            tokenizer: decodes them.
+            may_copy: whether there is memory for a copy of the linear layers, which fast decoders make.
 
         Raises:
             ModelError: the policy's weights are sharded.
         """
-        chosen = choose_decoder(policy)
+        chosen = choose_decoder(policy, may_copy=may_copy)
         self.tokenizer = tokenizer
         self.form = policy.logit_transform
         self.decoder, self.note = chosen.decoder, chosen.note

@@ -17,6 +17,7 @@ from trainer.training.dropout import seed_dropout
 from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import probe_memory
 from trainer.training.metrics import Values
+from trainer.training.sample_answers import SampleAnswers
 from trainer.training.schedule import adam_params
 from trainer.training.token_rows import open_rows
 
@@ -44,7 +45,9 @@ def train(attempt: Attempt) -> None:
     def evaluate() -> Values:
         return {} if held_out is None else {"eval/loss": _held_out_loss(attempt, learner.policy, held_out)}
 
+    answers = SampleAnswers(attempt, encoder)
     attempt.evaluate_at_start(learner, evaluate)
+    answers.record(learner.policy)
     while attempt.step < plan.steps:
         start = time.perf_counter()
         chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, rows.num_rows, excluded)
@@ -63,6 +66,7 @@ def train(attempt: Attempt) -> None:
         values |= attempt.performance(tokens=tokens, step_s=time.perf_counter() - start)
         attempt.end_step(learner, values, evaluate, update.skipped_rows)
     attempt.finish(learner)
+    answers.record(learner.policy)
 
 
 @torch.no_grad()

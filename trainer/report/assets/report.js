@@ -78,7 +78,7 @@ function timelines() {
 
 function noSamples() {
   const runs = data.runs.filter((run) => !run.samples && !run.is_rft);
-  return runs.length ? element("p", { class: "quiet small" }, `Supervised runs record held-out losses, no answers. To read some: trainer chat ${runs[0].root} --against base`) : null;
+  return runs.length ? element("p", { class: "quiet small" }, `No answers from before and after training are recorded (logging.answers). To read some: trainer chat ${runs[0].root} --against base`) : null;
 }
 
 function build() {

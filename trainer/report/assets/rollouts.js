@@ -119,9 +119,9 @@ function groupDetail(group) {
     chat(group.messages), gold(group.fields), element("div", { class: "answers" }, group.rollouts.map(rolloutCard))];
 }
 
-function sampleAnswers(answers, title) {
+function sampleAnswers(answers, title, isJudged) {
   return element("div", { class: "side" }, element("h4", {}, title), answers.map((answer) => element("article", { class: "rollout" },
-    element("header", {}, rewardBadge(answer.reward, answer.failure), answer.cut ? element("span", { class: "state preempted" }, "cut") : null),
+    element("header", {}, isJudged ? rewardBadge(answer.reward, answer.failure) : null, answer.cut ? element("span", { class: "state preempted" }, "cut") : null),
     element("div", { class: "said" }, answer.text || element("i", { class: "quiet" }, "(empty)")),
     answer.failure ? element("pre", {}, answer.failure) : null)));
 }
@@ -134,13 +134,13 @@ const samplesView = {};
 function beforeAfter(run, several) {
   const about = run.samples;
   const card = (sample) => element("div", { class: "card sample" }, element("small", {}, sample.where), lastOfChat(sample.messages), gold(sample.fields),
-    element("div", { class: "sides" }, sampleAnswers(sample.before, `Before (step ${about.first_step})`), sampleAnswers(sample.after, `After (step ${about.last_step})`)));
+    element("div", { class: "sides" }, sampleAnswers(sample.before, `Before (step ${about.first_step})`, about.is_judged), sampleAnswers(sample.after, `After (step ${about.last_step})`, about.is_judged)));
   const change = (sample) => meanOf(sample.after) - meanOf(sample.before);
   const orders = { change: ["largest change first", (a, b) => Math.abs(change(b)) - Math.abs(change(a))],
                    worse: ["worse first", (a, b) => change(a) - change(b)], row: ["order of the rows", () => 0] };
   const box = element("div", { class: "samples" });
   const more = element("button", { type: "button" });
-  const view = samplesView[run.root] ??= { shown: 3, order: "change" };
+  const view = samplesView[run.root] ??= { shown: 3, order: about.is_judged ? "change" : "row" };
   const fill = () => {
     const sorted = [...about.samples].sort(orders[view.order][1]);
     box.replaceChildren(...sorted.slice(0, view.shown).map(card));
@@ -151,8 +151,9 @@ function beforeAfter(run, several) {
   fill();
   const paired = about.difference;
   const verdict = paired ? element("p", { class: "verdict" }, "Mean reward ", element("b", {}, `${paired.first.toFixed(3)} → ${paired.second.toFixed(3)}`),
-    ` over ${paired.num_pairs} prompts: ${signed(paired.difference, 3)}, 95% paired bootstrap ${signed(paired.low, 3)} to ${signed(paired.high, 3)}. Better on ${paired.num_better}, worse on ${paired.num_worse}.`) : null;
+    ` over ${paired.num_pairs} prompts: ${signed(paired.difference, 3)}, 95% paired bootstrap ${signed(paired.low, 3)} to ${signed(paired.high, 3)}. Better on ${paired.num_better}, worse on ${paired.num_worse}.`) :
+    about.is_judged ? null : element("p", { class: "quiet small" }, `The likeliest answer to the first ${about.part} rows that have a prompt. They are examples and prove nothing; trainer eval RUN measures.`);
   return element("section", { id: several ? null : "samples" }, element("h2", {}, several ? `Before and after: ${run.name}` : "Before and after"), verdict,
-    element("div", { class: "controls" }, element("label", {}, "order", element("select", { onchange: (event) => { view.order = event.target.value; fill(); } },
-      Object.entries(orders).map(([name, [word]]) => element("option", { value: name, selected: view.order === name }, word))))), box, more);
+    about.is_judged ? element("div", { class: "controls" }, element("label", {}, "order", element("select", { onchange: (event) => { view.order = event.target.value; fill(); } },
+      Object.entries(orders).map(([name, [word]]) => element("option", { value: name, selected: view.order === name }, word))))) : null, box, more);
 }
