@@ -1,4 +1,4 @@
-"""The commands in the README and in docs/: found in code blocks and in the text, with what a reader puts in their places."""
+"""The commands in the README and in docs/: found in code blocks and in the text, placeholders filled in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[2]
 FIRST: Final = ("start", "README", "jobs", "using", "report", "serving")
 """Read in this order, as a new user would; their commands make the runs that other pages use."""
-NO_GUIDES: Final = ("decisions", "log", "models")
-"""A record of decisions, one of measurements, and a generated table."""
+NO_GUIDES: Final = ("architecture", "decisions", "log", "models")
+"""For those who change the code; a record of decisions, one of measurements, and a generated table."""
 PROGRAMS: Final = (
     "trainer",
     "python",

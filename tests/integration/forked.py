@@ -1,8 +1,9 @@
 """A `python` whose processes begin with everything imported, so that a test can afford many real commands.
 
-`ForkedPython` writes `python` and `trainer` into a directory for PATH. Each is a small client that hands its arguments, its
-environment and its three streams to a server, which forks and runs the module as `python -m` would. Processes that a
-command starts by `sys.executable` begin in the same way.
+`ForkedPython` writes `python` and `trainer` into a directory for PATH. Each is a small client that hands its arguments,
+its environment and its three streams to a server, which forks and runs the module as `python -m` would. Processes that
+a command starts by `sys.executable` begin in the same way. Each has a process group of its own, to which the client
+forwards signals; it is killed when its client is.
 """
 
 from __future__ import annotations

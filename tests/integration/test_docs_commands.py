@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/ is typed in a project with a tiny model, or listed here with the reason why not."""
+"""Every command in the README and in docs/ is typed in a project with a tiny model, or listed with a reason."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from conftest import write_files
 from doc_commands import ROOT, Command, commands, pages
 from forked import ForkedPython
 from project import PATIENCE_S
 from tiny import tiny_model_dir
+
+from conftest import write_files
 
 MODEL: Final = "models/SmolLM2-135M-Instruct"
 CUT: Final[dict[str, Any]] = {
@@ -218,7 +219,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 def write_project(root: Path) -> None:
-    """What the pages take for granted: a model, rows and a recipe of one's own, files of other tools, this repository's."""
+    """What the pages take for granted: a model, rows and a recipe of one's own, files of other tools and of ours."""
     write_files(root)
     for name in ("recipes", "datasets", "docs/examples", "examples"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -243,7 +244,7 @@ def write_project(root: Path) -> None:
         "method": "sft",
         "model": {"path": MODEL},
         "lora": {"rank": 4, "alpha": 8},
-        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_seq_tokens": 256},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "eval_rows": 4, "max_seq_tokens": 256},
         **{name: value for name, value in CUT.items() if value is not None},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -262,7 +263,7 @@ def cut(file: Path) -> None:
     """Make a recipe short: few steps of few rows; the tiny tokenizer makes more tokens."""
     recipe = yaml.safe_load(file.read_text())
     recipe |= RFT_CUT if recipe["method"] == "rft" else CUT
-    recipe["data"] |= {"max_seq_tokens": 2048} | ({"eval_rows": 4} if "eval" in recipe["data"] else {})
+    recipe["data"] |= {"max_seq_tokens": 512} | ({"eval_rows": 4} if "eval" in recipe["data"] else {})
     if "rollout" in recipe:
         recipe["rollout"] |= {"group_size": 2, "max_completion_tokens": 8}
     file.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
@@ -291,15 +292,32 @@ def _short_again(reader: Reader) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def _with_mirror(reader: Reader) -> None:
+    """What the page says that a run on another machine needs."""
+    recipe = yaml.safe_load((reader.root / "recipe.yaml").read_text())
+    (reader.root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"checkpoint": {"mirror": "s3://bucket/runs"}}))
+
+
+def _without_mirror(reader: Reader) -> None:
+    recipe = yaml.safe_load((reader.root / "recipe.yaml").read_text())
+    del recipe["checkpoint"]
+    (reader.root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+SKY: Final = (
+    "trainer submit recipe.yaml --launcher sky --sky setup='pip install git+https://...@COMMIT' --print > task.yaml"
+)
 BEFORE: Final[dict[str, Callable[[Reader], None]]] = {
     "trainer diff sft_quickstart other_run": _copy("other_run"),
     "trainer eval my_sft_run --reward rewards.py:my_reward": _copy("my_sft_run"),
     "trainer cancel runs/my_run": _long_run,
+    SKY: _with_mirror,
     "trainer import-config trl.yaml --gpus 8 --out my.yaml": lambda reader: (reader.root / "my.yaml").unlink(),
 }
 AFTER: Final[dict[str, Callable[[Reader], None]]] = {
     "trainer init --data chats.jsonl --yes": lambda reader: cut(reader.root / "chats.yaml"),
     "trainer reconnect runs/my_run": _short_again,
+    SKY: _without_mirror,
 }
 
 

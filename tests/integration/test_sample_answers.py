@@ -109,13 +109,13 @@ def test_a_finished_run_that_was_killed_before_its_last_answers_gets_them(with_a
 
 
 def test_texts_without_a_prompt_are_not_answered_and_that_is_said(
-    shared: Project, capsys: pytest.CaptureFixture[str]
+    shared: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (shared.root / "texts.jsonl").write_text('{"text": "the quick brown fox sees 12 cats"}\n' * 4)
     data = {"train": "texts.jsonl", "format": "text", "max_seq_tokens": 128}
     run = run_sft(shared, "texts", data=data, steps=1, eval_interval=0)
     assert not (run.root / "answers").exists()
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.count("no answers are recorded after step") == 2
     assert "none of the first 64 rows has a prompt that leaves room for an answer" in said
 
@@ -129,9 +129,9 @@ def test_texts_with_a_prompt_are_continued(shared: Project) -> None:
     assert record["fields"] == {"completion": " fox"}
 
 
-def test_rft_says_that_the_field_is_not_its_own(shared: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rft_says_that_the_field_is_not_its_own(shared: Project, capfd: pytest.CaptureFixture[str]) -> None:
     prepare(shared)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shared.root)
         assert main(["check", "rft.yaml", "--set", "logging.answers=2"]) == 2
-    assert "logging.answers" in capsys.readouterr().err
+    assert "logging.answers" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from trainer.config.load import load_recipe
 from trainer.config.recipe import RFTRecipe
 from trainer.data.chat import ChatEncoder
 from trainer.data.sources import read_rows
+from trainer.environments.contract import Environment, Message
+from trainer.types import Row
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*/recipe.yaml"))
@@ -29,7 +32,10 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_lists_them_all() -> None:
     page = (ROOT / "examples/README.md").read_text()
     assert [path.parent.name for path in EXAMPLES if f"]({path.parent.name}/recipe.yaml)" not in page] == []
-    assert len(EXAMPLES) == 7
+    assert [path.parent.name for path in EXAMPLES] == [
+        "agent_rft", "chat_style", "code_rft", "continued_pretraining", "extraction", "math_rft", "qlora_24gb",
+        "tool_calling",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
@@ -55,6 +61,16 @@ def test_every_row_becomes_tokens(path: Path) -> None:
     encoder = ChatEncoder(tokenizer, recipe.model, data, for_prompts=isinstance(recipe, RFTRecipe))
     for row in rows:
         if isinstance(recipe, RFTRecipe):
+            if recipe.rollout.environment is not None:  # it writes the prompt
+                row = Row({"messages": _first_messages(recipe.rollout.environment, path, row)})
             assert encoder.encode_prompt(row)
         else:
             assert all(sequence.num_trained for sequence in encoder.encode([row]).sequences)
+
+
+def _first_messages(place: str, recipe: Path, row: Row) -> list[Message]:
+    file, _, name = place.partition(":")
+    environment: Environment = runpy.run_path(str(recipe.parent / file))[name]()
+    start = environment.reset(row, seed=0)
+    assert start.tools
+    return list(start.messages)

@@ -121,7 +121,9 @@ def status(arguments: argparse.Namespace) -> int:
     if current.wandb:
         sys.stdout.write(f"  {current.wandb}; `trainer sync {current.run}` sends what is missing\n")
     for name, why in current.trackers.items():
-        sys.stdout.write(f"  {name} receives nothing more ({why}); `trainer sync {current.run} --to {name}` copies all\n")
+        sys.stdout.write(
+            f"  {name} receives nothing more ({why}); `trainer sync {current.run} --to {name}` copies all\n"
+        )
     return 0
 
 

@@ -239,6 +239,9 @@ def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
         )
     if recipe.data.format == "text":
         findings.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
+    if "answers" in recipe.logging.model_fields_set and recipe.logging.answers:
+        text = "is for sft; rft records the answers to all held-out rows (`data.eval`, `rollout.eval_samples`)"
+        findings.append(Finding(("logging", "answers"), text))
     if recipe.rows_per_step % recipe.algorithm.minibatches_per_step:
         minibatches = recipe.algorithm.minibatches_per_step
         text = f"{minibatches} minibatches do not divide rows_per_step ({recipe.rows_per_step})"

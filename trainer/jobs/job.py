@@ -255,7 +255,7 @@ def reconnect_and_wait(
 ) -> Job:
     """Reconnect to a run: join it if it is running, resume it if it is not.
 
-    A running job is joined once its heartbeat is fresh. A preempted, failed or cancelled one is resumed from its newest
+    A running job is joined once its heartbeat is fresh; one that is being cancelled is awaited first. A preempted, failed or cancelled one is resumed from its newest
     valid checkpoint, as it was submitted, and awaited until it has made a step. A second attempt is never started
     beside a running one.
 
@@ -288,7 +288,8 @@ def reconnect_and_wait(
             return job
         if state.job == "RUNNING":
             pending_end = _deadline(timeout_s if pending_timeout_s is None else pending_timeout_s)
-            if pulse.is_alive(run) and (resumed_from is None or resumed_from.is_passed(run)):
+            is_past = resumed_from.is_passed(run) if resumed_from is not None else not run.cancel_file.exists()
+            if pulse.is_alive(run) and is_past:  # a run that is being cancelled is awaited, then resumed
                 return job
         elif not state.is_live:
             if resumed_from is not None and state is not RunState.PREEMPTED:

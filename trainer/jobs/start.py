@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.errors import LaunchError, QueueError
+from trainer.errors import LaunchError, QueueError, TrainerError
 from trainer.files import write_atomically
 from trainer.jobs.slurm_queue import ACTIVE, WAITING, ask_to_stop, find_queued, refuse_time_limit, submit_script
 from trainer.jobs.slurm_script import SlurmOptions, batch_script
@@ -143,6 +143,14 @@ def stop_job(run: RunDir) -> None:
     if not state.may_become(RunState.CANCELLED):
         raise LaunchError(f"{run.root} is not running: {state.job.lower()}")
     run.cancel_file.touch()
+    try:
+        _ask_to_stop(run)
+    except TrainerError:  # it goes on
+        run.cancel_file.unlink(missing_ok=True)
+        raise
+
+
+def _ask_to_stop(run: RunDir) -> None:
     record, job = read_record(run), slurm_job(run)
     if record is not None and record.slurm_id is not None and job is not None and job.state in WAITING | ACTIVE:
         ask_to_stop(record.slurm_id)

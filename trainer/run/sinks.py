@@ -243,7 +243,6 @@ class Sinks:
             f"`trainer sync {self._run.root} --to {name}` copies it"
         )
 
-
     def _note(self) -> None:
         """Write the problems for `trainer status`; those of other sinks stay. A failure is said and changes nothing."""
         others = {name: why for name, why in sink_problems(self._run).items() if name not in self._names}
