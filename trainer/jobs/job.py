@@ -255,9 +255,9 @@ def reconnect_and_wait(
 ) -> Job:
     """Reconnect to a run: join it if it is running, resume it if it is not.
 
-    A running job is joined once its heartbeat is fresh; one that is being cancelled is awaited first. A preempted, failed or cancelled one is resumed from its newest
-    valid checkpoint, as it was submitted, and awaited until it has made a step. A second attempt is never started
-    beside a running one.
+    A running job is joined once its heartbeat is fresh; one that is being cancelled is awaited first. A preempted,
+    failed or cancelled one is resumed from its newest valid checkpoint, as it was submitted, and awaited until it has
+    made a step. A second attempt is never started beside a running one.
 
     Args:
         job_id: `Job.id`, or a run's name or directory.
