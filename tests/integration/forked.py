@@ -28,7 +28,8 @@ PR_SET_PDEATHSIG: Final = 1
 CLIENT: Final = """\
 #!{python} -SEI
 import json, os, signal, socket, sys
-if not (sys.argv[1:2] == ["-m"] or sys.argv[1:2] and sys.argv[1].endswith(".py")):
+is_served = sys.argv[1:2] == ["-m"] or sys.argv[1:2] and sys.argv[1].endswith(".py")
+if not is_served or sys.argv[1:3] == ["-m", "trainer.serve"]:  # which refuses to run where torch was imported
     os.execv("{python}", ["{python}", *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
     server.connect("{place}")

@@ -86,7 +86,7 @@ PROMISED: Final = {
     "trainer train recipes/sft_quickstart.yaml": r"runs/sft_quickstart/adapter\n",
     "trainer check recipes/sft_quickstart.yaml": r"ready: 3 steps",
     "trainer check recipes/sft_quickstart.yaml --data --row 17": r"extract_train.jsonl:17\b",
-    "trainer check recipes/sft_quickstart.yaml --data --find Budapest": r"budapest",
+    "trainer check recipes/sft_quickstart.yaml --data --find Budapest": r"Budapest",
     "trainer check chats.yaml --data": r"preview\.html",
     "trainer check recipes/rft_quickstart.yaml --rewards": r"gold",
     "trainer chat sft_quickstart --against base": r"base",

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from small_recipe import RFT, SFT, SIZES, write_small
-from tiny import tiny_model, tiny_model_dir
-from torch.distributed.device_mesh import DeviceMesh
+from tiny import tiny_model, tiny_model_dir, tiny_tokenizer
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.commands.cli import main
 from trainer.config import unsupported
 from trainer.config.load import load_recipe
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.errors import TrainerError
+from trainer.data.template import ChatTemplate, apply_override
+from trainer.errors import ModelError, TrainerError
 from trainer.model import attention
+from trainer.model.base_model import logit_transform
 from trainer.model.layout import PackedLayout
 from trainer.model.policy import Policy, load_policy, make_policy
+from trainer.planning.batching import rotary_problem
 from trainer.planning.plan import make_plan
+from trainer.sampling.choose_decoder import choose_decoder
 from trainer.sampling.sampler import SamplingParams
 from trainer.sampling.vllm import _refuse_truncation, _refuse_unservable
 from trainer.sampling.vllm_client import VllmClient
+from trainer.training.tool_template import refuse_template_without_tools
 
 CPU = torch.device("cpu")
 
@@ -79,6 +86,53 @@ def start_from_another_rank() -> None:
     policy_of(LoraSettings(rank=4, warm_start="adapter"))
 
 
+def sample_from_shards() -> None:
+    policy = policy_of(LoraSettings(rank=2))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        policy.shard(init_device_mesh("cpu", (1,)), CPU)
+        choose_decoder(policy)
+    finally:
+        distributed.destroy_process_group()
+
+
+def train_past_a_change_of_rotary_factors() -> None:
+    config = json.loads(Path("model/config.json").read_text())
+    problem = rotary_problem(config, 300)
+    assert problem is not None
+    raise ModelError(problem)  # as open_learner raises it, which reads the same function with the loaded config
+
+
+def adapt_a_layer_that_is_not_there() -> None:
+    policy_of(LoraSettings(rank=2, target_modules=["q_prj"]))
+
+
+def leave_out_the_logit_scale() -> None:
+    logit_transform(SimpleNamespace(config=CohereVision()))
+
+
+class CohereVision:
+    """As transformers reads the config.json of the case."""
+
+    model_type = "aya_vision"
+
+    def get_text_config(self) -> Any:
+        return SimpleNamespace(logit_scale=0.25)
+
+
+def show_tools_by_a_template_without_any() -> None:
+    tokenizer = tiny_tokenizer()
+    apply_override(tokenizer, "chatml")
+    refuse_template_without_tools(ChatTemplate(tokenizer, "2026-11-26"), {})
+
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+}
 VLLM = ["rollout.sampler=vllm"]
 CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
     (RFT, [*VLLM, "lora=null"], {}, serve_all_parameters, unsupported.VLLM_FULL),
@@ -114,6 +168,41 @@ CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
         start_from_another_rank,
         "adapter was trained with rank 8; the recipe has 4. Make them equal.",
     ),
+    (RFT, ["shape=h100x8"], {}, sample_from_shards, unsupported.SHARDED_SAMPLING),
+    (
+        RFT,
+        ["data.max_seq_tokens=300"],
+        {
+            "model_type": "phi3",
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": LONGROPE,
+        },
+        train_past_a_change_of_rotary_factors,
+        "rft of 300 tokens is not supported: the model's rotary factors change above 256 tokens, in the middle of a "
+        "completion; set it to 256",
+    ),
+    (
+        SFT,
+        ["lora.target_modules=[q_prj]"],
+        {},
+        adapt_a_layer_that_is_not_there,
+        "lora.target_modules: the model has no layer `q_prj`",
+    ),
+    (
+        SFT,
+        [],
+        {"model_type": "aya_vision", "text_config": {**SIZES, "model_type": "cohere2", "logit_scale": 0.25}},
+        leave_out_the_logit_scale,
+        unsupported.LOGIT_SCALE.format(0.25),
+    ),
+    (
+        RFT,
+        ["rollout.tools=[tools.py:multiply]", "rollout.max_turns=2", "model.chat_template=chatml"],
+        {},
+        show_tools_by_a_template_without_any,
+        unsupported.NO_TOOLS,
+    ),
 ]
 
 
@@ -121,12 +210,16 @@ CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
 def test_check_and_run_refuse_in_the_same_words(recipe, overrides, config, run, words, capsys):
     path = write_small(Path(), recipe)
     Path("model/config.json").write_text(json.dumps(SIZES | config))
+    if "target_modules=[q_prj]" in " ".join(overrides):  # names of layers are read from the weights
+        tiny_model_dir(Path("model"))
     Path("adapter").mkdir()
+    Path("tools.py").write_text('def multiply(a: int, b: int) -> int:\n    """Multiply."""\n    return a * b\n')
     Path("adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 32}))
     assert main(["check", str(path), *(part for override in overrides for part in ("--set", override))]) == 2
     said = capsys.readouterr().err
     assert words in said
-    assert said.startswith(("--set ", "recipe.yaml:")), "the place comes first"
+    place = ("--set ", "recipe.yaml:", "lora.target_modules: ", "model.chat_template: ")
+    assert said.startswith(place), "the place comes first"
     with pytest.raises(TrainerError) as caught:
         run()
     assert words in str(caught.value)

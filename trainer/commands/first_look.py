@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSource, Recipe, RFTRecipe
 from trainer.config.source_files import source_files
+from trainer.config.unsupported import NO_TOOLS
 from trainer.data.forms import read_conversation, read_plain_text
 from trainer.data.sources import read_rows
 from trainer.errors import DataError, RewardError
@@ -17,6 +18,8 @@ from trainer.planning.module_names import module_names, target_problems
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.types import Row
 
+TEMPLATES: Final = Path(__file__).resolve().parents[1] / "data/templates"
+"""Built-in chat templates."""
 NUM_ROWS: Final = 20
 """Rows of each source that are looked at."""
 MAX_SHOWN: Final = 5
@@ -31,7 +34,14 @@ def find_problems(recipe: Recipe, recipe_dir: Path) -> list[str]:
         recipe: A valid recipe.
         recipe_dir: Directory of the recipe file.
     """
-    return [*_targets(recipe), *_template(recipe), *_positions(recipe), *_tokens(recipe), *_rows(recipe)]
+    return [
+        *_targets(recipe),
+        *_template(recipe),
+        *_tools(recipe),
+        *_positions(recipe),
+        *_tokens(recipe),
+        *_rows(recipe),
+    ]
 
 
 def _rows(recipe: Recipe) -> Iterator[str]:
@@ -95,6 +105,33 @@ def _template(recipe: Recipe) -> Iterator[str]:
             f"{directory}: the tokenizer has no chat template. Set `model.chat_template` to a Jinja file or to a "
             f"built-in template ({', '.join(BUILTIN_TEMPLATES)}), or train with `data.format: text`."
         )
+
+
+def _tools(recipe: Recipe) -> Iterator[str]:
+    """A chat template whose text never names tools, where the recipe has some."""
+    if not isinstance(recipe, RFTRecipe) or not recipe.rollout.tools:
+        return
+    text = _template_text(recipe)
+    if text is not None and "tools" not in text:
+        yield f"model.chat_template: {NO_TOOLS}"
+
+
+def _template_text(recipe: Recipe) -> str | None:
+    """The chat template, as far as files here tell; None where they do not."""
+    named, directory = recipe.model.chat_template, Path(recipe.model.path)
+    if named is not None:
+        file = TEMPLATES / f"{named}.jinja" if named in BUILTIN_TEMPLATES else Path(named)
+        return _read_text(file)
+    file = directory / "chat_template.jinja"  # takes precedence in transformers
+    in_settings = (_read_json(directory / "tokenizer_config.json") or {}).get("chat_template")
+    return _read_text(file) or (in_settings if isinstance(in_settings, str) else None)
+
+
+def _read_text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _positions(recipe: Recipe) -> Iterator[str]:

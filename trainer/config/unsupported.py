@@ -34,6 +34,16 @@ SELECTED_KEYS: Final = (
     "longer sequences, which rft cannot correct: set data.max_seq_tokens to {}"
 )
 """Of a model with an indexer."""
+SCALE_LEFT_OUT: Final = frozenset({"aya_vision", "cohere2_vision"})
+"""Model types whose class in transformers ignores the `logit_scale` of their language model."""
+LOGIT_SCALE: Final = (
+    "does not apply the logit_scale {:g} of its language model, so its probabilities are not the model's: not supported"
+)
+"""Of a class of transformers."""
+TOOLS_REMEDY: Final = (
+    "Set `model.chat_template` to `hermes`, or to a file that renders tools in the form of Hermes and Qwen."
+)
+NO_TOOLS: Final = f"the chat template shows no tools to the model. {TOOLS_REMEDY}"
 HEAD_ADAPTER: Final = "the head cannot have an adapter; leave it out"
 HEAD_NAME: Final = "lm_head"
 """Name of the head in most models; the run knows the head of every model."""

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainer.config.recipe import ModelSettings
+from trainer.config.unsupported import LOGIT_SCALE, SCALE_LEFT_OUT
 from trainer.errors import ModelError
 from trainer.model import attention
 from trainer.model.lm_head import LogitTransform
@@ -44,8 +45,6 @@ _SOFT_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit
 """Gemma and others, RecurrentGemma, xLSTM."""
 _SCALING_IS_FACTOR: Final = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
 """Model types that multiply by `logits_scaling`."""
-_SCALE_LEFT_OUT: Final = frozenset({"aya_vision", "cohere2_vision"})
-"""Model types whose class in transformers ignores the `logit_scale` of their language model."""
 
 
 def load_base(
@@ -179,10 +178,9 @@ def logit_transform(causal_lm: PreTrainedModel) -> LogitTransform:
     """
     config = causal_lm.config.get_text_config()
     fields = {name: float(getattr(config, name, None) or 1.0) for name in (*_LOGIT_FACTORS, *_LOGIT_DIVISORS)}
-    if causal_lm.config.model_type in _SCALE_LEFT_OUT and fields["logit_scale"] != 1.0:
+    if causal_lm.config.model_type in SCALE_LEFT_OUT and fields["logit_scale"] != 1.0:
         raise ModelError(
-            f"model: {type(causal_lm).__name__} of transformers does not apply the logit_scale "
-            f"{fields['logit_scale']:g} of its language model, so its probabilities are not the model's: not supported"
+            f"model: {type(causal_lm).__name__} of transformers {LOGIT_SCALE.format(fields['logit_scale'])}"
         )
     if causal_lm.config.model_type in _SCALING_IS_FACTOR:
         fields["logits_scaling"] = 1.0 / fields["logits_scaling"]

@@ -18,7 +18,7 @@ from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
 from trainer.config.section import Section
 from trainer.config.semantics import is_hub_name
 from trainer.config.shape import TrainingShape
-from trainer.config.unsupported import ATTENTION_DROPOUT, FULL_EXPERTS
+from trainer.config.unsupported import ATTENTION_DROPOUT, FULL_EXPERTS, LOGIT_SCALE, SCALE_LEFT_OUT
 from trainer.errors import ModelError
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 from trainer.planning.batching import rotary_problem, why_separate
@@ -28,6 +28,8 @@ from trainer.planning.identity import identity_hash, make_identity, reward_diges
 from trainer.planning.memory import MemoryEstimate, estimate_memory
 from trainer.planning.model_facts import ModelFacts, find_model_config, find_model_facts, flops_per_token
 
+COHERE_LOGIT_SCALE: Final = 0.0625
+"""Where config.json has none: the default of transformers."""
 PLAN_FORMAT: Final = 2
 PATH_FIELDS: Final = ("path", "chat_template", "warm_start")
 """Names of recipe fields that can hold a path from the working directory."""
@@ -192,6 +194,12 @@ def _refuse_model(recipe: Recipe, facts: ModelFacts | None, document: Document) 
     rotary = rotary_problem(model_config(recipe), recipe.data.max_seq_tokens) if isinstance(recipe, RFTRecipe) else None
     if rotary is not None:
         raise ModelError(f"{document.where(('data', 'max_seq_tokens'))}: {rotary}")
+    config = model_config(recipe)
+    if config.get("model_type") in SCALE_LEFT_OUT:
+        scale = (config.get("text_config") or {}).get("logit_scale", COHERE_LOGIT_SCALE)
+        if scale != 1.0:
+            place = document.where(("model", "path"))
+            raise ModelError(f"{place}: {config['model_type']} of transformers {LOGIT_SCALE.format(scale)}")
     if facts is not None and facts.attention_dropout > 0:
         raise ModelError(f"{document.where(('model', 'path'))}: {ATTENTION_DROPOUT}")
 

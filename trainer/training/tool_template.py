@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from trainer.config.unsupported import NO_TOOLS, TOOLS_REMEDY
 from trainer.data.template import ChatTemplate
 from trainer.environments.tool_calls import parse_turn
 from trainer.errors import ModelError
@@ -26,7 +27,6 @@ CALL: Final[dict[str, Any]] = {
     "tool_calls": [{"type": "function", "id": "call_0", "function": {"name": NAME, "arguments": {"a": 7}}}],
 }
 ANSWER: Final = {"role": "tool", "tool_call_id": "call_0", "name": NAME, "content": RESULT}
-REMEDY: Final = "Set `model.chat_template` to `hermes`, or to a file that renders tools in the form of Hermes and Qwen."
 
 
 def refuse_template_without_tools(template: ChatTemplate, arguments: Mapping[str, Any]) -> None:
@@ -43,14 +43,14 @@ def refuse_template_without_tools(template: ChatTemplate, arguments: Mapping[str
         prompt = template.prompt([USER], [SCHEMA], arguments)
         later = template.prompt([USER, CALL, ANSWER], [SCHEMA], arguments)
     except Exception as error:  # a template raises whatever its author thought of
-        raise ModelError(f"the chat template refuses tools: {error}. {REMEDY}") from None
+        raise ModelError(f"the chat template refuses tools: {error}. {TOOLS_REMEDY}") from None
     if NAME not in prompt:
-        raise ModelError(f"the chat template shows no tools to the model. {REMEDY}")
+        raise ModelError(NO_TOOLS)
     if RESULT not in later:
-        raise ModelError(f"the chat template leaves out the results of tools. {REMEDY}")
+        raise ModelError(f"the chat template leaves out the results of tools. {TOOLS_REMEDY}")
     written = later[later.find(USER["content"]) :].partition(RESULT)[0]
     calls = parse_turn(written).calls
     if not any(call.status == "ok" and call.name == NAME and call.arguments == {"a": 7} for call in calls):
         raise ModelError(
-            f"the chat template writes tool calls in another form than <tool_call>{{...}}</tool_call>. {REMEDY}"
+            f"the chat template writes tool calls in another form than <tool_call>{{...}}</tool_call>. {TOOLS_REMEDY}"
         )
