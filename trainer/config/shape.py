@@ -63,6 +63,8 @@ class TrainingShape(Section):
     """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None
     """Training speed; without it no device-hours are estimated."""
+    idle_spin: NonNegativeInt | None = None
+    """How long idle CPU threads spin before they sleep (`GOMP_SPINCOUNT`); null chooses by load and cgroup quota."""
     accelerate: str
     """Name of the `accelerate` configuration in configs/accelerate/."""
 
