@@ -10,12 +10,12 @@ from trainer.config.section import Section
 
 
 class ShapeLimit(Section):
-    """The largest job that fits."""
+    """Bounds that no recipe passes, each alone; whether a recipe fits is decided by its own memory estimate."""
 
     max_params_b: PositiveFloat
-    """Parameters of the base model in billions."""
+    """Parameters of the base model in billions, with short rows and gradient checkpointing."""
     max_seq_tokens: PositiveInt
-    """Maximum sequence length in tokens."""
+    """Maximum sequence length in tokens, with a small model and gradient checkpointing."""
     basis: Literal["measured", "estimated"]
     """Whether these two limits were measured in runs or estimated."""
 
