@@ -272,7 +272,7 @@ def test_shapes_are_listed_with_limits_and_basis(capsys):
     )
     assert [line.split()[0] for line in lines[1:]] == [
         "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_dp", "h100x8_vllm2",
-        "h200x8", "h200x8_dp", "h100x16", "h200x16",
+        "h200x8", "h200x8_dp", "h100x16", "h100x16_hsdp", "h200x16", "h200x16_hsdp",
     ]  # fmt: skip
     assert [line.split()[0] for line in made] == [
         "rtx3090", "rtx4090", "rtx5090", "a6000", "l40s", "a100_40g", "a100", "h100", "h200", "b200",

@@ -55,8 +55,9 @@ class TrainingShape(Section):
     """Memory per device in GiB (2**30 bytes); of the host if `gpus` is 0."""
     micro_batch_tokens: PositiveInt
     """Maximum tokens per device in one forward-backward pass; gradients are accumulated over several passes."""
-    sharding: Literal["none", "full"] = "none"
-    """`full` shards the parameters of the base model over all ranks (FSDP2)."""
+    sharding: Literal["none", "full", "node"] = "none"
+    """`full` shards the parameters of the base model over all ranks (FSDP2); `node` over the ranks of each machine,
+    every machine holding a copy (HSDP): parameters are then gathered inside a machine only."""
     vllm_gpus: NonNegativeInt = 0
     """Devices reserved for vLLM: the last ones of the machine. Training ranks use the others."""
     limits: ShapeLimits
@@ -72,6 +73,11 @@ class TrainingShape(Section):
     def num_ranks(self) -> int:
         """Number of training processes over all nodes."""
         return max(1, self.gpus - self.vllm_gpus)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ranks that hold one copy of the base model together; 1 if each holds all of it."""
+        return {"none": 1, "full": self.num_ranks, "node": self.ranks_per_node}[self.sharding]
 
     @property
     def ranks_per_node(self) -> int:
