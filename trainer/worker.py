@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trainer.config.arguments import add_override_arguments
+from trainer.distributed.idle_threads import IdleThreads, idle_threads_here
 from trainer.distributed.leaving import exit_with
 from trainer.errors import (
     EXIT_FAILED,
@@ -50,8 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Idle OpenMP threads sleep: spinning ones would take a core from other processes (docs/log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # oneDNN caches up to 1,024 kernels by default, about 1 MB for each length of a pack.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # packs differ in length: fixed segments would be fragmented
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.is_finished(plan.steps):
             tell(f"{run.root} is finished; give another --name to train again")
             return EXIT_FINISHED
-        return _run_attempt(plan, run)
+        return _run_attempt(plan, run, _set_idle_threads(plan))
     except TrainerError as error:
         tell(str(error))
         return error.exit_code
@@ -72,7 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _run_attempt(plan: Plan, run: RunDir) -> int:
+def _set_idle_threads(plan: Plan) -> IdleThreads:
+    """Set how long idle OpenMP threads spin; without effect once torch is loaded."""
+    assert "torch" not in sys.modules, "OpenMP has read its variables"
+    idle = idle_threads_here(plan.shape.idle_spin)
+    idle.apply(os.environ)
+    return idle
+
+
+def _run_attempt(plan: Plan, run: RunDir, idle: IdleThreads) -> int:
     from contextlib import ExitStack
 
     from trainer.distributed.preemption import StopFlag
@@ -85,7 +92,7 @@ def _run_attempt(plan: Plan, run: RunDir) -> int:
     if plan.recipe.deterministic and plan.shape.device == "cuda":
         use_deterministic_kernels()
     try:
-        world = join_world(plan.shape.device, plan.shape.num_ranks, is_sharded=plan.shape.sharding == "full")
+        world = join_world(plan.shape.device, plan.shape.num_ranks, num_shards=plan.shape.num_shards)
     except LaunchError as error:
         if _is_main():
             with run.locked():
@@ -99,7 +106,7 @@ def _run_attempt(plan: Plan, run: RunDir) -> int:
             run.outcome_file.unlink(missing_ok=True)
             if LAUNCHER not in os.environ:  # a person started it; supervisor and batch script refuse cancelled runs
                 run.cancel_file.unlink(missing_ok=True)
-        number = world.from_main(run.take_attempt(describe_attempt(plan, run, world)) if world.is_main else None)
+        number = world.from_main(run.take_attempt(describe_attempt(plan, run, world, idle)) if world.is_main else None)
         attempt = Attempt(plan, run, world, number, stop)
         stack.enter_context(attempt.watchdog.watching())
         outcome = _train(attempt)

@@ -1,11 +1,12 @@
 """Run by every rank under torchrun: a sharded learner beside a whole one on the same groups; prints what they made.
 
-torchrun --nproc_per_node 2 sharded_ranks.py MODEL_DIR lora|full [checkpointing]
+torchrun --nproc_per_node 2 sharded_ranks.py MODEL_DIR lora|full SHARDS [checkpointing]
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from trainer.training.policy_update import learn
 from trainer.training.rollouts import StepRollouts
 
 STEPS = 3
-SHARES = ((0, 1, 2), (3,)), ((0, 1, 2, 3), ()), ((0, 2), (1, 3))
-"""Groups of each rank in each step: unequal, none at all, and again other."""
+SHARES = {
+    2: (((0, 1, 2), (3,)), ((0, 1, 2, 3), ()), ((0, 2), (1, 3))),
+    4: (((0, 1), (2,), (), (3,)), ((), (), (0, 1, 2, 3), ()), ((3,), (0,), (1,), (2,))),
+}
+"""Groups of each rank in each step, by number of ranks: unequal, none at all, and again other."""
 
 
 def sharded_learner(model_dir: Path, plan: RFTPlan, world: World, *, is_checkpointed: bool) -> Learner:
@@ -38,15 +42,15 @@ def sharded_learner(model_dir: Path, plan: RFTPlan, world: World, *, is_checkpoi
     return Learner(policy, world)
 
 
-def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> int:
+def main(model_dir: Path, kind: str, num_shards: int, *, is_checkpointed: bool) -> int:
     plan = make_plan(is_full=kind == "full", minibatches_per_step=2, kl_coef=0.1, micro_batch_tokens=24)
-    world = join_world("cpu", 2, is_sharded=True)
+    world = join_world("cpu", int(os.environ["WORLD_SIZE"]), num_shards=num_shards)
     whole = make_learner(model_dir, plan)
     sharded = sharded_learner(model_dir, plan, world, is_checkpointed=is_checkpointed)
     references = [Reference(learner.policy, "initial", is_fresh=False) for learner in (whole, sharded)]
     groups, metrics = four_groups(), []
     for step in range(STEPS):
-        mine = SHARES[step][world.rank]
+        mine = SHARES[world.size][step][world.rank]
         drawn = StepRollouts(tuple(groups[place] for place in mine), mine, tuple(groups), num_replayed=0)
         ours = learn(sharded, minibatches(drawn, plan, world.device), references[1], plan, step).metrics
         theirs = run_step(whole, plan, groups, reference=references[0])
@@ -74,4 +78,6 @@ def main(model_dir: Path, kind: str, *, is_checkpointed: bool) -> int:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    exit_with(lambda: main(Path(sys.argv[1]), sys.argv[2], is_checkpointed="checkpointing" in sys.argv))
+    exit_with(
+        lambda: main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), is_checkpointed="checkpointing" in sys.argv)
+    )

@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo ranks computes what one whole model does: learning, runs, checkpoints on other numbers of ranks."""
+"""FSDP2 on gloo ranks computes what one whole model does: learning, runs, checkpoints on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from project import Project, Run, Running
 from tiny import tiny_model_dir
 
-RANKS: Final = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH: Final = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+RANKS: Final = [*LAUNCH, "2"]
 RECIPE: Final[dict[str, Any]] = {
     "steps": 12, "eval_interval": 4, "dcp_save_interval": 4, "optimizer__schedule": "constant",
     "optimizer__learning_rate": 1e-3, "rows_per_step": 3,
@@ -28,19 +29,25 @@ def project(shared: Project) -> Project:
         "micro_batch_tokens": 256, "accelerate": "cpu", "limits": {"lora": limit, "full": limit},
     }  # fmt: skip
     (shared.root / "sharded.yaml").write_text(json.dumps(shape))
+    copies = shape | {"name": "copies", "sharding": "node", "nodes": 2, "gpus": 4}
+    (shared.root / "copies.yaml").write_text(json.dumps(copies))
     for arch in ("llama", "qwen3", "mixtral"):
         tiny_model_dir(shared.root / arch, arch)
     return shared
 
 
 @pytest.mark.parametrize(
-    ("arch", "kind"),
-    [("llama", "lora"), ("qwen3", "lora"), ("mixtral", "lora"), ("llama", "full"), ("qwen3", "full checkpointing")],
-)
-def test_rft_learns_the_same_numbers(project: Project, arch: str, kind: str) -> None:
+    ("arch", "kind", "ranks"),
+    [
+        ("llama", "lora", 2), ("qwen3", "lora", 2), ("mixtral", "lora", 2), ("llama", "full", 2),
+        ("qwen3", "full checkpointing", 2), ("llama", "lora", 4), ("llama", "full", 4),
+    ],
+)  # fmt: skip
+def test_rft_learns_the_same_numbers(project: Project, arch: str, kind: str, ranks: int) -> None:
+    """Two shards: with two ranks of one copy of the model, with four of two copies."""
     script = Path(__file__).with_name("sharded_ranks.py")
     paths = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = project.start([*RANKS, str(script), arch, *kind.split()], {"PYTHONPATH": paths}).wait()
+    done = project.start([*LAUNCH, str(ranks), str(script), arch, *_words(kind)], {"PYTHONPATH": paths}).wait()
     assert done.code == 0, done.said
     found = json.loads(done.stdout)
     for step, metrics in enumerate(found["metrics"]):
@@ -54,6 +61,11 @@ def test_rft_learns_the_same_numbers(project: Project, arch: str, kind: str) -> 
         assert found["held"] == found["whole"]
     else:
         assert found["held"] < 0.6 * found["whole"], "each rank has about half of the masters and of the optimizer"
+
+
+def _words(kind: str) -> list[str]:
+    method, *rest = kind.split()
+    return [method, "2", *rest]
 
 
 def start(project: Project, recipe: str, name: str) -> Running:
@@ -93,6 +105,32 @@ def test_a_run_goes_from_two_sharded_ranks_to_one_and_back(project: Project, kin
             load_file(project.run(f"full_{name}").root / "model" / "model.safetensors") for name in ("moved", "alone")
         )
         assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
+
+
+def test_sharded_ranks_with_unequal_numbers_of_packs_do_not_wait_for_each_other(project: Project) -> None:
+    """One row a step: the other rank has none, in training and in evaluation."""
+    recipe = project.recipe("one.yaml", name="one", **RECIPE | {"steps": 2, "rows_per_step": 1, "eval_interval": 1})
+    done = start(project, recipe, "one_sharded").wait()
+    assert done.code == 0, done.said
+    done = project.worker(recipe, "--name", "one_alone")
+    assert done.code == 0, done.said
+    assert_close(project.run("one_sharded"), project.run("one_alone"))
+
+
+def test_a_run_goes_from_two_sharded_copies_to_one_rank(project: Project) -> None:
+    """Both copies save the same parts: the checkpoint holds each part once and loads on any number of ranks."""
+    fields = RECIPE | {"steps": 6, "dcp_save_interval": 3, "eval_interval": 3, "lora": None}
+    recipe = project.recipe("copies_6.yaml", name="copies", **fields)
+    first = project.recipe("copies_3.yaml", name="copies", **fields | {"steps": 3})
+    argv = [*LAUNCH, "4", "-m", "trainer.worker", first, "--shape", "copies.yaml", "--name", "copies_moved"]
+    done = project.start(argv).wait()
+    assert done.code == 0, done.said
+    for name in ("copies_moved", "copies_alone"):
+        done = project.worker(recipe, "--name", name)
+        assert done.code == 0, done.said
+    run = project.run("copies_moved")
+    assert [attempt["ranks"] for attempt in run.attempts()] == [4, 1]
+    assert_close(run, project.run("copies_alone"))
 
 
 def test_sharded_rft_with_the_local_sampler_is_refused(project: Project) -> None:

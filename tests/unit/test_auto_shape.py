@@ -187,7 +187,7 @@ def test_a_machine_whose_driver_does_not_answer_is_not_taken_for_one_without_gpu
 def test_gpus_that_are_hidden_are_not_used_and_are_mentioned(machine_of):
     machine_of(hidden=2)
     assert plan_of().shape.name == "cpu"
-    (note,) = plan_of("data.max_seq_tokens=8192").warnings
+    (note,) = plan_of("data.max_seq_tokens=70000").warnings
     assert note.startswith("this machine has no GPU that CUDA_VISIBLE_DEVICES shows: the shape h100x1 ")
 
 

@@ -170,7 +170,7 @@ def test_the_shape_says_why_and_on_what_basis(capsys):
     assert main(["check", "recipe.yaml", "--set", "shape=auto"]) == 0
     assert section(capsys.readouterr().out, "small: sft") == [
         "shape cpu (CPU), by auto: the smallest that fits",
-        "supports LoRA of up to 2 B parameters at 4,096 tokens (limits estimated)",
+        "supports LoRA of up to 6.7 B parameters, and with a small model rows of up to 65,536 tokens (limits estimated)",
     ]
 
 
@@ -267,10 +267,12 @@ def test_shapes_are_listed_with_limits_and_basis(capsys):
     assert main(["shapes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     lines, made = lines[: lines.index("")], lines[lines.index("") + 3 :]
-    assert " ".join(lines[1].split()) == ("cpu CPU 16 2 B, 4,096 tokens (estimated) 0.5 B, 4,096 tokens (estimated)")
+    assert " ".join(lines[1].split()) == (
+        "cpu CPU 16 6.7 B; rows to 65,536 tokens (estimated) 0.75 B; rows to 32,768 tokens (estimated)"
+    )
     assert [line.split()[0] for line in lines[1:]] == [
         "cpu", "h100x1", "h200x1", "a100x8", "h100x8", "h100x8_dp", "h100x8_vllm2",
-        "h200x8", "h200x8_dp", "h100x16", "h200x16",
+        "h200x8", "h200x8_dp", "h100x16", "h100x16_hsdp", "h200x16", "h200x16_hsdp",
     ]  # fmt: skip
     assert [line.split()[0] for line in made] == [
         "rtx3090", "rtx4090", "rtx5090", "a6000", "l40s", "a100_40g", "a100", "h100", "h200", "b200",
@@ -279,14 +281,14 @@ def test_shapes_are_listed_with_limits_and_basis(capsys):
 
 
 def test_shapes_say_which_of_them_a_recipe_fits_and_why_not(capsys):
-    write_small(Path(), SFT.replace("max_seq_tokens: 128", "max_seq_tokens: 20000"))
+    write_small(Path(), SFT.replace("max_seq_tokens: 128", "max_seq_tokens: 70000"))
     assert main(["shapes", "recipe.yaml"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    assert lines["cpu"].endswith("supports sequences up to 4,096 tokens (estimated)")
-    assert lines["h100x1"].endswith("supports sequences up to 16,384 tokens (estimated)")
+    assert lines["cpu"].endswith("supports sequences up to 65,536 tokens (estimated)")
+    assert lines["h100x1"].endswith("  fits")
     assert lines["h200x1"].endswith("  fits")
     assert lines["rtx4090"].endswith("  does not fit")
-    assert lines["h100"].endswith("  fits h100x2_dp")  # the file of h100x1 says 16,384 tokens
+    assert lines["h100"].endswith("  fits h100x1")
     assert lines["h200"].endswith("  fits h200x1")
 
 

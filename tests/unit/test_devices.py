@@ -57,7 +57,7 @@ def test_a_shape_is_made_from_memory():
 
 
 def test_a_shape_that_has_a_file_wins():
-    assert find_shape("h100x8").limits.lora.max_params_b == 80
+    assert find_shape("h100x8").limits.lora.max_params_b == 200
     assert find_shape("h100x4").limits.lora.max_params_b == 118.8
 
 

@@ -200,9 +200,8 @@ def test_parameters_are_counted_from_the_config():
     ("overrides", "shape"),
     [
         ([], "cpu"),
-        (["data.max_seq_tokens=8192"], "h100x1"),  # the CPU holds 4,096 tokens
-        (["data.max_seq_tokens=20000"], "h200x1"),  # one H100 holds 16,384
-        (["data.max_seq_tokens=40000"], "h200x8"),  # 8 H100 hold 32,768
+        (["data.max_seq_tokens=8192"], "cpu"),  # a model of 29,000 parameters
+        (["data.max_seq_tokens=70000"], "h100x1"),  # the CPU is bounded by 65,536 tokens
     ],
 )
 def test_auto_picks_the_smallest_shape_that_fits(overrides, shape):
@@ -251,7 +250,7 @@ def test_a_shape_that_cannot_hold_the_model_is_refused_with_its_line():
     with pytest.raises(ShapeError) as caught:
         make_plan(load_recipe(recipe))
     assert str(caught.value) == (
-        "recipe.yaml:18: shape: cpu does not fit: supports models up to 2 B parameters for LoRA (estimated)\n"
+        "recipe.yaml:18: shape: cpu does not fit: supports models up to 6.7 B parameters for LoRA (estimated)\n"
         "What would fit, as predicted:\n"
         "  `--shape h100x1`: 19.9 of 79 GiB\n"
         "See also `trainer shapes RECIPE`."
@@ -265,13 +264,13 @@ def test_a_shape_that_cannot_hold_the_model_is_refused_with_its_line():
 
 def test_where_nothing_fits_each_shape_says_why():
     with pytest.raises(ShapeError) as caught:
-        plan_of(SFT, "shape=auto", "data.max_seq_tokens=100000")
+        plan_of(SFT, "shape=auto", "data.max_seq_tokens=200000")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "--set shape: no training shape fits 2.88e-05 B parameters at 100,000 tokens:"
-    assert lines[1] == "  cpu: supports sequences up to 4,096 tokens (estimated)"
+    assert lines[0] == "--set shape: no training shape fits 2.88e-05 B parameters at 200,000 tokens:"
+    assert lines[1] == "  cpu: supports sequences up to 65,536 tokens (estimated)"
     assert len(lines) == 1 + len(all_shapes()) + 2
     assert lines[-2] == "What would fit, as predicted:"
-    assert lines[-1] == "  `data.max_seq_tokens: 65536` and `--shape h200x8`: 1.4 of 139 GiB"
+    assert lines[-1] == "  `data.max_seq_tokens: 131072` and `--shape h100x1`: 1.6 of 79 GiB"
 
 
 def test_an_unknown_shape_is_named_with_the_nearest():

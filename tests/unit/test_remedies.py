@@ -76,7 +76,7 @@ def applied(line: str, recipe: Recipe, shape: TrainingShape) -> tuple[Recipe, Tr
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 def test_every_remedy_fits_when_it_is_applied_as_printed(model, method, sampler, is_lora):
     facts, num_refused = MODELS[model], 0
-    for shape, max_seq_tokens in itertools.product(SHAPES.values(), (1024, 8192, 40_000)):
+    for shape, max_seq_tokens in itertools.product(SHAPES.values(), (1024, 8192, 40_000, 140_000)):
         recipe = recipe_of(method, sampler, is_lora=is_lora, max_seq_tokens=max_seq_tokens)
         if misfit(recipe, shape, facts) is None:
             continue
@@ -96,7 +96,7 @@ def test_every_remedy_fits_when_it_is_applied_as_printed(model, method, sampler,
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 def test_where_no_shape_fits_every_remedy_names_one_that_does_afterwards(method, sampler, is_lora):
     shapes, num_lines = list(SHAPES.values()), 0
-    for facts, max_seq_tokens in itertools.product(MODELS.values(), (8192, 100_000)):
+    for facts, max_seq_tokens in itertools.product(MODELS.values(), (8192, 200_000)):
         recipe = recipe_of(method, sampler, is_lora=is_lora, max_seq_tokens=max_seq_tokens)
         if any(misfit(recipe, shape, facts) is None for shape in shapes):
             continue

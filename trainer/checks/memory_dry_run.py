@@ -129,7 +129,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         ShapeError: The shape shards the model, which is not supported here.
         ModelError: The model is quantized, which is not supported either.
     """
-    if plan.shape.sharding == "full":
+    if plan.shape.sharding != "none":
         raise ShapeError(f"{plan.shape.name}: a sharded model is only estimated, not measured; omit --memory")
     if plan.recipe.model.quantization is not None:
         raise ModelError("model.quantization: a model in 4 bits is only estimated, not measured; omit --memory")

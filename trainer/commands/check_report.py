@@ -237,7 +237,7 @@ def report_lines(
         f"{report.name}: {report.method}, {kind} of {report.model.path}{size}",
         *([f"adapts  {report.model.adapted}"] if report.model.adapted else []),
         f"shape   {shape.name} ({shape.devices}), by {shape.chosen_by}",
-        f"        supports {kind} of up to {limits.max_params_b:g} B parameters at "
+        f"        supports {kind} of up to {limits.max_params_b:g} B parameters, and with a small model rows of up to "
         f"{limits.max_seq_tokens:,} tokens (limits {limits.basis})",
         *((f"sequences one by one: {report.separate_reason}",) if report.separate_reason else ()),
         *("", "batch", *table_lines(_batch_rows(report.batch), indent=2, width=width)),
@@ -324,4 +324,4 @@ def describe_limit(limit: ShapeLimit | None) -> str:
     """Return the largest job as text."""
     if limit is None:
         return "not supported"
-    return f"{limit.max_params_b:g} B, {limit.max_seq_tokens:,} tokens ({limit.basis})"
+    return f"{limit.max_params_b:g} B; rows to {limit.max_seq_tokens:,} tokens ({limit.basis})"

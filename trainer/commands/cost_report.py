@@ -34,7 +34,7 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         raise RecipeError(["--cost: the sizes of the model are unknown; its config.json must be at model.path"])
     tokens = shape.micro_batch_tokens
     is_compiled = recipe.model.compile_layers and recipe.model.quantization is None and facts.num_experts == 1
-    is_compiled = is_compiled and shape.sharding != "full"
+    is_compiled = is_compiled and shape.sharding == "none"
     costs = {
         documents: step_cost(
             facts,
@@ -83,11 +83,14 @@ def _milliseconds(pair: tuple[float, float]) -> str:
 
 def _communication(shape: TrainingShape, device: KnownDevice, weight_bytes: float) -> list[str]:
     """Gathering of sharded weights; it overlaps with computing."""
-    if shape.sharding != "full" or shape.num_ranks == 1:
+    shards = shape.num_shards
+    if shards == 1:
         return []
-    received = 2 * weight_bytes * (shape.num_ranks - 1) / shape.num_ranks
+    received = 2 * weight_bytes * (shards - 1) / shards
     rate = device.nvlink_gbps / 2 * 1e9
     time = f", {received / rate * 1e3:,.0f} ms at {rate / 1e9:g} GB/s, beside the computing" if rate else ""
+    if shards > shape.ranks_per_node:
+        time = ", partly from other machines: `sharding: node` gathers inside each machine"
     return ["", f"Sharded weights: each GPU receives {received / 1e9:.1f} GB per micro-batch{time}."]
 
 

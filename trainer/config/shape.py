@@ -10,12 +10,12 @@ from trainer.config.section import Section
 
 
 class ShapeLimit(Section):
-    """The largest job that fits."""
+    """Bounds that no recipe passes, each alone; whether a recipe fits is decided by its own memory estimate."""
 
     max_params_b: PositiveFloat
-    """Parameters of the base model in billions."""
+    """Parameters of the base model in billions, with short rows and gradient checkpointing."""
     max_seq_tokens: PositiveInt
-    """Maximum sequence length in tokens."""
+    """Maximum sequence length in tokens, with a small model and gradient checkpointing."""
     basis: Literal["measured", "estimated"]
     """Whether these two limits were measured in runs or estimated."""
 
@@ -55,14 +55,17 @@ class TrainingShape(Section):
     """Memory per device in GiB (2**30 bytes); of the host if `gpus` is 0."""
     micro_batch_tokens: PositiveInt
     """Maximum tokens per device in one forward-backward pass; gradients are accumulated over several passes."""
-    sharding: Literal["none", "full"] = "none"
-    """`full` shards the parameters of the base model over all ranks (FSDP2)."""
+    sharding: Literal["none", "full", "node"] = "none"
+    """`full` shards the parameters of the base model over all ranks (FSDP2); `node` over the ranks of each machine,
+    every machine holding a copy (HSDP): parameters are then gathered inside a machine only."""
     vllm_gpus: NonNegativeInt = 0
     """Devices reserved for vLLM: the last ones of the machine. Training ranks use the others."""
     limits: ShapeLimits
     """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None
     """Training speed; without it no device-hours are estimated."""
+    idle_spin: NonNegativeInt | None = None
+    """How long idle CPU threads spin before they sleep (`GOMP_SPINCOUNT`); null chooses by load and cgroup quota."""
     accelerate: str
     """Name of the `accelerate` configuration in configs/accelerate/."""
 
@@ -70,6 +73,11 @@ class TrainingShape(Section):
     def num_ranks(self) -> int:
         """Number of training processes over all nodes."""
         return max(1, self.gpus - self.vllm_gpus)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ranks that hold one copy of the base model together; 1 if each holds all of it."""
+        return {"none": 1, "full": self.num_ranks, "node": self.ranks_per_node}[self.sharding]
 
     @property
     def ranks_per_node(self) -> int:

@@ -32,7 +32,10 @@ class World:
     group: distributed.ProcessGroup | None = None
     """None: torch's default process group."""
     mesh: DeviceMesh | None = None
-    """The mesh that the base model is sharded over; None: every rank has the whole model."""
+    """The mesh that the base model is sharded over; None: every rank has the whole model. With copies of the model it
+    has two dimensions, copies and shards."""
+    copies: int = 1
+    """Number of sharded copies of the base model."""
     local_rank: int = 0
     """Rank on this machine."""
     local_size: int = 1
@@ -137,13 +140,13 @@ class World:
             distributed.barrier(group=self.group)
 
 
-def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> World:
+def join_world(device: str, expected_size: int, *, num_shards: int = 1) -> World:
     """Join the ranks that the launcher started.
 
     Args:
         device: cpu or cuda.
         expected_size: ranks of the shape.
-        is_sharded: whether the shape splits the base model over them.
+        num_shards: neighbouring ranks that hold one copy of the base model together; divides the number of ranks.
 
     Raises:
         LaunchError: the number of ranks that the launcher started is not the shape's.
@@ -165,9 +168,15 @@ def join_world(device: str, expected_size: int, *, is_sharded: bool = False) -> 
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(minutes=30))
-    mesh = init_device_mesh(device, (size,), mesh_dim_names=("ranks",)) if is_sharded and size > 1 else None
+    copies, mesh = 1, None
+    if num_shards > 1:
+        copies = size // num_shards
+        shape, names = ((size,), ("ranks",)) if copies == 1 else ((copies, num_shards), ("copies", "shards"))
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in LOCAL)
-    return World(rank, size, own_device, mesh=mesh, local_rank=local_rank, local_size=min(size, local_size))
+    return World(
+        rank, size, own_device, mesh=mesh, copies=copies, local_rank=local_rank, local_size=min(size, local_size)
+    )
 
 
 def use_deterministic_kernels() -> None:

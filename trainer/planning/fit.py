@@ -26,7 +26,7 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
     limit = limit_of(recipe, shape)
     if limit is None:
         return f"does not support {kind}"
-    is_sharded = shape.sharding == "full" and shape.num_ranks > 1
+    is_sharded = shape.num_shards > 1
     if is_sharded and isinstance(recipe, RFTRecipe) and recipe.rollout.sampler == "local":
         return SHARDED_SAMPLING
     if is_sharded and recipe.model.quantization is not None:

@@ -112,7 +112,7 @@ def compute_bytes_of(recipe: Recipe) -> int:
 
 
 def _shards(shape: TrainingShape) -> int:
-    return shape.num_ranks if shape.sharding == "full" else 1
+    return shape.num_shards
 
 
 def _num_trained(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> float:

@@ -144,7 +144,7 @@ def _is_roomier(unchanged: Remedy, other: TrainingShape) -> bool:
 def _on_other_shapes(start: Remedy, shapes: Sequence[TrainingShape]) -> Iterator[Remedy]:
     """Yield the shapes that the recipe fits."""
     for shape in shapes:
-        is_newly_sharded = shape.sharding == "full" and start.shape.sharding == "none"
+        is_newly_sharded = shape.sharding != "none" and start.shape.sharding == "none"
         suffix = ", which shards the base model" if is_newly_sharded else ""
         moved = start.with_shape(f"`--shape {shape.name}`{suffix}", shape)
         if moved.fits():
@@ -163,7 +163,7 @@ def checkpointed(start: Remedy) -> Remedy | None:
 def quantized(start: Remedy) -> Remedy | None:
     """Return the recipe with base weights in 4 bits, which changes the model; None on shards, and on a slow CPU."""
     recipe, model = start.recipe, start.recipe.model
-    if recipe.lora is None or model.quantization is not None or start.shape.sharding == "full" or start.shape.gpus == 0:
+    if recipe.lora is None or model.quantization is not None or start.shape.sharding != "none" or start.shape.gpus == 0:
         return None
     changed = model.model_copy(update={"quantization": "nf4"})
     return start.with_recipe("`model.quantization: nf4`", recipe.model_copy(update={"model": changed}))

@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from trainer.distributed.idle_threads import IdleThreads
 from trainer.distributed.world import World
 from trainer.planning.identity import reward_digests
 from trainer.planning.plan import Plan
@@ -23,13 +24,14 @@ from trainer.run.protocol import LAUNCHER, SUPERVISOR_PID
 GIT_TIMEOUT_S: Final = 5
 
 
-def describe_attempt(plan: Plan, run: RunDir, world: World) -> dict[str, object]:
+def describe_attempt(plan: Plan, run: RunDir, world: World, idle: IdleThreads) -> dict[str, object]:
     """The record of this process start, without its number.
 
     Args:
         plan: what is trained.
         run: has the records of earlier attempts.
         world: the ranks.
+        idle: what idle threads of this process do.
     """
     import accelerate
     import peft
@@ -43,6 +45,7 @@ def describe_attempt(plan: Plan, run: RunDir, world: World) -> dict[str, object]
         "shape": plan.shape.name,
         "ranks": world.size,
         "threads": torch.get_num_threads(),
+        "idle_threads": str(idle),
         "launcher": os.environ.get(LAUNCHER, "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
         "supervisor_pid": int(os.environ.get(SUPERVISOR_PID, "0")) or None,
         "host": socket.gethostname(),

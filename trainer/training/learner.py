@@ -220,7 +220,7 @@ class Learner:
         self._gradient.div_(divisor)
         norm = float(torch.linalg.vector_norm(self._gradient))
         if self.is_sharded:
-            norm = math.sqrt(self.world.sum_of([norm * norm])[0])
+            norm = math.sqrt(self.world.sum_of([norm * norm])[0] / self.world.copies)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             metrics = {"learning_rate": adam.learning_rate, "tokens": tokens, "skipped": 1.0}
             rows = self._offending_rows()

@@ -91,10 +91,12 @@ def _packs(attempt: Attempt, policy: Policy, rows: TokenTable, numbers: Sequence
         numbers: of the sequences.
     """
     groups = fill(rows.lengths(numbers), policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
+    # Asked before the first pack: a rank that asks after its last one waits for ranks that wait for it in a gather.
+    (num_dummies,) = attempt.world.num_dummies([len(groups)])
     for group in groups:
         attempt.stop.moved()
         yield Batch.pack([rows.sequence(numbers[index]) for index in group], attempt.world.device)
-    for _ in range(*attempt.world.num_dummies([len(groups)])):
+    for _ in range(num_dummies):
         yield Batch.dummy(attempt.world.device)
 
 
