@@ -92,7 +92,12 @@ def _run_attempt(plan: Plan, run: RunDir, idle: IdleThreads) -> int:
     if plan.recipe.deterministic and plan.shape.device == "cuda":
         use_deterministic_kernels()
     try:
-        world = join_world(plan.shape.device, plan.shape.num_ranks, num_shards=plan.shape.num_shards)
+        world = join_world(
+            plan.shape.device,
+            plan.shape.num_ranks,
+            num_shards=plan.shape.num_shards,
+            hang_timeout_s=plan.recipe.recovery.hang_timeout_s,
+        )
     except LaunchError as error:
         if _is_main():
             with run.locked():

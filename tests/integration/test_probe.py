@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from project import Project
 from rft_project import NO_EVALUATION, prepare, run_here
+
+from trainer.data.chat import load_tokenizer
+from trainer.distributed.world import World
+from trainer.model.policy import load_policy
+from trainer.planning.plan import RFTPlan
+from trainer.run.directory import RunDir
+from trainer.sampling.local import LocalSampler
+from trainer.training.memory_preflight import probe_sampling
+from trainer.training.rollouts import sampling_params
 
 ON: dict[str, Any] = {"recovery__probe_memory": "on"}
 LIMITED = """
@@ -69,6 +79,38 @@ def test_rft_is_equal_with_and_without_and_the_journal_does_not_see_it(project: 
     assert runs[0].adapter() == runs[1].adapter()
     journals = [sorted(file.name for file in run.root.glob("rollouts/*/*")) for run in runs]
     assert journals[0] == journals[1]
+
+
+def test_what_was_sampled_once_is_not_sampled_again(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The completions end with the last growth of the cache; another shape is probed again."""
+    prepare(project)
+    rollout = {"group_size": 2, "max_completion_tokens": 100, "chunk_prompts": 2}
+    changes: dict[str, Any] = {"rollout": rollout, "data": {"train": "prompts.jsonl", "max_seq_tokens": 300}}
+    run = run_here(project, "probed", steps=1, **{**NO_EVALUATION, **changes, **ON})
+    plan = RunDir(run.root).read_plan()
+    assert isinstance(plan, RFTPlan)
+    monkeypatch.chdir(project.root)
+    world, tokenizer = World(0, 1, torch.device("cpu")), load_tokenizer(plan.recipe.model)
+    policy = load_policy(plan.recipe.model, plan.recipe.lora, 0, world.device)
+    sampler = LocalSampler(policy, tokenizer)
+    assert sampler.note is None
+    drawn: list[int] = []
+    sample = sampler.sample
+
+    def counted(requests: Any, params: Any) -> Any:
+        completions = sample(requests, params)
+        drawn.extend(len(each.token_ids) for of_prompt in completions for each in of_prompt)
+        return completions
+
+    monkeypatch.setattr(sampler, "sample", counted)
+    params = sampling_params(plan.recipe, plan.recipe.rollout, frozenset({2}))
+    probe_sampling(sampler, params, plan, policy, world, RunDir(run.root))
+    assert drawn == []  # the run's own attempt has done it
+    other = plan.model_copy(update={"shape": plan.shape.model_copy(update={"name": "other"})})
+    probe_sampling(sampler, params, other, policy, world, RunDir(run.root))
+    assert drawn == [66] * 4  # 64 tokens fit at first; the 65th, of which the 66th is drawn, makes the cache grow
+    probe_sampling(sampler, params, other, policy, world, RunDir(run.root))
+    assert len(drawn) == 4
 
 
 def test_what_does_not_fit_is_said_in_words(project: Project):

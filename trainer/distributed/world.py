@@ -17,6 +17,7 @@ from trainer.errors import LaunchError
 
 T = TypeVar("T")
 
+MIN_COLLECTIVE_TIMEOUT_S: Final = 1800.0
 LOCAL: Final = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 """Variables that launchers set, and their values without a launcher."""
 
@@ -140,13 +141,25 @@ class World:
             distributed.barrier(group=self.group)
 
 
-def join_world(device: str, expected_size: int, *, num_shards: int = 1) -> World:
+def collective_timeout_s(hang_timeout_s: float) -> float:
+    """How long a collective waits: longer than a hung rank may stand still, so that its watchdog speaks first.
+
+    >>> collective_timeout_s(60.0), collective_timeout_s(1800.0)
+    (1800.0, 3600.0)
+    """
+    return max(MIN_COLLECTIVE_TIMEOUT_S, 2.0 * hang_timeout_s)
+
+
+def join_world(
+    device: str, expected_size: int, *, num_shards: int = 1, hang_timeout_s: float = MIN_COLLECTIVE_TIMEOUT_S
+) -> World:
     """Join the ranks that the launcher started.
 
     Args:
         device: cpu or cuda.
         expected_size: ranks of the shape.
         num_shards: neighbouring ranks that hold one copy of the base model together; divides the number of ranks.
+        hang_timeout_s: how long a rank may make no progress.
 
     Raises:
         LaunchError: the number of ranks that the launcher started is not the shape's.
@@ -167,7 +180,8 @@ def join_world(device: str, expected_size: int, *, num_shards: int = 1) -> World
         own_device = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        timeout = timedelta(seconds=collective_timeout_s(hang_timeout_s))
+        distributed.init_process_group(backend, timeout=timeout)
     copies, mesh = 1, None
     if num_shards > 1:
         copies = size // num_shards

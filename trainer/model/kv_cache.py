@@ -12,6 +12,27 @@ INITIAL_CAPACITY: Final = 64
 """Own tokens per row that fit at first; the capacity is doubled when full."""
 
 
+def grown_capacity(end: int) -> int:
+    """Own tokens per row that fit once all places for `end` tokens are full.
+
+    >>> grown_capacity(0), grown_capacity(64), grown_capacity(128)
+    (64, 128, 256)
+    """
+    return max(INITIAL_CAPACITY, 2 * end)
+
+
+def last_growth(num_tokens: int) -> int:
+    """Own tokens with which a row of `num_tokens` needs as much memory as with all of them.
+
+    >>> last_growth(24), last_growth(64), last_growth(128), last_growth(1000)
+    (1, 1, 65, 513)
+    """
+    end = 0
+    while (capacity := grown_capacity(end)) < num_tokens:
+        end = capacity
+    return end + 1
+
+
 @final
 @dataclass
 class LayerCache:
@@ -112,7 +133,7 @@ class KeyValueCache:
         cache, end = self._layers[layer], self.num_own
         _, kv_heads, rows, width = key.shape
         if end == (cache.keys.shape[-1] if cache.keys.numel() else 0):
-            capacity = max(INITIAL_CAPACITY, 2 * end)
+            capacity = grown_capacity(end)
             keys = key.new_empty(self._most_rows, kv_heads, width, capacity)
             values = value.new_empty(self._most_rows, kv_heads, capacity, value.shape[-1])
             if end:

@@ -112,6 +112,10 @@ class RunDir:
         """Why a copy of the metrics (TensorBoard, trackio, MLflow) receives nothing more, by its name."""
         return self.root / "trackers.json"
 
+    def probe_file(self, rank: int) -> Path:
+        """What a rank has sampled to probe its memory: not repeated by later attempts."""
+        return self.root / f"probed-{rank}.json"
+
     @property
     def tensorboard(self) -> Path:
         """Directory of TensorBoard's event file."""

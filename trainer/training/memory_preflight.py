@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ShapeError
+from trainer.files import write_atomically
 from trainer.model.batch import Batch
+from trainer.model.kv_cache import last_growth
 from trainer.model.policy import Policy, Reference
 from trainer.planning.choose_shape import reachable_shapes
 from trainer.planning.longest_pack import longest_pack
 from trainer.planning.plan import Plan, RFTPlan
 from trainer.planning.remedies import find_remedies, remedy_lines
+from trainer.run.directory import RunDir
+from trainer.sampling.local import LocalSampler
 from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
 from trainer.training.learner import Learner
 from trainer.training.losses import PolicyLoss, sft_loss
@@ -55,8 +60,13 @@ def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = Non
             learner.discard()
 
 
-def probe_sampling(sampler: Sampler, params: SamplingParams, plan: RFTPlan, policy: Policy, world: World) -> None:
+def probe_sampling(
+    sampler: Sampler, params: SamplingParams, plan: RFTPlan, policy: Policy, world: World, run: RunDir
+) -> None:
     """Sample one chunk of the longest prompts and completions, and discard it; the journal is not written.
+
+    Completions end where their cache has grown for the last time: the rest of their length needs no more memory. What
+    fitted is noted in the run directory and not sampled again by later attempts on the same shape and device.
 
     Args:
         sampler: of the run; a server has memory of its own and is not probed.
@@ -64,6 +74,7 @@ def probe_sampling(sampler: Sampler, params: SamplingParams, plan: RFTPlan, poli
         plan: gives the size of a chunk.
         policy: its weights are published to the sampler.
         world: the ranks.
+        run: remembers what fitted.
 
     Raises:
         ShapeError: it does not fit into the device's memory.
@@ -71,17 +82,34 @@ def probe_sampling(sampler: Sampler, params: SamplingParams, plan: RFTPlan, poli
     rollout = plan.recipe.rollout
     if rollout.sampler != "local" or not is_probed(plan):
         return
+    key, file = _probe_key(plan, world), run.probe_file(world.rank)
+    if file.exists() and file.read_text() == key:
+        return
     length = max(1, plan.recipe.data.max_seq_tokens - rollout.max_completion_tokens)
     num_prompts = min(rollout.chunk_prompts, -(-plan.recipe.rows_per_step // world.size))
     requests = [
         SampleRequest(tuple(_token_ids(length, policy.vocab_size, number)), number, rollout.group_size)
         for number in range(num_prompts)
     ]
-    endless = replace(params, stop=(), stop_ids=frozenset())
+    is_fast = isinstance(sampler, LocalSampler) and sampler.note is None  # slower decoders grow with each token
+    num_tokens = rollout.max_completion_tokens
+    if is_fast:
+        num_tokens = min(num_tokens, last_growth(num_tokens - 1) + 1)  # the last token that is drawn is not cached
+    endless = replace(params, stop=(), stop_ids=frozenset(), max_completion_tokens=num_tokens)
     what = f"a chunk of {num_prompts * rollout.group_size:,} completions of {rollout.max_completion_tokens:,} tokens"
     with _explained(plan, what), _generators_kept(world):
         sampler.publish(policy, 0)
         sampler.sample(requests, endless)
+    write_atomically(file, key, durable=False)
+
+
+def _probe_key(plan: RFTPlan, world: World) -> str:
+    """What the memory of a chunk depends on: the recipe, the shape, and this rank's device."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    parts = {"identity": plan.identity_hash, "shape": plan.shape.model_dump(mode="json"), "ranks": world.size}
+    rollout = plan.recipe.rollout
+    parts |= {"chunk_prompts": rollout.chunk_prompts, "max_seq_tokens": plan.recipe.data.max_seq_tokens}
+    return json.dumps({**parts, "device": device, "torch": torch.__version__}, sort_keys=True) + "\n"
 
 
 def is_probed(plan: Plan) -> bool:

@@ -63,7 +63,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         if isinstance(sampler, LocalSampler) and sampler.note is not None:
             attempt.say(sampler.note)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
-        probe_sampling(sampler, params, plan, policy, world)
+        probe_sampling(sampler, params, plan, policy, world, attempt.run)
         groups = open_groups(stack, plan, encoder, sampler, params, rewards, world, attempt.stop)
         rollouts = Rollouts(plan, prompts, groups, attempt.run)
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
