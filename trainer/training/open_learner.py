@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoints.manifest import MANIFEST
-from trainer.config.recipe import LoraSettings
+from trainer.config.recipe import LoraSettings, Recipe
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import ModelError
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import load_policy, warm_start
 from trainer.planning.batching import rotary_problem
-from trainer.planning.plan import Plan, RFTPlan
+from trainer.planning.memory import compute_bytes_of
+from trainer.planning.plan import Plan, RFTPlan, model_facts
 from trainer.training.learner import Learner
 from trainer.training.masters import read_masters
 
@@ -37,7 +38,7 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
     lora, checkpoint = recipe.lora, _warm_checkpoint(recipe.lora)
     if lora is not None and checkpoint is not None:
         lora = lora.model_copy(update={"warm_start": None})
-    with world.in_turn() if is_sharded else nullcontext():
+    with world.in_turn() if is_sharded and is_converted(recipe) else nullcontext():
         policy = load_policy(recipe.model, lora, recipe.seed, torch.device("cpu") if is_sharded else world.device)
         if world.mesh is not None:
             policy.shard(world.mesh, world.device)
@@ -52,6 +53,16 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         read_masters(checkpoint, learner.masters)
     learner.refresh()
     return learner
+
+
+def is_converted(recipe: Recipe) -> bool:
+    """Whether loading writes a converted copy of the whole base into host memory, so that ranks must take turns.
+
+    Files in the compute dtype are mapped: a sharded rank then reads the pages of its own part only, and all ranks of a
+    machine share them (measured in benchmarks/sharded_loading.py).
+    """
+    facts = model_facts(recipe)
+    return facts is None or recipe.model.quantization is not None or facts.stored_bytes != compute_bytes_of(recipe)
 
 
 def _warm_checkpoint(lora: LoraSettings | None) -> Path | None:
