@@ -152,7 +152,7 @@ function beforeAfter(run, several) {
   const paired = about.difference;
   const verdict = paired ? element("p", { class: "verdict" }, "Mean reward ", element("b", {}, `${paired.first.toFixed(3)} → ${paired.second.toFixed(3)}`),
     ` over ${paired.num_pairs} prompts: ${signed(paired.difference, 3)}, 95% paired bootstrap ${signed(paired.low, 3)} to ${signed(paired.high, 3)}. Better on ${paired.num_better}, worse on ${paired.num_worse}.`) :
-    about.is_judged ? null : element("p", { class: "quiet small" }, `The likeliest answer to the first ${about.part} rows that have a prompt. They are examples and prove nothing; trainer eval RUN measures.`);
+    about.is_judged ? null : element("p", { class: "verdict quiet" }, `The likeliest answer to the first ${about.part} rows that have a prompt. They are examples and prove nothing; trainer eval RUN measures.`);
   return element("section", { id: several ? null : "samples" }, element("h2", {}, several ? `Before and after: ${run.name}` : "Before and after"), verdict,
     about.is_judged ? element("div", { class: "controls" }, element("label", {}, "order", element("select", { onchange: (event) => { view.order = event.target.value; fill(); } },
       Object.entries(orders).map(([name, [word]]) => element("option", { value: name, selected: view.order === name }, word))))) : null, box, more);
