@@ -23,7 +23,7 @@ from trainer.planning.plan import make_plan
 from trainer.report.run_report import RunReporter, Standing
 from trainer.run.directory import RunDir
 from trainer.run.find import open_run
-from trainer.run.sinks import Sinks, wanted_sinks
+from trainer.run.sinks import Sinks, sinks_file, wanted_sinks
 
 CHILD = """
 import json, os, signal, sys
@@ -147,7 +147,7 @@ def test_a_lost_tracker_is_named_by_status_runs_and_report_until_it_works_again(
     run.tensorboard.write_text("a full disk, or a directory that was taken away")
     sinks._sinks["tensorboard"].close(0)  # what the package's own thread finds out sooner or later
     sinks.add({**record, "step": 5})
-    reasons = json.loads(run.sinks_file.read_text())
+    reasons = json.loads(sinks_file(run).read_text())
     assert reasons["tensorboard"].startswith("after step 4: ")
     assert shown(capsys, "status", "small").count("tensorboard receives nothing more (after step 4: ") == 1
     assert json.loads(shown(capsys, "status", "small", "--json"))["trackers"] == reasons
@@ -155,7 +155,7 @@ def test_a_lost_tracker_is_named_by_status_runs_and_report_until_it_works_again(
     (note,) = [note for note in RunReporter(run, lambda _: Standing("failed", False)).read().notes if "tensor" in note]
     assert note.endswith("trainer sync runs/small --to tensorboard copies all.")
     Sinks(run, ["trackio"], LoggingSettings(), lambda _: None)
-    assert json.loads(run.sinks_file.read_text())["tensorboard"] == reasons["tensorboard"]  # it is still lost
+    assert json.loads(sinks_file(run).read_text())["tensorboard"] == reasons["tensorboard"]  # it is still lost
     run.tensorboard.unlink()
     assert main(["sync", "small", "--to", "tensorboard"]) == 0
     assert "tensorboard" not in shown(capsys, "status", "small")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 from trainer.errors import LaunchError
 from trainer.files import fsync_dir, write_atomically
@@ -22,6 +22,7 @@ from trainer.run.readers import Heartbeat, HeldOut
 from trainer.run.state import Outcome
 from trainer.run.step_names import step_name, step_number, steps_in
 
+SINKS_FILE: Final = "trackers.json"
 JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
 WEIGHTS = ("adapter", "adapter-best", "model", "model-best")
 REFUSED = "refused-"
@@ -108,15 +109,6 @@ class RunDir:
         return self.root / "wandb.json"
 
     @property
-    def sinks_file(self) -> Path:
-        """Why a copy of the metrics (TensorBoard, trackio, MLflow) receives nothing more, by its name."""
-        return self.root / "trackers.json"
-
-    def probe_file(self, rank: int) -> Path:
-        """What a rank has sampled to probe its memory: not repeated by later attempts."""
-        return self.root / f"probed-{rank}.json"
-
-    @property
     def tensorboard(self) -> Path:
         """Directory of TensorBoard's event file."""
         return self.root / "tensorboard"
@@ -189,8 +181,7 @@ class RunDir:
 
     def evaluation_steps(self) -> list[int]:
         """Steps after which held-out prompts were answered, ascending."""
-        numbers = (step_number(file.stem) for file in self._evaluations.glob("*.jsonl"))
-        return sorted(number for number in numbers if number is not None)
+        return _steps_in(self._evaluations)
 
     def answers(self, step: int) -> Path:
         """Answers of an sft run to a few rows after a step."""
@@ -198,8 +189,7 @@ class RunDir:
 
     def answer_steps(self) -> list[int]:
         """Steps after which an sft run answered a few rows, ascending."""
-        numbers = (step_number(file.stem) for file in self._answers.glob("*.jsonl"))
-        return sorted(number for number in numbers if number is not None)
+        return _steps_in(self._answers)
 
     @property
     def _answers(self) -> Path:
@@ -239,7 +229,7 @@ class RunDir:
     def discard_start(self) -> None:
         """Delete what an attempt has left that made no step; logs and attempt numbers stay."""
         files = (self.metrics_file, self.outcome_file, self.cancel_file, self.excluded_file)
-        for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file, self.sinks_file):
+        for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file, self.root / SINKS_FILE):
             file.unlink(missing_ok=True)
         for directory in (self.checkpoints, self.rollouts, self._evaluations, self._answers, *self.all_weights()):
             shutil.rmtree(directory, ignore_errors=True)
@@ -400,3 +390,9 @@ class RunDir:
         """
         if self.is_locked() or self.is_supervised():
             raise LaunchError(self._taken())
+
+
+def _steps_in(directory: Path) -> list[int]:
+    """Steps that a directory has a file of JSON lines for, ascending."""
+    numbers = (step_number(file.stem) for file in directory.glob("*.jsonl"))
+    return sorted(number for number in numbers if number is not None)

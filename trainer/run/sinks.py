@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, Literal, Protocol, final
 
 from trainer.config.recipe import LoggingSettings
 from trainer.files import write_atomically
-from trainer.run.directory import RunDir
+from trainer.run.directory import SINKS_FILE, RunDir
 from trainer.run.metrics_reader import Record
 
 SinkName = Literal["tensorboard", "trackio", "mlflow"]
@@ -249,17 +250,22 @@ class Sinks:
         problems = {**others, **self.problems}
         try:
             if problems:
-                write_atomically(self._run.sinks_file, json.dumps(problems) + "\n", durable=False)
+                write_atomically(sinks_file(self._run), json.dumps(problems) + "\n", durable=False)
             else:
-                self._run.sinks_file.unlink(missing_ok=True)
+                sinks_file(self._run).unlink(missing_ok=True)
         except OSError as error:
-            self._say(f"warning: {self._run.sinks_file}: not written: {error.strerror or error}")
+            self._say(f"warning: {sinks_file(self._run)}: not written: {error.strerror or error}")
+
+
+def sinks_file(run: RunDir) -> Path:
+    """Why a copy of the metrics receives nothing more, by its name; there only where one does not."""
+    return run.root / SINKS_FILE
 
 
 def sink_problems(run: RunDir) -> dict[str, str]:
     """Why copies of the metrics receive nothing more, by name; empty where all do, or nothing readable says so."""
     try:
-        problems = json.loads(run.sinks_file.read_text())
+        problems = json.loads(sinks_file(run).read_text())
     except (OSError, ValueError):
         return {}
     return {str(name): str(why) for name, why in problems.items()} if isinstance(problems, dict) else {}

@@ -82,7 +82,7 @@ def probe_sampling(
     rollout = plan.recipe.rollout
     if rollout.sampler != "local" or not is_probed(plan):
         return
-    key, file = _probe_key(plan, world), run.probe_file(world.rank)
+    key, file = _probe_key(plan, world), run.root / f"probed-{world.rank}.json"
     if file.exists() and file.read_text() == key:
         return
     length = max(1, plan.recipe.data.max_seq_tokens - rollout.max_completion_tokens)

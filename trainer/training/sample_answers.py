@@ -27,6 +27,8 @@ MAX_TOKENS: Final = 128
 """Tokens of an answer; a longer one is cut."""
 MAX_READ: Final = 64
 """Rows that are looked at to find some with a prompt that fits."""
+DECODER_ERRORS: Final = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the code of foreign models raises where it cannot be sampled from; out of memory is a RuntimeError."""
 
 
 @final
@@ -71,19 +73,11 @@ class SampleAnswers:
         began = time.perf_counter()
         try:
             text = self._answers(policy, wanted)
-        except (
-            TrainerError,
-            ArithmeticError,
-            LookupError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+            make_directory(file.parent)
+            write_atomically(file, text)
+        except (TrainerError, OSError, *DECODER_ERRORS) as error:
             attempt.say(f"no answers are recorded after step {attempt.step}: {(str(error).splitlines() or [''])[0]}")
             return
-        make_directory(file.parent)
-        write_atomically(file, text)
         attempt.say(
             f"{text.count(chr(10))} rows answered after step {attempt.step} in {time.perf_counter() - began:.1f} s"
         )
