@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from chromium import CHROMIUM, Tab, chromium
-from small_recipe import RFT, write_small
+from small_recipe import RFT, SFT, write_small
 
 from trainer.commands.cli import main
 from trainer.commands.report import standing
@@ -103,6 +103,27 @@ def test_everything_is_there_and_nothing_is_asked_for(tab: Tab, run: RunDir) -> 
     assert texts(tab, ".detail .rollout .reward") == ["1", "0"]
     assert texts(tab, ".side h4") == ["Before (step 0)", "After (step 2)"]
     assert "0.000 → 1.000" in texts(tab, ".verdict")[0]
+
+
+def test_answers_of_sft_stand_side_by_side_and_nothing_judges_them(
+    tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = open_run(make_plan(load_recipe(write_small(tmp_path, SFT))))
+    run.metrics_file.write_text(json.dumps({"step": 1, "time": 20.0, "train/loss": 0.1}) + "\n")
+    asked = JournalPrompt(0, "eval.jsonl:1", ({"role": "user", "content": "1 + 1?"},), {"completion": "It is 2."})
+    run.answers(0).parent.mkdir()
+    for step in (0, 10):
+        answer = {"text": f"{HOSTILE} {step}", "finish_reason": "length" if step else "stop", "num_tokens": 3}
+        run.answers(step).write_text(json.dumps(asked.record() | {"part": "held-out", "answers": [answer]}) + "\n")
+    open_report(tab, run)
+    assert tab.complaints == []
+    assert tab.run("document.title") != "broken"
+    assert texts(tab, ".side h4") == ["Before (step 0)", "After (step 10)"]
+    assert texts(tab, ".side .said") == [f"{HOSTILE} 0", f"{HOSTILE} 10"]
+    assert texts(tab, ".side .state") == ["cut"]
+    assert texts(tab, ".side .reward, #samples select") == []
+    assert texts(tab, "#samples .verdict")[0].startswith("The likeliest answer to the first held-out rows")
 
 
 def test_a_canvas_has_ink_in_both_schemes(tab: Tab, run: RunDir) -> None:
