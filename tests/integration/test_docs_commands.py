@@ -246,6 +246,7 @@ def write_project(root: Path) -> None:
         "lora": {"rank": 4, "alpha": 8},
         "data": {"train": "train.jsonl", "eval": "eval.jsonl", "eval_rows": 4, "max_seq_tokens": 256},
         **{name: value for name, value in CUT.items() if value is not None},
+        "steps": 4,
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     axolotl = {"base_model": MODEL, "adapter": "lora", "lora_r": 4, "sequence_len": 256, "num_epochs": 1}
@@ -323,7 +324,7 @@ AFTER: Final[dict[str, Callable[[Reader], None]]] = {
 
 def test_the_list_of_what_is_not_run_is_not_longer_than_needed() -> None:
     texts = [command.text for command in commands()]
-    for begin in [*NOT_RUN, *NEEDS, *SERVERS, *PROMISED, *STANDARD_INPUT, *BEFORE, *AFTER]:
+    for begin in [KILLS, *NOT_RUN, *NEEDS, *SERVERS, *PROMISED, *STANDARD_INPUT, *BEFORE, *AFTER]:
         assert [text for text in texts if begin in text], f"no page has `{begin}` any more"
     assert len(texts) > 90
 
@@ -337,7 +338,14 @@ def test_every_line_of_a_shell_block_is_a_command() -> None:
                 assert line.startswith("#") or re.split(r"\s{2,}|\s+#\s", line)[0] in found, f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize("command", [each for each in commands() if reason(each) is None], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(each, marks=[pytest.mark.heavy] if each.text.startswith(KILLS) else [], id=str(each))
+        for each in commands()
+        if reason(each) is None
+    ],
+)
 def test_the_command_works(command: Command, reader: Reader, capsys: pytest.CaptureFixture[str]) -> None:
     text = command.text
     for part, module in NEEDS.items():
@@ -355,7 +363,7 @@ def test_the_command_works(command: Command, reader: Reader, capsys: pytest.Capt
         return
     if "127.0.0.1:8000" not in text:
         reader.end_server()
-    done = reader.types(text)
+    done = reader.types(text, is_forked=not text.startswith(KILLS))
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     if text in PROMISED:
         assert re.search(PROMISED[text], done.stdout + done.stderr), f"{command}\n{done.stdout}\n{done.stderr}"
