@@ -171,7 +171,7 @@ def _is_running(command: str) -> bool:
 def test_a_dead_zygote_is_an_error_of_the_run(place):
     with EnvironmentPool(settings(place)) as pool:
         pool.open().close()
-        os.kill(pool._process.pid, signal.SIGKILL)
+        os.kill(pool.zygote_pid, signal.SIGKILL)
         with pytest.raises(RewardError, match="process that starts environments has ended"):
             pool.open()
 

@@ -15,6 +15,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -50,24 +51,33 @@ def main() -> None:
         while True:
             request, descriptors = control.receive_with_descriptors()
             if "fork" in request:
-                pid = os.fork()
+                zygote, pid = os.getpid(), os.fork()
                 if pid == 0:
                     control.close()
-                    _child(descriptors, setup, environment, tools)
+                    _child(zygote, descriptors, setup, environment, tools)
                 for descriptor in descriptors:
                     os.close(descriptor)
                 children.add(pid)
                 control.send({"pid": pid}, None)
             else:
                 children.discard(request["wait"])
-                control.send({"status": _end(request["wait"])}, None)
+                control.send({"status": _end(request["wait"], request["grace_s"])}, None)
     for pid in children:
         _end(pid)
 
 
-def _end(pid: int) -> int:
-    """Kill a child and what it started; returns its wait status as `os.waitstatus_to_exitcode` gives it."""
+def _end(pid: int, grace_s: float = 0.0) -> int:
+    """Kill a child and what it started; returns its wait status as `os.waitstatus_to_exitcode` gives it.
+
+    Args:
+        pid: of the child.
+        grace_s: how long it may take to end by itself.
+    """
+    end = time.monotonic() + grace_s
     done, status = os.waitpid(pid, os.WNOHANG)  # its own end, where it ended by itself
+    while not done and time.monotonic() < end:
+        time.sleep(0.002)
+        done, status = os.waitpid(pid, os.WNOHANG)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
     if not done:
@@ -78,13 +88,19 @@ def _end(pid: int) -> int:
 
 
 def _child(
-    descriptors: list[int], setup: Mapping[str, Any], environment: type[Any] | None, tools: Mapping[str, Tool]
+    zygote: int,
+    descriptors: list[int],
+    setup: Mapping[str, Any],
+    environment: type[Any] | None,
+    tools: Mapping[str, Tool],
 ) -> None:
     """Serve one rollout; never returns."""
     status = 1
     try:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != zygote:  # it died before the line above
+            return
         channel = Channel(socket.socket(fileno=descriptors[0]))
         for stream in (1, 2):
             os.dup2(descriptors[1], stream)

@@ -17,7 +17,7 @@ from trainer.data.forms import read_conversation
 from trainer.data.next_prompt import PromptWriter, TokenizedPrompt
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
-from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, RemoteEnvironment
+from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, OpenEnvironment
 from trainer.environments.tool_calls import ParsedTurn, parse_turn
 from trainer.errors import DataError
 from trainer.model.turn_cache import TurnCache
@@ -67,7 +67,7 @@ class _Live:
 
     row: Row
     sample: int
-    remote: RemoteEnvironment
+    remote: OpenEnvironment
     began: float = field(default_factory=time.monotonic)
     messages: list[Mapping[str, Any]] = field(default_factory=list)
     tools: tuple[Mapping[str, Any], ...] = ()
