@@ -58,7 +58,7 @@ RFT: Final = RECIPE | {
 }
 """A step that ends with an evaluation spends most of its time in it, and so in sft."""
 TURNS: Final = RFT | {
-    "data": {"train": "asks.jsonl", "max_seq_tokens": 128},
+    "data": {"train": "asks.jsonl", "eval": "held_asks.jsonl", "max_seq_tokens": 128},
     "rewards": [],
     "rollout": {
         "group_size": 4,
@@ -67,8 +67,8 @@ TURNS: Final = RFT | {
         "stop": ["a", "e", "i", "o", "n", "s", " "],
         "environment": "guessing.py:Echo",
         "deterministic": True,
+        "eval_samples": 2,
     },
-    "eval_interval": 0,
 }
 """One to three turns; a random model soon draws a letter that ends one."""
 RECIPES: Final = {"sft": SFT, "rft": RFT, "turns": TURNS}
@@ -112,8 +112,9 @@ class Harness:
         poison(project.root)
         (project.root / "length.py").write_text(REWARD)
         shutil.copy(Path(chaos_runs.__file__).with_name("guessing.py"), project.root)
-        asks = [json.dumps({"ask": f"what is {number}?"}) + "\n" for number in range(8)]
-        (project.root / "asks.jsonl").write_text("".join(asks))
+        asks = [json.dumps({"ask": f"what is {number}?"}) + "\n" for number in range(12)]
+        (project.root / "asks.jsonl").write_text("".join(asks[:8]))
+        (project.root / "held_asks.jsonl").write_text("".join(asks[8:]))
         (project.root / "cpu2.yaml").write_text(TWO_RANKS)
         for kind in KINDS:
             shape = "cpu2.yaml" if kind.endswith("2 ranks") else "cpu"

@@ -9,11 +9,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias, TypeVar, final
 
+from trainer.environments.mcp_tools import McpSettings
 from trainer.environments.remote import EnvironmentDiedError, RemoteEnvironment
 from trainer.environments.replay import ReplayedEnvironment
 from trainer.environments.zygote_process import ZygoteDiedError, ZygoteProcess
@@ -42,6 +43,8 @@ class EnvironmentSettings:
     memory_limit_gib: float = 2.0
     num_workers: int = 8
     """Environments that compute at the same time."""
+    servers: tuple[McpSettings, ...] = ()
+    """Servers of further tools, started for each rollout."""
     deterministic: bool = False
     """Environments whose process was killed from outside are played again."""
 
@@ -61,7 +64,7 @@ class EnvironmentPool:
         self._lock = threading.Lock()
         self._restarts = 0
         self.schemas: list[dict[str, Any]] = []
-        """Of the recipe's tools."""
+        """Of the recipe's tools, those of servers included."""
         self.compares_groups = False
         """Whether the environment has `group_rewards`."""
 
@@ -118,6 +121,7 @@ class EnvironmentPool:
             "environment": settings.environment,
             "tools": list(settings.tools),
             "errors": dict(settings.errors),
+            "servers": [asdict(each) for each in settings.servers],
             "base_dir": str(settings.base_dir),
             "memory_limit_bytes": int(settings.memory_limit_gib * 2**30),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final, get_type_hints
 
@@ -17,12 +17,13 @@ from trainer.types import ToolCall
 @final
 @dataclass(frozen=True)
 class Tool:
-    """A function that the policy can call."""
+    """What the policy can call: a function, or a tool of an MCP server."""
 
     name: str
-    function: Callable[..., Any]
-    arguments: type[BaseModel]
-    """Checks the arguments of a call."""
+    problem: Callable[[Mapping[str, Any]], str | None]
+    """What is wrong with the arguments of a call; None if nothing is."""
+    run: Callable[[Mapping[str, Any]], str]
+    """Runs a call whose arguments are right; what it returned or raised, as text for the policy."""
     schema: Mapping[str, Any]
     """As a chat template shows it."""
 
@@ -47,7 +48,12 @@ class Tool:
         }
         model: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
         described = {"name": name, "description": _first_paragraph(function), "parameters": _untitled(model)}
-        return cls(name, function, model, {"type": "function", "function": described})
+        return cls(
+            name,
+            lambda arguments: _problem(model, arguments),
+            lambda arguments: _result(function, model, arguments),
+            {"type": "function", "function": described},
+        )
 
 
 def check_call(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
@@ -58,39 +64,53 @@ def check_call(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
     if tool is None:
         known = ", ".join(tools) or "there are none"
         return replace(call, status="unknown_tool", problem=f"no tool is called {call.name!r}; tools: {known}")
-    try:
-        tool.arguments.model_validate(dict(call.arguments))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        return replace(call, status="bad_arguments", problem=problems)
-    return call
+    problem = tool.problem(call.arguments)
+    return call if problem is None else replace(call, status="bad_arguments", problem=problem)
 
 
 def run_call(call: ToolCall, tools: Mapping[str, Tool]) -> str:
     """Call a tool; what it returned or raised, as text for the policy."""
-    tool = tools[call.name]
-    checked = tool.arguments.model_validate(dict(call.arguments))
-    arguments = {name: getattr(checked, name) for name in type(checked).model_fields}
-    try:
-        value = tool.function(**arguments)
-    except Exception as error:  # the policy's arguments caused it: 1/0 in a calculator
-        return f"error: {type(error).__name__}: {error}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return tools[call.name].run(call.arguments)
+
+
+def by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
+    """Tools by name.
+
+    Raises:
+        RewardError: two have one name.
+    """
+    named: dict[str, Tool] = {}
+    for tool in tools:
+        if tool.name in named:
+            raise RewardError(f"two tools are called {tool.name!r}; rename one of them")
+        named[tool.name] = tool
+    return named
 
 
 def tools_of(functions: Sequence[Callable[..., Any]]) -> dict[str, Tool]:
-    """Tools by name.
+    """Tools by name, from functions.
 
     Raises:
         RewardError: two have one name, or a signature cannot be described.
     """
-    tools: dict[str, Tool] = {}
-    for function in functions:
-        tool = Tool.of(function)
-        if tool.name in tools:
-            raise RewardError(f"two tools are called {tool.name!r}; rename one of the functions")
-        tools[tool.name] = tool
-    return tools
+    return by_name(map(Tool.of, functions))
+
+
+def _problem(model: type[BaseModel], arguments: Mapping[str, Any]) -> str | None:
+    try:
+        model.model_validate(dict(arguments))
+    except ValidationError as error:
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return None
+
+
+def _result(function: Callable[..., Any], model: type[BaseModel], arguments: Mapping[str, Any]) -> str:
+    checked = model.model_validate(dict(arguments))
+    try:
+        value = function(**{name: getattr(checked, name) for name in model.model_fields})
+    except Exception as error:  # the policy's arguments caused it: 1/0 in a calculator
+        return f"error: {type(error).__name__}: {error}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _first_paragraph(function: Callable[..., Any]) -> str:

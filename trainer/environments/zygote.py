@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import json
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from typing import Any, Final
 from trainer.environments.channel import Channel
 from trainer.environments.contract import Turn
 from trainer.environments.loading import load_environment, load_tools
+from trainer.environments.mcp_tools import McpSettings, ToolServers
 from trainer.environments.session import Session, group_rewards
 from trainer.environments.tools import Tool
 from trainer.errors import RewardError
@@ -44,7 +46,12 @@ def main() -> None:
     except RewardError as error:
         control.send({"error": str(error)}, None)
         return
-    schemas = [tool.schema for tool in tools.values()]
+    servers = [McpSettings.of(each) for each in setup["servers"]]
+    try:
+        schemas = [tool.schema for tool in tools.values()] + (_probed(servers, setup) if servers else [])
+    except RewardError as error:
+        control.send({"error": str(error)}, None)
+        return
     control.send({"schemas": schemas, "compares": hasattr(environment, "group_rewards")}, None)
     children: set[int] = set()
     with suppress(EOFError, ConnectionError):
@@ -64,6 +71,47 @@ def main() -> None:
                 control.send({"status": _end(request["wait"], request["grace_s"])}, None)
     for pid in children:
         _end(pid)
+
+
+def _probed(servers: Sequence[McpSettings], setup: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Schemas of the tool servers' tools, from a child that starts them once: the client has threads.
+
+    Raises:
+        RewardError: one does not start.
+    """
+    with suppress(ImportError):  # for all rollouts at once; where it is missing, the child says so
+        import mcp  # noqa: F401
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.close(reading)
+            _limit_memory(setup["memory_limit_bytes"])
+            running = ToolServers(servers, Path(setup["base_dir"]))
+            try:
+                answer: dict[str, Any] = {"schemas": [tool.schema for tool in running.start()]}
+                running.close()
+            except RewardError as error:
+                answer = {"error": str(error)}
+            with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+                json.dump(answer, pipe)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    if not text:
+        raise RewardError(f"tool servers did not start: {', '.join(each.shown for each in servers)}")
+    answer = json.loads(text)
+    if "error" in answer:
+        raise RewardError(answer["error"])
+    schemas: list[dict[str, Any]] = answer["schemas"]
+    return schemas
 
 
 def _end(pid: int, grace_s: float = 0.0) -> int:
@@ -106,7 +154,9 @@ def _child(
             os.dup2(descriptors[1], stream)
         faulthandler.register(signal.SIGUSR1)  # the trainer asks for the stack of a call that hangs
         _limit_memory(setup["memory_limit_bytes"])
-        _serve(channel, environment, lambda: Session(environment, tools, setup["errors"]))
+        servers = [McpSettings.of(each) for each in setup["servers"]]
+        running = ToolServers(servers, Path(setup["base_dir"]))
+        _serve(channel, environment, lambda: Session(environment, tools, setup["errors"], running))
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -111,14 +111,19 @@ def reward_digests(recipe: Recipe, recipe_dir: Path) -> dict[str, str]:
 
 
 def environment_digests(recipe: RFTRecipe, recipe_dir: Path) -> dict[str, str]:
-    """Return the digest of each source file of the environment and the tools.
+    """Return the digest of each source file of the environment and the tools; of a server, of what its command names.
 
     Args:
         recipe: Names them.
         recipe_dir: Its directory.
     """
     rollout = recipe.rollout
-    return _source_digests([*([rollout.environment] if rollout.environment else []), *rollout.tools], recipe_dir)
+    uses = [*([rollout.environment] if rollout.environment else []), *rollout.functions]
+    digests = _source_digests(uses, recipe_dir)
+    for word in (word for server in rollout.servers for word in server.command):
+        if (recipe_dir / word).is_file():
+            digests[word] = _file_digest(recipe_dir / word)
+    return digests
 
 
 def _source_digests(uses: Sequence[str], recipe_dir: Path) -> dict[str, str]:

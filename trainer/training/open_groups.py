@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.data.chat import ChatEncoder
 from trainer.data.next_prompt import PromptWriter
+from trainer.environments.mcp_tools import McpSettings
 from trainer.environments.pool import EnvironmentPool, EnvironmentSettings
 from trainer.environments.tool_calls import same_turn
 from trainer.errors import DataError
@@ -63,7 +64,8 @@ def environment_settings(plan: RFTPlan) -> EnvironmentSettings:
     limits = settings.environment_limits
     return EnvironmentSettings(
         environment=settings.environment,
-        tools=tuple(settings.tools),
+        tools=settings.functions,
+        servers=tuple(McpSettings(each.command, tuple(each.only), each.env) for each in settings.servers),
         errors=settings.tool_errors.model_dump(),
         base_dir=Path(plan.recipe_dir),
         timeout_s=limits.timeout_s,
