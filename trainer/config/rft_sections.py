@@ -112,6 +112,18 @@ class McpTools(Section):
         return tuple(shlex.split(self.mcp) if isinstance(self.mcp, str) else self.mcp)
 
 
+class VerifiersEnvironment(Section):
+    """A taskset of verifiers 0.4, which runs in an interpreter of its own (docs/environments.md)."""
+
+    verifiers: str
+    """Id of the taskset: an installed package, or a module beside the recipe."""
+    python: str
+    """Interpreter in whose environment verifiers is installed, for example `verifiers-venv/bin/python`; relative to the
+    current directory."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the taskset's own configuration."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled during training."""
 
@@ -147,9 +159,9 @@ class RolloutSettings(Section):
     weighted sum reaches the highest value that it can take when every reward gives at most 1."""
     max_sampler_kl: PositiveFloat = 0.1
     """Upper limit of `train/sampler_kl`. Above it the run stops: the sampler and the policy have different weights."""
-    environment: str | None = None
+    environment: str | VerifiersEnvironment | None = None
     """A class with `reset` and `step`, as `module:Class` or `file.py:Class`; rollouts then have several turns
-    (docs/environments.md)."""
+    (docs/environments.md). Or a taskset of verifiers, as `{verifiers: ID, python: INTERPRETER}`."""
     tools: list[str | McpTools] = Field(default_factory=list)
     """What the policy may call: typed functions, as `module:function` or `file.py:function`, and MCP servers, as
     `{mcp: COMMAND}`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.config.finding import Finding
 from trainer.config.recipe import RFTRecipe
 from trainer.config.reward_place import importable
-from trainer.config.rft_sections import McpTools, RolloutSettings
+from trainer.config.rft_sections import McpTools, RolloutSettings, VerifiersEnvironment
 
 ONLY_WITH_TURNS = ("max_turns", "max_tokens", "max_time_s", "tool_errors", "environment_limits", "deterministic")
 
@@ -29,7 +29,9 @@ def turn_findings(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
         text = "has no effect without `rollout.environment` or `rollout.tools`"
         return [Finding(("rollout", name), text) for name in names]
     findings = []
-    if rollout.environment is not None:
+    if isinstance(rollout.environment, VerifiersEnvironment):
+        findings += _verifiers(rollout, rollout.environment)
+    elif rollout.environment is not None:
         findings += _place(("rollout", "environment"), rollout.environment, recipe_dir, "environment", "class")
     for index, tool in enumerate(rollout.tools):
         path = ("rollout", "tools", index)
@@ -43,6 +45,17 @@ def turn_findings(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
         findings.append(Finding(("rollout", "max_tokens"), text))
     if rollout.deterministic and rollout.max_time_s is not None:
         findings.append(Finding(("rollout", "max_time_s"), "contradicts `deterministic: true`: it depends on timing"))
+    return findings
+
+
+def _verifiers(rollout: RolloutSettings, environment: VerifiersEnvironment) -> list[Finding]:
+    findings = []
+    if shutil.which(environment.python) is None:
+        text = f"{environment.python} is no interpreter; make one with `python -m venv verifiers-venv`"
+        findings.append(Finding(("rollout", "environment", "python"), text))
+    if rollout.tools:
+        text = "a taskset of verifiers has tools of its own, and none beside them"
+        findings.append(Finding(("rollout", "tools"), text))
     return findings
 
 

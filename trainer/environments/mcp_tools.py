@@ -14,11 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
-from referencing import Registry
-
-from trainer.environments.tools import Tool
+from trainer.environments.tools import Tool, described_tool
 from trainer.errors import RewardError
 
 LEASH: Final = Path(__file__).with_name("leash.py")
@@ -168,21 +164,9 @@ class McpServer:
         return [self._tool(by_name[name]) for name in (only or by_name)]
 
     def _tool(self, listed: Any) -> Tool:
-        schema = dict(listed.input_schema)
-        try:
-            Draft202012Validator.check_schema(schema)
-        except SchemaError as error:
-            raise RewardError(f"tool {listed.name} of {self._shown}: bad schema: {error.message}") from None
-        validator = Draft202012Validator(schema, registry=Registry())  # a registry that fetches nothing
-
-        def problem(arguments: Mapping[str, Any]) -> str | None:
-            errors = [f"{'.'.join(map(str, each.path))}: {each.message}" for each in validator.iter_errors(arguments)]
-            return "; ".join(error.removeprefix(": ") for error in errors) or None
-
-        described = {"name": listed.name, "description": listed.description or "", "parameters": schema}
-        return Tool(
-            listed.name,
-            problem,
-            lambda arguments: self.call(listed.name, arguments),
-            {"type": "function", "function": described},
-        )
+        described = {
+            "name": listed.name,
+            "description": listed.description or "",
+            "parameters": dict(listed.input_schema),
+        }
+        return described_tool(described, lambda arguments: self.call(listed.name, arguments))

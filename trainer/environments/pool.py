@@ -32,8 +32,8 @@ MAX_RESTARTS: Final = 20
 class EnvironmentSettings:
     """What the zygote loads, and the limits of its children."""
 
-    environment: str | None
-    """`module:Class` or `file.py:Class`."""
+    environment: str | Mapping[str, Any] | None
+    """`module:Class` or `file.py:Class`; of a taskset of verifiers its id as `verifiers`, `config` and `max_turns`."""
     tools: tuple[str, ...]
     errors: Mapping[str, str]
     """What a faulty tool call of each status leads to."""
@@ -45,6 +45,8 @@ class EnvironmentSettings:
     """Environments that compute at the same time."""
     servers: tuple[McpSettings, ...] = ()
     """Servers of further tools, started for each rollout."""
+    python: str | None = None
+    """Interpreter of the environment; None is the trainer's own."""
     deterministic: bool = False
     """Environments whose process was killed from outside are played again."""
 
@@ -118,14 +120,14 @@ class EnvironmentPool:
     def _start(self) -> ZygoteProcess:
         settings = self._settings
         setup = {
-            "environment": settings.environment,
+            "environment": dict(named) if isinstance(named := settings.environment, Mapping) else named,
             "tools": list(settings.tools),
             "errors": dict(settings.errors),
             "servers": [asdict(each) for each in settings.servers],
             "base_dir": str(settings.base_dir),
             "memory_limit_bytes": int(settings.memory_limit_gib * 2**30),
         }
-        return ZygoteProcess(setup, Path(self._directory.name), settings.timeout_s)
+        return ZygoteProcess(setup, Path(self._directory.name), settings.timeout_s, settings.python)
 
     def _fork_again(self) -> RemoteEnvironment:
         """Fork, from a new zygote where the old one has died."""

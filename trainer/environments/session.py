@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Final, Protocol, final
 
 from trainer.environments.contract import FinishedRollout, Message, Observation, Start, Turn
-from trainer.environments.tools import Tool, by_name, check_call, run_call
+from trainer.environments.tools import Tool, by_name, check_call, described_tool, run_call
 from trainer.types import Row, ToolCall
 
 ROLES: Final = ("system", "developer", "user", "tool")
@@ -42,6 +42,7 @@ class Session:
         """
         self._environment = environment() if environment is not None else None
         self._tools, self._errors, self._servers = dict(tools), errors, servers
+        self._runs_calls = False
 
     def reset(self, row: Row, messages: Sequence[Message], seed: int) -> dict[str, Any]:
         """The first messages and the schemas of all tools.
@@ -57,7 +58,13 @@ class Session:
             if not isinstance(start, Start):
                 raise TypeError(f"reset returned {type(start).__name__}; return a Start")
             messages = start.messages
-            self._tools = by_name([*self._tools.values(), *map(Tool.of, start.tools)])
+            given = [
+                Tool.of(each) if callable(each) else described_tool(each["function"], None) for each in start.tools
+            ]
+            self._tools = by_name([*self._tools.values(), *given])
+            self._runs_calls = any(tool.run is None for tool in self._tools.values())
+            if self._runs_calls and any(tool.run is not None for tool in self._tools.values()):
+                raise ValueError("the environment runs its tools itself; there can be no others beside them")
         if not messages:
             raise ValueError("a rollout needs at least one message to begin with")
         schemas = [tool.schema for tool in self._tools.values()]
@@ -68,7 +75,7 @@ class Session:
         calls = tuple(check_call(call, self._tools) for call in turn.calls) if self._tools else ()
         faulty = [call for call in calls if call.status != "ok"]
         ways = {self._errors[call.status] for call in faulty}
-        if calls and "end" not in ways and "answer" not in ways:
+        if calls and "end" not in ways and "answer" not in ways and (faulty or not self._runs_calls):
             results = [_result(call, self._tools) for call in calls]
             return _wire(Observation(results, done=False), calls)
         if "end" in ways or self._environment is None:

@@ -22,8 +22,9 @@ class Tool:
     name: str
     problem: Callable[[Mapping[str, Any]], str | None]
     """What is wrong with the arguments of a call; None if nothing is."""
-    run: Callable[[Mapping[str, Any]], str]
-    """Runs a call whose arguments are right; what it returned or raised, as text for the policy."""
+    run: Callable[[Mapping[str, Any]], str] | None
+    """Runs a call whose arguments are right; what it returned or raised, as text for the policy. None: the environment
+    runs it, in `step`."""
     schema: Mapping[str, Any]
     """As a chat template shows it."""
 
@@ -56,6 +57,34 @@ class Tool:
         )
 
 
+def described_tool(described: Mapping[str, Any], run: Callable[[Mapping[str, Any]], str] | None) -> Tool:
+    """A tool whose arguments a JSON schema describes.
+
+    Args:
+        described: `name`, `description` and `parameters`, the schema; nothing that it refers to is fetched.
+        run: runs a call; None: the environment does.
+
+    Raises:
+        RewardError: the schema is wrong.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+
+    schema = described["parameters"]
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise RewardError(f"tool {described['name']}: bad schema: {error.message}") from None
+    validator = Draft202012Validator(schema, registry=Registry())  # a registry that fetches nothing
+
+    def problem(arguments: Mapping[str, Any]) -> str | None:
+        errors = [f"{'.'.join(map(str, each.path))}: {each.message}" for each in validator.iter_errors(arguments)]
+        return "; ".join(error.removeprefix(": ") for error in errors) or None
+
+    return Tool(described["name"], problem, run, {"type": "function", "function": dict(described)})
+
+
 def check_call(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
     """The call with its status: whether the tool exists and takes these arguments."""
     if call.status != "ok":
@@ -70,7 +99,8 @@ def check_call(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
 
 def run_call(call: ToolCall, tools: Mapping[str, Tool]) -> str:
     """Call a tool; what it returned or raised, as text for the policy."""
-    return tools[call.name].run(call.arguments)
+    run = tools[call.name].run
+    return "error: not run, because another call of the turn was faulty" if run is None else run(call.arguments)
 
 
 def by_name(tools: Iterable[Tool]) -> dict[str, Tool]:

@@ -41,7 +41,7 @@ def main() -> None:
     control = Channel(socket.socket(fileno=int(sys.argv[1])))
     setup = control.receive(None)
     try:
-        environment = load_environment(setup["environment"], Path(setup["base_dir"])) if setup["environment"] else None
+        environment = _environment(setup)
         tools = load_tools(setup["tools"], Path(setup["base_dir"]))
     except RewardError as error:
         control.send({"error": str(error)}, None)
@@ -71,6 +71,21 @@ def main() -> None:
                 control.send({"status": _end(request["wait"], request["grace_s"])}, None)
     for pid in children:
         _end(pid)
+
+
+def _environment(setup: Mapping[str, Any]) -> type[Any] | None:
+    """The class of the recipe's environment, if it has one."""
+    named = setup["environment"]
+    if isinstance(named, str):
+        return load_environment(named, Path(setup["base_dir"]))
+    if named is None:
+        return None
+    from trainer.environments.verifiers_adapter import verifiers_environment
+
+    sys.path.insert(0, setup["base_dir"])
+    paths = [setup["base_dir"], *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for tool servers that verifiers starts
+    return verifiers_environment(named["verifiers"], named["config"], named["max_turns"])
 
 
 def _probed(servers: Sequence[McpSettings], setup: Mapping[str, Any]) -> list[dict[str, Any]]:

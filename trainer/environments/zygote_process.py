@@ -31,13 +31,14 @@ class ZygoteDiedError(RewardError):
 class ZygoteProcess:
     """A process that has imported the environment and forks a child per rollout."""
 
-    def __init__(self, setup: Mapping[str, Any], directory: Path, timeout_s: float) -> None:
+    def __init__(self, setup: Mapping[str, Any], directory: Path, timeout_s: float, python: str | None = None) -> None:
         """Start it and wait until it has imported everything.
 
         Args:
             setup: its first message: what to import, and limits.
             directory: for temporary files.
             timeout_s: of one call of a child.
+            python: another interpreter than the trainer's own.
 
         Raises:
             RewardError: environment or tools cannot be loaded.
@@ -47,13 +48,13 @@ class ZygoteProcess:
         ours, theirs = socket.socketpair()
         self._stderr = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "trainer.environments.zygote", str(theirs.fileno())],
+            [python or sys.executable, "-X", "faulthandler", "-m", "trainer.environments.zygote", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             stdout=self._stderr,
             stderr=self._stderr,
             start_new_session=True,
-            env=worker_environment(directory),
+            env=worker_environment(directory) if python is None else _foreign(directory),
         )
         theirs.close()
         self._control = Channel(ours)
@@ -138,3 +139,13 @@ class ZygoteProcess:
 
     def _output(self) -> str:
         return "" if self._stderr.closed else tail(self._stderr.fileno())
+
+
+def _foreign(directory: Path) -> dict[str, str]:
+    """Variables for another interpreter: it finds this package, and nothing else of what is installed beside it."""
+    packages = directory / "packages"
+    packages.mkdir(exist_ok=True)
+    link = packages / "trainer"
+    if not link.is_symlink():
+        link.symlink_to(Path(__file__).parents[1])
+    return worker_environment(directory) | {"PYTHONPATH": str(packages)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from trainer.config.rft_sections import VerifiersEnvironment
 from trainer.data.chat import ChatEncoder
 from trainer.data.next_prompt import PromptWriter
 from trainer.environments.mcp_tools import McpSettings
@@ -62,8 +65,17 @@ def environment_settings(plan: RFTPlan) -> EnvironmentSettings:
     """What the plan's environments load, and their limits."""
     settings = plan.recipe.rollout
     limits = settings.environment_limits
+    named: str | dict[str, Any] | None
+    python = None
+    if isinstance(settings.environment, VerifiersEnvironment):
+        taskset = settings.environment
+        python = shutil.which(taskset.python) or taskset.python
+        named = {"verifiers": taskset.verifiers, "config": taskset.config, "max_turns": settings.max_turns}
+    else:
+        named = settings.environment
     return EnvironmentSettings(
-        environment=settings.environment,
+        environment=named,
+        python=python,
         tools=settings.functions,
         servers=tuple(McpSettings(each.command, tuple(each.only), each.env) for each in settings.servers),
         errors=settings.tool_errors.model_dump(),
