@@ -177,7 +177,8 @@ class RolloutSettings(Section):
     environment_limits: EnvironmentLimits = Field(default_factory=EnvironmentLimits)
     """Time and memory limits of environments and tools."""
     deterministic: bool = False
-    """You state that environment and tools answer the same turns in the same way; `trainer verify-resume` needs it."""
+    """You state that environment and tools answer the same turns in the same way; `trainer verify-resume` needs it.
+    Environments whose processes are killed from outside are then played again."""
 
     @property
     def functions(self) -> tuple[str, ...]:

@@ -213,7 +213,7 @@ class Episode:
 
 def _answer(turn: Turn) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": turn.message["content"]}
-    if turn.calls:
+    if turn.calls and all(call.status == "ok" for call in turn.calls):  # otherwise the recipe takes it as an answer
         message["tool_calls"] = [
             {
                 "id": call.id,
