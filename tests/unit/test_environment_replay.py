@@ -16,7 +16,7 @@ from test_environments import ENVIRONMENT, ROW, settings, turn
 
 from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool
 from trainer.environments.replay import MAX_KILLS
-from trainer.errors import RewardError
+from trainer.environments.zygote_process import ZygoteDiedError
 
 MORE = '''
 
@@ -143,7 +143,7 @@ def test_one_that_ends_by_itself_is_not_played_again(place, text, reason):
     assert sentences == []
 
 
-def test_without_the_promise_a_killed_environment_is_a_failed_rollout_and_a_killed_zygote_ends_the_run(place):
+def test_without_the_promise_a_killed_environment_is_a_failed_rollout_and_a_killed_zygote_ends_the_attempt(place):
     with EnvironmentPool(settings(place)) as pool:
         remote, other = pool.open(), pool.open()
         remote.reset(ROW, (), 5)
@@ -151,7 +151,7 @@ def test_without_the_promise_a_killed_environment_is_a_failed_rollout_and_a_kill
         with pytest.raises(EnvironmentDiedError, match="killed by SIGKILL"):
             remote.step(turn("go"))
         kill(pool.zygote_pid)
-        with pytest.raises(RewardError, match="the process that starts environments has ended"):
+        with pytest.raises(ZygoteDiedError, match="the process that starts environments has ended"):
             other.reset(ROW, (), 5)
-        with pytest.raises(RewardError, match="the process that starts environments has ended"):
+        with pytest.raises(ZygoteDiedError, match="the process that starts environments has ended"):
             pool.open()

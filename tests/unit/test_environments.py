@@ -14,6 +14,7 @@ from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, Env
 from trainer.environments.tool_calls import parse_turn, same_turn
 from trainer.environments.tools import check_call, run_call, tools_of
 from trainer.environments.trial import play_trials
+from trainer.environments.zygote_process import ZygoteDiedError
 from trainer.errors import RewardError
 from trainer.types import Row
 
@@ -172,7 +173,7 @@ def test_a_dead_zygote_is_an_error_of_the_run(place):
     with EnvironmentPool(settings(place)) as pool:
         pool.open().close()
         os.kill(pool.zygote_pid, signal.SIGKILL)
-        with pytest.raises(RewardError, match="process that starts environments has ended"):
+        with pytest.raises(ZygoteDiedError, match="process that starts environments has ended"):
             pool.open()
 
 

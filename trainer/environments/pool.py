@@ -107,7 +107,7 @@ class EnvironmentPool:
         """Fork a process for one rollout.
 
         Raises:
-            RewardError: the zygote itself has died, and environments are not played again.
+            ZygoteDiedError: the zygote itself has died, and environments are not played again.
         """
         if self._settings.deterministic:
             return ReplayedEnvironment(self._fork_again, self._say)

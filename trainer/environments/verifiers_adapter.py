@@ -104,7 +104,8 @@ def load_tasks(taskset: str, config: Mapping[str, Any], max_turns: int) -> tuple
             "`python -m venv verifiers-venv && verifiers-venv/bin/pip install 'verifiers>=0.4,<0.5'`, and name its "
             "interpreter as `python`"
         ) from None
-    from verifiers.v1.utils.loaders import default_harness_id, load_environment, resolve_env_config
+    from verifiers.v1.configs.agent import AgentConfig
+    from verifiers.v1.utils.loaders import default_harness_id, env_config_type, load_environment, resolve_env_config
 
     sys.modules[HARNESS] = import_module("trainer.environments.verifiers_harness")
     try:
@@ -114,8 +115,14 @@ def load_tasks(taskset: str, config: Mapping[str, Any], max_turns: int) -> tuple
             "runtime": {"type": "subprocess"},
             "max_turns": max_turns,
         }
-        settings = {"taskset": {"id": taskset, **config}, "agent": agent, "interception": {"type": "server"}}
+        fields = env_config_type(taskset).model_fields
+        seats = [name for name, field in fields.items() if isinstance(field.default, AgentConfig)]
+        if len(seats) != 1:
+            raise RewardError(f"verifiers {taskset}: has the agents {', '.join(seats)}; one agent can be trained")
+        settings = {"taskset": {"id": taskset, **config}, seats[0]: agent, "interception": {"type": "server"}}
         environment = load_environment(resolve_env_config(settings))
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(f"verifiers {taskset}: {_reason(taskset, error)}") from None
     if type(environment.taskset).INFINITE:

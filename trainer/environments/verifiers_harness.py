@@ -20,11 +20,11 @@ NAME: Final = "tunesmith_harness"
 """Under which `verifiers_adapter` registers this module."""
 
 
-class ChatHarnessConfig(vf.HarnessConfig):
+class ChatHarnessConfig(vf.HarnessConfig):  # type: ignore[misc]  # of another interpreter
     """No settings of its own."""
 
 
-class ChatHarness(vf.Harness[ChatHarnessConfig]):
+class ChatHarness(vf.Harness[ChatHarnessConfig]):  # type: ignore[misc]
     """Asks the model until it answers without a tool call."""
 
     APPENDS_SYSTEM_PROMPT = True

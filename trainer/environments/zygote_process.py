@@ -17,14 +17,14 @@ from typing import Any, Final, final
 
 from trainer.environments.channel import Channel
 from trainer.environments.remote import RemoteEnvironment, tail
-from trainer.errors import RewardError
+from trainer.errors import RewardError, TrainerError
 from trainer.rewards.process import STARTUP_TIMEOUT_S, worker_environment
 
 FORK_TIMEOUT_S: Final = 60.0
 
 
-class ZygoteDiedError(RewardError):
-    """The process that forks environments has ended, and with it all of them."""
+class ZygoteDiedError(TrainerError):
+    """The process that forks environments has ended, and with it all of them; another attempt starts it again."""
 
 
 @final
