@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_environments import ENVIRONMENT, ROW, settings, turn
+from obedient import ENVIRONMENT, ROW, settings, turn
 
 from trainer.config.recipe import RFTRecipe
 from trainer.config.turn_settings import turn_findings

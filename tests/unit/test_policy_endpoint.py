@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_environments import ROW, settings, turn
+from obedient import ROW, settings, turn
 
 from trainer.config.recipe import RFTRecipe
 from trainer.config.turn_settings import turn_findings

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,7 @@ TELL = {"invalid_json": "tell", "unclosed": "tell", "unknown_tool": "tell", "bad
 @pytest.fixture(scope="module")
 def agent() -> Iterator[Any]:
     sys.path.insert(0, str(ROOT / "recipes" / "environments"))
-    import sql_agent
-
-    yield sql_agent
+    yield import_module("sql_agent")
     sys.path.pop(0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampler import FAMILIES, PARAMS, logprobs_of, prompt, published, scored, tiny_policy
+from sampled import FAMILIES, PARAMS, logprobs_of, prompt, published, scored, tiny_policy
 from tiny import tiny_model_dir
 
 from trainer.config.recipe import LoraSettings

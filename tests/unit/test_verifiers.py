@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_environments import turn
+from obedient import turn
 
 from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, EnvironmentSettings
 from trainer.errors import RewardError
