@@ -13,10 +13,11 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from kills import kill_runs
+from kills import KINDS, kill_runs
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # so that `chaos` is the package with the faults, not this script
 
@@ -45,6 +46,7 @@ def main() -> int:
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--minutes", type=float, help="faults in workers, for this long")
     amount.add_argument("--kills", type=int, help="this many kills of processes of `trainer train`")
+    parser.add_argument("--kind", choices=KINDS, help="with --kills: runs of this kind only")
     parser.add_argument("--seed", type=int, default=None, help="repeats the same faults; random by default")
     parser.add_argument("--out", type=Path, default=Path("build/chaos.json"), help="file for the table as JSON")
     arguments = parser.parse_args()
@@ -54,7 +56,7 @@ def main() -> int:
     project.recipe()
     print(f"seed {seed}, in {root}", flush=True)
     if arguments.kills is not None:
-        return kills(project, arguments.kills, seed, arguments.out)
+        return kills(project, arguments.kills, seed, arguments.out, [arguments.kind] if arguments.kind else KINDS)
     end = time.monotonic() + 60 * arguments.minutes
     rows: list[Row] = []
     missed = number = 0
@@ -81,11 +83,19 @@ def main() -> int:
     return 1
 
 
-def kills(project: Project, number: int, seed: int, out: Path) -> int:
-    """Strike so many kills; return 1 where a run did not survive."""
+def kills(project: Project, number: int, seed: int, out: Path, kinds: Sequence[str]) -> int:
+    """Strike so many kills; return 1 where a run did not survive.
+
+    Args:
+        project: a directory of its own.
+        number: of kills.
+        seed: of what is killed, and when.
+        out: file for the table as JSON.
+        kinds: of runs.
+    """
     start = time.monotonic()
     try:
-        runs, struck = kill_runs(project, number, seed)
+        runs, struck = kill_runs(project, number, seed, kinds)
     finally:
         project.kill_all()
     problems = [problem for run in runs for problem in run.problems]

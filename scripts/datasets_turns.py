@@ -26,7 +26,9 @@ PRODUCTS: Final = {
 }
 FACTORS: Final = {"train": (*range(12, 50), *range(60, 99)), "heldout": tuple(range(50, 60))}
 CALL_EVERY: Final = 4
-"""Every fourth demonstration calls the tool; the others answer from memory."""
+"""Of the demonstrations of each wording, every fourth calls the tool; the others answer from memory."""
+CONSISTENT_EVERY: Final = 3
+"""Of the games of each wording, in every third all guesses agree with the hints."""
 QUESTIONS: Final = {
     "train": (
         "I think of a number from {low} to {high}. Guess it. You have {n} guesses.",
@@ -62,7 +64,7 @@ def make_calculator_demos(split: str, draws: Draws) -> list[dict[str, Any]]:
     demos = []
     for number, row in enumerate(make_calculator_rows(split, draws)):
         messages = [*row["messages"]]
-        if number % CALL_EVERY == 0:
+        if number // len(PRODUCTS[split]) % CALL_EVERY == 0:  # in each wording, so that none alone means "call"
             call = {"name": "multiply", "arguments": {"a": row["a"], "b": row["b"]}}
             messages += [
                 {
@@ -102,7 +104,7 @@ def make_guess_demos(split: str, draws: Draws) -> list[dict[str, Any]]:
             if guess == row["answer"]:
                 break
             is_higher = row["answer"] > guess
-            if number % 3 == 0:
+            if number // len(QUESTIONS[split]) % CONSISTENT_EVERY == 0:
                 low, high = (guess + 1, high) if is_higher else (low, guess - 1)
             messages.append({"role": "user", "content": "Higher." if is_higher else "Lower."})
         if messages[-1]["role"] == "user":

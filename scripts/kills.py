@@ -2,20 +2,26 @@
 
 Unlike the named faults of chaos.py, these are `trainer train` commands with all of their processes, on one rank and on
 two. A command that was ended is given again. Every run must equal one that was never disturbed, to the bit.
+
+Runs of the kind `turns` have an environment; there an environment's process, and the one that forks them, are killed
+too, within a turn. Such a kill ends no command: the environment is played again.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
+import chaos_runs
 import psutil
 from chaos_runs import RECOVERY, differences, poison
 from project import BIN, Project, Run, Running, wait_for
@@ -23,17 +29,20 @@ from project import BIN, Project, Run, Running, wait_for
 from trainer.run.directory import RunDir
 
 TARGETS: Final = ("all processes", "supervisor", "launcher", "worker", "rank 1")
+OF_TURNS: Final = ("environment", "environment", "zygote", "worker", "all processes")
+"""Targets of runs with an environment; `zygote` is the process that forks them."""
 SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM)
 PHASES: Final = {
     "sft": ("saving", "evaluating", "training"),
     "rft": ("saving", "sampling", "evaluating", "training"),
+    "turns": ("in a turn",),
 }
 MAX_KILLS: Final = 5
 """Of one run."""
 POLL_S: Final = 0.002
 PATIENCE_S: Final = 1.0
 """How long a phase is awaited from the step of its kill on; then the kill comes in whatever phase there is."""
-KINDS: Final = ("sft", "rft", "sft on 2 ranks", "rft on 2 ranks")
+KINDS: Final = ("sft", "rft", "sft on 2 ranks", "rft on 2 ranks", "turns")
 EVAL_INTERVAL: Final = 4
 RECIPE: Final[dict[str, Any]] = {"recovery": RECOVERY, "dcp_save_interval": 2, "eval_interval": EVAL_INTERVAL}
 SFT: Final = RECIPE | {"steps": 60, "model__path": "poisoned", "data__train": "poisoned.jsonl", "lora__dropout": 0.1}
@@ -48,6 +57,21 @@ RFT: Final = RECIPE | {
     "rollout": {"group_size": 4, "max_completion_tokens": 10, "chunk_prompts": 1, "eval_samples": 8},
 }
 """A step that ends with an evaluation spends most of its time in it, and so in sft."""
+TURNS: Final = RFT | {
+    "data": {"train": "asks.jsonl", "eval": "held_asks.jsonl", "max_seq_tokens": 128},
+    "rewards": [],
+    "rollout": {
+        "group_size": 4,
+        "max_completion_tokens": 10,
+        "chunk_prompts": 2,
+        "stop": ["a", "e", "i", "o", "n", "s", " "],
+        "environment": "guessing.py:Echo",
+        "deterministic": True,
+        "eval_samples": 2,
+    },
+}
+"""One to three turns; a random model soon draws a letter that ends one."""
+RECIPES: Final = {"sft": SFT, "rft": RFT, "turns": TURNS}
 REWARD: Final = "def score(completion, row):\n    return len(completion) % 7 / 7\n"
 TWO_RANKS: Final = """\
 {name: cpu2, device: cpu, device_name: CPU, gpus: 2, gpu_memory_gib: 16, micro_batch_tokens: 256, accelerate: cpu,
@@ -87,10 +111,14 @@ class Harness:
         self.project = project
         poison(project.root)
         (project.root / "length.py").write_text(REWARD)
+        shutil.copy(Path(chaos_runs.__file__).with_name("guessing.py"), project.root)
+        asks = [json.dumps({"ask": f"what is {number}?"}) + "\n" for number in range(12)]
+        (project.root / "asks.jsonl").write_text("".join(asks[:8]))
+        (project.root / "held_asks.jsonl").write_text("".join(asks[8:]))
         (project.root / "cpu2.yaml").write_text(TWO_RANKS)
         for kind in KINDS:
             shape = "cpu2.yaml" if kind.endswith("2 ranks") else "cpu"
-            project.recipe(_file(kind), name=_name(kind), shape=shape, **(RFT if kind.startswith("rft") else SFT))
+            project.recipe(_file(kind), name=_name(kind), shape=shape, **RECIPES[kind.split()[0]])
         self.whole: dict[str, Run] = {}
 
     def undisturbed(self, kind: str) -> Run:
@@ -154,10 +182,11 @@ class Harness:
 def planned(kind: str, draw: random.Random, number: int) -> Iterator[Kill]:
     """Kills at ascending steps."""
     two = kind.endswith("2 ranks")
-    method = kind[:3]
-    steps = sorted(draw.sample(range((RFT if method == "rft" else SFT)["steps"] - 2), number))
+    method = kind.split()[0]
+    steps = sorted(draw.sample(range(RECIPES[method]["steps"] - 2), number))
+    targets = OF_TURNS if method == "turns" else [target for target in TARGETS if two or target != "rank 1"]
     for step in steps:
-        target = draw.choice([target for target in TARGETS if two or target != "rank 1"])
+        target = draw.choice(targets)
         yield Kill(target, draw.choice(SIGNALS), draw.choice(PHASES[method]), step)
 
 
@@ -175,6 +204,10 @@ def _victims(target: str, running: Running) -> Iterator[psutil.Process]:
                 yield from (process for process in below if _is_launcher(process))
             case "worker":
                 yield from (process for process in workers if process.environ().get("RANK", "0") == "0")
+            case "environment":
+                yield from _environments(below)[:1]
+            case "zygote":
+                yield from (process for process in below if _is_zygote(process) and _is_worker(process.parent()))
             case "rank 1":
                 yield from (process for process in workers if process.environ().get("RANK") == "1")
 
@@ -185,16 +218,33 @@ def _is_launcher(process: psutil.Process) -> bool:
     return False
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def _is_worker(process: psutil.Process | None) -> bool:
+    if process is None:
+        return False
     with suppress(psutil.NoSuchProcess):
         argv = process.cmdline()
         return "trainer.worker" in argv and "accelerate.commands.launch" not in argv
     return False
 
 
+def _is_zygote(process: psutil.Process | None) -> bool:
+    """Whether it is a process that forks environments, or one of those."""
+    if process is None:
+        return False
+    with suppress(psutil.NoSuchProcess):
+        return "trainer.environments.zygote" in process.cmdline()
+    return False
+
+
+def _environments(below: list[psutil.Process]) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [each for each in below if _is_zygote(each) and _is_zygote(each.parent())]
+    return []
+
+
 def _await(run: RunDir, kill: Kill, running: Running, draw: random.Random) -> str | None:
     """Wait for the moment of a kill; the phase that it strikes, or None where the command ended before."""
-    is_now = _moment(run, kill, draw.random())
+    is_now = _moment(run, kill, draw.random(), running)
     end = None
     while running.process.poll() is None:
         reached = run.newest_logged_step() >= kill.step and run.is_locked()
@@ -207,7 +257,7 @@ def _await(run: RunDir, kill: Kill, running: Running, draw: random.Random) -> st
     return None
 
 
-def _moment(run: RunDir, kill: Kill, part: float) -> Callable[[], bool]:
+def _moment(run: RunDir, kill: Kill, part: float, running: Running) -> Callable[[], bool]:
     """Whether the run is in the phase of a kill now."""
     begun: list[float] = []
 
@@ -220,9 +270,18 @@ def _moment(run: RunDir, kill: Kill, part: float) -> Callable[[], bool]:
             return lambda: bool(run.unfinished_checkpoints())
         case "sampling":
             return lambda: bool(run.journal_chunks(run.newest_logged_step()))
+        case "in a turn":
+            return lambda: _is_in_turn(running)
         case "evaluating":
             return lambda: _is_evaluating(run, part)
     return is_after_wait
+
+
+def _is_in_turn(running: Running) -> bool:
+    """Whether environments are open."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(_environments(psutil.Process(running.process.pid).children(recursive=True)))
+    return False
 
 
 def _is_evaluating(run: RunDir, part: float) -> bool:
@@ -244,17 +303,20 @@ def _file(kind: str) -> str:
     return f"{_name(kind)}.yaml"
 
 
-def kill_runs(project: Project, number: int, seed: int) -> tuple[list[Killed], Counter[str]]:
+def kill_runs(
+    project: Project, number: int, seed: int, kinds: Sequence[str] = KINDS
+) -> tuple[list[Killed], Counter[str]]:
     """Strike `number` kills over runs of all kinds in turn; stops at the first run that is not equal.
 
     Args:
         project: a directory of its own.
         number: of kills.
         seed: of targets, signals, phases and steps.
+        kinds: of `KINDS`.
     """
     harness, ended, struck = Harness(project), [], Counter[str]()
     while sum(struck.values()) < number:
-        kind = KINDS[len(ended) % len(KINDS)]
+        kind = kinds[len(ended) % len(kinds)]
         draw = random.Random(f"{seed}:{len(ended)}")
         killed = harness.survive(kind, len(ended), draw, number - sum(struck.values()))
         ended.append(killed)

@@ -18,6 +18,7 @@ from datasets_code import make_code_rows
 from datasets_extract import make_extract_rows
 from datasets_json import make_json_rows
 from datasets_random import Draws
+from datasets_sql import make_sql_rows
 from datasets_sums import make_sums_rows
 from datasets_turns import make_calculator_demos, make_calculator_rows, make_guess_demos, make_guess_rows
 
@@ -32,6 +33,7 @@ MAKERS: Final[Mapping[str, Callable[[str, Draws], list[dict[str, Any]]]]] = {
     "calculator_rft": make_calculator_rows,
     "guess_sft": make_guess_demos,
     "guess_rft": make_guess_rows,
+    "sql_rft": make_sql_rows,
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from project import Project
+from project import BIN, Project
 
 PAGE = (Path(__file__).parents[2] / "docs" / "environments.md").read_text(encoding="utf-8")
 FILES = re.findall(r"```(?:python|json|yaml) (\S+)\n(.*?)```", PAGE, re.DOTALL)
@@ -19,10 +20,10 @@ def test_the_tutorial_can_be_followed(project: Project) -> None:
     for command in COMMANDS:
         program, *arguments = command.split()
         assert program == "trainer"
-        done = project.trainer(*arguments)
+        done = project.start([str(BIN / "trainer"), *arguments], {"PATH": f"{BIN}:{os.environ['PATH']}"}).wait()
         assert done.code == 0, f"{command}: {done.said}"
         said[command] = done.stdout
-    assert len(said) == 7
+    assert len(said) == 9
     played = said["trainer check words.yaml --rewards"]
     assert "gold     mean reward 1.000, 4 turns, ended: done 4" in played
     assert "silent   mean reward 0.000, 12 turns, ended: done 4" in played

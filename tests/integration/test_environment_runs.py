@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from project import Project, wait_for
 from rft_project import RECIPE, journal, prepare, rollouts, run_here
@@ -82,6 +84,41 @@ def test_a_run_killed_in_the_middle_of_a_turn_ends_with_equal_bits(asks, whole):
     killed = run_here(asks, "killed", **ECHO)
     assert without_seconds(journal(killed)) == without_seconds(journal(whole))
     assert killed.adapter() == whole.adapter()
+
+
+def test_environments_killed_within_a_turn_are_played_again_with_equal_bits(asks, whole):
+    """First the process of one rollout, then the one that forks them, while every environment waits in a step."""
+    asks.recipe("struck.yaml", **{**RECIPE, **ECHO, "name": "struck"})
+    (asks.root / "waiting").unlink(missing_ok=True)
+    (asks.root / "wait").touch()
+    running = asks.start_worker("struck.yaml")
+    wait_for((asks.root / "waiting").exists, running)
+    environment = environments(running)[0]
+    zygote = environment.parent()
+    assert zygote is not None
+    environment.kill()
+    wait_for(lambda: environment.pid not in {each.pid for each in environments(running)}, running)
+    zygote.kill()
+    wait_for(lambda: environments(running) and environments(running)[0].ppid() != zygote.pid, running)
+    (asks.root / "wait").unlink()
+    done = running.wait()
+    assert done.code == 0, done.said
+    assert "is played again from its start" in done.said
+    assert "it is started again" in done.said
+    struck = asks.run("struck")
+    assert without_seconds(journal(struck)) == without_seconds(journal(whole))
+    assert struck.adapter() == whole.adapter()
+
+
+def environments(running: Any) -> list[psutil.Process]:
+    """The processes of rollouts: forked by a process that runs the same command."""
+    found = []
+    for each in psutil.Process(running.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            parent = each.parent()
+            if parent is not None and all("trainer.environments.zygote" in it.cmdline() for it in (each, parent)):
+                found.append(each)
+    return found
 
 
 def test_a_dead_environment_is_a_failed_rollout(asks):

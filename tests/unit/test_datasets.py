@@ -102,3 +102,27 @@ def test_the_solution_passes_its_tests_and_doing_nothing_does_not(split):
 @pytest.mark.parametrize(("name", "split"), [file for file in FILES if file[0] != "extract"])
 def test_rows_to_sample_from_end_with_a_question(name, split):
     assert {row["messages"][-1]["role"] for row in rows(name, split)} == {"user"}
+
+
+def test_no_wording_alone_decides_how_a_demonstration_is_played():
+    """Otherwise the policy learns to call the tool for that wording, and never tries it for others."""
+    called = Counter(
+        (row["family"], any("tool_calls" in said for said in row["messages"]))
+        for row in rows("calculator_sft", "train")
+    )
+    families = {family for family, _ in called}
+    assert len(families) == 4
+    assert all(called[family, True] == 20 and called[family, False] == 60 for family in families)
+    consistent = Counter((row["family"], _agrees(row["messages"])) for row in rows("guess_sft", "train"))
+    assert all(consistent[f"guess-train-{form}", agrees] >= 20 for form in range(3) for agrees in (True, False))
+
+
+def _agrees(messages: list[dict[str, Any]]) -> bool:
+    """Whether every guess of a game agrees with the hints before it."""
+    low, high = 0, 10**6
+    said = [message["content"] for message in messages if message["role"] != "system"][1:]
+    for guess, hint in zip(said[::2], [*said[1::2], ""], strict=False):
+        if not low <= int(guess) <= high:
+            return False
+        low, high = (int(guess) + 1, high) if hint == "Higher." else (low, int(guess) - 1) if hint else (low, high)
+    return True

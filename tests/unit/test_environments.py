@@ -9,71 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from obedient import ENVIRONMENT, ROW, TELL, settings, turn
 
-from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, EnvironmentSettings
+from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool
 from trainer.environments.tool_calls import parse_turn, same_turn
 from trainer.environments.tools import check_call, run_call, tools_of
 from trainer.environments.trial import play_trials
+from trainer.environments.zygote_process import ZygoteDiedError
 from trainer.errors import RewardError
-from trainer.types import Row
-
-ENVIRONMENT = '''
-import ctypes, os, subprocess, sys, time
-from trainer.environments.contract import Observation, Start
-
-LOADED = os.getpid()
-
-class Obedient:
-    """Does what the turn says."""
-
-    def reset(self, row, *, seed):
-        self.row, self.seed, self.seen = row, seed, 0
-        return Start([{"role": "user", "content": row["ask"]}])
-
-    def step(self, turn):
-        self.seen += 1
-        match turn.text:
-            case "raise": raise LookupError("no such thing")
-            case "sleep": time.sleep(1000)
-            case "deaf": ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
-            case "exit": os._exit(3)
-            case "sys.exit": sys.exit(0)
-            case "segfault": ctypes.string_at(0)
-            case "hoard": bytearray(4 << 30)
-            case "nan": return Observation([], done=True, reward=float("nan"))
-            case "nothing": return Observation([], done=False)
-            case "children": subprocess.Popen(["sleep", "986"]); return self.say("started")
-            case "pids": return self.say(f"{LOADED} {os.getppid()} {os.getpid()}")
-            case "print": print("x" * 100_000); sys.stdin.read(); return self.say("printed")
-            case "right": return Observation([], done=True, reward=1.0, parts={"part": 0.5})
-        return self.say(f"{self.seen} {self.seed}")
-
-    def say(self, text):
-        return Observation([{"role": "user", "content": text}], done=False)
-
-    @staticmethod
-    def group_rewards(rollouts):
-        best = max(each.reward for each in rollouts)
-        return [float(each.reward == best) for each in rollouts]
-
-class NoStep:
-    def reset(self, row, *, seed): ...
-
-def add(a: int, b: int = 1) -> int:
-    """Add two whole numbers.
-
-    Not shown.
-    """
-    return a + b
-
-def divide(a: float, b: float) -> float:
-    """Divide."""
-    return a / b
-
-def untyped(a): return a
-'''
-ROW = Row({"ask": "What now?", "answer": "right"}, "rows.jsonl", 3, 2)
-TELL = {"invalid_json": "tell", "unclosed": "tell", "unknown_tool": "tell", "bad_arguments": "tell"}
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +26,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def settings(place: Path, **changes: Any) -> EnvironmentSettings:
-    given = {"environment": "mine.py:Obedient", "tools": (), "errors": TELL, "base_dir": place, "timeout_s": 20.0}
-    return EnvironmentSettings(**{**given, **changes})
-
-
 @pytest.fixture(scope="module")
 def pool(place):
     with EnvironmentPool(settings(place, timeout_s=2.0, memory_limit_gib=0.5)) as started:
         yield started
-
-
-def turn(text: str, number: int = 0) -> dict[str, Any]:
-    parsed = parse_turn(text)
-    calls = [call.__dict__ for call in parsed.calls]
-    return {"number": number, "text": text, "message": parsed.message, "finish": "stop", "calls": calls}
 
 
 def test_each_rollout_has_its_own_environment(pool):
@@ -171,8 +103,8 @@ def _is_running(command: str) -> bool:
 def test_a_dead_zygote_is_an_error_of_the_run(place):
     with EnvironmentPool(settings(place)) as pool:
         pool.open().close()
-        os.kill(pool._process.pid, signal.SIGKILL)
-        with pytest.raises(RewardError, match="process that starts environments has ended"):
+        os.kill(pool.zygote_pid, signal.SIGKILL)
+        with pytest.raises(ZygoteDiedError, match="process that starts environments has ended"):
             pool.open()
 
 

@@ -219,3 +219,21 @@ def test_embeddings_of_each_block_are_counted() -> None:
     actual = sum(parameter.numel() for parameter in model.parameters())
     assert facts.per_layer_params > 0.1 * actual
     assert abs(facts.params - actual) < 0.01 * actual
+
+
+def test_over_several_turns_each_rollout_has_its_own_prompt_and_a_copy_of_it():
+    recipe, facts = recipe_of(RFT), big()
+    rows = min(recipe.rollout.chunk_prompts, recipe.rows_per_step) * recipe.rollout.group_size
+    several = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"environment": "a.py:B"})})
+
+    def caches(of: Any) -> float:
+        return sum(
+            value for name, value in memory._sampling(of, shape_of(), facts).items() if name.startswith("KV cache")
+        )
+
+    width = 2 * facts.layers * facts.key_width * memory.compute_bytes_of(recipe)
+    prompt = recipe.data.max_seq_tokens - recipe.rollout.max_completion_tokens
+    shared = rows // recipe.rollout.group_size
+    assert (
+        caches(several) - caches(recipe) == (rows - shared) * prompt * width + rows * recipe.data.max_seq_tokens * width
+    )

@@ -9,7 +9,8 @@ from itertools import chain
 import pytest
 import torch
 from chi_square import excess
-from tiny import tiny_model_dir, tiny_tokenizer
+from sampled import CPU, FAMILIES, PARAMS, STOP_IDS, logprobs_of, prompt, published, scored, tiny_policy
+from tiny import tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
@@ -19,14 +20,7 @@ from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy
 from trainer.sampling.decoder import CopiedDecoder
 from trainer.sampling.fused import FusedDecoder
-from trainer.sampling.local import LocalSampler
-from trainer.sampling.sampler import SampleRequest, SamplingParams, decoded
-
-CPU = torch.device("cpu")
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gpt_oss"]
-STOP_IDS = frozenset({2, 50, 60, 70, 80, 90, 100, 110})
-"""Many, so that rows end at many different lengths."""
-PARAMS = SamplingParams(max_completion_tokens=24, stop_ids=STOP_IDS, seed=1, step=2)
+from trainer.sampling.sampler import SampleRequest, decoded
 
 
 @pytest.fixture(scope="module")
@@ -37,48 +31,12 @@ def model_dir(tmp_path_factory):
     return make
 
 
-def tiny_policy(path, lora: LoraSettings | None = None) -> Policy:
-    policy = load_policy(ModelSettings(path=str(path), compute_dtype="float32"), lora, 0, CPU)
-    if lora is not None:
-        generator = torch.Generator().manual_seed(0)
-        for parameter in policy.trained_parameters().values():
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    return policy
-
-
 def float64_policy(path) -> Policy:
     return Policy(load_base(ModelSettings(path=str(path), compute_dtype="float32"), CPU).double(), None, str(path))
 
 
-def published(policy: Policy, version: int = 0) -> LocalSampler:
-    sampler = LocalSampler(policy, tiny_tokenizer())
-    sampler.publish(policy, version)
-    return sampler
-
-
-def prompt(number: int) -> tuple[int, ...]:
-    return tuple(range(3 + number, 3 + number + (5, 17, 30, 9, 17, 2, 21)[number]))
-
-
 def requests(numbers, num_samples: int = 3) -> list[SampleRequest]:
     return [SampleRequest(prompt(number), number, num_samples) for number in numbers]
-
-
-def scored(policy: Policy, asked, groups, temperature: float) -> torch.Tensor:
-    sequences = [
-        TokenSequence(
-            request.prompt_ids + completion.token_ids,
-            (False,) * len(request.prompt_ids) + (True,) * len(completion.token_ids),
-        )
-        for request, group in zip(asked, groups, strict=True)
-        for completion in group
-    ]
-    with torch.no_grad():
-        return policy(Batch.pack(sequences, CPU), temperature=temperature).logprobs
-
-
-def logprobs_of(groups) -> torch.Tensor:
-    return torch.tensor([value for group in groups for completion in group for value in completion.logprobs])
 
 
 @pytest.mark.parametrize("arch", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -91,6 +92,38 @@ class EnvironmentLimits(Section):
     """Environments that compute at the same time, per rank."""
 
 
+class McpTools(Section):
+    """An MCP server whose tools the policy may call. It speaks over stdio, and is started for each rollout."""
+
+    mcp: str | list[str]
+    """Its command, in the recipe's directory, for example `python server.py`."""
+    only: list[str] = Field(default_factory=list)
+    """Names of the tools that are offered; all if empty."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables, in addition to HOME, LOGNAME, PATH, SHELL, TERM and USER."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command as a list.
+
+        Raises:
+            ValueError: its quotes are not closed.
+        """
+        return tuple(shlex.split(self.mcp) if isinstance(self.mcp, str) else self.mcp)
+
+
+class VerifiersEnvironment(Section):
+    """A taskset of verifiers 0.4, which runs in an interpreter of its own (docs/environments.md)."""
+
+    verifiers: str
+    """Id of the taskset: an installed package, or a module beside the recipe."""
+    python: str
+    """Interpreter in whose environment verifiers is installed, for example `verifiers-venv/bin/python`; relative to the
+    current directory."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the taskset's own configuration."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled during training."""
 
@@ -126,11 +159,12 @@ class RolloutSettings(Section):
     weighted sum reaches the highest value that it can take when every reward gives at most 1."""
     max_sampler_kl: PositiveFloat = 0.1
     """Upper limit of `train/sampler_kl`. Above it the run stops: the sampler and the policy have different weights."""
-    environment: str | None = None
+    environment: str | VerifiersEnvironment | None = None
     """A class with `reset` and `step`, as `module:Class` or `file.py:Class`; rollouts then have several turns
-    (docs/environments.md)."""
-    tools: list[str] = Field(default_factory=list)
-    """Typed functions that the policy may call, as `module:function` or `file.py:function`."""
+    (docs/environments.md). Or a taskset of verifiers, as `{verifiers: ID, python: INTERPRETER}`."""
+    tools: list[str | McpTools] = Field(default_factory=list)
+    """What the policy may call: typed functions, as `module:function` or `file.py:function`, and MCP servers, as
+    `{mcp: COMMAND}`."""
     max_turns: PositiveInt = 8
     """Turns after which a rollout with an environment or tools ends."""
     max_tokens: PositiveInt | None = None
@@ -143,7 +177,18 @@ class RolloutSettings(Section):
     environment_limits: EnvironmentLimits = Field(default_factory=EnvironmentLimits)
     """Time and memory limits of environments and tools."""
     deterministic: bool = False
-    """You state that environment and tools answer the same turns in the same way; `trainer verify-resume` needs it."""
+    """You state that environment and tools answer the same turns in the same way; `trainer verify-resume` needs it.
+    Environments whose processes are killed from outside are then played again."""
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The tools that are functions."""
+        return tuple(tool for tool in self.tools if isinstance(tool, str))
+
+    @property
+    def servers(self) -> tuple[McpTools, ...]:
+        """The tools that are MCP servers."""
+        return tuple(tool for tool in self.tools if isinstance(tool, McpTools))
 
     @property
     def has_turns(self) -> bool:

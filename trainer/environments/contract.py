@@ -38,8 +38,10 @@ class Start:
 
     messages: Sequence[Message]
     """The prompt; its last message is by the user, or a tool's result."""
-    tools: Sequence[Callable[..., Any]] = ()
-    """Typed functions that the policy may call, in addition to the recipe's `rollout.tools`."""
+    tools: Sequence[Callable[..., Any] | Mapping[str, Any]] = ()
+    """Typed functions that the policy may call, in addition to the recipe's `rollout.tools`. Or all are schemas,
+    `{"type": "function", "function": {"name", "description", "parameters"}}`: then the environment runs them itself,
+    and `step` gets the turns with calls."""
 
 
 @final

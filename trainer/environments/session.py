@@ -5,30 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 from trainer.environments.contract import FinishedRollout, Message, Observation, Start, Turn
-from trainer.environments.tools import Tool, check_call, run_call, tools_of
+from trainer.environments.tools import Tool, by_name, check_call, described_tool, run_call
 from trainer.types import Row, ToolCall
 
 ROLES: Final = ("system", "developer", "user", "tool")
 """Of observations."""
 
 
+class Servers(Protocol):
+    """Tool servers of one rollout."""
+
+    def start(self) -> list[Tool]:
+        """Start them; returns their tools."""
+
+    def close(self) -> None:
+        """End them."""
+
+
 @final
 class Session:
     """Answers `reset` and `step` messages; every value is plain JSON."""
 
-    def __init__(self, environment: type[Any] | None, tools: Mapping[str, Tool], errors: Mapping[str, str]) -> None:
+    def __init__(
+        self, environment: type[Any] | None, tools: Mapping[str, Tool], errors: Mapping[str, str], servers: Servers
+    ) -> None:
         """Begin nothing yet.
 
         Args:
             environment: the user's class; None with tools alone.
-            tools: of the recipe.
+            tools: functions of the recipe.
             errors: what a call of each faulty status leads to: `tell`, `end` or `answer`.
+            servers: the recipe's tool servers, which `reset` starts.
         """
         self._environment = environment() if environment is not None else None
-        self._tools, self._errors = dict(tools), errors
+        self._tools, self._errors, self._servers = dict(tools), errors, servers
+        self._runs_calls = False
 
     def reset(self, row: Row, messages: Sequence[Message], seed: int) -> dict[str, Any]:
         """The first messages and the schemas of all tools.
@@ -38,12 +52,19 @@ class Session:
             messages: the row's own prompt, used where there is no environment.
             seed: of the rollout.
         """
+        self._tools = by_name([*self._tools.values(), *self._servers.start()])
         if self._environment is not None:
             start = self._environment.reset(row, seed=seed)
             if not isinstance(start, Start):
                 raise TypeError(f"reset returned {type(start).__name__}; return a Start")
             messages = start.messages
-            self._tools |= tools_of(start.tools)
+            given = [
+                Tool.of(each) if callable(each) else described_tool(each["function"], None) for each in start.tools
+            ]
+            self._tools = by_name([*self._tools.values(), *given])
+            self._runs_calls = any(tool.run is None for tool in self._tools.values())
+            if self._runs_calls and any(tool.run is not None for tool in self._tools.values()):
+                raise ValueError("the environment runs its tools itself; there can be no others beside them")
         if not messages:
             raise ValueError("a rollout needs at least one message to begin with")
         schemas = [tool.schema for tool in self._tools.values()]
@@ -54,7 +75,7 @@ class Session:
         calls = tuple(check_call(call, self._tools) for call in turn.calls) if self._tools else ()
         faulty = [call for call in calls if call.status != "ok"]
         ways = {self._errors[call.status] for call in faulty}
-        if calls and "end" not in ways and "answer" not in ways:
+        if calls and "end" not in ways and "answer" not in ways and (faulty or not self._runs_calls):
             results = [_result(call, self._tools) for call in calls]
             return _wire(Observation(results, done=False), calls)
         if "end" in ways or self._environment is None:
@@ -65,10 +86,13 @@ class Session:
         return _wire(observation, calls)
 
     def close(self) -> None:
-        """Call the environment's `close`, if it has one."""
-        close = getattr(self._environment, "close", None)
-        if callable(close):
-            close()
+        """Call the environment's `close`, if it has one, and end the tool servers."""
+        try:
+            close = getattr(self._environment, "close", None)
+            if callable(close):
+                close()
+        finally:
+            self._servers.close()
 
 
 def group_rewards(environment: type[Any], rollouts: Sequence[Mapping[str, Any]]) -> list[float | None]:

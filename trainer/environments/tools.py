@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final, get_type_hints
 
@@ -17,12 +17,14 @@ from trainer.types import ToolCall
 @final
 @dataclass(frozen=True)
 class Tool:
-    """A function that the policy can call."""
+    """What the policy can call: a function, or a tool of an MCP server."""
 
     name: str
-    function: Callable[..., Any]
-    arguments: type[BaseModel]
-    """Checks the arguments of a call."""
+    problem: Callable[[Mapping[str, Any]], str | None]
+    """What is wrong with the arguments of a call; None if nothing is."""
+    run: Callable[[Mapping[str, Any]], str] | None
+    """Runs a call whose arguments are right; what it returned or raised, as text for the policy. None: the environment
+    runs it, in `step`."""
     schema: Mapping[str, Any]
     """As a chat template shows it."""
 
@@ -47,7 +49,40 @@ class Tool:
         }
         model: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
         described = {"name": name, "description": _first_paragraph(function), "parameters": _untitled(model)}
-        return cls(name, function, model, {"type": "function", "function": described})
+        return cls(
+            name,
+            lambda arguments: _problem(model, arguments),
+            lambda arguments: _result(function, model, arguments),
+            {"type": "function", "function": described},
+        )
+
+
+def described_tool(described: Mapping[str, Any], run: Callable[[Mapping[str, Any]], str] | None) -> Tool:
+    """A tool whose arguments a JSON schema describes.
+
+    Args:
+        described: `name`, `description` and `parameters`, the schema; nothing that it refers to is fetched.
+        run: runs a call; None: the environment does.
+
+    Raises:
+        RewardError: the schema is wrong.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+
+    schema = described["parameters"]
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise RewardError(f"tool {described['name']}: bad schema: {error.message}") from None
+    validator = Draft202012Validator(schema, registry=Registry())  # a registry that fetches nothing
+
+    def problem(arguments: Mapping[str, Any]) -> str | None:
+        errors = [f"{'.'.join(map(str, each.path))}: {each.message}" for each in validator.iter_errors(arguments)]
+        return "; ".join(error.removeprefix(": ") for error in errors) or None
+
+    return Tool(described["name"], problem, run, {"type": "function", "function": dict(described)})
 
 
 def check_call(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
@@ -58,39 +93,54 @@ def check_call(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
     if tool is None:
         known = ", ".join(tools) or "there are none"
         return replace(call, status="unknown_tool", problem=f"no tool is called {call.name!r}; tools: {known}")
-    try:
-        tool.arguments.model_validate(dict(call.arguments))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        return replace(call, status="bad_arguments", problem=problems)
-    return call
+    problem = tool.problem(call.arguments)
+    return call if problem is None else replace(call, status="bad_arguments", problem=problem)
 
 
 def run_call(call: ToolCall, tools: Mapping[str, Tool]) -> str:
     """Call a tool; what it returned or raised, as text for the policy."""
-    tool = tools[call.name]
-    checked = tool.arguments.model_validate(dict(call.arguments))
-    arguments = {name: getattr(checked, name) for name in type(checked).model_fields}
-    try:
-        value = tool.function(**arguments)
-    except Exception as error:  # the policy's arguments caused it: 1/0 in a calculator
-        return f"error: {type(error).__name__}: {error}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    run = tools[call.name].run
+    return "error: not run, because another call of the turn was faulty" if run is None else run(call.arguments)
+
+
+def by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
+    """Tools by name.
+
+    Raises:
+        RewardError: two have one name.
+    """
+    named: dict[str, Tool] = {}
+    for tool in tools:
+        if tool.name in named:
+            raise RewardError(f"two tools are called {tool.name!r}; rename one of them")
+        named[tool.name] = tool
+    return named
 
 
 def tools_of(functions: Sequence[Callable[..., Any]]) -> dict[str, Tool]:
-    """Tools by name.
+    """Tools by name, from functions.
 
     Raises:
         RewardError: two have one name, or a signature cannot be described.
     """
-    tools: dict[str, Tool] = {}
-    for function in functions:
-        tool = Tool.of(function)
-        if tool.name in tools:
-            raise RewardError(f"two tools are called {tool.name!r}; rename one of the functions")
-        tools[tool.name] = tool
-    return tools
+    return by_name(map(Tool.of, functions))
+
+
+def _problem(model: type[BaseModel], arguments: Mapping[str, Any]) -> str | None:
+    try:
+        model.model_validate(dict(arguments))
+    except ValidationError as error:
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return None
+
+
+def _result(function: Callable[..., Any], model: type[BaseModel], arguments: Mapping[str, Any]) -> str:
+    checked = model.model_validate(dict(arguments))
+    try:
+        value = function(**{name: getattr(checked, name) for name in model.model_fields})
+    except Exception as error:  # the policy's arguments caused it: 1/0 in a calculator
+        return f"error: {type(error).__name__}: {error}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _first_paragraph(function: Callable[..., Any]) -> str:

@@ -10,7 +10,8 @@ Up to `EAGER_MAX_TOKENS` eager attention (eager_attention.py) is faster than SDP
 GPU: FlexAttention with a document block mask; no dense mask is built.
 
 Sampling passes a `CachedLayout`: first with the pack of the prompts, whose keys and values are stored, then for one
-token of each row at a time. The rows of a prompt read its keys and values in one matrix product, and their own in a
+token of each row at a time. In later turns of conversations the first pack has only what is new (tail_attention.py).
+The rows of a prompt read its keys and values in one matrix product, and their own in a
 second one; one softmax covers both parts, so the result is exact.
 """
 
@@ -29,6 +30,7 @@ from trainer.model.eager_attention import AttentionOptions, causal_mask, eager_a
 from trainer.model.flex import FlexLayout, attend_flex, flex_packed
 from trainer.model.kv_cache import KeyValueCache, LayerCache
 from trainer.model.layout import CachedLayout, PackedLayout
+from trainer.model.tail_attention import tail_attention
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
 EAGER_MAX_TOKENS: Final = 384
@@ -78,6 +80,9 @@ def packed_attention(
         _refuse_hidden_window(module, layout)
     if isinstance(layout, CachedLayout):
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if layout.tails is not None:
+            kept = layout.cache.keep_tails(layer, key, value, layout.tails)
+            return tail_attention(query, kept, layout.tails, options), None
         if layout.prompts is None:
             return _cached(query, layout.cache.append(layer, key, value), layout.cache, options), None
         layout.cache.keep_prompts(layer, key, value)

@@ -8,6 +8,8 @@ from typing import Final, final
 
 import torch
 
+from trainer.model.turn_cache import Tails, TurnCache
+
 INITIAL_CAPACITY: Final = 64
 """Own tokens per row that fit at first; the capacity is doubled when full."""
 
@@ -121,6 +123,49 @@ class KeyValueCache:
         keys, values = (part[0].transpose(0, 1)[self._gather].transpose(1, 2).contiguous() for part in (key, value))
         nothing = keys.new_empty(0)
         self._layers[layer] = LayerCache(keys, values, nothing, nothing)
+
+    def keep_tails(self, layer: int, key: torch.Tensor, value: torch.Tensor, tails: Tails) -> LayerCache:
+        """Store a layer's keys and values of whole prompts: the cached part of each, then its tail.
+
+        Args:
+            layer: number of the layer.
+            key: [1, H_kv, T, D] of the pack of tails.
+            value: [1, H_kv, T, D].
+            tails: what is cached, and the lengths of the tails.
+        """
+        both = []
+        for index, part in enumerate((key, value)):
+            rows = part.new_zeros(len(tails.lengths), part.shape[1], self.longest_prompt, part.shape[-1])
+            pieces = part[0].split(tails.lengths, 1)
+            for row, (cache, begin, piece) in enumerate(zip(tails.caches, tails.prefixes, pieces, strict=True)):
+                if begin:
+                    rows[row, :, :begin] = cache.layers[layer][index][:, :begin]
+                rows[row, :, begin : begin + piece.shape[1]] = piece
+            both.append(rows)
+        nothing = key.new_empty(0)
+        self._layers[layer] = LayerCache(both[0], both[1], nothing, nothing)
+        for cache in tails.caches:
+            cache.layers.pop(layer, None)  # so that a layer at a time is stored twice, not all of them
+        return self._layers[layer]
+
+    def keep_turn(self, row: int, token_ids: Sequence[int], cache: TurnCache) -> None:
+        """Copy a row's keys and values, so that the conversation's next turn need not read them again.
+
+        Args:
+            row: its current index.
+            token_ids: of its prompt, and the drawn ones.
+            cache: gets the copy. The last drawn token was never read, so it is not in it.
+        """
+        prompt = len(token_ids) - 1 - self.num_own
+        owner = self._owners[row]
+        for number, layer in self._layers.items():
+            keys, values = layer.prompt_keys[owner, :, :prompt], layer.prompt_values[owner, :, :prompt]
+            if self.num_own:
+                own = slice(0, self.num_own)
+                keys = torch.cat([keys, layer.keys[row, ..., own].transpose(-1, -2)], 1)
+                values = torch.cat([values, layer.values[row, :, own]], 1)
+            cache.layers[number] = keys.clone(), values.clone()
+        cache.token_ids = tuple(token_ids[:-1])
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> LayerCache:
         """Append a layer's keys and values of one token of each row, [1, H_kv, R, D].

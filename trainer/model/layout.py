@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.model.kv_cache import KeyValueCache
+from trainer.model.turn_cache import Tails
 
 BUCKET_RATIO: Final = 1.6
 """Maximum ratio of the longest to the shortest row of a bucket; 16 tokens more are allowed."""
@@ -152,11 +153,16 @@ def _bucket(spans: Sequence[tuple[int, int]], device: torch.device, prefix: int 
 @final
 @dataclass(frozen=True)
 class CachedLayout:
-    """The layout that sampling passes to attention: the pack of the prompts first, then one token of each row."""
+    """The layout that sampling passes to attention: the pack of the prompts first, then one token of each row.
+
+    Where conversations have cached earlier turns, the first pack has only what follows.
+    """
 
     cache: KeyValueCache
     prompts: PackedLayout | None
-    """The layout of the prompts in the first pass; None in all later ones."""
+    """The layout of the prompts in the first pass; None in all later ones, and with `tails`."""
+    tails: Tails | None = None
+    """Of the first pass of a later turn."""
 
     @property
     def max_len(self) -> int:

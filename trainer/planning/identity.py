@@ -11,7 +11,7 @@ from typing import Final
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSettings, DataSource, Recipe, RFTRecipe
 from trainer.config.reward_place import source_of_reward
-from trainer.config.rft_sections import RolloutSettings
+from trainer.config.rft_sections import RolloutSettings, VerifiersEnvironment
 from trainer.config.source_files import source_files
 from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
@@ -111,14 +111,24 @@ def reward_digests(recipe: Recipe, recipe_dir: Path) -> dict[str, str]:
 
 
 def environment_digests(recipe: RFTRecipe, recipe_dir: Path) -> dict[str, str]:
-    """Return the digest of each source file of the environment and the tools.
+    """Return the digest of each source file of the environment and the tools; of a server, of what its command names.
 
     Args:
         recipe: Names them.
         recipe_dir: Its directory.
     """
     rollout = recipe.rollout
-    return _source_digests([*([rollout.environment] if rollout.environment else []), *rollout.tools], recipe_dir)
+    environment = rollout.environment
+    uses = [*([environment] if isinstance(environment, str) else []), *rollout.functions]
+    digests = _source_digests(uses, recipe_dir)
+    if isinstance(environment, VerifiersEnvironment):
+        taskset = recipe_dir / f"{environment.verifiers.replace('-', '_')}.py"
+        if taskset.is_file():  # otherwise a package of another interpreter; its tasks' hashes are in the rows
+            digests[taskset.name] = _file_digest(taskset)
+    for word in (word for server in rollout.servers for word in server.command):
+        if (recipe_dir / word).is_file():
+            digests[word] = _file_digest(recipe_dir / word)
+    return digests
 
 
 def _source_digests(uses: Sequence[str], recipe_dir: Path) -> dict[str, str]:

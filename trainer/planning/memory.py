@@ -202,7 +202,10 @@ def _learning(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[s
 
 
 def _sampling(recipe: RFTRecipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
-    """KV cache of a chunk of maximum length, and the larger of prefill and decoding a token."""
+    """KV cache of a chunk of maximum length, and the larger of prefill and decoding a token.
+
+    Over several turns each rollout has a prompt of its own, and a copy of what it has read is kept for its next turn.
+    """
     c, rollout = compute_bytes_of(recipe), recipe.rollout
     prompts = min(rollout.chunk_prompts, -(-recipe.rows_per_step // shape.num_ranks))
     rows = prompts * rollout.group_size
@@ -217,6 +220,8 @@ def _sampling(recipe: RFTRecipe, shape: TrainingShape, facts: ModelFacts) -> dic
     completions = (
         rows * room * width * (1 + 0.5 / facts.layers)
     )  # a layer whose cache grows holds the old and the new one
+    kept = rows * recipe.data.max_seq_tokens * width if rollout.has_turns else 0
+    of_prompts = (rows if rollout.has_turns else prompts) * prompt_tokens * width + kept
     if prefill > completions + decoding:
-        return {"KV cache of prompts": float(prompts * prompt_tokens * width), "prefill": prefill}
-    return {"KV cache of a chunk": prompts * prompt_tokens * width + completions, "decoding": float(decoding)}
+        return {"KV cache of prompts": float(of_prompts), "prefill": prefill}
+    return {"KV cache of a chunk": of_prompts + completions, "decoding": float(decoding)}

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.layout import CachedLayout
 from trainer.model.policy import Policy
+from trainer.model.turn_cache import TurnCache
 from trainer.sampling.rows import PackedRows, Rows
 
 
@@ -33,12 +34,15 @@ class Decoder(Protocol):
     def refresh(self) -> None:
         """Take the policy's current weights."""
 
-    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> Rows:
+    def start(
+        self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int], caches: Sequence[TurnCache] | None = None
+    ) -> Rows:
         """Rows that continue prompts.
 
         Args:
             prompts: token ids of each distinct prompt.
             prompt_of: index of each row's prompt.
+            caches: of the conversation of each prompt, where at least one has cached something.
         """
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -143,9 +147,11 @@ class CopiedDecoder:
         for layer in self._linears:
             layer.refresh()
 
-    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> Rows:
+    def start(
+        self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int], caches: Sequence[TurnCache] | None = None
+    ) -> Rows:
         """Rows that continue prompts; see `Decoder`."""
-        return PackedRows(self._hidden, prompts, prompt_of, self._causal_lm.device)
+        return PackedRows(self._hidden, prompts, prompt_of, self._causal_lm.device, caches)
 
     def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         output = self._causal_lm.base_model(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from trainer.model.attention import packed_attention
 from trainer.model.layout import CachedLayout
 from trainer.model.policy import Policy
+from trainer.model.turn_cache import TurnCache
 from trainer.sampling.decoder import DecodingLinear, is_plain_linear
 from trainer.sampling.rows import PackedRows, Rows
 
@@ -150,9 +151,11 @@ class FusedDecoder:
         """[N, V] raw outputs of the LM head, before scale, soft cap and temperature."""
         return self._layers.head(hidden)
 
-    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> Rows:
+    def start(
+        self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int], caches: Sequence[TurnCache] | None = None
+    ) -> Rows:
         """Rows that continue prompts; see `Decoder`."""
-        return PackedRows(self._hidden, prompts, prompt_of, torch.device("cpu"))
+        return PackedRows(self._hidden, prompts, prompt_of, torch.device("cpu"), caches)
 
     def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: CachedLayout) -> torch.Tensor:
         def attend(layer: FusedLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

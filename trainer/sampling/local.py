@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.errors import NumericalError
 from trainer.model.lm_head import LogitTransform
 from trainer.model.policy import Policy
+from trainer.model.turn_cache import TurnCache
 from trainer.sampling import noise
 from trainer.sampling.choose_decoder import choose_decoder
 from trainer.sampling.sampler import SampleRequest, SamplingParams, decoded
@@ -71,17 +72,27 @@ class LocalSampler:
             NumericalError: the model's logits are not finite.
         """
         assert self.version >= 0, "publish before sampling"
+        assert all(request.num_samples == 1 for request in requests if request.cache is not None)
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
+        caches = _caches(requests, self.version)
+        if caches is not None:  # a later turn: every conversation has a prompt of its own
+            prompts = [request.prompt_ids for request in requests]
         prompt_index = {prompt: index for index, prompt in enumerate(prompts)}
         drafts = [
-            _Draft(prompt_index[request.prompt_ids], request.row, request.first_sample + sample, request.turn)
-            for request in requests
+            _Draft(
+                number if caches is not None else prompt_index[request.prompt_ids],
+                request.row,
+                request.first_sample + sample,
+                request.turn,
+                request.cache,
+            )
+            for number, request in enumerate(requests)
             for sample in range(request.num_samples)
         ]
         for index, draft in enumerate(drafts):
             draft.index = index
         if drafts:
-            self._draw_all(prompts, drafts, params, on_tokens)
+            self._draw_all(prompts, drafts, caches, params, on_tokens)
         completions = iter([self._completion(draft) for draft in drafts])
         return [[next(completions) for _ in range(request.num_samples)] for request in requests]
 
@@ -93,10 +104,11 @@ class LocalSampler:
         self,
         prompts: Sequence[tuple[int, ...]],
         drafts: Sequence[_Draft],
+        caches: Sequence[TurnCache] | None,
         params: SamplingParams,
         on_tokens: OnTokens | None,
     ) -> None:
-        rows = self.decoder.start(prompts, [draft.prompt for draft in drafts])
+        rows = self.decoder.start(prompts, [draft.prompt for draft in drafts], caches)
         hidden = rows.begin()
         keys = noise.row_keys(
             params.seed, params.step, [draft.row for draft in drafts], [draft.sample for draft in drafts], self.device
@@ -115,7 +127,12 @@ class LocalSampler:
             if on_tokens is not None:
                 for draft in live:
                     on_tokens(draft.index, draft.token_ids)
-            if len(finished) == len(live) or position + 1 == params.max_completion_tokens:
+            is_over = len(finished) == len(live) or position + 1 == params.max_completion_tokens
+            for index in range(len(live)) if is_over else finished:
+                draft = live[index]
+                if draft.cache is not None:
+                    rows.keep_turn(index, (*prompts[draft.prompt], *draft.token_ids), draft.cache)
+            if is_over:
                 break
             if finished:
                 remaining = rows.drop(finished)
@@ -136,6 +153,19 @@ class LocalSampler:
         return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
 
 
+def _caches(requests: Sequence[SampleRequest], version: int) -> list[TurnCache] | None:
+    """The caches of all requests where one has cached something of this version; None where none has."""
+    caches = [request.cache for request in requests if request.cache is not None]
+    for cache in caches:
+        if cache.version != version:
+            cache.clear()
+            cache.version = version
+    if not any(cache.token_ids for cache in caches):
+        return None
+    assert len(caches) == len(requests)
+    return caches
+
+
 @final
 @dataclass
 class _Draft:
@@ -146,6 +176,7 @@ class _Draft:
     row: int
     sample: int
     turn: int = 0
+    cache: TurnCache | None = None
     index: int = 0
     """Over all requests."""
     token_ids: list[int] = field(default_factory=list)

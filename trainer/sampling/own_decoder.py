@@ -15,6 +15,7 @@ from transformers import Cache
 
 from trainer.model.own_forward import reset_rotary, use_own_attention
 from trainer.model.policy import Policy
+from trainer.model.turn_cache import TurnCache
 
 CACHES: Final = ("past_key_values", "cache_params")
 """Names under which models return their cache, and take it."""
@@ -47,13 +48,17 @@ class OwnDecoder:
         logits: torch.Tensor = self._causal_lm.get_output_embeddings()(hidden)
         return logits
 
-    def start(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int]) -> OwnRows:
+    def start(
+        self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int], caches: Sequence[TurnCache] | None = None
+    ) -> OwnRows:
         """Rows that continue prompts.
 
         Args:
             prompts: token ids of each distinct prompt.
             prompt_of: index of each row's prompt.
+            caches: none are ever filled, so there are none.
         """
+        assert caches is None
         groups = []
         for index, prompt in enumerate(prompts):
             rows = [row for row, owner in enumerate(prompt_of) if owner == index]
@@ -141,6 +146,9 @@ class OwnRows:
             group.rows = [index[group.rows[number]] for number in kept]
         self._groups = [group for group in self._groups if group.rows]
         return torch.tensor(remaining, device=self._groups[0].token_ids.device)
+
+    def keep_turn(self, row: int, token_ids: Sequence[int], cache: TurnCache) -> None:
+        """Nothing is kept: a model's own cache cannot be cut and joined, so every turn is read from its beginning."""
 
     def _in_order(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[R, H] in the order of the rows, from the hidden states of each group."""

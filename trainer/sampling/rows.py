@@ -9,6 +9,7 @@ import torch
 
 from trainer.model.kv_cache import KeyValueCache
 from trainer.model.layout import CachedLayout, PackedLayout
+from trainer.model.turn_cache import Tails, TurnCache
 
 Backbone: TypeAlias = Callable[[torch.Tensor, torch.Tensor, CachedLayout], torch.Tensor]
 """From token ids [T], positions [T] and the layout to [T, H] last hidden states."""
@@ -26,6 +27,15 @@ class Rows(Protocol):
     def drop(self, finished: Sequence[int]) -> torch.Tensor:
         """Remove finished rows. Returns [R'] the previous index of each remaining row."""
 
+    def keep_turn(self, row: int, token_ids: Sequence[int], cache: TurnCache) -> None:
+        """Keep what a row has read for the conversation's next turn; a decoder may do nothing, always.
+
+        Args:
+            row: its current index.
+            token_ids: of its prompt, and the drawn ones.
+            cache: of the conversation.
+        """
+
 
 @final
 class PackedRows:
@@ -37,6 +47,7 @@ class PackedRows:
         prompts: Sequence[tuple[int, ...]],
         prompt_of: Sequence[int],
         device: torch.device,
+        caches: Sequence[TurnCache] | None = None,
     ) -> None:
         """Prepare; `begin` reads the prompts.
 
@@ -45,7 +56,9 @@ class PackedRows:
             prompts: token ids of each distinct prompt.
             prompt_of: index of each row's prompt.
             device: of the model.
+            caches: of the conversation of each prompt, where at least one has cached something.
         """
+        self._caches = caches
         self._backbone, self._prompts, self._prompt_of, self._device = backbone, prompts, prompt_of, device
         lengths = [len(prompt) for prompt in prompts]
         self._cache = KeyValueCache(lengths, device)
@@ -53,10 +66,17 @@ class PackedRows:
 
     def begin(self) -> torch.Tensor:
         """[R, H] hidden state of the last token of each row's prompt; fills the cache."""
-        lengths = [len(prompt) for prompt in self._prompts]
-        token_ids = torch.tensor([token for prompt in self._prompts for token in prompt], device=self._device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
-        layout = CachedLayout(self._cache, PackedLayout.of_lengths(lengths, self._device))
+        if self._caches is None:
+            begins, lengths = [0] * len(self._prompts), [len(prompt) for prompt in self._prompts]
+            layout = CachedLayout(self._cache, PackedLayout.of_lengths(lengths, self._device))
+        else:
+            tails = Tails.of(self._prompts, self._caches, self._device)
+            begins, lengths = list(tails.prefixes), list(tails.lengths)
+            layout = CachedLayout(self._cache, None, tails)
+        new = [token for prompt, begin in zip(self._prompts, begins, strict=True) for token in prompt[begin:]]
+        token_ids = torch.tensor(new, device=self._device)
+        spans = [torch.arange(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+        positions = torch.cat(spans).to(self._device)
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
         of_prompts = self._backbone(token_ids, positions, layout)[last]
         self._cache.branch(self._prompt_of)
@@ -74,3 +94,7 @@ class PackedRows:
         remaining = self._cache.drop(finished)
         self._ends = self._ends[remaining]
         return remaining
+
+    def keep_turn(self, row: int, token_ids: Sequence[int], cache: TurnCache) -> None:
+        """Keep what a row has read for the conversation's next turn; see `Rows`."""
+        self._cache.keep_turn(row, token_ids, cache)

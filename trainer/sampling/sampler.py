@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
 from transformers import PreTrainedTokenizerBase
 
 from trainer.model.policy import Policy
+from trainer.model.turn_cache import TurnCache
 from trainer.types import Completion
 
 
@@ -26,6 +27,8 @@ class SampleRequest:
     """Index of the first completion in the row's noise; later groups of the same row and step start higher."""
     turn: int = 0
     """Turn of the conversation, from 0; each has noise of its own."""
+    cache: TurnCache | None = field(default=None, compare=False, repr=False)
+    """Where the local sampler keeps what the conversation has read; with it `num_samples` is 1."""
 
 
 @final

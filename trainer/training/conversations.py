@@ -17,9 +17,10 @@ from trainer.data.forms import read_conversation
 from trainer.data.next_prompt import PromptWriter, TokenizedPrompt
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
-from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, RemoteEnvironment
+from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, OpenEnvironment
 from trainer.environments.tool_calls import ParsedTurn, parse_turn
 from trainer.errors import DataError
+from trainer.model.turn_cache import TurnCache
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.call_result import CallResult
 from trainer.rewards.runner import RewardRunner, Scored, Scoring, weigh
@@ -66,7 +67,7 @@ class _Live:
 
     row: Row
     sample: int
-    remote: RemoteEnvironment
+    remote: OpenEnvironment
     began: float = field(default_factory=time.monotonic)
     messages: list[Mapping[str, Any]] = field(default_factory=list)
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -84,10 +85,15 @@ class _Live:
     stop: StopReason | None = None
     failure: str | None = None
     version: int = 0
+    cache: TurnCache = field(default_factory=TurnCache)
+    """What the local sampler has read of the last sequence."""
 
     @property
     def num_tokens(self) -> int:
         return sum(len(each.ids) for each in self.sequences)
+
+    def request(self, turn: int) -> SampleRequest:
+        return SampleRequest(tuple(self.sequences[-1].ids), self.row.index, 1, self.sample, turn, self.cache)
 
     def die(self, error: Exception | str) -> None:
         self.stop, self.failure = "environment_died", f"environment on {self.row}: {error}"
@@ -213,10 +219,7 @@ class ConversationSampler:
 
     def _round(self, lives: Sequence[_Live], params: SamplingParams, turn: int) -> None:
         """Draw one turn of each rollout, and let its environment answer."""
-        requests = [
-            SampleRequest(tuple(live.sequences[-1].ids), live.row.index, 1, live.sample, turn) for live in lives
-        ]
-        drawn = self.sampler.sample(requests, params)
+        drawn = self.sampler.sample([live.request(turn) for live in lives], params)
         for live, (completion,) in zip(lives, drawn, strict=True):
             _take(live, completion, turn)
             live.parsed = self._parsed(live)
@@ -225,6 +228,8 @@ class ConversationSampler:
         for live, observation in zip(lives, observed, strict=True):
             if observation is not None:
                 self._continue(live, *observation)
+            if live.stop is not None:
+                live.cache.clear()
 
     def _parsed(self, live: _Live) -> ParsedTurn:
         """The last turn; where no tools were offered, all of it is text."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from trainer.config.rft_sections import VerifiersEnvironment
 from trainer.data.chat import ChatEncoder
 from trainer.data.next_prompt import PromptWriter
-from trainer.distributed.preemption import StopFlag
-from trainer.distributed.world import World
+from trainer.environments.mcp_tools import McpSettings
 from trainer.environments.pool import EnvironmentPool, EnvironmentSettings
 from trainer.environments.tool_calls import same_turn
 from trainer.errors import DataError
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling.sampler import Sampler, SamplingParams
+from trainer.training.attempt import Attempt
 from trainer.training.conversations import CONVERSATION, ConversationSampler
 from trainer.training.group_sampler import Groups, GroupSampler, Prompt
 from trainer.training.tool_template import refuse_template_without_tools
@@ -28,8 +31,7 @@ def open_groups(
     sampler: Sampler,
     params: SamplingParams,
     rewards: RewardRunner,
-    world: World,
-    stop: StopFlag,
+    attempt: Attempt,
 ) -> Groups:
     """What draws and scores groups, as the recipe's `rollout` section says.
 
@@ -40,8 +42,7 @@ def open_groups(
         sampler: draws completions.
         params: of training.
         rewards: started.
-        world: the ranks.
-        stop: set when the run is to stop.
+        attempt: has the ranks, the flag that stops the run, and `say`.
 
     Raises:
         RewardError: environment or tools cannot be loaded.
@@ -49,29 +50,40 @@ def open_groups(
     """
     settings = plan.recipe.rollout
     if not settings.has_turns:
-        return GroupSampler(sampler, rewards, params, world, stop)
-    pool = stack.enter_context(EnvironmentPool(environment_settings(plan)))
+        return GroupSampler(sampler, rewards, params, attempt.world, attempt.stop)
+    pool = stack.enter_context(EnvironmentPool(environment_settings(plan), attempt.say))
     assert encoder.template is not None, "recipes with prompts have `format: chat`"
     if pool.schemas:
         refuse_template_without_tools(encoder.template, plan.recipe.data.chat_template_kwargs)
     writer = PromptWriter(
         encoder.tokenizer, encoder.template, encoder.stop_ids, plan.recipe.data.chat_template_kwargs, same_turn
     )
-    return ConversationSampler(sampler, rewards, params, world, stop, pool, writer, plan)
+    return ConversationSampler(sampler, rewards, params, attempt.world, attempt.stop, pool, writer, plan)
 
 
 def environment_settings(plan: RFTPlan) -> EnvironmentSettings:
     """What the plan's environments load, and their limits."""
     settings = plan.recipe.rollout
     limits = settings.environment_limits
+    named: str | dict[str, Any] | None
+    python = None
+    if isinstance(settings.environment, VerifiersEnvironment):
+        taskset = settings.environment
+        python = shutil.which(taskset.python) or taskset.python
+        named = {"verifiers": taskset.verifiers, "config": taskset.config, "max_turns": settings.max_turns}
+    else:
+        named = settings.environment
     return EnvironmentSettings(
-        environment=settings.environment,
-        tools=tuple(settings.tools),
+        environment=named,
+        python=python,
+        tools=settings.functions,
+        servers=tuple(McpSettings(each.command, tuple(each.only), each.env) for each in settings.servers),
         errors=settings.tool_errors.model_dump(),
         base_dir=Path(plan.recipe_dir),
         timeout_s=limits.timeout_s,
         memory_limit_gib=limits.memory_limit_gib,
         num_workers=limits.num_workers,
+        deterministic=settings.deterministic,
     )
 
 

@@ -64,7 +64,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
             attempt.say(sampler.note)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world, attempt.run)
-        groups = open_groups(stack, plan, encoder, sampler, params, rewards, world, attempt.stop)
+        groups = open_groups(stack, plan, encoder, sampler, params, rewards, attempt)
         rollouts = Rollouts(plan, prompts, groups, attempt.run)
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
