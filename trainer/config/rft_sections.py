@@ -167,6 +167,8 @@ class RewardSpec(Section):
     """Keyword arguments of the function."""
     label: str | None = None
     """Name of the reward in metrics; defaults to the name of the function."""
+    every_row: bool = False
+    """With `reward_column`: judge every row, also those that do not name this reward."""
 
     @property
     def name(self) -> str:

@@ -73,6 +73,11 @@ class RunDir:
         return self.rollouts / "begun.jsonl"
 
     @property
+    def judge_answers(self) -> Path:
+        """Directory of what judges answered, and the tokens it took."""
+        return self.root / "judge"
+
+    @property
     def outcome_file(self) -> Path:
         """How the last attempt ended."""
         return self.root / "outcome.json"

@@ -112,7 +112,7 @@ class GroupSampler:
             for request, completions in zip(requests, self.sampler.sample(sample_requests, params), strict=True)
         )
         items = [(rollout.text, group.row) for group in sampled for rollout in group.rollouts]
-        return PendingGroups(sampled, self.rewards.submit(items))
+        return PendingGroups(sampled, self.rewards.submit(items, [len(group.rollouts) for group in sampled]))
 
 
 def scored_groups(groups: Sequence[Group], scores: Iterable[Scored]) -> list[Group]:

@@ -20,6 +20,7 @@ from trainer.training import policy_update
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
 from trainer.training.group_sampler import Prompt
+from trainer.training.judge_calls import judge_metrics, open_judging
 from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.metrics import Values
 from trainer.training.open_groups import make_prompt, open_groups
@@ -49,7 +50,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
     attempt.resume(learner)
     probe_memory(learner, plan, reference)
     with ExitStack() as stack:
-        limits = recipe.reward_limits
+        limits, judging = recipe.reward_limits, open_judging(attempt.run, world, attempt.stop, attempt.say)
         rewards = stack.enter_context(
             RewardRunner(
                 recipe.reward_functions,
@@ -57,6 +58,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 num_workers=limits.num_workers,
                 timeout_s=limits.timeout_s,
                 memory_limit_gib=limits.memory_limit_gib,
+                column=recipe.reward_column,
+                judging=judging,
             )
         )
         sampler = make_sampler(rollout, policy, tokenizer, world)
@@ -84,6 +87,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 update = policy_update.learn(learner, parts, reference, plan, attempt.step)
             values = {f"train/{name}": value for name, value in update.metrics.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
+            values |= judge_metrics(recipe, judging, world)
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             attempt.end_step(learner, values, evaluate, update.skipped_rows)
     attempt.finish(learner)
@@ -113,7 +117,7 @@ def _prompts(
 ) -> list[Prompt]:
     """The rows of a source, checked and encoded; `limit` keeps the first rows only."""
     rows = read_rows(source, encoder.data, limit)
-    refuse_unscorable_rows(plan.recipe.reward_functions, rows)
+    refuse_unscorable_rows(plan.recipe.reward_functions, rows, plan.recipe.reward_column)
     prompts = [make_prompt(row, plan, encoder) for row in rows]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     attempt.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
