@@ -1,8 +1,8 @@
 """A real HTTP server in a process of its own that answers like an OpenAI-compatible judge, and misbehaves as told.
 
 It gives a completion 1 point per letter "x", up to 10, and is told how to behave by the file `moods`: one JSON line for
-each coming request, `{"status": 429, "headers": {...}, "body": ...}`, `{"hang": true}`, `{"hang_if": "needle"}` or `{"text": "..."}`. Every
-request is appended to the file `log`.
+each coming request, `{"status": 429, "headers": {...}, "body": ...}`, `{"hang": true}`, `{"hang_if": "needle"}` or
+`{"text": "..."}`. Every request is appended to the file `log`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import http.server
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 import threading

@@ -152,9 +152,7 @@ def measure(source: ModelSource, task: Task) -> Measured:
     answered: list[AnsweredRow] = []
     if task.rewards:
         prompts = [prompt_row(row, source) for row in task.rows]
-        rewarded = RewardedRows(
-            prompts, task.rewards, task.base_dir, task.limits, task.pass_rule, task.reward_column
-        )
+        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits, task.pass_rule, task.reward_column)
         answered = rewarded.answered_by(model, task.params(model), task.num_samples)
     return Measured(source.label, losses, answered)
 

@@ -78,14 +78,17 @@ class WorkerProcess:
         os.set_blocking(self._outbox.fileno(), False)
         self._setup = {**setup, "directory": str(directory)}
 
-    def await_ready(self) -> list[Form]:
+    def await_ready(self, timeout_s: float = STARTUP_TIMEOUT_S) -> list[Form]:
         """Wait until the rewards are loaded; returns what one call of each scores.
+
+        Args:
+            timeout_s: limit of their imports.
 
         Raises:
             RewardError: a reward cannot be loaded.
         """
         try:
-            reply = self.ask(self._setup, STARTUP_TIMEOUT_S)
+            reply = self.ask(self._setup, timeout_s)
         except WorkerFailedError as error:
             self.kill()
             raise RewardError(f"a reward worker did not start: {error}") from error

@@ -11,7 +11,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from trainer.rewards.choice import RewardChoice
 from trainer.rewards.contract import Form
 from trainer.rewards.judges.open import Judging
 from trainer.rewards.judges.protocol import Item, Judge, PendingResults
-from trainer.rewards.process import WorkerFailedError, WorkerProcess
+from trainer.rewards.process import STARTUP_TIMEOUT_S, WorkerFailedError, WorkerProcess
 from trainer.types import Row
 
 ALL_ABSTAINED: Final = "every reward abstained"
@@ -96,18 +96,23 @@ class Scoring:
         self._num_items = num_items
         self._parts = parts
 
-    def call_results(self) -> list[list[CallResult]]:
+    def call_results(self, if_closed: CallResult | None = None) -> list[list[CallResult]]:
         """Wait; returns for each item the result of every reward.
 
+        Args:
+            if_closed: the result of what the runner was closed before.
+
         Raises:
-            ClosedError: the runner was closed before.
+            ClosedError: the runner was closed before, and no such result is given.
         """
         table = [[NOT_CHOSEN] * len(self._specs) for _ in range(self._num_items)]
         for part in self._parts:
             try:
                 results = [result for pending in part.pending for result in pending.result()]
-            except CancelledError:
-                raise ClosedError from None
+            except (CancelledError, ClosedError):
+                if if_closed is None:
+                    raise ClosedError from None
+                results = [if_closed] * len(part.positions)
             for position, result in zip(part.positions, results, strict=True):
                 table[position][part.reward] = result
         return table
@@ -131,6 +136,7 @@ class RewardRunner:
         memory_limit_gib: float = 2.0,
         column: str | None = None,
         judging: Judging | None = None,
+        startup_timeout_s: float = STARTUP_TIMEOUT_S,
     ) -> None:
         """Keep the settings; entering the context starts the workers.
 
@@ -142,18 +148,19 @@ class RewardRunner:
             memory_limit_gib: address space of a worker in addition to that of its imports.
             column: field of the rows that names the rewards which judge it; None for all.
             judging: what judges have of the run.
+            startup_timeout_s: limit of the imports of a worker.
         """
         names = [spec.name for spec in specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RewardError(f"rewards: two are called {twice[0]!r}; give one of them a `label`")
         self._specs = tuple(specs)
-        self._choice = RewardChoice(column, self._specs)
+        self.choice = RewardChoice(column, self._specs)
         self._judging = judging or Judging()
         self._judges: dict[int, Judge] = {}
         functions = [index for index, spec in enumerate(specs) if spec.use not in JUDGE_NAMES]
         self._function_numbers = {index: number for number, index in enumerate(functions)}
         self._forms: dict[int, Form] = {}
-        self._timeout_s = timeout_s
+        self._timeout_s, self._startup_timeout_s = timeout_s, startup_timeout_s
         self._num_workers, self._base_dir = num_workers, base_dir
         self._setup = {
             "timeout_s": timeout_s,
@@ -180,7 +187,9 @@ class RewardRunner:
                 if spec.use in JUDGE_NAMES:
                     self._judges[index] = self._judging.open(spec.name, spec.use, spec.args, self._base_dir)
             for worker in started:
-                self._forms = dict(zip(self._function_numbers, worker.await_ready(), strict=True))
+                self._forms = dict(
+                    zip(self._function_numbers, worker.await_ready(self._startup_timeout_s), strict=True)
+                )
                 self._idle.put(worker)
         except BaseException:
             self.close()
@@ -210,6 +219,16 @@ class RewardRunner:
         return self.submit(items, sizes).result()
 
     @property
+    def num_rewards(self) -> int:
+        """Of the recipe."""
+        return len(self._specs)
+
+    @property
+    def functions(self) -> frozenset[int]:
+        """Positions of the rewards that are functions, not judges."""
+        return frozenset(self._function_numbers)
+
+    @property
     def compares_groups(self) -> frozenset[int]:
         """Positions of the rewards whose value depends on the other completions of the prompt."""
         by_judges = {
@@ -234,7 +253,7 @@ class RewardRunner:
         """
         sizes = [len(items)] if sizes is None else sizes
         assert sum(sizes) == len(items)
-        chosen = [self._choice.of_row(row) for _, row in items]
+        chosen = [self.choice.of_row(row) for _, row in items]
         parts = []
         for index in range(len(self._specs)) if only is None else sorted(only):
             groups = [group for group in _groups(sizes, [index in of_item for of_item in chosen]) if group]
@@ -255,10 +274,15 @@ class RewardRunner:
             "single": [[position] for position in positions],
         }
         wire = {position: _to_json(*items[position]) for position in positions}
-        return [
-            self._threads.submit(self._call, index, [wire[position] for position in call])
-            for call in calls[self._forms[index]]
-        ]
+        try:
+            return [
+                self._threads.submit(self._call, index, [wire[position] for position in call])
+                for call in calls[self._forms[index]]
+            ]
+        except RuntimeError:
+            if not self._is_closed:
+                raise
+            return [_closed_call()]
 
     def _call(self, index: int, items: list[dict[str, Any]]) -> list[CallResult]:
         """Make one call; a failed batch is bisected to find the completion that caused it."""
@@ -297,7 +321,7 @@ class RewardRunner:
             self._workers.discard(worker)
         worker.kill()
         worker = self._start()
-        worker.await_ready()
+        worker.await_ready(self._startup_timeout_s)
         return worker
 
 
@@ -316,6 +340,12 @@ def weigh(specs: Sequence[Spec], results: Sequence[CallResult]) -> Scored:
         spec.weight * result.value for spec, result in zip(specs, results, strict=True) if result.value is not None
     ]
     return Scored(sum(terms), rewards) if terms else Scored(None, rewards, ALL_ABSTAINED)
+
+
+def _closed_call() -> Future[list[CallResult]]:
+    future: Future[list[CallResult]] = Future()
+    future.cancel()
+    return future
 
 
 def _groups(sizes: Sequence[int], is_wanted: Sequence[bool]) -> list[list[int]]:
