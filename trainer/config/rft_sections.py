@@ -115,6 +115,9 @@ class RolloutSettings(Section):
     """Address of the vLLM server for `sampler: vllm`."""
     chunk_prompts: PositiveInt = 8
     """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
+    keep_steps: PositiveInt | None = None
+    """Rollouts of so many newest steps stay in the run directory; null keeps all. Rollouts that a resume may need stay
+    in any case: those since the oldest of the newest `keep_last` checkpoints. Older ones are compressed."""
     refill: bool = False
     """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
     max_refill_rounds: PositiveInt = 4

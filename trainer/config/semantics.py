@@ -312,6 +312,9 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
         name = next(name for name, is_on in truncated.items() if is_on)
         text = "truncated sampling biases the gradient; turn it off or set `algorithm.mismatch_cap`"
         findings.append(Finding(("rollout", name), text))
+    if rollout.keep_steps is not None and recipe.dcp_save_interval == 0:
+        text = "nothing is removed without checkpoints: a resume replays all rollouts; set `dcp_save_interval`"
+        findings.append(Finding(("rollout", "keep_steps"), text, is_error=False))
     if rollout.max_completion_tokens >= recipe.data.max_seq_tokens:
         text = (
             f"{rollout.max_completion_tokens:,} leaves no room for the prompt in "

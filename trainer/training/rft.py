@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import final
 
@@ -14,6 +14,7 @@ from trainer.model.policy import Reference
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
+from trainer.run.journal_upkeep import JournalUpkeep
 from trainer.sampling import make_sampler
 from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
@@ -69,6 +70,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         probe_sampling(sampler, params, plan, policy, world)
         groups = open_groups(stack, plan, encoder, sampler, params, rewards, world, attempt.stop)
         rollouts = Rollouts(plan, prompts, groups, attempt.run)
+        keep_last = recipe.keep_last if world.is_main else None
+        upkeep = stack.enter_context(closing(JournalUpkeep(attempt.run, keep_last, rollout.keep_steps, attempt.say)))
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
         def evaluate() -> Values:
@@ -90,6 +93,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
             values |= judge_metrics(recipe, judging, world)
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             attempt.end_step(learner, values, evaluate, update.skipped_rows)
+            upkeep.begin()
     attempt.finish(learner)
 
 
