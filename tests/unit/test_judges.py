@@ -271,7 +271,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, tmp_p
     score(reward, ["x"], Told(cache=tmp_path / "answers"))
     assert server.requests()[0]["authorization"] == "Bearer sk-secret-4711"
     kept = json.dumps(reward.model_dump()) + "".join(file.read_text() for file in (tmp_path / "answers").iterdir())
-    assert "4711" not in kept
+    assert "sk-secret" not in kept
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(RewardError, match="environment variable JUDGE_KEY is not set"):
         score(reward, ["x"])

@@ -239,6 +239,8 @@ def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
                 ("lora", "dropout"), "rft needs 0: with dropout, logprobs of the same weights differ from pass to pass"
             )
         )
+    if recipe.data.overlong == "truncate":
+        findings.append(Finding(("data", "overlong"), "a truncated prompt asks something else; use `drop` or `error`"))
     if recipe.data.format == "text":
         findings.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
     if recipe.rows_per_step % recipe.algorithm.minibatches_per_step:

@@ -152,16 +152,27 @@ class ChatEncoder:
         Raises:
             DataError: the row is no prompt, or leaves no room for a completion.
         """
-        text = self.prepare_prompt(row)[0]
-        (ids,) = self._joiner.ids_of([text])
-        self._joiner.refuse_bad_ids(row, ids)
+        ids = self._prompt_ids(row)
         if len(ids) + room > self.data.max_seq_tokens:
             limit = self.data.max_seq_tokens
             rest = f" and the completion may have {room:,}" if room > 1 else ""
             raise DataError(
                 f"{row}: the prompt has {len(ids):,} tokens{rest}; data.max_seq_tokens is {limit:,}. "
-                "Raise it, shorten the row, or lower rollout.max_completion_tokens."
+                "Raise it, shorten the row, lower rollout.max_completion_tokens, or set data.overlong to drop."
             )
+        return ids
+
+    def kept_prompt(self, row: Row, room: int) -> tuple[int, ...] | None:
+        """Tokenize an rft prompt as `encode_prompt`; None for one that is too long where data.overlong is drop."""
+        if self.data.overlong != "drop":
+            return self.encode_prompt(row, room)
+        ids = self._prompt_ids(row)
+        return ids if len(ids) + room <= self.data.max_seq_tokens else None
+
+    def _prompt_ids(self, row: Row) -> tuple[int, ...]:
+        text = self.prepare_prompt(row)[0]
+        (ids,) = self._joiner.ids_of([text])
+        self._joiner.refuse_bad_ids(row, ids)
         return tuple(ids)
 
     def prepare_prompt(self, row: Row) -> tuple[str, str, dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import final
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.sources import read_rows
+from trainer.errors import DataError
 from trainer.model.policy import Reference
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
@@ -119,10 +120,26 @@ class Clock:
 def _prompts(
     attempt: Attempt, plan: RFTPlan, encoder: ChatEncoder, source: DataSource, limit: int | None
 ) -> list[Prompt]:
-    """The rows of a source, checked and encoded; `limit` keeps the first rows only."""
+    """The rows of a source, checked and encoded; `limit` keeps the first rows only.
+
+    Raises:
+        DataError: a row is no prompt or too long, or every row was dropped.
+    """
     rows = read_rows(source, encoder.data, limit)
     refuse_unscorable_rows(plan.recipe.reward_functions, rows, plan.recipe.reward_column)
-    prompts = [make_prompt(row, plan, encoder) for row in rows]
+    made = [make_prompt(row, plan, encoder) for row in rows]
+    prompts = [prompt for prompt in made if prompt is not None]
+    num_dropped, name = len(made) - len(prompts), source.path or source.hub
+    if num_dropped:
+        limit_tokens = encoder.data.max_seq_tokens
+        text = (
+            f"{name}: {num_dropped:,} of {len(made):,} prompts are dropped (data.overlong): with "
+            f"{plan.recipe.rollout.max_completion_tokens:,} tokens of a completion they exceed {limit_tokens:,} "
+            "(data.max_seq_tokens)"
+        )
+        if not prompts:
+            raise DataError(text)
+        attempt.say(text)
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    attempt.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
+    attempt.say(f"{name}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts
