@@ -283,8 +283,9 @@ def test_logprobs_of_float32_come_back_bit_for_bit(tmp_path):
     drawn = Rollout(tuple(range(len(finite))), (True,) * len(finite), finite, "stop", STEP, "", 1.0)
     header = replace(HEADER, rows=(4,), group_size=1)
     write_chunk(run, NUMBER, header, [Group(ROWS[4], (drawn,))])
-    (found,) = read_chunk(run, NUMBER, header, [ROWS[4]]) or ()
-    assert struct.pack(f"{len(finite)}d", *found.rollouts[0].sampler_logprobs) == struct.pack(
+    found = read_chunk(run, NUMBER, header, [ROWS[4]])
+    assert found is not None
+    assert struct.pack(f"{len(finite)}d", *found[0].rollouts[0].sampler_logprobs) == struct.pack(
         f"{len(finite)}d", *finite
     )
 

@@ -101,12 +101,12 @@ class RolloutSettings(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; also applied to every logprob that is logged or trained on."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling; 1 disables it. Other values require `algorithm.mismatch_cap`."""
+    """Nucleus sampling; 1 disables it. Other values are refused: they bias the gradient."""
     top_k: NonNegativeInt = 0
-    """Sample only from the k most likely tokens; 0 disables it. Other values require `algorithm.mismatch_cap`."""
+    """Sample only from the k most likely tokens; 0 disables it. Other values are refused: they bias the gradient."""
     min_p: OpenFraction = 0.0
-    """Sample only tokens with at least this fraction of the highest probability; 0 disables it. Other values require
-    `algorithm.mismatch_cap`."""
+    """Sample only tokens with at least this fraction of the highest probability; 0 disables it. Other values are
+    refused: they bias the gradient."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a completion, in addition to the stop tokens of the model."""
     sampler: Literal["local", "vllm"] = "local"

@@ -310,9 +310,12 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
     findings = []
     rollout = recipe.rollout
     truncated = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
-    if any(truncated.values()) and recipe.algorithm.mismatch_cap is None:
+    if any(truncated.values()):
         name = next(name for name, is_on in truncated.items() if is_on)
-        text = "truncated sampling biases the gradient; turn it off or set `algorithm.mismatch_cap`"
+        text = (
+            "truncated sampling biases the gradient, since logprobs are those of the whole distribution, and "
+            "`algorithm.mismatch_cap` does not correct that; remove it"
+        )
         findings.append(Finding(("rollout", name), text))
     if rollout.keep_steps is not None and recipe.dcp_save_interval == 0:
         text = "nothing is removed without checkpoints: a resume replays all rollouts; set `dcp_save_interval`"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,6 +25,9 @@ from trainer.types import Row
 
 ENCODE_ROWS = 256
 """Rows tokenized by one call."""
+PREFILLED: Final = re.compile(r"<think>\s*\Z")
+PREFILLED_TOKENS: Final = 16
+"""Last tokens of a prompt among which a pre-filled `<think>` lies; in small vocabularies it has seven."""
 
 
 @final
@@ -168,6 +172,18 @@ class ChatEncoder:
             return self.encode_prompt(row, room)
         ids = self._prompt_ids(row)
         return ids if len(ids) + room <= self.data.max_seq_tokens else None
+
+    def prefilled(self, prompt_ids: Sequence[int]) -> str:
+        """The thinking that the prompt of a template opens for the answer, such as `<think>` (DeepSeek R1, Qwen3.5).
+
+        Rewards see it before the completion. A block that the prompt closes too is no part of the answer.
+
+        Args:
+            prompt_ids: of a prompt, up to where the model goes on.
+        """
+        end = self.tokenizer.decode(list(prompt_ids[-PREFILLED_TOKENS:]), skip_special_tokens=False)
+        found = PREFILLED.search(str(end))
+        return found[0] if found is not None else ""
 
     def _prompt_ids(self, row: Row) -> tuple[int, ...]:
         text = self.prepare_prompt(row)[0]

@@ -147,7 +147,12 @@ def _rollouts(
         [Rollout.of_completion(model.prompt_ids(row), completion) for completion in completions]
         for row, completions in zip(rows, model.sample(rows, params, num_samples), strict=True)
     ]
-    items = [(rollout.text, row) for row, of_row in zip(rows, drawn, strict=True) for rollout in of_row]
+    opened = [model.encoder.prefilled(model.prompt_ids(row)) for row in rows]
+    items = [
+        (prefilled + rollout.text, row)
+        for row, prefilled, of_row in zip(rows, opened, drawn, strict=True)
+        for rollout in of_row
+    ]
     scores = iter(runner.score(items, [len(of_row) for of_row in drawn]))
     for row, of_row in zip(rows, drawn, strict=True):
         yield row, [with_score(rollout, next(scores)) for rollout in of_row]

@@ -90,4 +90,4 @@ def make_prompt(row: Row, plan: RFTPlan, encoder: ChatEncoder) -> Prompt | None:
     if settings.environment is not None:
         return Prompt(row, ())
     ids = encoder.kept_prompt(row, settings.max_completion_tokens)
-    return Prompt(row, ids) if ids is not None else None
+    return Prompt(row, ids, encoder.prefilled(ids)) if ids is not None else None
