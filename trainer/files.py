@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replace a file atomically: readers see the old or the new content, never a part.
 
     Args:
         path: the file.
-        text: its new content.
+        content: what it is to hold; text is written as UTF-8.
         durable: whether to fsync, so that the new content survives a power cut.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
             if durable:
                 file.flush()
                 sync(file.fileno(), path)

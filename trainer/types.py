@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -39,6 +39,71 @@ class Row(Mapping[str, Any]):
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
+
+
+@final
+class MissingFieldError(KeyError):
+    """A row has no such nested field; says where the dotted path ends."""
+
+    def __init__(self, name: str, what_is_there: str) -> None:
+        """Keep the name."""
+        super().__init__(name)
+        self.name, self.what_is_there = name, what_is_there
+
+    def __str__(self) -> str:
+        return f"no field `{self.name}`: {self.what_is_there}"
+
+
+def read_field(fields: Mapping[str, Any], name: str) -> Any:
+    """A field of a row, or of a field: `reward_model.ground_truth`; a number counts the entries of a list.
+
+    >>> row = {"reward_model": {"ground_truth": "4"}, "a.b": 1, "options": [{"text": "x"}]}
+    >>> read_field(row, "reward_model.ground_truth"), read_field(row, "a.b"), read_field(row, "options.0.text")
+    ('4', 1, 'x')
+    >>> read_field(row, "reward_model.gold")
+    Traceback (most recent call last):
+    trainer.types.MissingFieldError: no field `reward_model.gold`: `reward_model` has ground_truth
+
+    A field of the row whose own name is `name`, dots and all, is meant before any nested one.
+
+    Args:
+        fields: of the row.
+        name: with dots between the levels.
+
+    Raises:
+        MissingFieldError: there is none, though the name has dots.
+        KeyError: there is none.
+    """
+    if name in fields or "." not in name:
+        return fields[name]
+    value: Any = fields
+    path = name.split(".")
+    for depth, part in enumerate(path):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise MissingFieldError(name, _what_is_there(value, path[:depth]))
+    return value
+
+
+def has_field(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether `read_field` finds it."""
+    try:
+        read_field(fields, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _what_is_there(value: object, path: Sequence[str]) -> str:
+    where = f"`{'.'.join(path)}`" if path else "the row"
+    if isinstance(value, Mapping):
+        return f"{where} has {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, list):
+        return f"{where} is a list of {len(value)}"
+    return f"{where} is {'null' if value is None else type(value).__name__}"
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import signal
@@ -14,6 +15,8 @@ from typing import Any, Final
 import pytest
 from project import Project, Run
 
+from trainer.run.directory import RunDir
+from trainer.run.journal import read_step
 from trainer.worker import main
 
 RECIPE: Final[dict[str, Any]] = {
@@ -64,13 +67,19 @@ def _handlers_restored() -> Iterator[None]:
 
 
 def journal(run: Run, step: int | None = None) -> dict[str, bytes]:
-    """The text of every chunk, by its place."""
+    """The text of every chunk, by its place; also of compressed ones."""
     place = "*" if step is None else f"step-{step:06d}"
-    return {str(file.relative_to(run.root)): file.read_bytes() for file in run.root.glob(f"rollouts/{place}/chunk-*")}
+    files = sorted(
+        run.root.glob(f"rollouts/{place}/chunk-*"), reverse=True
+    )  # a plain one counts before a compressed one
+    return {
+        str(file.relative_to(run.root)).removesuffix(".gz"): gzip.decompress(file.read_bytes())
+        if file.suffix == ".gz"
+        else file.read_bytes()
+        for file in files
+    }
 
 
 def rollouts(run: Run, step: int) -> list[dict[str, Any]]:
     """The rollout records of a step, from 0, in order."""
-    chunks = [text.decode().split("\n")[1:-2] for _, text in sorted(journal(run, step).items())]
-    records = [json.loads(line) for lines in chunks for line in lines]
-    return [record for record in records if "prompt" not in record]
+    return [record for group in read_step(RunDir(run.root), step) for record in group.rollouts]

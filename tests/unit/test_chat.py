@@ -312,3 +312,22 @@ def test_smollm2_is_trained_on_the_text_its_own_template_renders():
         assert list(sequence.token_ids) == list(own)
     assert read(encoder, {"messages": CHAT})[1] == "It is.<|im_end|>Yes,  so\n 猫.<|im_end|>"
     assert encoder.stop_ids == {2}
+
+
+@pytest.mark.parametrize(
+    ("opening", "prefilled"),
+    [
+        ("<think>\n", "<think>\n"),  # DeepSeek R1, Qwen3.5
+        ("<think>", "<think>"),
+        ("<think>\n\n</think>\n\n", ""),  # Qwen3 with `enable_thinking: false`: nothing is left to be thought
+        ("", ""),
+    ],
+)
+def test_thinking_that_the_prompt_opens_is_found(opening, prefilled):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + opening.replace("\n", "{{ '\\n' }}") + "{% endif %}"
+    )
+    encoder = make_encoder(template)
+    row = Row({"messages": [user("write <think> please")]}, "rows.jsonl", 1)
+    assert encoder.prefilled(encoder.encode_prompt(row)) == prefilled

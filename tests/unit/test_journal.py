@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import struct
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -103,7 +105,7 @@ def test_a_chunk_cut_anywhere_is_no_chunk(run):
 def test_a_chunk_that_lost_a_line_is_no_chunk(run):
     file = run.journal_chunk(STEP, NUMBER)
     lines = file.read_text().split("\n")
-    for gone in range(6):  # header, four rollouts, end
+    for gone in range(8):  # header, the ids of two prompts, four rollouts, end
         file.write_text("\n".join(lines[:gone] + lines[gone + 1 :]))
         assert read(run) is None, gone
 
@@ -151,7 +153,15 @@ LINES = (
     '"sampler_logprobs": [0.0, 0.0, -2.5], "finish_reason": "length", "policy_version": 3, "text": "é", '
     '"reward": 0.0, "rewards": {"right": 0.0}, "failure": null}',
 )
-"""Logprobs are as long as the tokens, 0.0 where nothing was drawn."""
+"""Of formats 1 and 2: logprobs are as long as the tokens, 0.0 where nothing was drawn."""
+LINES_3 = (
+    '{"row": 4, "where": "rows.jsonl:5", "advantage": 0.5, "num_shared": 2, "token_ids": [7, 8], "trained": "11", '
+    '"float32": true, "sampler_logprobs": [-0.25, -0.5], "finish_reason": "stop", "policy_version": 3, '
+    '"text": "it is 4", "reward": 1.0, "rewards": {"right": 1.0}, "failure": null}',
+    '{"row": 4, "where": "rows.jsonl:5", "advantage": -0.5, "num_shared": 2, "token_ids": [9], "trained": "1", '
+    '"float32": true, "sampler_logprobs": [-2.5], "finish_reason": "length", "policy_version": 3, "text": "é", '
+    '"reward": 0.0, "rewards": {"right": 0.0}, "failure": null}',
+)
 WRITTEN = Group(
     ROWS[4],
     (
@@ -163,12 +173,13 @@ WRITTEN = Group(
 ASKED = JournalPrompt(4, "rows.jsonl:5", ({"role": "user", "content": "2+2?"},), {"answer": "4"})
 
 
-def test_format_1_stays_readable(tmp_path):
-    """A chunk as the first versions wrote it; an interrupted run replays it."""
+@pytest.mark.parametrize("known", [1, 2])
+def test_earlier_formats_stay_readable(tmp_path, known):
+    """A chunk as earlier versions wrote it; an interrupted run replays it."""
     run = RunDir(tmp_path)
     file = run.journal_chunk(STEP, NUMBER)
     file.parent.mkdir(parents=True)
-    file.write_text("\n".join([HEADER_LINE % 1, *LINES, '{"end": 2}']) + "\n", encoding="utf-8")
+    file.write_text("\n".join([HEADER_LINE % known, *LINES, '{"end": 2}']) + "\n", encoding="utf-8")
     assert read(run, rows=(4,)) == [WRITTEN]
     (group,) = read_step(run, STEP)
     assert group.prompt is None
@@ -183,7 +194,8 @@ def test_a_prompt_is_written_once_per_chunk_and_does_not_change_the_replay(tmp_p
         '{"row": 4, "where": "rows.jsonl:5", "prompt": [{"role": "user", "content": "2+2?"}], '
         '"fields": {"answer": "4"}}'
     )
-    lines = [(HEADER_LINE % 2).replace("[4]", "[4, 4]"), asked, *LINES, *LINES, '{"end": 5}']
+    ids = '{"row": 4, "shared_ids": [1, 500]}'
+    lines = [(HEADER_LINE % 3).replace("[4]", "[4, 4]"), asked, ids, *LINES_3, *LINES_3, '{"end": 6}']
     assert run.journal_chunk(STEP, NUMBER).read_text(encoding="utf-8") == "\n".join(lines) + "\n"
     assert read_chunk(run, NUMBER, header, [ROWS[4], ROWS[4]]) == [WRITTEN, WRITTEN]
     assert [prompt["fields"] for prompt in prompts(run)] == [{"answer": "4"}, {"answer": "4"}]
@@ -246,7 +258,7 @@ def test_a_step_without_rollouts_has_no_groups(tmp_path):
 
 def test_every_line_is_json_of_its_own_and_readable(run):
     text = run.journal_chunk(STEP, NUMBER).read_text(encoding="utf-8")
-    assert len([json.loads(line) for line in text.rstrip("\n").split("\n")]) == 6
+    assert len([json.loads(line) for line in text.rstrip("\n").split("\n")]) == 8
     assert "日本" in text
 
 
@@ -260,3 +272,39 @@ def test_a_step_set_aside_is_not_replayed_and_the_newest_one_is_kept(run):
     write_chunk(run, 5, HEADER, GROUPS)
     assert set_aside(run, STEP) == aside
     assert [file.name for file in aside.iterdir()] == ["chunk-0005.jsonl"]
+
+
+def test_logprobs_of_float32_come_back_bit_for_bit(tmp_path):
+    run = RunDir(tmp_path)
+    generator = random.Random(4711)
+    bits = [generator.getrandbits(32) for _ in range(20_000)]
+    singles = struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}I", *bits))
+    finite = tuple(value for value in singles if math.isfinite(value))
+    drawn = Rollout(tuple(range(len(finite))), (True,) * len(finite), finite, "stop", STEP, "", 1.0)
+    header = replace(HEADER, rows=(4,), group_size=1)
+    write_chunk(run, NUMBER, header, [Group(ROWS[4], (drawn,))])
+    found = read_chunk(run, NUMBER, header, [ROWS[4]])
+    assert found is not None
+    assert struct.pack(f"{len(finite)}d", *found[0].rollouts[0].sampler_logprobs) == struct.pack(
+        f"{len(finite)}d", *finite
+    )
+
+
+def test_prompts_that_differ_between_rollouts_share_what_they_have_in_common(tmp_path):
+    """As of an environment whose `reset` is random."""
+    run = RunDir(tmp_path)
+    mask = (False, False, False, True)
+    groups = [
+        Group(ROWS[4], tuple(Rollout((1, 2, last, 9), mask, (-0.5,), "stop", STEP, "", 1.0) for last in (3, 4))),
+        Group(
+            ROWS[7],
+            (Rollout((), (), (), "stop", STEP, "", 0.0), Rollout((5, 9), (False, True), (-1.0,), "stop", 3, "")),
+        ),
+    ]
+    write_chunk(run, NUMBER, HEADER, groups)
+    assert read(run) == groups
+    lines = [json.loads(line) for line in run.journal_chunk(STEP, NUMBER).read_text().splitlines()]
+    assert [line for line in lines if "shared_ids" in line] == [
+        {"row": 4, "shared_ids": [1, 2]},
+        {"row": 7, "shared_ids": []},
+    ]

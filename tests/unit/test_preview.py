@@ -177,13 +177,16 @@ def test_prompts_of_rft_are_counted_with_the_room_they_leave(capsys):
 
 
 def test_prompts_that_leave_too_little_room_are_counted(capsys):
+    rows = [{"prompt": "x" * number, "answer": "1"} for number in (70, 300, 1)]
     write_recipe(RFT)
-    write_rows(
-        {"prompt": "x" * 70, "answer": "1"}, {"prompt": "x" * 300, "answer": "1"}, {"prompt": "x", "answer": "1"}
-    )
+    write_rows(*rows)
+    assert 112 < num_tokens(PROMPT.replace("What is 0 + 1?", "x" * 70)) < 128  # a completion may have 16
     train = data_of(capsys, code=2)["training rows"]
-    assert train["num_cramped"] == (128 - num_tokens(PROMPT.replace("What is 0 + 1?", "x" * 70)) < 16) == 1
-    assert [reason.split(": ")[0] for reason in train["refused"]] == ["train.jsonl:2"]
+    assert [reason.split(": ")[0] for reason in train["refused"]] == ["train.jsonl:1", "train.jsonl:2"]
+    write_recipe(RFT, overlong="drop")
+    write_rows(*rows)
+    train = data_of(capsys)["training rows"]
+    assert (train["num_dropped"], train["num_sequences"], train["refused"]) == (2, 1, [])
 
 
 class _Texts(HTMLParser):

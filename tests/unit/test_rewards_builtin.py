@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from trainer.config.rft_sections import RewardSpec
-from trainer.rewards.builtin.http_reward import http_reward
+from trainer.errors import RewardError
 from trainer.rewards.builtin.last_number import check_row as check_number
 from trainer.rewards.builtin.last_number import find_last_number, last_number
 from trainer.rewards.builtin.length import soft_overlong
 from trainer.rewards.builtin.structured import find_document, json_schema
 from trainer.rewards.builtin.text import exact_match, regex_match
-from trainer.rewards.contract import Score, UnscoredBatchError
+from trainer.rewards.contract import Score
 from trainer.rewards.runner import RewardRunner
 from trainer.types import Row
 
@@ -323,10 +323,17 @@ def test_the_example_server_rewards_a_batch(example_server, tmp_path):
     assert [each.rewards["http_reward"] for each in scored] == [1.0, 0.0, None]
 
 
+def posted(url, texts, **args):
+    """What an `http_reward` without patience makes of completions to the answer 4."""
+    spec = RewardSpec(use="http_reward", args={"url": url, "on_outage": "fail", **args})
+    with RewardRunner([spec], base_dir=Path()) as runner:
+        return runner.score([(text, Row({"answer": 4})) for text in texts])
+
+
 def test_a_server_that_stumbles_is_asked_again(moody_server):
     url, moods = moody_server
     moods[:] = [(500, {"error": "warming up"}), (429, {})]
-    assert http_reward(["p"], ["a 4"], url=url, answer=[4]) == [1.0]
+    assert posted(url, ["a 4"])[0].reward == 1.0
     assert moods == []
 
 
@@ -334,20 +341,15 @@ def test_a_server_that_stumbles_is_asked_again(moody_server):
 def test_proxies_of_the_environment_are_not_used(moody_server, monkeypatch, name):
     url, _ = moody_server
     monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    assert http_reward(["p"], ["a 4"], url=url, num_retries=0, answer=[4]) == [1.0]
-
-
-def test_a_server_that_answers_too_late_is_asked_again():
-    stalled = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
-    with stalled, pytest.raises(UnscoredBatchError, match=r"ReadTimeout: .*\(tried 2 times\)"):
-        http_reward(["p"], ["c"], url=f"http://127.0.0.1:{stalled.getsockname()[1]}", post_timeout_s=0.2, num_retries=1)
+    assert posted(url, ["a 4"], num_retries=0)[0].reward == 1.0
 
 
 def test_a_request_that_is_wrong_is_not_repeated(moody_server):
     url, moods = moody_server
     moods[:] = [(404, {"error": "no such path"}), (500, {})]
-    with pytest.raises(UnscoredBatchError, match=r"HTTP 404.*no such path"):
-        http_reward(["p"], ["a 4"], url=url, answer=[4])
+    failure = str(posted(url, ["a 4"])[0].failure)
+    assert "HTTP 404" in failure
+    assert "no such path" in failure
     assert len(moods) == 1
 
 
@@ -355,8 +357,9 @@ def test_a_request_that_is_wrong_is_not_repeated(moody_server):
 def test_an_answer_of_another_form_scores_nothing(moody_server, answer):
     url, moods = moody_server
     moods[:] = [(200, answer)]
-    with pytest.raises(UnscoredBatchError, match="must answer"):
-        http_reward(["p", "p"], ["a", "b"], url=url)
+    scored = posted(url, ["a", "b"])
+    assert [each.reward for each in scored] == [None, None]
+    assert "must answer" in str(scored[0].failure)
 
 
 def test_a_server_may_fail_one_completion(moody_server, tmp_path):
@@ -368,8 +371,8 @@ def test_a_server_may_fail_one_completion(moody_server, tmp_path):
     assert "'no judge'" in str(scored[1].failure)
 
 
-def test_a_server_that_is_not_there_fails_the_batch_at_once(tmp_path):
-    with pytest.raises(UnscoredBatchError, match=r"tried 2 times"):
-        http_reward(["p"], ["c"], url="http://127.0.0.1:9", num_retries=1)
-    with pytest.raises(UnscoredBatchError, match="must begin with http"):
-        http_reward(["p"], ["c"], url="file:///etc/passwd")
+def test_a_server_that_is_not_there_fails_the_batch_at_once():
+    scored = posted("http://127.0.0.1:9", ["c", "d"], num_retries=1)
+    assert all("ConnectError" in str(each.failure) for each in scored)
+    with pytest.raises(RewardError, match="must begin with http"):
+        posted("file:///etc/passwd", ["c"])

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from trainer.config.judge_settings import JUDGES
 from trainer.config.reward_place import BUILT_IN
 from trainer.errors import RewardError
 from trainer.rewards.contract import importable, load_reward
+from trainer.rewards.judges.open import Judging
 
 MINE = """
 import math
@@ -46,9 +48,13 @@ def test_every_built_in_reward_can_be_imported(use):
         "regex_match": {"pattern": "a"},
         "soft_overlong": {"max_characters": 2, "ramp_characters": 1},
         "http_reward": {"url": "http://localhost"},
+        "llm_judge": {"url": "http://localhost/v1", "model": "m", "rubric": "Be brief."},
     }
     assert importable(use, Path()) is None
-    assert load_reward(use, args.get(use, {}), Path()).is_batch is (use == "http_reward")
+    if use in JUDGES:
+        Judging().open(use, use, args[use], Path()).close()
+    else:
+        assert load_reward(use, args.get(use, {}), Path()).form == "single"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_looking_for_trl_rewards_does_not_import_trl():
         ("regex_match", {}, "give `args: {pattern: ...}`"),
         ("mine.py:scale", {}, "give `args: {factor: ...}`"),
         ("mine.py:three", {}, "give `args: {third: ...}`"),
-        ("mine.py:alone", {}, "neither `(completion, row)` nor `(prompts, completions, **columns)`"),
+        ("mine.py:alone", {}, "neither `(completion, row)`, `(group, row)` nor `(prompts, completions, **columns)`"),
         ("mine.py:tokens", {}, "wants token ids"),
         ("mine.py:number", {}, "is a int, not a function"),
         ("raises.py:f", {}, "raises.py:3)"),

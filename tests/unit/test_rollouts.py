@@ -19,6 +19,7 @@ from trainer.distributed.world import World
 from trainer.errors import PreemptedError, RewardError
 from trainer.rewards.runner import RewardRunner
 from trainer.run.directory import RunDir
+from trainer.run.journal import read_step
 from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.training.rollouts import (
     Rollouts,
@@ -41,6 +42,9 @@ def scripted(completion, row):
 
 def mended(completion, row):
     return float(int(completion.split()[2]) % 2)
+
+def opened(completion, row):
+    return float(completion.startswith("<think>\\n"))
 
 def with_parts(completion, row):
     return Score(0.5, {"form": 1.0, "content": float(completion.split()[2])})
@@ -79,7 +83,7 @@ def rewards(tmp_path_factory):
     """One real runner for each function."""
     directory = tmp_path_factory.mktemp("rewards")
     (directory / "rewards.py").write_text(REWARDS)
-    runners = {name: recipe(rewards=[{"use": f"rewards.py:{name}"}]) for name in ("scripted", "mended", "with_parts")}
+    runners = {name: recipe(rewards=[{"use": f"rewards.py:{name}"}]) for name in USED}
     started = {
         name: RewardRunner(of_recipe.rewards, base_dir=directory).__enter__() for name, of_recipe in runners.items()
     }
@@ -112,6 +116,7 @@ def recipe(**changes) -> RFTRecipe:
     return RFTRecipe.model_validate({**fields, **changes})
 
 
+USED = ("scripted", "mended", "with_parts", "opened")
 SIGNAL, FLAT = [1.0, 0.0], [0.5]
 
 
@@ -375,3 +380,15 @@ def test_sampling_is_as_the_recipe_says():
     params = sampling_params(found, found.rollout, frozenset({2, 3}))
     assert {name: getattr(params, name) for name in settings} == {**settings, "stop": ("###",)}
     assert (params.seed, params.stop_ids, params.is_greedy) == (5, frozenset({2, 3}), False)
+
+
+def test_rewards_see_the_thinking_that_the_prompt_opens_and_the_journal_what_was_drawn(make):
+    plain, opening = make(reward="opened", run="plain"), make(reward="opened", run="opening")
+    opening.prompts = [replace(prompt, prefilled="<think>\n") for prompt in opening.prompts]
+    rewards = [
+        {rollout.reward for group in rollouts.of_step(0).groups for rollout in group.rollouts}
+        for rollouts in (plain, opening)
+    ]
+    assert rewards == [{0.0}, {1.0}]
+    texts = [rollout["text"] for group in read_step(opening.run, 0) for rollout in group.rollouts]
+    assert not [text for text in texts if "<think>" in text]

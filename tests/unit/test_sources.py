@@ -207,3 +207,17 @@ def test_a_large_parquet_file_is_read_in_parts_and_numbered_through():
     pyarrow.parquet.write_table(table, "rows.parquet", row_group_size=500)
     rows = read("rows.parquet")
     assert [(row.line, dict(row)) for row in rows] == [(n + 1, {"prompt": f"p{n}"}) for n in range(1200)]
+
+
+def test_columns_reach_into_nested_fields_by_dots(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = {"extra": {"question": "2+2?"}, "reward_model": {"ground_truth": "4"}, "a.b": "literal", "a": {"b": "nested"}}
+    file.write_text(json.dumps(row) + "\n" + json.dumps({"extra": {"q": "3?"}, "reward_model": None, "a.b": 1}) + "\n")
+    columns = {"prompt": "extra.question", "answer": "reward_model.ground_truth", "label": "a.b"}
+    settings = DataSettings.model_validate({"train": str(file), "columns": columns})
+    refused: list[DataError] = []
+    (found,) = read_rows(settings.train, settings, refused=refused)
+    assert (found["prompt"], found["answer"], found["label"]) == ("2+2?", "4", "literal")
+    assert [str(error) for error in refused] == [
+        f"{file}:2: no field `extra.question`: `extra` has q (data.columns)",
+    ]

@@ -231,7 +231,6 @@ def test_what_the_words_are_about_is_all_that_is_refused():
         (RFT, VLLM),
         (RFT, ["lora.dora=true"]),
         (RFT, [*VLLM, "rollout.temperature=0.5"]),
-        (RFT, [*VLLM, "rollout.top_p=0.9", "algorithm.mismatch_cap=2"]),
         (RFT, ["rollout.vllm_url=127.0.0.1:8000"]),
         (SFT, ["model.quantization=nf4", "shape=h100x8_dp"]),
         (SFT, ["lora.target_modules=[q_proj]"]),

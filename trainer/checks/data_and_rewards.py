@@ -24,6 +24,8 @@ UNTRAINED, TRAINED = ("\x1b[2m", "\x1b[2;4m"), ("\x1b[30;42m", "\x1b[30;102m")
 RESET: Final = "\x1b[0m"
 REFUSED_SHOWN: Final = 10
 BAR_CHARS: Final = 40
+PROBE_WORKERS: Final = 3
+"""Reward processes that try texts at the same time, so that one which hangs leaves time for others."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = plan_recipe(Path(arguments.recipe), arguments.set, arguments.shape)
         is_refused = _show_data(plan, arguments, about) if arguments.data else False
         if arguments.rewards:
-            _show_rewards(plan, arguments, about)
+            is_refused |= _show_rewards(plan, arguments, about)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -95,29 +97,42 @@ def _write_page(file: Path, text: str) -> None:
         raise UserError(f"{file}: {error.strerror}. Name another file with --html.") from None
 
 
-def _show_rewards(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> None:
+def _show_rewards(plan: Plan, arguments: argparse.Namespace, about: dict[str, Any]) -> bool:
     from trainer.data.sources import read_rows
-    from trainer.rewards.dry_run import probe
+    from trainer.rewards.dry_run import ProbeSettings, probe
 
     recipe = plan.recipe
     if recipe.method != "rft":
         raise UserError(f"{arguments.recipe}: has no rewards, since its method is {recipe.method}")
     lines: list[str] = []
+    problems: Sequence[str] = ()
     rows = read_rows(recipe.data.train, recipe.data)
     if isinstance(plan, RFTPlan) and recipe.rollout.has_turns:
         lines += _play_environment(plan, rows)
     if recipe.reward_functions and recipe.rollout.environment is None:
-        report = probe(
-            recipe.reward_functions,
-            rows,
-            base_dir=Path(plan.recipe_dir),
-            timeout_s=recipe.reward_limits.timeout_s,
-            memory_limit_gib=recipe.reward_limits.memory_limit_gib,
+        held_out = read_rows(recipe.data.eval, recipe.data, recipe.data.eval_rows) if recipe.data.eval else []
+        limits = recipe.reward_limits
+        settings = ProbeSettings(
+            Path(plan.recipe_dir),
+            timeout_s=limits.timeout_s,
+            memory_limit_gib=limits.memory_limit_gib,
+            column=recipe.reward_column,
+            num_workers=max(limits.num_workers, PROBE_WORKERS),
+            say=_say,
         )
+        report = probe(recipe.reward_functions, rows, settings, held_out)
         lines += report.lines()
+        problems = report.problems
     about["rewards"] = lines
     if not arguments.json:
         sys.stdout.write("\n".join(lines) + "\n")
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    return bool(problems)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def _play_environment(plan: RFTPlan, rows: Sequence[Row]) -> list[str]:

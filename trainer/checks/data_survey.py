@@ -97,8 +97,6 @@ class Survey:
     num_dropped: int
     num_respaced: int
     """Rows with trained text of which the template removes or changes white space."""
-    num_cramped: int
-    """Prompts that leave less than `rollout.max_completion_tokens`."""
     refused: tuple[str, ...]
     """File, line and reason of each row that training would stop at."""
     refused_rows: tuple[RefusedRow, ...]
@@ -130,8 +128,8 @@ class Survey:
         if self.unit == "row":
             table.append(("trained tokens", f"{self.num_trained:,}{share}"))
             table += [("truncated", f"{self.num_truncated:,}"), ("dropped", f"{self.num_dropped:,}")]
-        elif self.num_cramped:
-            table.append(("cramped", f"{self.num_cramped:,} leave less than rollout.max_completion_tokens"))
+        elif self.num_dropped:
+            table.append(("dropped", f"{self.num_dropped:,} leave less than rollout.max_completion_tokens"))
         table.append(("refused", f"{len(self.refused):,}"))
         num_used = self.num_rows - len(self.refused) - self.num_dropped
         if self.num_sequences > num_used:
@@ -217,7 +215,7 @@ class _Counts:
         self.forms: Counter[str] = Counter()
         self.fields = FieldTable()
         self.weights: set[float] = set()
-        self.num_tokens = self.num_trained = self.num_truncated = self.num_dropped = self.num_cramped = 0
+        self.num_tokens = self.num_trained = self.num_truncated = self.num_dropped = 0
         self.num_sequences = self.num_respaced = 0
         self.longest, self.longest_tokens = "", 0
 
@@ -245,20 +243,21 @@ class _Counts:
         """Count rft prompts."""
         for row in rows:
             try:
-                ids = self.encoder.encode_prompt(row)
+                ids = self.encoder.kept_prompt(row, max_completion_tokens)
                 _, form, uses = self.encoder.prepare_prompt(row)
             except DataError as error:
                 self._refuse(row, error)
+                continue
+            if ids is None:
+                self.num_dropped += 1
                 continue
             self.forms[form] += 1
             self.fields.add(uses)
             self._note_length(len(ids), str(row))
             self.num_sequences += 1
             self.num_tokens += len(ids)
-            room = self.data.max_seq_tokens - len(ids)
-            self.num_cramped += room < max_completion_tokens
             sequence = TokenSequence(ids, (False,) * len(ids), source=str(row))
-            self._show(row, (sequence,), f", room for {room:,} more")
+            self._show(row, (sequence,), f", room for {self.data.max_seq_tokens - len(ids):,} more")
 
     def survey(self, file: str, num_rows: int) -> Survey:
         """What was counted."""
@@ -271,7 +270,6 @@ class _Counts:
             num_trained=self.num_trained,
             num_truncated=self.num_truncated,
             num_dropped=self.num_dropped,
-            num_cramped=self.num_cramped,
             num_respaced=self.num_respaced,
             refused=tuple(self.refused),
             refused_rows=tuple(self.refused_rows),

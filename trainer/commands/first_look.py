@@ -59,7 +59,7 @@ def _rows(recipe: Recipe) -> Iterator[str]:
         problems += [problem for row in rows if not is_played and (problem := _row_problem(row, recipe)) is not None]
         if isinstance(recipe, RFTRecipe) and not problems:
             try:
-                refuse_unscorable_rows(recipe.reward_functions, rows)
+                refuse_unscorable_rows(recipe.reward_functions, rows, recipe.reward_column)
             except RewardError as error:
                 problems += str(error).splitlines()
         yield from problems[:MAX_SHOWN]

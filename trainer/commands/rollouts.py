@@ -12,9 +12,11 @@ from typing import Final
 
 from trainer.commands.tables import table_lines
 from trainer.errors import LaunchError
+from trainer.planning.plan import RFTPlan
 from trainer.report.groups import ShownGroup, ShownRollout, step_groups, steps_with_rollouts
 from trainer.run.directory import RunDir
 from trainer.run.find import find_run
+from trainer.run.judge_ledger import judge_totals
 
 WIDTH: Final = 100
 """Characters of a text that are shown without --full."""
@@ -32,6 +34,8 @@ def rollouts(arguments: argparse.Namespace) -> int:
         return 0
     note = ", refused: too many had no reward, so the step was not trained on them" if is_refused else ""
     lines = [f"{run.root}, step {step}: {len(groups)} prompts{note}"]
+    totals = judge_totals(run)
+    lines += [str(totals)] if totals is not None else []
     if not is_refused and step in steps_with_rollouts(run, refused=True):
         lines.append("an earlier attempt's rollouts of this step were refused: --refused shows them")
     for group in groups[: arguments.groups]:
@@ -60,8 +64,14 @@ def _chosen_step(run: RunDir, wanted: int | None, *, refused_only: bool) -> tupl
     step = wanted if wanted is not None else steps[-1]
     if step not in steps:
         what = "refused rollouts" if refused_only else "rollouts"
-        raise LaunchError(f"{run.root}: no {what} of step {step}; there are {steps[0]} to {steps[-1]}")
+        older = " (older ones are removed: rollout.keep_steps)" if _removes_steps(run) and step < steps[0] else ""
+        raise LaunchError(f"{run.root}: no {what} of step {step}; there are {steps[0]} to {steps[-1]}{older}")
     return step, step not in kept
+
+
+def _removes_steps(run: RunDir) -> bool:
+    plan = run.read_plan()
+    return isinstance(plan, RFTPlan) and plan.recipe.rollout.keep_steps is not None
 
 
 def conversation_lines(rollout: ShownRollout, limit: int | None) -> list[str]:

@@ -15,6 +15,7 @@ from typing import IO, Final
 from trainer.config.recipe import DataSource, Recipe
 from trainer.config.source_files import ARROW_ENDINGS, ending_of, source_files
 from trainer.config.stored_counts import count_arrow_file, count_hub, count_saved
+from trainer.types import read_field
 
 SAMPLED_ROWS: Final = 200
 CHARS_PER_TOKEN: Final = 3.5
@@ -113,10 +114,17 @@ def mean_row_tokens(recipe: Recipe) -> float | None:
 def _turns(row: Mapping[str, object], recipe: Recipe) -> list[str]:
     """Return the text of each turn of a row."""
     columns = recipe.data.columns
-    messages = row.get(columns.get("messages", "messages"))
+
+    def read(name: str) -> object:
+        try:
+            return read_field(row, columns.get(name, name))
+        except KeyError:
+            return None
+
+    messages = read("messages")
     if messages is None:
         names = ("prompt", "completion") if recipe.method == "sft" else ("prompt",)
-        messages = [row.get(columns.get(name, name), "") for name in names]
+        messages = [read(name) or "" for name in names]
     if not isinstance(messages, list):
         raise TypeError(f"expected a list of messages, found {type(messages).__name__}")
     return [_text(message) for message in messages]

@@ -299,6 +299,9 @@ class RFTRecipe(RecipeBase):
     """rft only: how completions are sampled."""
     rewards: list[RewardSpec] = Field(default_factory=list)
     """rft only, at least one: reward functions. Their weighted sum is the reward; each is logged."""
+    reward_column: str | None = None
+    """rft only: field of the rows that names the rewards which judge the row: a name, or a list of names. By default
+    every reward judges every row."""
     reward_limits: RewardLimits = Field(default_factory=RewardLimits)
     """rft only: time and memory limits of rewards, and how many may fail."""
 

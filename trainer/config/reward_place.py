@@ -25,9 +25,26 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "math_verify": "trainer.rewards.builtin.mathematics:math_verify",
     "soft_overlong": "trainer.rewards.builtin.length:soft_overlong",
     "code_tests": "trainer.rewards.builtin.code_tests:code_tests",
-    "http_reward": "trainer.rewards.builtin.http_reward:http_reward",
+    "llm_judge": "trainer.rewards.judges.llm_judge:LLMJudge",
+    "http_reward": "trainer.rewards.judges.http_reward:HTTPReward",
 }
 """Built-in rewards: the name in a recipe, and where the function is defined."""
+JUDGE_NAMES: Final = ("llm_judge", "http_reward")
+"""Built-in rewards that a server computes; they are no functions and run in no reward worker."""
+WHERE_ONLY: Final = (
+    "url",
+    "timeout_s",
+    "num_retries",
+    "on_outage",
+    "max_wait_s",
+    "concurrency",
+    "cache",
+    "api_key_env",
+    "use_proxies",
+    "response_format",
+    "num_repairs",
+)
+"""Arguments of `llm_judge` that say where and how it is asked, not what: a resumed run may change them."""
 
 
 @final

@@ -134,12 +134,12 @@ class RolloutSettings(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; also applied to every logprob that is logged or trained on."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling; 1 disables it. Other values require `algorithm.mismatch_cap`."""
+    """Nucleus sampling; 1 disables it. Other values are refused: they bias the gradient."""
     top_k: NonNegativeInt = 0
-    """Sample only from the k most likely tokens; 0 disables it. Other values require `algorithm.mismatch_cap`."""
+    """Sample only from the k most likely tokens; 0 disables it. Other values are refused: they bias the gradient."""
     min_p: OpenFraction = 0.0
-    """Sample only tokens with at least this fraction of the highest probability; 0 disables it. Other values require
-    `algorithm.mismatch_cap`."""
+    """Sample only tokens with at least this fraction of the highest probability; 0 disables it. Other values are
+    refused: they bias the gradient."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a completion, in addition to the stop tokens of the model."""
     sampler: Literal["local", "vllm"] = "local"
@@ -148,6 +148,9 @@ class RolloutSettings(Section):
     """Address of the vLLM server for `sampler: vllm`."""
     chunk_prompts: PositiveInt = 8
     """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
+    keep_steps: PositiveInt | None = None
+    """Rollouts of so many newest steps stay in the run directory; null keeps all. Rollouts that a resume may need stay
+    in any case: those since the oldest of the newest `keep_last` checkpoints. Older ones are compressed."""
     refill: bool = False
     """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
     max_refill_rounds: PositiveInt = 4
@@ -212,6 +215,8 @@ class RewardSpec(Section):
     """Keyword arguments of the function."""
     label: str | None = None
     """Name of the reward in metrics; defaults to the name of the function."""
+    every_row: bool = False
+    """With `reward_column`: judge every row, also those that do not name this reward."""
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from dataclasses import replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -231,12 +232,15 @@ def _hub_model(recipe: Recipe) -> list[Finding]:
 
 def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
     findings = _rewards(recipe, recipe_dir) + turn_findings(recipe, recipe_dir) + _rollout(recipe) + _success(recipe)
+    findings += _reward_column(recipe)
     if recipe.lora is not None and recipe.lora.dropout > 0:
         findings.append(
             Finding(
                 ("lora", "dropout"), "rft needs 0: with dropout, logprobs of the same weights differ from pass to pass"
             )
         )
+    if recipe.data.overlong == "truncate":
+        findings.append(Finding(("data", "overlong"), "a truncated prompt asks something else; use `drop` or `error`"))
     if recipe.data.format == "text":
         findings.append(Finding(("data", "format"), "rft prompts are chats; remove `format: text`"))
     if "answers" in recipe.logging.model_fields_set and recipe.logging.answers:
@@ -250,7 +254,7 @@ def _rft(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
 
 
 def _rewards(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
-    from trainer.config.reward_place import importable  # imported here to keep `check` of sft recipes fast
+    from trainer.config.reward_place import JUDGE_NAMES, importable  # imported here to keep `check` of sft recipes fast
 
     if not recipe.rewards and recipe.rollout.environment is None:
         return [Finding(("rewards",), "missing; rft needs at least one reward, for example `- use: last_number`")]
@@ -264,9 +268,37 @@ def _rewards(recipe: RFTRecipe, recipe_dir: Path) -> list[Finding]:
         if problem is not None:
             text = problem.removeprefix(f"reward {reward.use}: ").replace("\n", " ")
             findings.append(Finding(("rewards", index, "use"), text))
+        if reward.use in JUDGE_NAMES:
+            findings += _judge(recipe, index, recipe_dir)
         if names.index(reward.name) != index:
             findings.append(Finding(("rewards", index), f"two rewards are called {reward.name}; give one a `label`"))
     return findings
+
+
+def _judge(recipe: RFTRecipe, index: int, recipe_dir: Path) -> list[Finding]:
+    from trainer.config.judge_settings import judge_findings, judge_settings
+
+    reward = recipe.rewards[index]
+    path: KeyPath = ("rewards", index, "args")
+    findings = [
+        replace(finding, path=(*path, *finding.path)) for finding in judge_findings(reward.use, reward.args, recipe_dir)
+    ]
+    settings, _ = judge_settings(reward.use, reward.args)
+    hang_s = recipe.recovery.hang_timeout_s
+    if settings is not None and settings.on_outage == "wait" and (settings.max_wait_s or hang_s) >= hang_s:
+        text = f"on several ranks a wait longer than recovery.hang_timeout_s ({hang_s:g}) restarts the run"
+        findings.append(Finding((*path, "max_wait_s"), text, is_error=False))
+    return findings
+
+
+def _reward_column(recipe: RFTRecipe) -> list[Finding]:
+    if recipe.reward_column is not None and not recipe.reward_functions:
+        return [Finding(("reward_column",), "there is no reward function to choose")]
+    return [
+        Finding(("rewards", index, "every_row"), "only says something with `reward_column`")
+        for index, reward in enumerate(recipe.rewards)
+        if reward.every_row and recipe.reward_column is None
+    ]
 
 
 def _success(recipe: RFTRecipe) -> list[Finding]:
@@ -281,10 +313,16 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
     findings = []
     rollout = recipe.rollout
     truncated = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
-    if any(truncated.values()) and recipe.algorithm.mismatch_cap is None:
+    if any(truncated.values()):
         name = next(name for name, is_on in truncated.items() if is_on)
-        text = "truncated sampling biases the gradient; turn it off or set `algorithm.mismatch_cap`"
+        text = (
+            "truncated sampling biases the gradient, since logprobs are those of the whole distribution, and "
+            "`algorithm.mismatch_cap` does not correct that; remove it"
+        )
         findings.append(Finding(("rollout", name), text))
+    if rollout.keep_steps is not None and recipe.dcp_save_interval == 0:
+        text = "nothing is removed without checkpoints: a resume replays all rollouts; set `dcp_save_interval`"
+        findings.append(Finding(("rollout", "keep_steps"), text, is_error=False))
     if rollout.max_completion_tokens >= recipe.data.max_seq_tokens:
         text = (
             f"{rollout.max_completion_tokens:,} leaves no room for the prompt in "

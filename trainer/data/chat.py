@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,6 +25,9 @@ from trainer.types import Row
 
 ENCODE_ROWS = 256
 """Rows tokenized by one call."""
+PREFILLED: Final = re.compile(r"<think>\s*\Z")
+PREFILLED_TOKENS: Final = 16
+"""Last tokens of a prompt among which a pre-filled `<think>` lies; in small vocabularies it has seven."""
 
 
 @final
@@ -152,16 +156,39 @@ class ChatEncoder:
         Raises:
             DataError: the row is no prompt, or leaves no room for a completion.
         """
-        text = self.prepare_prompt(row)[0]
-        (ids,) = self._joiner.ids_of([text])
-        self._joiner.refuse_bad_ids(row, ids)
+        ids = self._prompt_ids(row)
         if len(ids) + room > self.data.max_seq_tokens:
             limit = self.data.max_seq_tokens
             rest = f" and the completion may have {room:,}" if room > 1 else ""
             raise DataError(
                 f"{row}: the prompt has {len(ids):,} tokens{rest}; data.max_seq_tokens is {limit:,}. "
-                "Raise it, shorten the row, or lower rollout.max_completion_tokens."
+                "Raise it, shorten the row, lower rollout.max_completion_tokens, or set data.overlong to drop."
             )
+        return ids
+
+    def kept_prompt(self, row: Row, room: int) -> tuple[int, ...] | None:
+        """Tokenize an rft prompt as `encode_prompt`; None for one that is too long where data.overlong is drop."""
+        if self.data.overlong != "drop":
+            return self.encode_prompt(row, room)
+        ids = self._prompt_ids(row)
+        return ids if len(ids) + room <= self.data.max_seq_tokens else None
+
+    def prefilled(self, prompt_ids: Sequence[int]) -> str:
+        """The thinking that the prompt of a template opens for the answer, such as `<think>` (DeepSeek R1, Qwen3.5).
+
+        Rewards see it before the completion. A block that the prompt closes too is no part of the answer.
+
+        Args:
+            prompt_ids: of a prompt, up to where the model goes on.
+        """
+        end = self.tokenizer.decode(list(prompt_ids[-PREFILLED_TOKENS:]), skip_special_tokens=False)
+        found = PREFILLED.search(str(end))
+        return found[0] if found is not None else ""
+
+    def _prompt_ids(self, row: Row) -> tuple[int, ...]:
+        text = self.prepare_prompt(row)[0]
+        (ids,) = self._joiner.ids_of([text])
+        self._joiner.refuse_bad_ids(row, ids)
         return tuple(ids)
 
     def prepare_prompt(self, row: Row) -> tuple[str, str, dict[str, str]]:

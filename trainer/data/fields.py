@@ -71,6 +71,8 @@ def use_of_fields(row: Row, read: Conversation | PlainText, settings: DataSettin
     """
     uses = dict(read.uses)
     renamed = {theirs: ours for ours, theirs in settings.columns.items()}
+    for ours, theirs in settings.columns.items():  # a nested one uses the field that it is in
+        renamed.setdefault(theirs.partition(".")[0], ours)
     for name in row:
         if name in uses:
             continue

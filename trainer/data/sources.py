@@ -12,7 +12,7 @@ from trainer.config.recipe import DataSettings, DataSource
 from trainer.config.source_files import ARROW_ENDINGS, ending_of, source_files
 from trainer.data.jsonl import read_json_rows
 from trainer.errors import DataError
-from trainer.types import Row
+from trainer.types import MissingFieldError, Row, read_field
 
 MESSAGE_COLUMNS: Final = ("role", "content")
 """Names in `data.columns` that are fields of a message, not of a row."""
@@ -123,7 +123,9 @@ def _rename(raw: Mapping[str, Any], columns: Mapping[str, str], source: str) -> 
     columns = {ours: theirs for ours, theirs in columns.items() if ours not in MESSAGE_COLUMNS}
     if not columns:
         return raw
-    missing = [name for name in columns.values() if name not in raw]
-    if missing:
-        raise DataError(f"{source}: no field `{missing[0]}` (data.columns); the row has: {', '.join(raw)}")
-    return {**raw, **{ours: raw[theirs] for ours, theirs in columns.items()}}
+    try:
+        return {**raw, **{ours: read_field(raw, theirs) for ours, theirs in columns.items()}}
+    except MissingFieldError as error:
+        raise DataError(f"{source}: {error} (data.columns)") from None
+    except KeyError as error:
+        raise DataError(f"{source}: no field `{error.args[0]}` (data.columns); the row has: {', '.join(raw)}") from None

@@ -69,6 +69,13 @@ class Task:
             return None
         return PassRule.of(self.plan.recipe)
 
+    @property
+    def reward_column(self) -> str | None:
+        """Field of the rows that chooses rewards; None where the command names other rewards than the run's."""
+        if not isinstance(self.plan, RFTPlan) or self.rewards != self.plan.recipe.rewards:
+            return None
+        return self.plan.recipe.reward_column
+
     def params(self, model: ChatModel) -> SamplingParams:
         """How answers are drawn: as the run's own evaluations are, unless the command says otherwise."""
         if isinstance(self.plan, RFTPlan):
@@ -145,7 +152,7 @@ def measure(source: ModelSource, task: Task) -> Measured:
     answered: list[AnsweredRow] = []
     if task.rewards:
         prompts = [prompt_row(row, source) for row in task.rows]
-        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits, task.pass_rule)
+        rewarded = RewardedRows(prompts, task.rewards, task.base_dir, task.limits, task.pass_rule, task.reward_column)
         answered = rewarded.answered_by(model, task.params(model), task.num_samples)
     return Measured(source.label, losses, answered)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from trainer.data.tokens import TokenSequence
 from trainer.errors import ModelError, RewardError
 from trainer.inference.chat_model import ChatModel
 from trainer.model.batch import Batch
+from trainer.rewards.judges.open import Judging
+from trainer.rewards.judges.protocol import Surroundings
 from trainer.rewards.runner import ALL_ABSTAINED, RewardRunner
 from trainer.sampling.sampler import SamplingParams
 from trainer.training.evaluate import CHUNK_PROMPTS, HeldOutAnswer, PassRule, pass_at_k
@@ -61,18 +64,21 @@ class AnsweredRow:
         """pass@k of this row, for one answer and for all of them."""
         if self.pass_rule is None:
             return {}
-        passed = [[self.pass_rule.passes(answer) for answer in self.answers]]
+        passed = [[self.pass_rule.passes(answer) for answer in self.answers if self.pass_rule.judges(answer)]]
+        if not passed[0]:
+            return {}
         return {f"pass_at_{k}": pass_at_k(passed, k) for k in sorted({1, self.num_samples})}
 
     def _parts(self) -> dict[str, float]:
-        """Mean of each reward over the answers on which it did not abstain; 0 where one failed."""
+        """Mean of each reward over the answers that it judged and did not abstain on; 0 where one failed."""
         names = sorted({name for answer in self.answers for name in answer.rewards if "/" not in name})
         parts = {}
         for name in names:
             values = [
                 answer.rewards.get(name) or 0.0
                 for answer in self.answers
-                if answer.reward is None or answer.rewards.get(name) is not None
+                if answer.rewards.get(name) is not None
+                or (answer.reward is None and (name in answer.rewards or not answer.rewards))
             ]
             if values:
                 parts[f"reward/{name}"] = math.fsum(values) / len(values)
@@ -90,6 +96,8 @@ class RewardedRows:
     """What `file.py:function` is relative to."""
     limits: RewardLimits
     pass_rule: PassRule | None = None
+    column: str | None = None
+    """Field of the rows that names the rewards which judge it; None for all."""
 
     def answered_by(self, model: ChatModel, params: SamplingParams, num_samples: int) -> list[AnsweredRow]:
         """Answer every row in chunks, as evaluations in training do, and score the answers.
@@ -111,6 +119,8 @@ class RewardedRows:
             num_workers=self.limits.num_workers,
             timeout_s=self.limits.timeout_s,
             memory_limit_gib=self.limits.memory_limit_gib,
+            column=self.column,
+            judging=Judging(around=Surroundings(_say, may_wait=False)),
         ) as runner:
             chunks = (self.rows[begin : begin + CHUNK_PROMPTS] for begin in range(0, len(self.rows), CHUNK_PROMPTS))
             rollouts = [pair for chunk in chunks for pair in _rollouts(model, chunk, params, num_samples, runner)]
@@ -126,6 +136,10 @@ class RewardedRows:
             )
 
 
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
 def _rollouts(
     model: ChatModel, rows: Sequence[Row], params: SamplingParams, num_samples: int, runner: RewardRunner
 ) -> Iterator[tuple[Row, list[Rollout]]]:
@@ -133,8 +147,13 @@ def _rollouts(
         [Rollout.of_completion(model.prompt_ids(row), completion) for completion in completions]
         for row, completions in zip(rows, model.sample(rows, params, num_samples), strict=True)
     ]
-    items = [(rollout.text, row) for row, of_row in zip(rows, drawn, strict=True) for rollout in of_row]
-    scores = iter(runner.score(items))
+    opened = [model.encoder.prefilled(model.prompt_ids(row)) for row in rows]
+    items = [
+        (prefilled + rollout.text, row)
+        for row, prefilled, of_row in zip(rows, opened, drawn, strict=True)
+        for rollout in of_row
+    ]
+    scores = iter(runner.score(items, [len(of_row) for of_row in drawn]))
     for row, of_row in zip(rows, drawn, strict=True):
         yield row, [with_score(rollout, next(scores)) for rollout in of_row]
 

@@ -10,14 +10,14 @@ from typing import Final
 
 from trainer.config.presets import ResolvedAlgorithm
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSettings, DataSource, Recipe, RFTRecipe
-from trainer.config.reward_place import source_of_reward
-from trainer.config.rft_sections import RolloutSettings, VerifiersEnvironment
+from trainer.config.reward_place import WHERE_ONLY, source_of_reward
+from trainer.config.rft_sections import RewardSpec, RolloutSettings, VerifiersEnvironment
 from trainer.config.source_files import source_files
 from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
 
 ROLLOUT_EXEMPT = frozenset(
-    {"vllm_url", "eval_samples", "success", "max_sampler_kl", "environment_limits", "deterministic"}
+    {"vllm_url", "keep_steps", "eval_samples", "success", "max_sampler_kl", "environment_limits", "deterministic"}
 )
 """Fields of `rollout` that do not change what is trained."""
 LATER_ROLLOUT_FIELDS: Final = (
@@ -56,7 +56,9 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
         for name, value in unset.items():
             if fields["rollout"][name] == value:
                 del fields["rollout"][name]
-        fields["rewards"] = [reward.model_dump() for reward in recipe.rewards]
+        fields["rewards"] = [_reward_identity(reward) for reward in recipe.rewards]
+        if recipe.reward_column is not None:
+            fields["reward_column"] = recipe.reward_column
     fields["data"] = recipe.data.model_dump(exclude={"train", "eval", "eval_rows"})
     for name in LATER_DATA_FIELDS:
         if fields["data"][name] == DataSettings.model_fields[name].get_default(call_default_factory=True):
@@ -70,6 +72,16 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
     for section, name in (("model", "chat_template"), ("lora", "warm_start")):
         if f"{section}.{name}" in digests:
             fields[section][name] = digests[f"{section}.{name}"]
+    return fields
+
+
+def _reward_identity(reward: RewardSpec) -> dict[str, object]:
+    """What of a reward changes the result; not where an llm_judge is and how patiently it is asked."""
+    fields = reward.model_dump()
+    if not reward.every_row:
+        del fields["every_row"]  # the first version did not have it
+    if reward.use == "llm_judge":
+        fields["args"] = {name: value for name, value in reward.args.items() if name not in WHERE_ONLY}
     return fields
 
 
@@ -96,7 +108,7 @@ def held_out_digest(recipe: Recipe) -> str | None:
 
 
 def reward_digests(recipe: Recipe, recipe_dir: Path) -> dict[str, str]:
-    """Return the digest of the source file of each reward that is not built in.
+    """Return the digest of the source file of each reward that is not built in, and of judges' rubric files.
 
     For example {"mine.py": "sha256:9f86..."}.
 
@@ -107,7 +119,13 @@ def reward_digests(recipe: Recipe, recipe_dir: Path) -> dict[str, str]:
     if not isinstance(recipe, RFTRecipe):
         return {}
     uses = [reward.use for reward in recipe.reward_functions]
-    return _source_digests(uses, recipe_dir) | environment_digests(recipe, recipe_dir)
+    rubrics = [
+        str(reward.args["rubric_file"])
+        for reward in recipe.reward_functions
+        if reward.use == "llm_judge" and "rubric_file" in reward.args
+    ]
+    digests = {rubric: _file_digest(recipe_dir / rubric) for rubric in rubrics}
+    return digests | _source_digests(uses, recipe_dir) | environment_digests(recipe, recipe_dir)
 
 
 def environment_digests(recipe: RFTRecipe, recipe_dir: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from trainer.report.timeline import AttemptSpan, Event, attempt_spans, began_at,
 from trainer.run.best import best_value
 from trainer.run.console import duration
 from trainer.run.directory import RunDir
+from trainer.run.judge_ledger import judge_totals
 from trainer.run.metrics_reader import Record
 from trainer.run.sinks import sink_problems
 from trainer.run.tracker import read_tracker
@@ -168,6 +169,10 @@ def _tiles(
     if peaks:
         predicted = plan.memory.total_gib if plan.memory is not None else None
         tiles.append(Tile("Peak memory", f"{max(peaks):.1f} GiB", f"{predicted:.1f} predicted" if predicted else ""))
+    totals = judge_totals(run)
+    if totals is not None:
+        tokens = totals.prompt_tokens + totals.completion_tokens
+        tiles.append(Tile("Judge tokens", f"{tokens:,}", f"{totals.answers:,} answers"))
     return tiles
 
 

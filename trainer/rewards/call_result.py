@@ -30,6 +30,8 @@ class CallResult:
     fields: tuple[str, ...] = ()
     """Row fields that the reward read."""
     seconds: float = 0.0
+    is_chosen: bool = True
+    """Whether the row chose this reward; if not, it is no abstention, and is not logged."""
 
     def to_json(self) -> dict[str, Any]:
         """The wire format."""

@@ -4,6 +4,10 @@ A reward takes the completion's text and the row, and returns a number, a `Score
 
     def last_number(completion: str, row: Row) -> float: ...
 
+A group reward compares the completions of one prompt, and is recognized by its first parameter `group`:
+
+    def shortest(group: Sequence[str], row: Row) -> list[float]: ...
+
 TRL's batch form `(prompts, completions, **columns) -> list` is accepted unchanged and recognized by its parameter
 `completions`. Functions are loaded only in reward workers (`trainer.rewards.worker`): importing them may be slow, or
 hang.
@@ -17,13 +21,13 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final
 
-from trainer.config.reward_place import Place, importable, locate
+from trainer.config.reward_place import JUDGE_NAMES, Place, importable, locate
 from trainer.errors import RewardError
 from trainer.types import Row
 
@@ -47,6 +51,9 @@ class Score:
 
 
 Reward: TypeAlias = Callable[[str, Row], "float | Score | None"]
+GroupReward: TypeAlias = Callable[[Sequence[str], Row], "Sequence[float | Score | None]"]
+Form: TypeAlias = Literal["single", "batch", "group"]
+"""What one call scores: a completion, all that were submitted together, or all of one prompt."""
 
 
 class UnscoredBatchError(Exception):
@@ -62,12 +69,19 @@ class LoadedReward:
     args: Mapping[str, Any]
     is_batch: bool
     """Whether it has TRL's form `(prompts, completions, **columns)`."""
+    is_group: bool = False
+    """Whether it has the form `(group, row)` and scores all completions of a prompt at once."""
     takes_all: bool = False
     """Whether a batch function takes every column, as `**kwargs`."""
     names: frozenset[str] = frozenset()
     """Parameters of a batch function."""
     required: tuple[str, ...] = ()
     """Row fields that a batch function requires, in the order of its signature."""
+
+    @property
+    def form(self) -> Form:
+        """What one call of it scores."""
+        return "batch" if self.is_batch else "group" if self.is_group else "single"
 
     def takes(self, name: str) -> bool:
         """Whether a batch function takes this column."""
@@ -85,6 +99,8 @@ def load_reward(use: str, args: Mapping[str, Any], base_dir: Path) -> LoadedRewa
     Raises:
         RewardError: the name cannot be found or imported, or the signature does not fit.
     """
+    if use in JUDGE_NAMES:
+        raise RewardError(f"reward {use}: is computed by a server, not in a reward worker")
     function = load_object(use, base_dir, kind="reward")
     if not callable(function):
         name = locate(use, base_dir).function
@@ -171,9 +187,9 @@ def _bind(function: Callable[..., Any], args: Mapping[str, Any], use: str) -> Lo
     except TypeError:
         raise RewardError(
             f"reward {use}: takes ({', '.join(parameters)}), "
-            "which is neither `(completion, row)` nor `(prompts, completions, **columns)`"
+            "which is neither `(completion, row)`, `(group, row)` nor `(prompts, completions, **columns)`"
         ) from None
     if required:
         wanted = ", ".join(f"{name}: ..." for name in required)
         raise RewardError(f"reward {use}: arguments are missing; give `args: {{{wanted}}}`")
-    return LoadedReward(function, args, False)
+    return LoadedReward(function, args, False, is_group=next(iter(parameters)) == "group")

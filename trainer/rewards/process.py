@@ -17,6 +17,7 @@ from typing import Any, Final, final
 
 from trainer.errors import RewardError
 from trainer.rewards.call_result import HEADER, encode
+from trainer.rewards.contract import Form
 
 STARTUP_TIMEOUT_S: Final = 180.0
 """Importing a reward may read gigabytes from a cold disk."""
@@ -77,22 +78,25 @@ class WorkerProcess:
         os.set_blocking(self._outbox.fileno(), False)
         self._setup = {**setup, "directory": str(directory)}
 
-    def await_ready(self) -> list[bool]:
-        """Wait until the rewards are loaded; returns for each whether it takes batches.
+    def await_ready(self, timeout_s: float = STARTUP_TIMEOUT_S) -> list[Form]:
+        """Wait until the rewards are loaded; returns what one call of each scores.
+
+        Args:
+            timeout_s: limit of their imports.
 
         Raises:
             RewardError: a reward cannot be loaded.
         """
         try:
-            reply = self.ask(self._setup, STARTUP_TIMEOUT_S)
+            reply = self.ask(self._setup, timeout_s)
         except WorkerFailedError as error:
             self.kill()
             raise RewardError(f"a reward worker did not start: {error}") from error
         if "error" in reply:
             self.kill()
             raise RewardError(reply["error"])
-        batch: list[bool] = reply["batch"]
-        return batch
+        forms: list[Form] = reply["forms"]
+        return forms
 
     def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send a message and return the reply.

@@ -1,4 +1,4 @@
-"""Scores completions in worker processes that may hang, crash or run out of memory.
+"""Scores completions: in worker processes that may hang, crash or run out of memory, or by judges behind a server.
 
 A call that raises, times out, exits or returns no finite number fails for its own completion only: the worker is
 replaced, and every other completion is scored. A failure is never a score of 0. Results are in the order of the items,
@@ -11,21 +11,29 @@ import queue
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, TypeAlias, final
+from typing import Any, Final, Protocol, final
 
+from trainer.config.reward_place import JUDGE_NAMES
 from trainer.errors import RewardError
 from trainer.rewards.call_result import CallResult
-from trainer.rewards.process import WorkerFailedError, WorkerProcess
+from trainer.rewards.choice import RewardChoice
+from trainer.rewards.contract import Form
+from trainer.rewards.judges.open import Judging
+from trainer.rewards.judges.protocol import Item, Judge, PendingResults
+from trainer.rewards.process import STARTUP_TIMEOUT_S, WorkerFailedError, WorkerProcess
 from trainer.types import Row
 
-Item: TypeAlias = tuple[str, Row]
-"""The text of a completion, and its row."""
-
 ALL_ABSTAINED: Final = "every reward abstained"
+NOT_CHOSEN: Final = CallResult(is_chosen=False)
+
+
+@final
+class ClosedError(Exception):
+    """The runner was closed while it scored."""
 
 
 class Spec(Protocol):
@@ -47,6 +55,10 @@ class Spec(Protocol):
     def name(self) -> str:
         """Name in the metrics."""
 
+    @property
+    def every_row(self) -> bool:
+        """Whether it judges every row, whatever the row chooses."""
+
 
 @final
 @dataclass(frozen=True)
@@ -56,24 +68,54 @@ class Scored:
     reward: float | None
     """Weighted sum of the rewards that did not abstain; None if one failed or all abstained."""
     rewards: Mapping[str, float | None] = field(default_factory=dict)
-    """Each reward by name, and each part of a `Score` as name/part; None where it abstained or failed."""
+    """Each reward by name, and each part of a `Score` as name/part; None where it abstained or failed. A reward that
+    the row did not choose is not there."""
     failure: str | None = None
     """Traceback of the first reward that failed, or how its process ended."""
+
+
+@final
+@dataclass(frozen=True)
+class _Part:
+    """What one reward was asked of the items of a submission."""
+
+    reward: int
+    positions: Sequence[int]
+    """Of the items that it judges."""
+    pending: Sequence[PendingResults]
+    """Whose results, concatenated, are those of these items."""
 
 
 @final
 class Scoring:
     """Completions whose rewards are being computed."""
 
-    def __init__(self, specs: Sequence[Spec], pending: Sequence[Sequence[Future[list[CallResult]]]]) -> None:
-        """Keep the futures of each reward; their results, concatenated, are those of all items."""
+    def __init__(self, specs: Sequence[Spec], num_items: int, parts: Sequence[_Part]) -> None:
+        """Keep what is pending of each reward."""
         self._specs = specs
-        self._pending = pending
+        self._num_items = num_items
+        self._parts = parts
 
-    def call_results(self) -> list[list[CallResult]]:
-        """Wait; returns for each item the result of every reward."""
-        columns = [[result for future in futures for result in future.result()] for futures in self._pending]
-        return [list(of_item) for of_item in zip(*columns, strict=True)]
+    def call_results(self, if_closed: CallResult | None = None) -> list[list[CallResult]]:
+        """Wait; returns for each item the result of every reward.
+
+        Args:
+            if_closed: the result of what the runner was closed before.
+
+        Raises:
+            ClosedError: the runner was closed before, and no such result is given.
+        """
+        table = [[NOT_CHOSEN] * len(self._specs) for _ in range(self._num_items)]
+        for part in self._parts:
+            try:
+                results = [result for pending in part.pending for result in pending.result()]
+            except (CancelledError, ClosedError):
+                if if_closed is None:
+                    raise ClosedError from None
+                results = [if_closed] * len(part.positions)
+            for position, result in zip(part.positions, results, strict=True):
+                table[position][part.reward] = result
+        return table
 
     def result(self) -> list[Scored]:
         """Wait; returns the rewards of each item, in the order of the items."""
@@ -92,6 +134,9 @@ class RewardRunner:
         num_workers: int = 1,
         timeout_s: float = 10.0,
         memory_limit_gib: float = 2.0,
+        column: str | None = None,
+        judging: Judging | None = None,
+        startup_timeout_s: float = STARTUP_TIMEOUT_S,
     ) -> None:
         """Keep the settings; entering the context starts the workers.
 
@@ -101,16 +146,25 @@ class RewardRunner:
             num_workers: processes; a batch reward runs in one of them, other rewards are spread over all.
             timeout_s: wall-clock limit of a call.
             memory_limit_gib: address space of a worker in addition to that of its imports.
+            column: field of the rows that names the rewards which judge it; None for all.
+            judging: what judges have of the run.
+            startup_timeout_s: limit of the imports of a worker.
         """
         names = [spec.name for spec in specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RewardError(f"rewards: two are called {twice[0]!r}; give one of them a `label`")
         self._specs = tuple(specs)
-        self._timeout_s = timeout_s
-        self._num_workers = num_workers
+        self.choice = RewardChoice(column, self._specs)
+        self._judging = judging or Judging()
+        self._judges: dict[int, Judge] = {}
+        functions = [index for index, spec in enumerate(specs) if spec.use not in JUDGE_NAMES]
+        self._function_numbers = {index: number for number, index in enumerate(functions)}
+        self._forms: dict[int, Form] = {}
+        self._timeout_s, self._startup_timeout_s = timeout_s, startup_timeout_s
+        self._num_workers, self._base_dir = num_workers, base_dir
         self._setup = {
             "timeout_s": timeout_s,
-            "rewards": [{"use": spec.use, "args": spec.args} for spec in specs],
+            "rewards": [{"use": specs[index].use, "args": specs[index].args} for index in functions],
             "base_dir": str(base_dir),
             "memory_limit_bytes": int(memory_limit_gib * 2**30),
         }
@@ -128,9 +182,14 @@ class RewardRunner:
         self._directory = tempfile.TemporaryDirectory(prefix="rewards-", ignore_cleanup_errors=True)
         self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="reward")
         try:
-            started = [self._start() for _ in range(self._num_workers)]
+            started = [self._start() for _ in range(self._num_workers if self._function_numbers else 0)]
+            for index, spec in enumerate(self._specs):
+                if spec.use in JUDGE_NAMES:
+                    self._judges[index] = self._judging.open(spec.name, spec.use, spec.args, self._base_dir)
             for worker in started:
-                self._is_batch = worker.await_ready()
+                self._forms = dict(
+                    zip(self._function_numbers, worker.await_ready(self._startup_timeout_s), strict=True)
+                )
                 self._idle.put(worker)
         except BaseException:
             self.close()
@@ -148,26 +207,82 @@ class RewardRunner:
             self._is_closed = True
             for worker in self._workers:
                 worker.interrupt()
+        for judge in self._judges.values():
+            judge.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.kill()
         self._directory.cleanup()
 
-    def score(self, items: Sequence[Item]) -> list[Scored]:
-        """Score completions and wait for the result."""
-        return self.submit(items).result()
+    def score(self, items: Sequence[Item], sizes: Sequence[int] | None = None) -> list[Scored]:
+        """Score completions and wait for the result; see `submit`."""
+        return self.submit(items, sizes).result()
 
-    def submit(self, items: Sequence[Item]) -> Scoring:
+    @property
+    def num_rewards(self) -> int:
+        """Of the recipe."""
+        return len(self._specs)
+
+    @property
+    def functions(self) -> frozenset[int]:
+        """Positions of the rewards that are functions, not judges."""
+        return frozenset(self._function_numbers)
+
+    @property
+    def compares_groups(self) -> frozenset[int]:
+        """Positions of the rewards whose value depends on the other completions of the prompt."""
+        by_judges = {
+            index for index, spec in enumerate(self._specs) if spec.args.get("compare", "single") != "single"
+        } & self._judges.keys()
+        return frozenset(by_judges | {index for index, form in self._forms.items() if form == "group"})
+
+    def submit(
+        self, items: Sequence[Item], sizes: Sequence[int] | None = None, only: frozenset[int] | None = None
+    ) -> Scoring:
         """Start to score completions without waiting.
 
         A batch reward is called once with all items of a submission; if the call fails, once with each half of them.
+
+        Args:
+            items: completions with their rows, group by group.
+            sizes: of the groups, for rewards that compare the completions of a prompt; None: one group.
+            only: positions of the rewards that are asked; None for all.
+
+        Raises:
+            RewardError: a row names no reward of the recipe.
         """
-        wire = [_to_json(text, row) for text, row in items]
-        pending = []
-        for index, is_batch in enumerate(self._is_batch):
-            calls = [wire] if is_batch else [[item] for item in wire]
-            pending.append([self._threads.submit(self._call, index, call) for call in calls if call])
-        return Scoring(self._specs, pending)
+        sizes = [len(items)] if sizes is None else sizes
+        assert sum(sizes) == len(items)
+        chosen = [self.choice.of_row(row) for _, row in items]
+        parts = []
+        for index in range(len(self._specs)) if only is None else sorted(only):
+            groups = [group for group in _groups(sizes, [index in of_item for of_item in chosen]) if group]
+            positions = [position for group in groups for position in group]
+            if positions:
+                parts.append(_Part(index, positions, self._ask_all(index, items, groups)))
+        return Scoring(self._specs, len(items), parts)
+
+    def _ask_all(self, index: int, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> Sequence[PendingResults]:
+        """Ask one reward for the items at these positions."""
+        if index in self._judges:
+            mine = [items[position] for group in groups for position in group]
+            return self._judges[index].submit(mine, [len(group) for group in groups])
+        positions = [position for group in groups for position in group]
+        calls: dict[Form, Sequence[Sequence[int]]] = {
+            "batch": [positions],
+            "group": groups,
+            "single": [[position] for position in positions],
+        }
+        wire = {position: _to_json(*items[position]) for position in positions}
+        try:
+            return [
+                self._threads.submit(self._call, index, [wire[position] for position in call])
+                for call in calls[self._forms[index]]
+            ]
+        except RuntimeError:
+            if not self._is_closed:
+                raise
+            return [_closed_call()]
 
     def _call(self, index: int, items: list[dict[str, Any]]) -> list[CallResult]:
         """Make one call; a failed batch is bisected to find the completion that caused it."""
@@ -178,7 +293,7 @@ class RewardRunner:
         return self._call(index, items[:half]) + self._call(index, items[half:])
 
     def _ask(self, index: int, items: list[dict[str, Any]]) -> tuple[list[CallResult], bool]:
-        message = {"reward": index, "items": items, "timeout_s": self._timeout_s}
+        message = {"reward": self._function_numbers[index], "items": items, "timeout_s": self._timeout_s}
         worker = self._idle.get()
         try:
             if not worker.is_alive:  # killed between two calls, for instance by the kernel
@@ -189,14 +304,14 @@ class RewardRunner:
         except WorkerFailedError as error:
             worker = self._replace(worker)
             result = CallResult(failure=f"{error}", seconds=self._timeout_s)
-            return [_located(result, item) for item in items], len(items) > 1
+            return [_located(result, item) for item in items], len(items) > 1 and self._forms[index] == "batch"
         finally:
             self._idle.put(worker)
 
     def _start(self) -> WorkerProcess:
         with self._lock:
             if self._is_closed:
-                raise RewardError("the reward workers were closed during a call")
+                raise ClosedError
             worker = WorkerProcess(self._setup, Path(self._directory.name))
             self._workers.add(worker)
         return worker
@@ -206,7 +321,7 @@ class RewardRunner:
             self._workers.discard(worker)
         worker.kill()
         worker = self._start()
-        worker.await_ready()
+        worker.await_ready(self._startup_timeout_s)
         return worker
 
 
@@ -214,6 +329,8 @@ def weigh(specs: Sequence[Spec], results: Sequence[CallResult]) -> Scored:
     """The weighted sum of one item's values; an abstention is left out, a failure leaves no reward."""
     rewards: dict[str, float | None] = {}
     for spec, result in zip(specs, results, strict=True):
+        if not result.is_chosen:
+            continue
         rewards[spec.name] = result.value
         rewards |= {f"{spec.name}/{part}": value for part, value in result.parts.items()}
     for spec, result in zip(specs, results, strict=True):
@@ -223,6 +340,25 @@ def weigh(specs: Sequence[Spec], results: Sequence[CallResult]) -> Scored:
         spec.weight * result.value for spec, result in zip(specs, results, strict=True) if result.value is not None
     ]
     return Scored(sum(terms), rewards) if terms else Scored(None, rewards, ALL_ABSTAINED)
+
+
+def _closed_call() -> Future[list[CallResult]]:
+    future: Future[list[CallResult]] = Future()
+    future.cancel()
+    return future
+
+
+def _groups(sizes: Sequence[int], is_wanted: Sequence[bool]) -> list[list[int]]:
+    """The positions of each group's items that are wanted.
+
+    >>> _groups([2, 1], [True, True, False])
+    [[0, 1], []]
+    """
+    groups, begin = [], 0
+    for size in sizes:
+        groups.append([position for position in range(begin, begin + size) if is_wanted[position]])
+        begin += size
+    return groups
 
 
 def _located(result: CallResult, item: Mapping[str, Any]) -> CallResult:

@@ -24,9 +24,11 @@ from typing import Any, Final, SupportsFloat, final
 from trainer.errors import RewardError
 from trainer.rewards.call_result import CallResult, encode, read_message
 from trainer.rewards.contract import TIME_LIMIT, LoadedReward, Score, UnscoredBatchError, load_reward
-from trainer.types import Row
+from trainer.types import Row, has_field
 
 MAX_FAILURE_CHARACTERS: Final = 8000
+CONVERSATION, CONVERSATIONS = "conversation", "conversations"
+"""Field with the messages of a rollout with several turns; that of all rollouts of a group."""
 
 
 def main() -> None:
@@ -60,7 +62,7 @@ def main() -> None:
         send({"error": str(error)})
         return
     _limit_memory(setup["memory_limit_bytes"])
-    send({"batch": [reward.is_batch for reward in rewards]})
+    send({"forms": [reward.form for reward in rewards]})
     while (call := read_message(inbox)) is not None:
         # A busy loop in C code blocks the thread that watches the parent; this timer then kills an orphan.
         signal.setitimer(signal.ITIMER_PROF, 4 * call["timeout_s"] + 60)
@@ -72,6 +74,8 @@ def answer(reward: LoadedReward, items: Sequence[Mapping[str, Any]]) -> dict[str
     """Score the items of one call; `split` is set if a failed batch must be bisected."""
     rows = [Row(TrackedFields(item["fields"]), item["file"], item["line"], item["index"]) for item in items]
     start = time.perf_counter()
+    if reward.is_group:
+        return {"results": [result.to_json() for result in _score_group(reward, items, rows)], "split": False}
     if not reward.is_batch:
         results = [_score(reward, item["completion"], row) for item, row in zip(items, rows, strict=True)]
         return {"results": [result.to_json() for result in results], "split": False}
@@ -109,6 +113,24 @@ def _score(reward: LoadedReward, completion: str, row: Row) -> CallResult:
         return _failure(error, row, start)
     assert isinstance(row.fields, TrackedFields)
     return _result(value, start, tuple(sorted(row.fields.names_read)))
+
+
+def _score_group(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[CallResult]:
+    """Score the completions of one prompt; if the call fails, it fails for all of them."""
+    start = time.perf_counter()
+    row = rows[0]
+    assert isinstance(row.fields, TrackedFields)
+    if CONVERSATION in row:
+        row.fields[CONVERSATIONS] = [each[CONVERSATION] for each in rows]
+    try:
+        values = reward.function([item["completion"] for item in items], row, **reward.args)
+        values = list(_awaited(values) if inspect.isawaitable(values) else values)
+        if len(values) != len(items):
+            raise ValueError(f"the reward returned {len(values)} values for a group of {len(items)} completions")
+    except BaseException as error:
+        return [_failure(error, row, start) for _ in items]
+    names = tuple(sorted(row.fields.names_read - {CONVERSATION}))
+    return [_result(value, start, names) for value in values]
 
 
 def _call_batch(reward: LoadedReward, items: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Any]:
@@ -174,7 +196,7 @@ def _failure(error: BaseException, row: Row, start: float, required: Sequence[st
     assert isinstance(row.fields, TrackedFields)
     fields = row.fields.names_read.union(required)
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
-    missing = key if isinstance(key, str) and key in fields and key not in row else None
+    missing = key if isinstance(key, str) and key in fields and not has_field(row, key) else None
     trace = error.__traceback__.tb_next if error.__traceback__ else None  # without the worker's own frame
     text = "".join(traceback.format_exception(type(error), error, trace))
     return CallResult(

@@ -74,6 +74,11 @@ class RunDir:
         return self.rollouts / "begun.jsonl"
 
     @property
+    def judge_answers(self) -> Path:
+        """Directory of what judges answered, and the tokens it took."""
+        return self.root / "judge"
+
+    @property
     def outcome_file(self) -> Path:
         """How the last attempt ended."""
         return self.root / "outcome.json"
@@ -172,8 +177,10 @@ class RunDir:
         return self.journal(step) / f"chunk-{number:04d}.jsonl"
 
     def journal_chunks(self, step: int, *, refused: bool = False) -> list[Path]:
-        """The chunks of a step that were written, in order."""
-        return sorted(self.journal(step, refused=refused).glob("chunk-*.jsonl"))
+        """The chunks of a step that were written, in order; compressed ones end in `.jsonl.gz`."""
+        files = {file.name.removesuffix(".gz"): file for file in self.journal(step, refused=refused).glob("chunk-*.gz")}
+        files |= {file.name: file for file in self.journal(step, refused=refused).glob("chunk-*.jsonl")}
+        return [file for _, file in sorted(files.items())]
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""

@@ -1,9 +1,14 @@
-"""The journal of rollouts: one file per chunk, written and replayed as a whole. No torch."""
+"""The journal of rollouts: one file per chunk, written and replayed as a whole. No torch.
+
+Format 3 has the token ids of each prompt once, and logprobs as decimals of float32 where they are such numbers.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,13 +23,15 @@ from trainer.run.conversation_record import (
     read_conversation_record,
     read_sequence,
     sequence_record,
+    shared_prompts,
+    with_shared_ids,
 )
 from trainer.run.directory import RunDir
 from trainer.types import Group, Rollout, Row
 
-FORMAT: Final = 2
-READ_FORMATS: Final = (1, FORMAT)
-"""Format 1 has no prompts."""
+FORMAT: Final = 3
+READ_FORMATS: Final = (1, 2, FORMAT)
+"""Format 1 has no prompts, format 2 the token ids of the prompt in every rollout."""
 FIELD_CHARS: Final = 2000
 """A longer field of a row is kept as the first characters of its JSON."""
 
@@ -36,7 +43,7 @@ class ChunkHeader:
 
     On disk, for two rows on one rank in a run of 15 steps:
 
-        {"format": 2, "step": 3, "rows": [4, 7], "group_size": 8, "world_size": 1, "length": [15, null]}
+        {"format": 3, "step": 3, "rows": [4, 7], "group_size": 8, "world_size": 1, "length": [15, null]}
     """
 
     step: int
@@ -105,7 +112,11 @@ def write_chunk(
         prompts: of the groups; of a row that comes twice the first is written.
     """
     records = [prompt.record() for prompt in {each.row: each for each in reversed(prompts)}.values()][::-1]
-    records += [_record(group.row, rollout) for group in groups for rollout in group.rollouts]
+    shared = shared_prompts(groups)
+    records += [{"row": row, "shared_ids": ids} for row, ids in shared.items()]
+    records += [
+        _record(group.row, rollout, len(shared[group.row.index])) for group in groups for rollout in group.rollouts
+    ]
     lines = map(json_line, [header.record(), *records, {"end": len(records)}])
     file = run.journal_chunk(header.step, number)
     make_directory(file.parent)
@@ -131,19 +142,36 @@ def count_sampled(run: RunDir) -> tuple[int, int]:
     An interrupted chunk counts as if it had been sampled completely, so the second number is an upper bound.
     """
     begun: Counter[tuple[int, int]] = Counter()
+    pruned: dict[tuple[int, int], int] = {}
     with suppress(FileNotFoundError):
         for line in run.begun_file.read_text().splitlines():
             with suppress(ValueError, KeyError):  # a line cut off by a kill
                 record = json.loads(line)
-                begun[record["step"], record["chunk"]] += 1
+                place = record["step"], record["chunk"]
+                if "pruned_tokens" in record:
+                    pruned[place] = record["pruned_tokens"]
+                else:
+                    begun[place] += 1
     total = repeated = 0
     for (step, number), times in begun.items():
-        records = _complete(run.journal_chunk(step, number))
-        rollouts = [each for group in _by_group(records) for each in group.rollouts] if records else []
-        tokens = sum(map(drawn_tokens, rollouts))
+        tokens = _num_drawn(run.journal_chunk(step, number)) or pruned.get((step, number), 0)
         total += tokens
         repeated += tokens * (times - 1)
     return total, repeated
+
+
+def note_pruned(run: RunDir, step: int) -> None:
+    """Record how many tokens a step has before its chunks are removed; `count_sampled` still counts them."""
+    with run.begun_file.open("a") as file:
+        for chunk in run.journal_chunks(step):
+            number = int(chunk.name.removeprefix("chunk-").partition(".")[0])
+            file.write(json.dumps({"step": step, "chunk": number, "pruned_tokens": _num_drawn(chunk)}) + "\n")
+
+
+def _num_drawn(chunk: Path) -> int:
+    records = _complete(chunk)
+    rollouts = [each for group in _by_group(records) for each in group.rollouts] if records else []
+    return sum(map(drawn_tokens, rollouts))
 
 
 def read_chunk(run: RunDir, number: int, header: ChunkHeader, rows: Sequence[Row]) -> list[Group] | None:
@@ -193,17 +221,31 @@ def _complete(file: Path) -> list[dict[str, Any]] | None:
     """The records of a chunk, header first and end marker last; None if it is missing or truncated."""
     try:
         # not splitlines(): texts contain U+2028 and the like, which do not end a line of JSON
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-    except (FileNotFoundError, ValueError):
+        records = [json.loads(line) for line in _text(file).split("\n")[:-1]]
+    except (FileNotFoundError, ValueError, EOFError, gzip.BadGzipFile, zlib.error):
         return None
     return records if len(records) > 1 and records[-1] == {"end": len(records) - 2} else None
+
+
+def _text(file: Path) -> str:
+    """The text of a chunk; of a plain one that has been compressed, meanwhile or before, that of the other."""
+    plain = file.with_name(file.name.removesuffix(".gz"))
+    try:
+        return plain.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return gzip.decompress(plain.with_name(f"{plain.name}.gz").read_bytes()).decode("utf-8")
 
 
 def _by_group(records: list[dict[str, Any]]) -> list[RecordedGroup]:
     """Rollout records group by group; a row may have several groups, and all groups of a chunk have one size."""
     header, *lines, _end = records
     prompts = {record["row"]: record for record in lines if "prompt" in record}
-    rollouts = [record for record in lines if "prompt" not in record]
+    shared = {record["row"]: record["shared_ids"] for record in lines if "shared_ids" in record}
+    rollouts = [
+        with_shared_ids(record, shared.get(record["row"], ()))
+        for record in lines
+        if "prompt" not in record and "shared_ids" not in record
+    ]
     size = len(rollouts) // len(header["rows"])
     groups = [rollouts[begin : begin + size] for begin in range(0, len(rollouts), size)]
     return [RecordedGroup(of_group, prompts.get(of_group[0]["row"])) for of_group in groups]
@@ -216,13 +258,13 @@ def _shortened(value: Any) -> Any:
     return json.loads(text)
 
 
-def _record(row: Row, rollout: Rollout) -> dict[str, Any]:
-    """The line of a rollout. On disk logprobs have the length of `token_ids`, with 0.0 where nothing was drawn."""
+def _record(row: Row, rollout: Rollout, num_shared: int) -> dict[str, Any]:
+    """The line of a rollout, without its first `num_shared` token ids."""
     return {
         "row": row.index,
         "where": str(row),
         "advantage": rollout.advantage,
-        **sequence_record(rollout.sequences[0]),
+        **sequence_record(rollout.sequences[0], num_shared),
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,
         "text": rollout.text,

@@ -324,9 +324,8 @@ class ConversationSampler:
         items = [
             (rollout.text, _row_with_messages(group.row, rollout)) for group in groups for rollout in group.rollouts
         ]
-        return PendingConversations(
-            tuple(groups), tuple(results), (own, *recipe.reward_functions), self.rewards.submit(items)
-        )
+        scoring = self.rewards.submit(items, [len(group.rollouts) for group in groups])
+        return PendingConversations(tuple(groups), tuple(results), (own, *recipe.reward_functions), scoring)
 
     def _own_result(self, live: _Live) -> CallResult:
         """The environment's reward. A rollout that ended before it gave one earned 0, else it would be left out."""

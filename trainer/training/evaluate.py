@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -81,6 +81,8 @@ class PassRule:
     at_least: float
     reward: str | None = None
     """Name of one reward; None is the weighted sum."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Where rows choose their rewards and the recipe has no rule: what each reward adds to `at_least`, which is 0."""
 
     @classmethod
     def of(cls, recipe: RFTRecipe) -> PassRule:
@@ -91,12 +93,21 @@ class PassRule:
         rule = recipe.rollout.success
         if rule is not None:
             return cls(rule.at_least, rule.reward)
-        return cls(math.fsum(spec.weight for spec in recipe.rewards if spec.weight > 0))
+        weights = {spec.name: spec.weight for spec in recipe.rewards if spec.weight > 0}
+        if recipe.reward_column is not None:
+            return cls(0.0, weights=weights)
+        return cls(math.fsum(weights.values()))
+
+    def judges(self, answer: HeldOutAnswer) -> bool:
+        """Whether the rule is about this answer: not where its row did not choose the rule's reward."""
+        name = (self.reward or "").partition("/")[0]
+        return self.reward is None or not answer.rewards or name in answer.rewards
 
     def passes(self, answer: HeldOutAnswer) -> bool:
         """Whether an answer passes; rounding of a weighted sum does not matter."""
         value = answer.reward if self.reward is None else answer.rewards.get(self.reward)
-        return value is not None and value >= self.at_least - ROUNDING
+        highest = math.fsum(weight for name, weight in self.weights.items() if name in answer.rewards)
+        return value is not None and value >= self.at_least + highest - ROUNDING
 
 
 @final
@@ -189,13 +200,16 @@ class RewardEvaluation:
             raise RewardError("every reward abstained on every held-out answer, so there is nothing to compare")
         rewards = [[answer.earned for answer in of_prompt] for of_prompt in scored]
         low, high = bootstrap_interval([sum(of_prompt) / len(of_prompt) for of_prompt in rewards], self.params.seed)
-        passed = [[self.settings.rule.passes(answer) for answer in of_prompt] for of_prompt in scored]
+        rule = self.settings.rule
+        passed = [[rule.passes(answer) for answer in of_prompt if rule.judges(answer)] for of_prompt in scored]
+        passed = [of_prompt for of_prompt in passed if of_prompt]
+        counts = sorted({1, self.num_samples}) if passed else []
         num_scored = sum(map(len, scored))
         return {
             "eval/reward": math.fsum(sum(of_prompt) for of_prompt in rewards) / num_scored,
             "eval/reward_low": low,
             "eval/reward_high": high,
-            **{f"eval/pass_at_{k}": pass_at_k(passed, k) for k in sorted({1, self.num_samples})},
+            **{f"eval/pass_at_{k}": pass_at_k(passed, k) for k in counts},
             **_mean_parts(answers),
             "eval/completion_tokens": sum(answer.num_tokens for answer in answers) / len(answers),
             "eval/truncated_frac": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
@@ -215,14 +229,15 @@ class RewardEvaluation:
 
 
 def _mean_parts(answers: Sequence[HeldOutAnswer]) -> dict[str, float]:
-    """Mean of each reward over the answers on which it did not abstain; 0 where it failed."""
+    """Mean of each reward over the answers that it judged and did not abstain on; 0 where it failed."""
     names = sorted({name for answer in answers for name in answer.rewards if "/" not in name})
     parts = {}
     for name in names:
         values = [
             answer.rewards.get(name) or 0.0
             for answer in answers
-            if answer.has_failed or answer.rewards.get(name) is not None
+            if answer.rewards.get(name) is not None
+            or (answer.has_failed and (name in answer.rewards or not answer.rewards))
         ]
         parts[f"eval/reward/{name}"] = math.fsum(values) / max(1, len(values))
     return parts

@@ -20,6 +20,8 @@ class Prompt:
 
     row: Row
     token_ids: tuple[int, ...]
+    prefilled: str = ""
+    """Thinking that the prompt opens for the answer; rewards see it before the completion's text."""
 
 
 @final
@@ -111,8 +113,12 @@ class GroupSampler:
             )
             for request, completions in zip(requests, self.sampler.sample(sample_requests, params), strict=True)
         )
-        items = [(rollout.text, group.row) for group in sampled for rollout in group.rollouts]
-        return PendingGroups(sampled, self.rewards.submit(items))
+        items = [
+            (request.prompt.prefilled + rollout.text, group.row)
+            for request, group in zip(requests, sampled, strict=True)
+            for rollout in group.rollouts
+        ]
+        return PendingGroups(sampled, self.rewards.submit(items, [len(group.rollouts) for group in sampled]))
 
 
 def scored_groups(groups: Sequence[Group], scores: Iterable[Scored]) -> list[Group]:

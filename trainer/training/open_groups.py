@@ -87,8 +87,11 @@ def environment_settings(plan: RFTPlan) -> EnvironmentSettings:
     )
 
 
-def make_prompt(row: Row, plan: RFTPlan, encoder: ChatEncoder) -> Prompt:
+def make_prompt(row: Row, plan: RFTPlan, encoder: ChatEncoder) -> Prompt | None:
     """The prompt of a row; with an environment or tools it is written when the rollout begins.
+
+    Returns:
+        None for a row that is too long where data.overlong is drop.
 
     Raises:
         DataError: the row is no prompt.
@@ -98,4 +101,5 @@ def make_prompt(row: Row, plan: RFTPlan, encoder: ChatEncoder) -> Prompt:
         raise DataError(f"{row}: the field `{CONVERSATION}` is where rewards find a rollout's messages; rename it")
     if settings.environment is not None:
         return Prompt(row, ())
-    return Prompt(row, encoder.encode_prompt(row, settings.max_completion_tokens))
+    ids = encoder.kept_prompt(row, settings.max_completion_tokens)
+    return Prompt(row, ids, encoder.prefilled(ids)) if ids is not None else None

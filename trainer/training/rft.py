@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import final
 
 from trainer.config.recipe import DataSource
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.sources import read_rows
+from trainer.errors import DataError
 from trainer.model.policy import Reference
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
+from trainer.run.journal_upkeep import JournalUpkeep
 from trainer.sampling import make_sampler
 from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
 from trainer.training.group_sampler import Prompt
+from trainer.training.judge_calls import judge_metrics, open_judging
 from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.metrics import Values
 from trainer.training.open_groups import make_prompt, open_groups
@@ -49,7 +52,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
     attempt.resume(learner)
     probe_memory(learner, plan, reference)
     with ExitStack() as stack:
-        limits = recipe.reward_limits
+        limits, judging = recipe.reward_limits, open_judging(attempt.run, world, attempt.stop, attempt.say)
         rewards = stack.enter_context(
             RewardRunner(
                 recipe.reward_functions,
@@ -57,6 +60,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 num_workers=limits.num_workers,
                 timeout_s=limits.timeout_s,
                 memory_limit_gib=limits.memory_limit_gib,
+                column=recipe.reward_column,
+                judging=judging,
             )
         )
         sampler = make_sampler(rollout, policy, tokenizer, world)
@@ -66,6 +71,8 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         probe_sampling(sampler, params, plan, policy, world, attempt.run)
         groups = open_groups(stack, plan, encoder, sampler, params, rewards, attempt)
         rollouts = Rollouts(plan, prompts, groups, attempt.run)
+        keep_last = recipe.keep_last if world.is_main else None
+        upkeep = stack.enter_context(closing(JournalUpkeep(attempt.run, keep_last, rollout.keep_steps, attempt.say)))
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
         def evaluate() -> Values:
@@ -84,8 +91,10 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 update = policy_update.learn(learner, parts, reference, plan, attempt.step)
             values = {f"train/{name}": value for name, value in update.metrics.items()}
             values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
+            values |= judge_metrics(recipe, judging, world)
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             attempt.end_step(learner, values, evaluate, update.skipped_rows)
+            upkeep.begin()
     attempt.finish(learner)
 
 
@@ -111,10 +120,26 @@ class Clock:
 def _prompts(
     attempt: Attempt, plan: RFTPlan, encoder: ChatEncoder, source: DataSource, limit: int | None
 ) -> list[Prompt]:
-    """The rows of a source, checked and encoded; `limit` keeps the first rows only."""
+    """The rows of a source, checked and encoded; `limit` keeps the first rows only.
+
+    Raises:
+        DataError: a row is no prompt or too long, or every row was dropped.
+    """
     rows = read_rows(source, encoder.data, limit)
-    refuse_unscorable_rows(plan.recipe.reward_functions, rows)
-    prompts = [make_prompt(row, plan, encoder) for row in rows]
+    refuse_unscorable_rows(plan.recipe.reward_functions, rows, plan.recipe.reward_column)
+    made = [make_prompt(row, plan, encoder) for row in rows]
+    prompts = [prompt for prompt in made if prompt is not None]
+    num_dropped, name = len(made) - len(prompts), source.path or source.hub
+    if num_dropped:
+        limit_tokens = encoder.data.max_seq_tokens
+        text = (
+            f"{name}: {num_dropped:,} of {len(made):,} prompts are dropped (data.overlong): with "
+            f"{plan.recipe.rollout.max_completion_tokens:,} tokens of a completion they exceed {limit_tokens:,} "
+            "(data.max_seq_tokens)"
+        )
+        if not prompts:
+            raise DataError(text)
+        attempt.say(text)
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    attempt.say(f"{source.path or source.hub}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
+    attempt.say(f"{name}: {len(prompts):,} prompts, the longest of {longest:,} tokens")
     return prompts

@@ -13,7 +13,7 @@ from typing import Any, Final, final
 from trainer.rewards.builtin.answers import after_thinking, python_blocks
 from trainer.rewards.contract import TIME_LIMIT, Score
 from trainer.rewards.sandbox.client import Sandbox
-from trainer.types import Row
+from trainer.types import Row, read_field
 
 BUDGET_FRAC: Final = 0.8
 """Part of the reward's time limit that all tests of a completion may take together."""
@@ -150,7 +150,7 @@ def read_tests(row: Row, field: str) -> Tests:
     Raises:
         ValueError: they have none of the known forms; names the row.
     """
-    found = row[field]
+    found = read_field(row, field)
     if isinstance(found, str):
         try:
             found = json.loads(found)

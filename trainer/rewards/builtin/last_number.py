@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 from typing import Any, Final
 
-from trainer.types import Row
+from trainer.types import Row, read_field
 
 # Thousands are separated by commas in threes; "1,2" is two numbers.
 NUMBER: Final = re.compile(
@@ -85,7 +85,7 @@ def read_answer(row: Row, field: str) -> Decimal:
     Raises:
         ValueError: it is not one number; names the row.
     """
-    answer = row[field]
+    answer = read_field(row, field)
     text = "" if isinstance(answer, bool) or answer is None else str(answer).strip()
     marked = GSM8K.search(text)
     text = marked["number"] if marked is not None else text

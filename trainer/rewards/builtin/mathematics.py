@@ -7,7 +7,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from trainer.types import Row
+from trainer.types import Row, read_field
 
 BOX = "\\boxed{"
 
@@ -33,7 +33,7 @@ def math_verify(completion: str, row: Row, *, field: str = "answer") -> float | 
     """
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)  # each call would warn that its limits are off
-    answer = row[field]
+    answer = read_field(row, field)
     gold = _parse(str(answer)) if answer is not None else []
     if not gold:
         raise ValueError(f"{row}: {field} is not an expression: {answer!r}")

@@ -13,7 +13,7 @@ from referencing.exceptions import Unresolvable
 
 from trainer.rewards.builtin.answers import after_thinking
 from trainer.rewards.contract import Score
-from trainer.types import Row
+from trainer.types import Row, read_field
 
 START: Final = {"object": re.compile(r'\{(?=\s*(?:["}]|\Z))'), "array": re.compile(r"\[")}
 """Where a document of each type may begin: a brace in prose is followed by no quotation mark."""
@@ -68,7 +68,7 @@ def json_schema(
         ) from None
     if expected_field is None:
         return Score(float(is_valid))
-    expected = row[expected_field]
+    expected = read_field(row, expected_field)
     if isinstance(expected, str):
         expected = json.loads(expected)
     if not isinstance(expected, Mapping) or not expected:
@@ -85,7 +85,7 @@ def read_schema(row: Row, field: str) -> Mapping[str, Any]:
     Raises:
         ValueError: it is no JSON object; names the row.
     """
-    found = row[field]
+    found = read_field(row, field)
     if isinstance(found, str):
         try:
             found = json.loads(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from trainer.types import Row
+from trainer.types import Row, read_field
 
 
 def exact_match(
@@ -40,7 +40,7 @@ def read_answers(row: Row, field: str) -> list[str]:
     Raises:
         ValueError: the field is null, a list without texts, or an object; names the row.
     """
-    found = row[field]
+    found = read_field(row, field)
     answers = found if isinstance(found, list) else [found]
     if not answers or any(answer is None or isinstance(answer, dict | list) for answer in answers):
         raise ValueError(f"{row}: {field} must be a text, a number or a list of them, not {found!r:.80}")
