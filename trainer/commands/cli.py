@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from trainer.commands import dispatch
+from trainer.commands.account_arguments import add_account_commands
 from trainer.commands.help_text import SHELLS, add_help, print_completion
 from trainer.commands.other_names import ALIASES, guess
 from trainer.config.arguments import add_recipe_arguments
@@ -77,6 +78,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _training_commands(commands)
     _run_commands(commands)
     _model_commands(commands)
+    add_account_commands(commands)
     _job_commands(commands)
     _machine_commands(commands)
     add_help(commands.choices)

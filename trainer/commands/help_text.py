@@ -60,6 +60,18 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer serve my_run --adapter b=other_run       several adapters of one base",
     ),
     "batch": ("trainer batch create requests.jsonl --model my_run --out answers.jsonl",),
+    "account": ("trainer account create team-a", "trainer account list --json"),
+    "keys": (
+        "trainer keys create team-a --scope inference --expires 90d",
+        "trainer keys rotate 1f2e3d4c5b6a7980 --grace 1h",
+    ),
+    "quota": (
+        "trainer quota set team-a requests_per_minute=60 credit=+10",
+        "trainer quota set team-a tokens_per_minute=20000 --model my_run",
+        "trainer quota get team-a",
+    ),
+    "usage": ("trainer usage --by account,model,addon,day", "trainer usage team-a --since 2026-11-01 --json"),
+    "audit": ("trainer audit list --last 20", "trainer audit verify", "trainer audit export --out audit.jsonl"),
     "report": (
         "trainer report my_run                            one HTML page",
         "trainer report my_run other_run --out both.html",

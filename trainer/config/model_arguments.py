@@ -49,13 +49,29 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", action="append", default=[], metavar="NAME=RUN", help="serve another run or adapter as NAME"
     )
     _add_engine(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback needs --api-key-file")
+    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback needs keys")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", metavar="FILE", help="keys that clients may use, one a line")
+    _add_control(parser)
     parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--drain-s", type=int, default=60, metavar="S", help="after SIGTERM, time for running requests")
     parser.add_argument(
         "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
+    )
+    parser.add_argument("--batch-keep", default="30d", metavar="TIME", help="lifetime of files and batches")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    """Add who may use the server."""
+    parser.add_argument("--with-accounts", action="store_true", help="keys, limits, use and audit log in a store")
+    parser.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql://...; or TRAINER_STORE")
+    parser.add_argument("--prices", metavar="FILE", help="price table in YAML, for credit")
+    parser.add_argument("--tls-cert", metavar="PEM", help="answer HTTPS with this certificate")
+    parser.add_argument("--tls-key", metavar="PEM", help="its private key")
+    parser.add_argument(
+        "--trusted-proxy",
+        metavar="IPS",
+        help="believe X-Forwarded-For and -Proto of these addresses",
     )
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
 from typing import Any, Final, TypeVar
@@ -19,18 +16,18 @@ from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from trainer.serve.access import KeyFile, principal_of
 from trainer.serve.answers import Answer, ChatAnswer, TextAnswer
 from trainer.serve.api_errors import ApiError
 from trainer.serve.batch_api import BatchStore, add_batches
 from trainer.serve.choices import Job, Piece, Usage, run_all
 from trainer.serve.gateway import Gateway
+from trainer.serve.guard import Control, add_guard
+from trainer.serve.metering import Counted
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
 
-OPEN_ROUTES: Final = frozenset({"/health", "/ready"})
-"""Routes that need no key."""
 LEFT: Final = 499
 """Status of a request whose client left; nobody reads it but the log."""
-Next = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
 
@@ -48,16 +45,18 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
+def make_app(gateway: Gateway, store: BatchStore, control: Control | None = None) -> FastAPI:
     """The application.
 
     Args:
         gateway: its state.
         store: files and batches.
+        control: checks, records and counts requests; everybody may do everything when left out.
     """
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
-    _add_guard(app, gateway)
+    control = control or Control(access=KeyFile(gateway.limits.api_key_digests))
+    add_guard(app, control, lambda route, status: gateway.metrics.requests.labels(route, status).inc())
     _add_status(app, gateway)
     _add_adapters(app, gateway)
     add_batches(app, store)
@@ -82,15 +81,16 @@ def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
 async def _answer(gateway: Gateway, request: Request, answer: Answer, jobs: list[Job], *, is_stream: bool) -> Response:
     gateway.admit(len(jobs))
     usage = Usage(prompt_tokens=_prompt_tokens(jobs))
+    meter = request.app.state.control.meter
+    ticket = await meter.open(principal_of(request), gateway.models.base.name, jobs, usage.prompt_tokens)
+    pieces = _counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage, ticket)
     if is_stream:
-        pieces = _counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage)
         first = await _unless_left(_first(pieces), request)  # errors become a status, not a part of the stream
         if first is None:
             await pieces.aclose()
             return Response(status_code=LEFT)
         return StreamingResponse(_events(answer, first, pieces, usage), media_type="text/event-stream")
-    whole = _collect(_counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage))
-    collected = await _unless_left(whole, request)
+    collected = await _unless_left(_collect(pieces), request)
     if collected is None:
         return Response(status_code=LEFT)
     return JSONResponse(answer.whole(collected, usage), headers=_version(usage))
@@ -123,7 +123,7 @@ async def _collect(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:
 
 
 async def _counted(
-    gateway: Gateway, source: AsyncGenerator[Piece, None], answer: Answer, usage: Usage
+    gateway: Gateway, source: AsyncGenerator[Piece, None], answer: Answer, usage: Usage, ticket: Counted
 ) -> AsyncGenerator[Piece, None]:
     """The pieces of a request; its tokens are counted when it ends in any way."""
     begin, is_first = perf_counter(), True
@@ -135,6 +135,7 @@ async def _counted(
                     is_first = False
                 yield piece
     finally:
+        ticket.close(usage.completion_tokens)
         tokens = gateway.metrics.tokens
         tokens.labels("prompt", answer.served.name).inc(usage.prompt_tokens)
         tokens.labels("completion", answer.served.name).inc(usage.completion_tokens)
@@ -186,33 +187,6 @@ def _add_errors(app: FastAPI) -> None:
     async def no_route(request: Request, error: HTTPException) -> Response:
         found = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(found.body(), found.status)
-
-
-def _add_guard(app: FastAPI, gateway: Gateway) -> None:
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Next) -> Response:
-        given = request.headers.get("x-request-id", "")
-        request_id = (
-            given if given.isascii() and 0 < len(given) <= 128 and given.isprintable() else secrets.token_hex(8)
-        )
-        if request.url.path in OPEN_ROUTES or _has_key(gateway, request):
-            response = await call_next(request)
-        else:
-            error = ApiError(401, "no valid API key: send `Authorization: Bearer KEY`", code="invalid_api_key")
-            response = JSONResponse(error.body(), error.status)
-        response.headers["X-Request-Id"] = request_id
-        route = request.scope.get("route")
-        gateway.metrics.requests.labels(getattr(route, "path", "other"), response.status_code).inc()
-        return response
-
-
-def _has_key(gateway: Gateway, request: Request) -> bool:
-    digests = gateway.limits.api_key_digests
-    if not digests:
-        return True
-    kind, _, key = request.headers.get("authorization", "").partition(" ")
-    digest = hashlib.sha256(key.encode()).digest()
-    return kind.lower() == "bearer" and any(hmac.compare_digest(digest, each) for each in digests)
 
 
 def _add_status(app: FastAPI, gateway: Gateway) -> None:
