@@ -26,10 +26,10 @@ from trainer.serve import command
 from trainer.serve.access import AccountKeys, scope_of
 from trainer.serve.app import make_app
 from trainer.serve.batch_api import BatchStore
+from trainer.serve.control import AuditRecorder, Control
 from trainer.serve.control_api import add_control
 from trainer.serve.engine_client import EngineClient
 from trainer.serve.gateway import Gateway, Limits, served_source
-from trainer.serve.guard import AuditRecorder, Control
 from trainer.serve.metering import AccountMeter
 from trainer.serve.models import ServedModels
 
@@ -131,12 +131,12 @@ def test_a_key_opens_the_routes_of_its_scope_and_no_others(app: FastAPI, store: 
 
 
 def test_the_text_of_an_unexpected_error_reaches_neither_client_nor_log(
-    app: FastAPI, store: Store, capsys: pytest.CaptureFixture[str]
+    app: FastAPI, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = create_key(store, ACTOR, "team", {"admin"})
     headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "r1"}
     (answer,) = call(app, [("GET", "/v1/usage/broken")], headers)
-    logged = capsys.readouterr().err
+    logged = caplog.text
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "request r1: ValueError" in logged
     assert "test_serve_access.py:" in logged

@@ -21,10 +21,11 @@ from trainer.inference.source import ModelSource, plain_data
 from trainer.serve.api_errors import ApiError
 from trainer.serve.batch import finished, read_batch
 from trainer.serve.models import ServedModels
+from trainer.serve.readers import CallReader
 from trainer.serve.requests import ChatRequest
-from trainer.serve.structure import json_grammar
+from trainer.serve.structure import json_grammar, lark
 from trainer.serve.text import TextStream
-from trainer.serve.tools import CallReader, tool_grammar
+from trainer.serve.tools import tool_rules
 
 ROOT = Path(__file__).parents[2]
 WEATHER: dict[str, Any] = {
@@ -81,19 +82,20 @@ def test_what_only_begins_like_a_stop_string_is_given_out() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_required_calls_have_valid_arguments(seed: int) -> None:
     request = ChatRequest(model="m", messages=[{}], tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
-    text = drawn(tool_grammar(request, [WEATHER]), seed)
+    text = drawn(lark(tool_rules(request, [WEATHER], {}), {}), seed)
     assert text is not None
     reader = CallReader()
     parts = [reader.feed(letter) for letter in text]
-    content, (call,) = "".join(part for part, _ in parts), [call for _, calls in parts for call in calls]
+    content, (call, *rest) = "".join(part for part, _ in parts), [call for _, calls in parts for call in calls]
     assert content.strip() == ""
     assert call["function"]["name"] == "weather"
-    jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"])
+    arguments = "".join(each["function"]["arguments"] for each in rest)
+    jsonschema.validate(json.loads(arguments), WEATHER["function"]["parameters"])
 
 
 def test_automatic_calls_may_stand_behind_text_and_text_alone_is_allowed() -> None:
     request = ChatRequest(model="m", messages=[{}], tools=[WEATHER])
-    grammar = tool_grammar(request, [WEATHER])
+    grammar = lark(tool_rules(request, [WEATHER], {}), {})
     tokenizer = tiny_tokenizer()
     grammars = Grammars(tokenizer, len(tokenizer), [2])
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'

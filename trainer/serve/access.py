@@ -133,9 +133,10 @@ class AccountKeys:
 
 
 def bearer(request: Request) -> str:
-    """The key of a request; empty where it has none."""
+    """The key of a request; empty where it has none. The tinker client sends `X-API-Key: tml-KEY`."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else ""
+    sent = key.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+    return sent.removeprefix("tml-")
 
 
 def principal_of(request: Request) -> Principal | None:

@@ -205,7 +205,7 @@ class BatchRun:
             if request.line.url == CHAT_URL:
                 chat = ChatRequest.model_validate(body)
                 jobs = self._gateway.chat_jobs(chat)
-                answer = ChatAnswer(chat, jobs[0].served)
+                answer = ChatAnswer(chat, jobs[0].served, jobs[0].reasoning)
             else:
                 text = CompletionRequest.model_validate(body)
                 jobs = self._gateway.completion_jobs(text)

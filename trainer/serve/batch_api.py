@@ -23,8 +23,8 @@ from trainer.serve.access import Principal, principal_of
 from trainer.serve.api_errors import ApiError
 from trainer.serve.batch import BatchRun, finished
 from trainer.serve.choices import Job
+from trainer.serve.control import Control
 from trainer.serve.gateway import Gateway
-from trainer.serve.guard import Control
 from trainer.serve.metering import Counted, open_patiently
 
 DEFAULT_KEEP_S: Final = 30 * 86400.0

@@ -12,6 +12,7 @@ from trainer.engine.protocol import Sampling
 from trainer.serve.api_errors import ApiError
 from trainer.serve.engine_client import EngineClient, Token
 from trainer.serve.models import Served
+from trainer.serve.reasoning import Reasoning
 from trainer.serve.text import TextStream
 
 LogProbs: TypeAlias = dict[str, Any]
@@ -26,6 +27,10 @@ class Job:
     sampling: Sampling
     served: Served
     stops: Sequence[str] = ()
+    reasoning: Reasoning | None = None
+    """How the answer shows reasoning; None: not at all."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens that are part of the text: they begin or end reasoning and calls."""
 
 
 @final
@@ -71,7 +76,7 @@ async def run_one(engine: EngineClient, job: Job, choice: int, usage: Usage) -> 
     Raises:
         ApiError: the engine refuses it.
     """
-    text = TextStream(job.served.tokenizer, job.stops)
+    text = TextStream(job.served.tokenizer, job.stops, shown_ids=job.shown_ids)
     held: list[Token] = []
     async with aclosing(engine.generate(job.prompt, job.sampling, job.served.adapter)) as events:
         async for event in events:

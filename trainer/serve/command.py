@@ -194,7 +194,7 @@ async def _listen(
 
     from trainer.serve.app import make_app
     from trainer.serve.batch_api import BatchStore, running_batches
-    from trainer.serve.guard import Control, WithoutContent
+    from trainer.serve.control import Control, WithoutContent
 
     control = Control(KeyFile(gateway.limits.api_key_digests)) if accounts is None else accounts.control
     keep_s = seconds_of(arguments.batch_keep, "--batch-keep")

@@ -20,7 +20,7 @@ from trainer.control.store import Store, StoreDownError
 from trainer.errors import UserError
 from trainer.serve.access import principal_of
 from trainer.serve.api_errors import ApiError
-from trainer.serve.guard import actor_of
+from trainer.serve.control import actor_of
 
 T = TypeVar("T")
 MAX_ENTRIES = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
@@ -59,7 +59,7 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._ready = asyncio.Event()
-        self._number = 0
+        self._number, self._num_live = 0, 0
         self.hello: dict[str, Any] = {}
 
     @property
@@ -69,8 +69,8 @@ class EngineClient:
 
     @property
     def num_live(self) -> int:
-        """Sequences in flight."""
-        return len(self._queues)
+        """Sequences in flight, those that wait for an engine included."""
+        return self._num_live
 
     async def connect(self, path: Path) -> asyncio.Task[None]:
         """Open the socket; the returned task ends when the engine goes away."""
@@ -91,7 +91,8 @@ class EngineClient:
             self._writer.close()
         for queue in self._queues.values():
             queue.put_nowait(_LostError())
-        for reply in self._replies.values():
+        replies, self._replies = list(self._replies.values()), {}
+        for reply in replies:
             if not reply.done():
                 reply.set_result({"ok": False, "error": "the engine went away"})
 
@@ -102,7 +103,8 @@ class EngineClient:
                 queue.put_nowait(Token(token, report))
         if "end" in message and (queue := self._queues.get(message["end"])) is not None:
             queue.put_nowait(_end_of(message))
-        if "reply" in message and (reply := self._replies.pop(message["reply"], None)) is not None:
+        reply = self._replies.pop(message["reply"], None) if "reply" in message else None
+        if reply is not None and not reply.done():  # its client may have left
             reply.set_result(message)
 
     async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
@@ -133,14 +135,26 @@ class EngineClient:
         Raises:
             ApiError: the engine refuses the request, or none is there.
         """
+        self._num_live += 1
+        try:
+            async with aclosing(self._attempts(prompt, sampling, adapter)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_live -= 1
+
+    async def _attempts(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Token | End, None]:
         drawn: list[int] = []
         for attempt in range(ATTEMPTS):
             await self._wait_ready()
             try:
-                async for event in self._stream([*prompt, *drawn], _rest(sampling, drawn), adapter):
-                    if isinstance(event, Token):
-                        drawn.append(event.token)
-                    yield event
+                async with aclosing(self._stream([*prompt, *drawn], _rest(sampling, drawn), adapter)) as events:
+                    async for event in events:
+                        if isinstance(event, Token):
+                            drawn.append(event.token)
+                        yield event
                 return
             except _LostError:
                 if attempt + 1 == ATTEMPTS or (drawn and not _can_continue(sampling)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -15,9 +16,11 @@ from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, samples
 from trainer.serve.engine_client import EngineClient
 from trainer.serve.models import Served, ServedModels
+from trainer.serve.reasoning import reasoning_of, template_arguments
 from trainer.serve.requests import ChatRequest, CompletionRequest
-from trainer.serve.structure import grammar_of
-from trainer.serve.tools import tool_grammar, tools_of
+from trainer.serve.structure import CALL_TAGS, lark, schema_of, schema_rules
+from trainer.serve.text import special_ids
+from trainer.serve.tools import tool_rules, tools_of
 
 DEFAULT_COMPLETION: Final = 16
 """`max_tokens` of /v1/completions where the request has none, as OpenAI defines it."""
@@ -60,19 +63,25 @@ class Gateway:
         """
         self.models, self.engine, self.limits, self.metrics = models, engine, limits, Metrics()
         self.is_draining = False
+        self._num_admitted = 0
 
-    def admit(self, count: int) -> None:
-        """Refuse sequences beyond the limit.
+    @contextmanager
+    def admitted(self, count: int) -> Iterator[None]:
+        """Count sequences as in flight within the block.
 
         Raises:
             ApiError: 429 with a time to wait, or 503 while the server ends.
         """
         if self.is_draining:
             raise ApiError(503, "the server is ending", retry_s=5)
-        if self.engine.num_live + count > self.limits.max_queue:
-            raise ApiError(
-                429, f"{self.engine.num_live} sequences are in flight, the most is {self.limits.max_queue}", retry_s=1
-            )
+        in_flight, most = max(self._num_admitted, self.engine.num_live), self.limits.max_queue
+        if in_flight + count > most:
+            raise ApiError(429, f"{in_flight} sequences are in flight, the most is {most}", retry_s=1)
+        self._num_admitted += count
+        try:
+            yield
+        finally:
+            self._num_admitted -= count
 
     def chat_jobs(self, request: ChatRequest) -> list[Job]:
         """The sequences of a chat request.
@@ -81,15 +90,20 @@ class Gateway:
             ApiError: the request cannot be answered, with the reason.
         """
         served = self.models.find(request.model)
-        grammar = grammar_of(request)
-        tools = tools_of(request, served)
+        schema, tools = schema_of(request), tools_of(request, served)
+        prompt = served.prompt_ids(request.messages, request.tools, template_arguments(request, served))
+        reasoning = reasoning_of(served, prompt)
+        grammar, added = None, served.tokenizer.get_added_vocab()
         if tools:
-            grammar = tool_grammar(request, tools)
-        prompt = served.prompt_ids(request.messages, request.tools, self._template_arguments(request, served))
+            grammar = lark(tool_rules(request, tools, added), added, reasoning)
+        elif schema is not None:
+            grammar = lark(schema_rules(schema), added, reasoning)
+        tags = (*(CALL_TAGS if tools else ()), *(() if reasoning is None else reasoning.form.tags))
+        shown = special_ids(served.tokenizer, tags) if tags else frozenset()
         limit = self._limit(request.limit, prompt)
         vocab = int(self.engine.hello["vocab"])
         sampling = request.sampling(limit, served.stop_ids, vocab, request.num_logprobs, grammar)
-        return samples(Job(prompt, sampling, served, request.stops), request.num_choices)
+        return samples(Job(prompt, sampling, served, request.stops, reasoning, shown), request.num_choices)
 
     def completion_jobs(self, request: CompletionRequest) -> list[Job]:
         """The sequences of a plain completion: `n` for each prompt.
@@ -124,20 +138,6 @@ class Gateway:
                 code="context_length_exceeded",
             )
         return room if asked is None else asked
-
-    def _template_arguments(self, request: ChatRequest, served: Served) -> Mapping[str, Any]:
-        arguments = dict(request.chat_template_kwargs or {})
-        effort = request.reasoning_effort
-        if effort is None:
-            return arguments
-        template = served.encoder.template if served.encoder is not None else None
-        if template is not None and template.names("enable_thinking"):
-            return {"enable_thinking": effort != "none", **arguments}
-        if template is not None and template.names("reasoning_effort"):
-            return {"reasoning_effort": effort, **arguments}
-        if effort == "none":
-            return arguments  # a template without a switch does not think
-        raise ApiError(400, f"the chat template of {served.name} has no switch for reasoning", param="reasoning_effort")
 
     async def load_adapter(self, name: str, target: str) -> str:
         """Serve a run or an adapter directory under a name; the same name again replaces it. Returns its version.

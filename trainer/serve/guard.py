@@ -1,179 +1,93 @@
-"""What every request passes: its key, its id, the record of control actions, errors without content."""
+"""What happens to every request around its route: its id, its key, its record, its count."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import re
 import secrets
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, final
+from typing import Final, final
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trainer.run.console import tell
-from trainer.serve.access import Access, KeyFile, principal_of
 from trainer.serve.api_errors import ApiError
-from trainer.serve.metering import NoMeter, RequestMeter
+from trainer.serve.control import Control, places_of, recorded_action
+from trainer.serve.gateway import Gateway
 
-if TYPE_CHECKING:
-    from trainer.control.audit import Actor
-    from trainer.control.store import Store
+LEFT: Final = 499
+"""Status, in the counters, of a request whose client left before the response began."""
 
-Next = Callable[[Request], Awaitable[Response]]
-RECORDED: Final = (
-    ("POST", re.compile(r"/v1/(load|unload)_lora_adapter"), "adapters"),
-    ("DELETE", re.compile(r"/v1/files/.*"), "files"),
-    ("POST", re.compile(r"/api/v1/(create_session|create_model|load_weights|save_\w+|finish|delete\w*)"), "training"),
-)
-"""Control actions that are recorded by their route; routes that change the store record with the change itself."""
+LOG: Final = logging.getLogger("uvicorn.error")
 
 
-class Recorder(Protocol):
-    """Keeps the record of control actions."""
+@final
+class Guard:
+    """Middleware that adds one call to each part of a stream, and no task."""
 
-    async def record(self, request: Request | None, action: str, target: str, details: Mapping[str, Any]) -> None:
-        """Append an entry.
+    def __init__(self, app: ASGIApp, gateway: Gateway, control: Control) -> None:
+        """Wrap an application."""
+        self._app, self._gateway, self._control = app, gateway, control
 
-        Args:
-            request: says who acts; None is the server itself.
-            action: what is done.
-            target: to what.
-            details: values for JSON, without prompts, completions and keys.
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = LEFT
+        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            request = Request(scope)
+            principal = await self._control.access.principal(request)
+            scope.setdefault("state", {})["principal"] = principal
+            action = recorded_action(scope["method"], scope["path"])
+            if action is None:
+                await self._app(scope, receive, send_on)
+            else:
+                await self._recorded(action, request, receive, send_on)
+        except ApiError as error:
+            await JSONResponse(error.body(), error.status, headers=error.headers())(scope, receive, send_on)
+        except Exception as error:  # the text of an exception may hold a part of the request
+            LOG.error("request %s: %s", request_id, places_of(error))
+            if status != LEFT:
+                raise  # the response has begun
+            found = ApiError(500, f"the server failed ({type(error).__name__}); its log has the details")
+            await JSONResponse(found.body(), found.status)(scope, receive, send_on)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._gateway.metrics.requests.labels(route, status).inc()
+
+    async def _recorded(self, action: str, request: Request, receive: Receive, send: Send) -> None:
+        """Record a control action before it begins, and how it ended before the client is told.
 
         Raises:
-            ApiError: 503, it cannot be kept now.
+            ApiError: the record cannot be kept; nothing was sent.
         """
+        record, target = self._control.recorder.record, f"{request.method} {request.url.path}"
+        await record(request, f"{action}.begin", target, {})
+        held: list[Message] = []
 
-
-@final
-class NoRecorder:
-    """Of a server without accounts."""
-
-    async def record(self, request: Request | None, action: str, target: str, details: Mapping[str, Any]) -> None:
-        """Nothing to do."""
-
-
-@final
-class AuditRecorder:
-    """Writes to the audit log."""
-
-    def __init__(self, store: Store) -> None:
-        """Write to a store."""
-        self._store = store
-
-    async def record(self, request: Request | None, action: str, target: str, details: Mapping[str, Any]) -> None:
-        """Append an entry; committed when this returns."""
-        from trainer.control.audit import Actor
-
-        actor = Actor("server") if request is None else actor_of(request)
-        await asyncio.to_thread(self._write, actor, action, target, details)
-
-    def _write(self, actor: Actor, action: str, target: str, details: Mapping[str, Any]) -> None:
-        from trainer.control.audit import record
-        from trainer.control.store import StoreDownError
+        async def hold(message: Message) -> None:
+            held.append(message)
 
         try:
-            with self._store.write() as connection:
-                record(connection, actor, action, target, details)
-        except StoreDownError:
-            raise ApiError(503, "the audit log cannot be written now", code="store_down", retry_s=5) from None
+            await self._app(request.scope, receive, hold)
+        finally:
+            status = next((each["status"] for each in held if each["type"] == "http.response.start"), None)
+            await record(request, f"{action}.end", target, {"status": status})
+        for message in held:
+            await send(message)
 
 
-@final
-@dataclass(frozen=True)
-class Control:
-    """What a server checks, records and counts. The default is that of a server without accounts."""
-
-    access: Access = field(default_factory=KeyFile)
-    recorder: Recorder = field(default_factory=NoRecorder)
-    meter: RequestMeter = field(default_factory=NoMeter)
-
-
-def actor_of(request: Request) -> Actor:
-    """Who acts, for the audit log."""
-    from trainer.control.audit import Actor
-
-    principal = principal_of(request)
-    address = request.client.host if request.client is not None else ""
-    return Actor(f"key {principal.key}" if principal else "anonymous", principal.account if principal else "", address)
-
-
-def add_guard(app: FastAPI, control: Control, count: Callable[[str, int], None]) -> None:
-    """Add the guard as a middleware.
-
-    Args:
-        app: the application.
-        control: decides and records.
-        count: is told route and status of each answer.
-    """
-    app.state.control = control
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Next) -> Response:
-        given = request.headers.get("x-request-id", "")
-        is_usable = given.isascii() and 0 < len(given) <= 128 and given.isprintable()
-        request_id = given if is_usable else secrets.token_hex(8)
-        try:
-            request.state.principal = await control.access.principal(request)
-            async with _recorded(control.recorder, request) as outcome:
-                response = await call_next(request)
-                outcome["status"] = response.status_code
-        except ApiError as error:
-            response = JSONResponse(error.body(), error.status, headers=error.headers())
-        except Exception as error:  # the text of an exception may hold a part of the request
-            tell(f"request {request_id}: {places_of(error)}")
-            wrong = ApiError(500, f"an error within the server; its log names request {request_id}")
-            response = JSONResponse(wrong.body(), wrong.status)
-        response.headers["X-Request-Id"] = request_id
-        route = request.scope.get("route")
-        count(getattr(route, "path", "other"), response.status_code)
-        return response
-
-
-@asynccontextmanager
-async def _recorded(recorder: Recorder, request: Request) -> AsyncIterator[dict[str, Any]]:
-    """Record a control action before it begins, and how it ended before the client is told."""
-    outcome: dict[str, Any] = {}
-    path = request.url.path
-    action = next(
-        (name for method, pattern, name in RECORDED if method == request.method and pattern.fullmatch(path)), None
-    )
-    if action is None:
-        yield outcome
-        return
-    target = f"{request.method} {path}"
-    await recorder.record(request, f"{action}.begin", target, {})
-    try:
-        yield outcome
-    finally:
-        await recorder.record(request, f"{action}.end", target, outcome)
-
-
-def places_of(error: BaseException) -> str:
-    """The kind of an exception and the lines that it passed, without its text.
-
-    >>> try:
-    ...     raise ValueError("secret")
-    ... except ValueError as error:
-    ...     "secret" in places_of(error)
-    False
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
-
-
-@final
-class WithoutContent(logging.Filter):
-    """Replaces the text of exceptions in a server's log by their kind and lines."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let the record through, without exception text."""
-        if record.exc_info and record.exc_info[1] is not None:
-            record.msg, record.args = f"{record.getMessage().splitlines()[0]} {places_of(record.exc_info[1])}", ()
-            record.exc_info = record.exc_text = None
-        return True
+def _request_id(given: str) -> str:
+    """The client's own id where it is a printable one, or a new one."""
+    is_usable = given.isascii() and 0 < len(given) <= 128 and given.isprintable()
+    return given if is_usable else secrets.token_hex(8)

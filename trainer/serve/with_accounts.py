@@ -19,8 +19,8 @@ from trainer.control.state import first_admin_key
 from trainer.control.store import Store, store_url
 from trainer.run.console import tell
 from trainer.serve.access import AccountKeys
+from trainer.serve.control import AuditRecorder, Control
 from trainer.serve.control_api import add_control
-from trainer.serve.guard import AuditRecorder, Control
 from trainer.serve.metering import AccountMeter
 
 

@@ -1,0 +1,165 @@
+"""Tools, reasoning and structured output of a thinking model, by OpenAI's own client; what the server refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import openai
+import pytest
+from project import Project
+from pydantic import BaseModel
+from serving import Server, serving
+from tiny import tiny_model_dir
+from transformers import AutoTokenizer
+
+TEMPLATES: Final = Path(find_spec("trl").origin).parent / "chat_templates"  # type: ignore[union-attr, arg-type]
+MODEL: Final = "thinker"
+TAGS: Final = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+CHAT: Final[list[Any]] = [{"role": "user", "content": "what is the sum of 8 and 90?"}]
+
+
+class Weather(BaseModel):
+    """Of a city."""
+
+    city: Literal["Oslo", "Rome"]
+    days: Literal[1, 2, 3]
+
+
+class Sum(BaseModel):
+    """Of two numbers."""
+
+    a: Literal[1, 2]
+
+
+TOOLS: Final[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Sum)]
+
+
+@pytest.fixture(scope="module")
+def server(shared: Project) -> Iterator[Server]:
+    """A tiny model with Qwen3's template, whose tags are tokens of their own as in Qwen3's vocabulary."""
+    path = tiny_model_dir(shared.root / MODEL, vocab_size=324, max_position_embeddings=1024)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(TAGS)
+    tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
+    tokenizer.save_pretrained(path)
+    with serving(shared, MODEL) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Any:
+    return server.client()
+
+
+def ask(client: Any, **how: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": MODEL, "messages": CHAT, "temperature": 1, "seed": 1, "max_tokens": 300, **how}
+    )
+
+
+def test_reasoning_is_no_content_and_none_turns_it_off(client: Any) -> None:
+    how: dict[str, Any] = {"logit_bias": {"320": 100}, "max_tokens": 6}  # nothing but <think>
+    thinking = ask(client, reasoning_effort="high", **how)
+    message = thinking.choices[0].message
+    assert (message.content, message.reasoning_content) == ("", "<think>" * 5)
+    assert thinking.usage.completion_tokens_details.reasoning_tokens == 6
+    direct = ask(client, reasoning_effort="none", **how)
+    assert direct.choices[0].message.content == "<think>" * 6
+    assert direct.usage.prompt_tokens > thinking.usage.prompt_tokens  # an empty <think></think>
+    deltas = [chunk.choices[0].delta for chunk in ask(client, stream=True, **how)]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "<think>" * 5
+    assert not any(delta.content for delta in deltas)
+
+
+def streamed_calls(chunks: Any) -> list[tuple[str, str, str]]:
+    """Id, name and arguments of each call of a stream."""
+    calls: list[list[str]] = []
+    for chunk in chunks:
+        for delta in chunk.choices[0].delta.tool_calls or []:
+            if delta.id:
+                assert delta.function.name
+                assert delta.index == len(calls)
+                calls.append([delta.id, delta.function.name, ""])
+            calls[delta.index][2] += delta.function.arguments or ""
+    return [(number, name, arguments) for number, name, arguments in calls]
+
+
+def test_calls_stream_by_name_and_pieces_of_arguments(client: Any) -> None:
+    how: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "reasoning_effort": "none"}
+    chunks = list(ask(client, stream=True, parallel_tool_calls=False, **how))
+    ((_, name, arguments),) = streamed_calls(chunks)
+    (Weather if name == "Weather" else Sum).model_validate_json(arguments)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 3
+    whole = ask(client, parallel_tool_calls=False, **how).choices[0]
+    assert [(call.function.name, call.function.arguments) for call in whole.message.tool_calls] == [(name, arguments)]
+    assert whole.message.content is None
+
+
+def test_several_calls_of_one_answer(client: Any) -> None:
+    how: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "reasoning_effort": "none", "max_tokens": 700}
+    answers = ask(client, n=4, **how).choices
+    calls = [choice.message.tool_calls for choice in answers]
+    assert any(len(some) > 1 for some in calls)
+    for choice in answers:
+        whole = choice.message.tool_calls[: None if choice.finish_reason == "tool_calls" else -1]
+        for call in whole:
+            (Weather if call.function.name == "Weather" else Sum).model_validate_json(call.function.arguments)
+
+
+def test_a_named_tool_is_called_and_none_calls_nothing(client: Any) -> None:
+    named = {"type": "function", "function": {"name": "Sum"}}
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=CHAT, tools=TOOLS, tool_choice=named, parallel_tool_calls=False,
+        reasoning_effort="none", seed=2, max_tokens=300,
+    )  # fmt: skip
+    (call,) = parsed.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Sum)
+    result = [
+        *CHAT,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})],
+        },
+        {"role": "tool", "tool_call_id": call.id, "content": "3"},
+    ]
+    bias = {"322": 100}
+    answer = ask(client, messages=result, tools=TOOLS, tool_choice="none", max_tokens=4, logit_bias=bias)
+    assert (answer.choices[0].message.tool_calls, answer.choices[0].message.content) == (None, "<tool_call>" * 4)
+
+
+def test_automatic_calls_begin_with_the_tag_of_the_vocabulary(client: Any) -> None:
+    how: dict[str, Any] = {"tools": TOOLS, "tool_choice": "auto", "reasoning_effort": "none"}
+    answer = ask(client, logit_bias={"322": 100}, **how).choices[0]  # the token <tool_call>, which text never has
+    assert answer.message.tool_calls
+    answer = ask(client, logit_bias={"322": -100}, max_tokens=30, **how).choices[0]
+    assert answer.message.tool_calls is None
+
+
+def test_an_answer_of_a_schema_may_follow_reasoning(client: Any) -> None:
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=CHAT, response_format=Sum, max_tokens=600, seed=3, logit_bias={"320": 60, "321": 30}
+    )
+    message = parsed.choices[0].message
+    assert isinstance(message.parsed, Sum)
+    assert message.reasoning_content is not None
+
+
+def test_the_asynchronous_client_and_its_stream_helper(server: Server) -> None:
+    async def run() -> tuple[Any, Any]:
+        async with server.async_client() as client:
+            how: dict[str, Any] = {"model": MODEL, "messages": CHAT, "seed": 4, "max_tokens": 300}
+            async with client.chat.completions.stream(
+                **how, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, reasoning_effort="none"
+            ) as stream:
+                kinds = {event.type async for event in stream}
+                return kinds, await stream.get_final_completion()
+
+    kinds, final = asyncio.run(run())
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, Weather | Sum)
