@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trainer.commands import dispatch
 from trainer.commands.account_arguments import add_account_commands
+from trainer.commands.deploy_arguments import add_deploy_command
 from trainer.commands.help_text import SHELLS, add_help, print_completion
 from trainer.commands.other_names import ALIASES, guess
 from trainer.config.arguments import add_recipe_arguments
@@ -79,6 +80,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _run_commands(commands)
     _model_commands(commands)
     add_account_commands(commands)
+    add_deploy_command(commands)
     _job_commands(commands)
     _machine_commands(commands)
     add_help(commands.choices)

@@ -199,3 +199,10 @@ def audit(arguments: argparse.Namespace) -> int:
     from trainer.commands.accounts import audit
 
     return audit(arguments)
+
+
+def deploy(arguments: argparse.Namespace) -> int:
+    """Run `trainer deploy`."""
+    from trainer.commands.deployments import deploy
+
+    return deploy(arguments)

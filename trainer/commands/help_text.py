@@ -60,6 +60,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer serve my_run --adapter b=other_run       several adapters of one base",
     ),
     "batch": ("trainer batch create requests.jsonl --model my_run --out answers.jsonl",),
+    "deploy": (
+        "trainer deploy create orders --model my_run --enable-addons --max-replica-count 3",
+        "trainer deploy update orders --model my_run_2    without a failed request",
+        "trainer deploy list",
+    ),
     "account": ("trainer account create team-a", "trainer account list --json"),
     "keys": (
         "trainer keys create team-a --scope inference --expires 90d",

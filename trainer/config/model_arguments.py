@@ -44,7 +44,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `trainer serve`."""
-    _add_model(parser)
+    _add_model(parser, is_optional=True)
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=RUN", help="serve another run or adapter as NAME"
     )
@@ -65,6 +65,8 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
     """Add who may use the server."""
     parser.add_argument("--with-accounts", action="store_true", help="keys, limits, use and audit log in a store")
     parser.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql://...; or TRAINER_STORE")
+    parser.add_argument("--deployments", action="store_true", help="serve what `trainer deploy` made, not one MODEL")
+    parser.add_argument("--region", default="local", metavar="R", help="of this machine, with --deployments")
     parser.add_argument("--prices", metavar="FILE", help="price table in YAML, for credit")
     parser.add_argument("--tls-cert", metavar="PEM", help="answer HTTPS with this certificate")
     parser.add_argument("--tls-key", metavar="PEM", help="its private key")
@@ -98,9 +100,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(
-    parser: argparse.ArgumentParser, text: str = "run, adapter directory, model directory or hub name"
+    parser: argparse.ArgumentParser,
+    text: str = "run, adapter directory, model directory or hub name",
+    *,
+    is_optional: bool = False,
 ) -> None:
-    parser.add_argument("target", metavar="MODEL", help=text)
+    parser.add_argument("target", metavar="MODEL", nargs="?" if is_optional else None, help=text)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
     which.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run: the weights of this checkpoint")

@@ -45,9 +45,9 @@ def make_app(gateway: Gateway, store: BatchStore, control: Control | None = None
         control: checks, records and counts requests; the keys of `gateway.limits` when left out.
     """
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_errors(app)
+    add_errors(app)
     app.state.control = control or Control(KeyFile(gateway.limits.api_key_digests))
-    app.add_middleware(Guard, gateway=gateway, control=app.state.control)
+    app.add_middleware(Guard, requests=gateway.metrics.requests, control=app.state.control)
     _add_status(app, gateway)
     _add_adapters(app, gateway)
     add_batches(app, store)
@@ -71,7 +71,9 @@ def make_app(gateway: Gateway, store: BatchStore, control: Control | None = None
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Answer errors in OpenAI's form."""
+
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status, headers=error.headers())

@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from trainer.serve.with_accounts import open_accounts
 
             accounts = open_accounts(arguments)
+            if arguments.deployments:
+                from trainer.serve.fleet_command import serve_deployments
+
+                return serve_deployments(arguments, accounts)
         return _start(arguments, accounts, is_batch=is_batch)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
@@ -69,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(arguments: argparse.Namespace) -> None:
     if arguments.engine == "vllm":
         raise UserError("--engine vllm is not available yet; the embedded engine serves without it")
+    if arguments.deployments == (arguments.target is not None):
+        raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
+    arguments.with_accounts |= arguments.deployments
     if arguments.with_accounts and arguments.api_key_file is not None:
         raise UserError("--with-accounts and --api-key-file exclude each other: `trainer keys create` makes keys")
     given = [name for name in ("store", "prices") if getattr(arguments, name) is not None]

@@ -42,11 +42,11 @@ class End:
 
 
 @final
-class _LostError(Exception):
+class LostError(Exception):
     """The engine went away."""
 
 
-Event: TypeAlias = Token | End | ApiError | _LostError
+Event: TypeAlias = Token | End | ApiError | LostError
 
 
 @final
@@ -90,7 +90,7 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
         for queue in self._queues.values():
-            queue.put_nowait(_LostError())
+            queue.put_nowait(LostError())
         replies, self._replies = list(self._replies.values()), {}
         for reply in replies:
             if not reply.done():
@@ -150,22 +150,33 @@ class EngineClient:
         for attempt in range(ATTEMPTS):
             await self._wait_ready()
             try:
-                async with aclosing(self._stream([*prompt, *drawn], _rest(sampling, drawn), adapter)) as events:
+                async with aclosing(self.attempt([*prompt, *drawn], rest_of(sampling, drawn), adapter)) as events:
                     async for event in events:
                         if isinstance(event, Token):
                             drawn.append(event.token)
                         yield event
                 return
-            except _LostError:
-                if attempt + 1 == ATTEMPTS or (drawn and not _can_continue(sampling)):
+            except LostError:
+                if attempt + 1 == ATTEMPTS or (drawn and not can_continue(sampling)):
                     raise ApiError(503, "the engine went away during this request; send it again", retry_s=1) from None
                 if len(drawn) >= sampling.max_tokens or (drawn and drawn[-1] in sampling.stop_ids):
                     yield End("length" if drawn[-1] not in sampling.stop_ids else "stop")
                     return
 
-    async def _stream(
+    async def attempt(
         self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
     ) -> AsyncGenerator[Token | End, None]:
+        """Yield the tokens of a sequence, then its end, from the engine as it is now.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are drawn.
+            adapter: None is the base.
+
+        Raises:
+            ApiError: the engine refuses the request.
+            LostError: the engine went away.
+        """
         request = self._new_id()
         queue = self._queues[request] = asyncio.Queue()
         is_ended = False
@@ -182,7 +193,7 @@ class EngineClient:
             while not is_ended:
                 event = await queue.get()
                 is_ended = not isinstance(event, Token)
-                if isinstance(event, ApiError | _LostError):
+                if isinstance(event, ApiError | LostError):
                     raise event
                 yield event
         finally:
@@ -205,7 +216,7 @@ class EngineClient:
         return str(self._number)
 
 
-def _rest(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
+def rest_of(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
     """What is left of a sequence of which some tokens are drawn."""
     if not drawn:
         return sampling
@@ -213,7 +224,7 @@ def _rest(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
     return replace(sampling, max_tokens=left, first_position=sampling.first_position + len(drawn))
 
 
-def _can_continue(sampling: Sampling) -> bool:
+def can_continue(sampling: Sampling) -> bool:
     """Whether a sequence's state is its tokens alone: no grammar, no penalty that counts what was drawn."""
     return sampling.grammar is None and not sampling.presence_penalty and not sampling.frequency_penalty
 

@@ -7,13 +7,13 @@ import secrets
 from typing import Final, final
 
 from fastapi.responses import JSONResponse
+from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trainer.serve.api_errors import ApiError
 from trainer.serve.control import Control, places_of, recorded_action
-from trainer.serve.gateway import Gateway
 
 LEFT: Final = 499
 """Status, in the counters, of a request whose client left before the response began."""
@@ -25,9 +25,15 @@ LOG: Final = logging.getLogger("uvicorn.error")
 class Guard:
     """Middleware that adds one call to each part of a stream, and no task."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway, control: Control) -> None:
-        """Wrap an application."""
-        self._app, self._gateway, self._control = app, gateway, control
+    def __init__(self, app: ASGIApp, requests: Counter, control: Control) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the application.
+            requests: counter by route and status.
+            control: decides and records.
+        """
+        self._app, self._requests, self._control = app, requests, control
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -41,13 +47,15 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                added = [(b"x-request-id", request_id.encode()), *scope["state"].get("headers", ())]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         try:
+            scope.setdefault("state", {})
             request = Request(scope)
             principal = await self._control.access.principal(request)
-            scope.setdefault("state", {})["principal"] = principal
+            scope["state"]["principal"] = principal
             action = recorded_action(scope["method"], scope["path"])
             if action is None:
                 await self._app(scope, receive, send_on)
@@ -63,7 +71,7 @@ class Guard:
             await JSONResponse(found.body(), found.status)(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._gateway.metrics.requests.labels(route, status).inc()
+            self._requests.labels(route, status).inc()
 
     async def _recorded(self, action: str, request: Request, receive: Receive, send: Send) -> None:
         """Record a control action before it begins, and how it ended before the client is told.

@@ -13,6 +13,8 @@ from trainer.serve.choices import Job
 if TYPE_CHECKING:
     from trainer.control.meter import Meter
 
+BASE_SUFFIX: Final = ":base"
+"""Ends the name of the base in a deployment whose model is a run's adapter: the adapter has the deployment's name."""
 WAIT_S: Final = 5.0
 """Longest pause of a batch between two tries to get below its account's limits."""
 
@@ -74,11 +76,12 @@ class AccountMeter:
         from trainer.control.store import StoreDownError
 
         assert principal is not None, "the guard lets no request through without a key"
+        model, adapter = base.removesuffix(BASE_SUFFIX), jobs[0].served.adapter
         try:
             return await self.meter.open(
                 principal.account,
-                base,
-                jobs[0].served.adapter or "",
+                model,
+                "" if adapter is None or adapter == model else adapter,
                 prompt_tokens=prompt_tokens,
                 most_tokens=sum(job.sampling.max_tokens for job in jobs),
                 num_sequences=len(jobs),
