@@ -170,6 +170,7 @@ def _run_commands(commands: _Commands) -> None:
 
     runs = commands.add_parser("runs", help="list every run: state, method, model, step, best value")
     runs.add_argument("--json", action="store_true", help="print one JSON document")
+    runs.add_argument("--prometheus", action="store_true", help="last metrics of each run, for a textfile collector")
     runs.set_defaults(run=dispatch.runs)
 
     diff = commands.add_parser("diff", help="compare two runs: settings, results, held-out prompts one by one")

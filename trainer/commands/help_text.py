@@ -32,7 +32,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "verify-resume": ("trainer verify-resume my.yaml --kills 3 --steps 8",),
     "status": ("trainer status my_run --follow",),
     "rollouts": ("trainer rollouts my_run --step 10 --full",),
-    "runs": ("trainer runs --json",),
+    "runs": ("trainer runs --json", "trainer runs --prometheus > /var/lib/node_exporter/trainer.prom"),
     "diff": ("trainer diff my_run other_run",),
     "logs": ("trainer logs my_run --follow", "trainer logs my_run --attempt 2 --lines 50"),
     "delete": ("trainer delete my_run --yes",),

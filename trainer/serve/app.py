@@ -18,6 +18,7 @@ from trainer.serve.batch_api import BatchStore, add_batches
 from trainer.serve.control import Control
 from trainer.serve.gateway import Gateway
 from trainer.serve.guard import Guard
+from trainer.serve.metrics import EngineView, engine_lines, engine_pids
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
 from trainer.serve.responses import AnswerResponse
 
@@ -109,6 +110,7 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
                 f"# TYPE trainer_engine_{name} gauge\ntrainer_engine_{name} {value}\n"
                 for name, value in numbers.items()
             )
+            text += engine_lines([EngineView(gateway.models.base.name, stats, engine_pids())])
         return PlainTextResponse(text)
 
     @app.get("/v1/models")

@@ -14,7 +14,7 @@ from trainer.control.deployments import Deployment, Spec
 from trainer.errors import LaunchError, TrainerError, UserError
 from trainer.inference.source import base_of
 from trainer.run.console import tell
-from trainer.serve.gateway import Gateway, Limits, served_source
+from trainer.serve.gateway import Gateway, Limits, Metrics, served_source
 from trainer.serve.metering import BASE_SUFFIX
 from trainer.serve.models import ServedModels
 from trainer.serve.replicas import Replica, ReplicaPool
@@ -48,8 +48,14 @@ def shape_for(spec: Spec) -> DeploymentShape:
 class Version:
     """A model with its replicas."""
 
-    def __init__(self, name: str, spec: Spec, directory: Path) -> None:
+    def __init__(self, name: str, spec: Spec, directory: Path, metrics: Metrics) -> None:
         """Read the tokenizer; takes a second.
+
+        Args:
+            name: of the deployment.
+            spec: what was asked for.
+            directory: of sockets.
+            metrics: counters of the server.
 
         Raises:
             TrainerError: the model cannot be served.
@@ -65,7 +71,7 @@ class Version:
         words += ["--max-rows", str(shape.limits.max_rows)]
         self.model, self.device, self.devices = spec.model, shape.device_name, shape.devices
         self.pool = ReplicaPool(words, directory, spec.max_wait_s)
-        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue))  # type: ignore[arg-type]
+        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics)  # type: ignore[arg-type]
         if source.adapter is not None:
             self._add(name, spec.model)
         for addon, target in spec.addons.items():

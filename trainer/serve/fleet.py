@@ -9,8 +9,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar, final
 
-from prometheus_client import CollectorRegistry, Counter
-
 from trainer.control.deployments import Deployment, advance, lead, list_deployments, resign, save_status
 from trainer.control.lifecycle import Event, State
 from trainer.control.meter import Meter
@@ -22,7 +20,7 @@ from trainer.errors import LaunchError, TrainerError
 from trainer.run.console import tell
 from trainer.serve.api_errors import ApiError
 from trainer.serve.deployed import DRAIN_S, Deployed, Version
-from trainer.serve.gateway import Gateway
+from trainer.serve.gateway import Gateway, Metrics
 
 TICK_S: Final = 0.2
 LEAD_S: Final = 2.0
@@ -46,8 +44,7 @@ class Fleet:
             region: of this machine; deployments of another one fail.
         """
         self.live: dict[str, Deployed] = {}
-        self.registry = CollectorRegistry()
-        self.requests = Counter("trainer_requests", "Requests", ["route", "status"], registry=self.registry)
+        self.metrics = Metrics()
         self._store, self._meter, self._directory, self._prices = store, meter, directory, prices
         self._region = region
         self._states: dict[str, Deployment] = {}
@@ -76,8 +73,9 @@ class Fleet:
             raise ApiError(503, f"deployment {name} is being created", code="deployment_creating", retry_s=1)
         if live.is_blocked:
             raise ApiError(429, f"the device-hours of {row.account} are used", code="device_hours", retry_s=3600)
-        was_ready = live.version.pool.is_ready
+        was_ready, begin = live.version.pool.is_ready, monotonic()
         await live.version.pool.wait_ready()
+        self.metrics.by_model.wait_s.labels(name).observe(monotonic() - begin)
         return live.version.gateway, None if was_ready else live.cold_start
 
     async def run(self) -> None:
@@ -157,7 +155,7 @@ class Fleet:
         try:
             if row.spec.region != self._region:
                 raise LaunchError(f"region {row.spec.region}: this control process is in region {self._region}")
-            version = await asyncio.to_thread(Version, row.name, row.spec, self._directory)
+            version = await asyncio.to_thread(Version, row.name, row.spec, self._directory, self.metrics)
         except TrainerError as error:
             await self._move(row.name, "fail", str(error), row.generation)
             return
@@ -176,7 +174,7 @@ class Fleet:
         if row.state in ("DEPLOYED", "SCALING"):
             await self._move(row.name, "update", "")
         try:
-            version = await asyncio.to_thread(Version, row.name, row.spec, self._directory)
+            version = await asyncio.to_thread(Version, row.name, row.spec, self._directory, self.metrics)
             await live.update(version)
         except TrainerError as error:
             await self._move(row.name, "keep", str(error), row.generation)

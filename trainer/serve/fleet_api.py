@@ -84,7 +84,7 @@ def make_fleet_app(fleet: Fleet, store: Store, control: Control) -> FastAPI:
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.control = control
     add_errors(app)
-    app.add_middleware(Guard, requests=fleet.requests, control=control)
+    app.add_middleware(Guard, requests=fleet.metrics.requests, control=control)
     _add_status(app, fleet)
     _add_completions(app, fleet)
     _add_deployments(app, store)

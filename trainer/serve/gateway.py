@@ -15,6 +15,7 @@ from trainer.run.step_names import step_number
 from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, samples
 from trainer.serve.engine_client import EngineClient
+from trainer.serve.metrics import RequestMetrics
 from trainer.serve.models import Served, ServedModels
 from trainer.serve.reasoning import reasoning_of, template_arguments
 from trainer.serve.requests import ChatRequest, CompletionRequest
@@ -47,21 +48,25 @@ class Metrics:
         self.requests = Counter("trainer_requests", "Requests", ["route", "status"], registry=self.registry)
         self.tokens = Counter("trainer_tokens", "Tokens", ["kind", "model"], registry=self.registry)
         self.first_token_s = Histogram("trainer_first_token_seconds", "To the first token", registry=self.registry)
+        self.by_model = RequestMetrics(self.registry)
 
 
 @final
 class Gateway:
     """Turns requests into sequences of the engine."""
 
-    def __init__(self, models: ServedModels, engine: EngineClient, limits: Limits) -> None:
+    def __init__(
+        self, models: ServedModels, engine: EngineClient, limits: Limits, metrics: Metrics | None = None
+    ) -> None:
         """Begin with the adapters that `models` has.
 
         Args:
             models: what requests may name.
             engine: continues sequences.
             limits: of this server.
+            metrics: counters that it shares with other gateways; its own when left out.
         """
-        self.models, self.engine, self.limits, self.metrics = models, engine, limits, Metrics()
+        self.models, self.engine, self.limits, self.metrics = models, engine, limits, metrics or Metrics()
         self.is_draining = False
         self._num_admitted = 0
 

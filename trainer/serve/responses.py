@@ -17,7 +17,7 @@ from trainer.serve.answers import Answer
 from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, Piece, Usage, run_all
 from trainer.serve.gateway import Gateway
-from trainer.serve.metering import RequestMeter
+from trainer.serve.metering import BASE_SUFFIX, RequestMeter
 
 EVENT_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -84,21 +84,46 @@ class AnswerResponse(Response):
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces of a request; its tokens are counted when it ends in any way."""
         metrics, usage, name = self._gateway.metrics, self._usage, self._answer.served.name
-        begin, is_first = perf_counter(), True
+        begin, first_s = perf_counter(), 0.0
+        base = self._gateway.models.base.name
+        labels = labels_of(base, self._answer.served.adapter)
+        by_model, is_error = metrics.by_model, True
         with self._gateway.admitted(len(self._jobs)):
-            base = self._gateway.models.base.name
             ticket = await self._meter.open(self._principal, base, self._jobs, usage.prompt_tokens)
             try:
                 async with aclosing(run_all(self._gateway.engine, self._jobs, usage)) as pieces:
                     async for piece in pieces:
-                        if is_first:
-                            metrics.first_token_s.observe(perf_counter() - begin)
-                            is_first = False
+                        if not first_s:
+                            first_s = perf_counter() - begin
+                            metrics.first_token_s.observe(first_s)
+                            by_model.first_s.labels(*labels).observe(first_s)
                         yield piece
+                is_error = False
+            except (asyncio.CancelledError, GeneratorExit):
+                by_model.left.labels(*labels).inc()
+                is_error = False
+                raise
             finally:
                 ticket.close(usage.completion_tokens)
+                by_model.errors.labels(*labels).inc(int(is_error))
+                if usage.completion_tokens > 1 and first_s:
+                    rest_s = perf_counter() - begin - first_s
+                    by_model.token_s.labels(*labels).observe(rest_s / (usage.completion_tokens - 1))
+                by_model.prompt.labels(*labels).inc(usage.prompt_tokens)
+                by_model.cached.labels(*labels).inc(usage.cached_tokens)
+                by_model.output.labels(*labels).inc(usage.completion_tokens)
                 metrics.tokens.labels("prompt", name).inc(usage.prompt_tokens)
                 metrics.tokens.labels("completion", name).inc(usage.completion_tokens)
+
+
+def labels_of(base: str, adapter: str | None) -> tuple[str, str, str]:
+    """Deployment, model and addon of a request, for the counters.
+
+    >>> labels_of("orders:base", "orders"), labels_of("orders", "tea")
+    (('orders', 'orders', ''), ('orders', 'orders', 'tea'))
+    """
+    name = base.removesuffix(BASE_SUFFIX)
+    return name, name, "" if adapter is None or adapter == name else adapter
 
 
 async def unless_left(work: Any, receive: Receive) -> None:
