@@ -7,6 +7,10 @@ import json
 import re
 import resource
 import shutil
+import signal
+import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -280,3 +284,34 @@ def test_while_the_store_is_down_known_keys_serve_and_the_control_plane_is_503(s
     assert served.call("POST", "/v1/accounts", {"name": "late"}).status_code == 200
     (row,) = served.call("GET", "/v1/usage?by=account&account=steady").json()["data"]
     assert row["requests"] == 2  # the one during the outage is counted
+
+
+@pytest.mark.heavy
+def test_https_by_files_and_the_address_that_a_trusted_proxy_names(project: Project) -> None:
+    certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    certificate += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(certificate, cwd=project.root, check=True, capture_output=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ("model", "--with-accounts", "--tls-cert", "cert.pem", "--tls-key", "key.pem", "--port", str(port))
+    running = project.start_trainer("serve", *words, "--trusted-proxy", "127.0.0.1")
+    context = ssl.create_default_context(cafile=project.root / "cert.pem")
+    client = httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context, trust_env=False, timeout=60)
+
+    def is_up() -> bool:
+        try:
+            return client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_for(is_up, running)
+    headers = {"Authorization": f"Bearer {running.out.read_text().strip()}", "X-Forwarded-For": "203.0.113.7"}
+    assert client.post("/v1/accounts", json={"name": "team"}, headers=headers).status_code == 200
+    (entry,) = client.get("/v1/audit?limit=1", headers=headers).json()["data"]
+    assert entry["address"] == "203.0.113.7"
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+    client.close()
+    running.signal(signal.SIGTERM)
+    assert running.wait(60).code == 0

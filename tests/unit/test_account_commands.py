@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
 
-from trainer.commands.cli import main
+from trainer.commands.cli import _parser, main
 from trainer.control.keys import KEY
 from trainer.control.store import Store
 from trainer.control.usage import Used, add_usage
@@ -101,3 +103,49 @@ def test_mistakes_say_what_to_change(said: Said) -> None:
         (("account", "list", "--store", "mysql://a"), "the store is SQLite or PostgreSQL"),
     ):
         assert message in said(*words, code=2)
+
+
+def test_deployments_are_asked_for_and_shown(said: Said) -> None:
+    said("account", "create", "admin")
+    shown = said("deploy", "create", "orders", "--model", "my_run", "--max-replica-count", "3", "--max-wait", "5m")
+    assert shown.splitlines()[:3] == ["name: orders", "state: CREATING", "replicas: 0 (0 to 3)"]
+    said("deploy", "scale", "orders", "--min-replica-count", "1", "--scale-to-zero-window", "90s")
+    (listed,) = json.loads(said("deploy", "list", "--json"))
+    spec = listed["spec"]
+    assert (spec["min_replicas"], spec["max_replicas"], spec["scale_to_zero_s"], spec["max_wait_s"]) == (1, 3, 90, 300)
+    assert "change 3 is not carried out yet" in said("deploy", "update", "orders", "--model", "my_run_2")
+    assert "state: DELETING" in said("deploy", "delete", "orders")
+    for words, message in (
+        (("get", "other"), "no deployment 'other'; `trainer deploy list` lists them"),
+        (("scale", "orders"), "say what to change"),
+        (("create", "b", "--model", "m", "--deployment-shape", "h100x1"), "it does not start vllm on cuda"),
+        (("create", "b", "--model", "m", "--deployment-shape", "h100x1_fp8", "--enable-addons"), "takes no addons"),
+        (("create", "b", "--model", "m", "--print", "k8s"), "--print k8s needs --image"),
+    ):
+        assert message in said("deploy", *words, code=2)
+
+
+def test_manifests_are_valid_say_that_they_are_untested_and_ask_for_nothing(said: Said, directory: Path) -> None:
+    words = ["--model", "my_run", "--deployment-shape", "h100x1", "--region", "eu", "--max-replica-count", "4"]
+    printed = said("deploy", "create", "orders", *words, "--print", "k8s", "--image", "registry/me:1")
+    assert printed.startswith("# Untested")
+    documents = list(yaml.safe_load_all(printed))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+    pod = documents[0]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"topology.kubernetes.io/region": "eu"}
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert main_parses(container["command"][1:])
+    scaler = documents[2]["spec"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (1, 4)
+    printed = said("deploy", "create", "orders", *words, "--print", "sky", "--setup", "pip install it")
+    task = yaml.safe_load(printed)
+    assert task["resources"] == {"ports": 8000, "accelerators": "H100:1", "region": "eu"}
+    assert main_parses(task["run"].split()[1:])
+    assert not (directory / "runs").exists()
+
+
+def main_parses(words: list[str]) -> bool:
+    """Whether the command line knows a command."""
+    return _parser()[0].parse_args(words).with_accounts is True

@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from stores import migrated
 
 from trainer.control import audit, keys
 from trainer.control.accounts import AccountError, create_account, list_accounts, set_disabled
@@ -30,12 +31,13 @@ ACTOR = Actor("cli test")
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = Store(f"sqlite:///{tmp_path}/state/store.sqlite").open()
+    opened = migrated(tmp_path / "state")
     create_account(opened, ACTOR, "team")
     return opened
 
 
-def test_the_migrations_make_the_declared_tables_and_only_the_owner_reads_them(store: Store) -> None:
+def test_the_migrations_make_the_declared_tables_and_only_the_owner_reads_them(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/state/store.sqlite").open()
     with store.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from stores import migrated
 
 from trainer.config.deployment_shape import find_deployment_shape
 from trainer.control import audit
@@ -37,7 +38,7 @@ STATES, EVENTS = get_args(State), get_args(Event)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = Store(f"sqlite:///{tmp_path}/store.sqlite").open()
+    opened = migrated(tmp_path)
     create_account(opened, ACTOR, "team")
     return opened
 

@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 
 import pytest
+from stores import migrated
 
 from trainer.control.accounts import create_account, set_disabled
 from trainer.control.audit import Actor
@@ -114,7 +115,7 @@ def test_sequences_share_the_time_of_their_engine(clock: Clock) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = Store(f"sqlite:///{tmp_path}/store.sqlite").open()
+    opened = migrated(tmp_path)
     create_account(opened, ACTOR, "team")
     return opened
 

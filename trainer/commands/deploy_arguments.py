@@ -27,6 +27,11 @@ def add_deploy_command(commands: _Commands) -> None:
     create.add_argument("--region", default="local", metavar="R", help="where it runs; fixed from then on")
     create.add_argument("--enable-addons", action="store_true", help="let adapters be loaded")
     _scaling(create)
+    create.add_argument(
+        "--print", choices=("k8s", "sky"), help="write manifests or a task for a cluster; untested there"
+    )
+    create.add_argument("--image", metavar="IMAGE", help="--print k8s: container image with this package and the model")
+    create.add_argument("--setup", metavar="COMMAND", help="--print sky: installs this package, fetches the model")
     _json(create)
 
     for name, text in (("get", "state, replicas, last cold start"), ("delete", "end it, after its requests in flight")):

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.run.console import tell
 
 if TYPE_CHECKING:
-    from trainer.control.deployments import Deployment
+    from trainer.control.deployments import Deployment, Spec
     from trainer.control.store import Store
 
 TIMES: Final = {
@@ -45,6 +45,8 @@ def deploy(arguments: argparse.Namespace) -> int:
     from trainer.control.state import local_actor
     from trainer.control.store import Store, store_url
 
+    if getattr(arguments, "print", None) is not None:
+        return _print(arguments, asked.Spec(**_changes(arguments)))
     store = Store(store_url(arguments.store)).open()
     match arguments.action:
         case "list":
@@ -74,6 +76,24 @@ def deploy(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _print(arguments: argparse.Namespace, spec: Spec) -> int:
+    """Write what another system would carry out; nothing is asked for."""
+    from trainer.commands.deploy_manifests import kubernetes_manifests, sky_service
+
+    shape, problem = find_deployment_shape(spec.shape), spec.problem()
+    if problem is not None:
+        raise UserError(problem)
+    if spec.is_addons_enabled:
+        shape.need_addons()
+    needed = {"k8s": "image", "sky": "setup"}[arguments.print]
+    value = getattr(arguments, needed)
+    if value is None:
+        raise UserError(f"--print {arguments.print} needs --{needed}; --help says what it is")
+    write = kubernetes_manifests if arguments.print == "k8s" else sky_service
+    sys.stdout.write(write(arguments.name, spec, shape, value))
+    return 0
+
+
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of a specification that the arguments give."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -86,8 +106,9 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check_shape(name: str, *, is_addons_enabled: bool) -> None:
     shape = find_deployment_shape(name)
-    if is_addons_enabled and not shape.addons:
-        raise UserError(f"deployment shape {name} has precision {shape.precision} and takes no addons")
+    if is_addons_enabled:
+        shape.need_addons()
+    shape.need_local()
 
 
 def _tell_without_controller(store: Store) -> None:

@@ -47,6 +47,27 @@ class DeploymentShape(Section):
     """Whether adapters can be loaded; never with fp8 or fp4."""
     limits: ReplicaLimits
 
+    def need_addons(self) -> None:
+        """Check that adapters can be loaded.
+
+        Raises:
+            ShapeError: they cannot.
+        """
+        if not self.addons:
+            raise ShapeError(f"deployment shape {self.name} has precision {self.precision} and takes no addons")
+
+    def need_local(self) -> None:
+        """Check that the backend `local` can start it.
+
+        Raises:
+            ShapeError: it cannot.
+        """
+        if self.engine != "embedded" or self.device != "cpu":
+            raise ShapeError(
+                f"deployment shape {self.name}: the local backend starts the embedded engine on CPUs; it does not "
+                f"start {self.engine} on {self.device}"
+            )
+
     @model_validator(mode="after")
     def _quantized_without_addons(self) -> DeploymentShape:
         if self.addons and self.precision in QUANTIZED:

@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 from trainer.config.deployment_shape import DeploymentShape, find_deployment_shape
 from trainer.control.deployments import Deployment, Spec
-from trainer.errors import LaunchError, TrainerError, UserError
+from trainer.errors import LaunchError, TrainerError
 from trainer.inference.source import base_of
 from trainer.run.console import tell
 from trainer.serve.gateway import Gateway, Limits, Metrics, served_source
@@ -34,13 +34,9 @@ def shape_for(spec: Spec) -> DeploymentShape:
         UserError: it cannot, with the reason.
     """
     shape = find_deployment_shape(spec.shape)
-    if (spec.is_addons_enabled or spec.addons) and not shape.addons:
-        raise UserError(f"deployment shape {shape.name} has precision {shape.precision} and takes no addons")
-    if shape.engine != "embedded" or shape.device != "cpu":
-        raise UserError(
-            f"deployment shape {shape.name}: the local backend starts the embedded engine on CPUs; it does not start "
-            f"{shape.engine} on {shape.device}"
-        )
+    if spec.is_addons_enabled or spec.addons:
+        shape.need_addons()
+    shape.need_local()
     return shape
 
 

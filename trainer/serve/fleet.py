@@ -9,7 +9,17 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar, final
 
-from trainer.control.deployments import Deployment, advance, lead, list_deployments, resign, save_status
+from trainer.control.audit import Actor
+from trainer.control.deployments import (
+    Deployment,
+    Spec,
+    advance,
+    change_deployment,
+    lead,
+    list_deployments,
+    resign,
+    save_status,
+)
 from trainer.control.lifecycle import Event, State
 from trainer.control.meter import Meter
 from trainer.control.prices import Prices
@@ -177,9 +187,16 @@ class Fleet:
             version = await asyncio.to_thread(Version, row.name, row.spec, self._directory, self.metrics)
             await live.update(version)
         except TrainerError as error:
-            await self._move(row.name, "keep", str(error), row.generation)
+            await self._revert(old, live, str(error))
         else:
             await self._move(row.name, "ready", "", row.generation)
+
+    async def _revert(self, old: Spec, live: Deployed, problem: str) -> None:
+        """Ask for the old version again, so that the next control process does not try what failed."""
+        changes = {"model": old.model, "shape": old.shape}
+        found = await self._ask(lambda: change_deployment(self._store, Actor("server"), live.name, "revert", changes))
+        live.spec, live.generation, live.problem = found.spec, found.generation, problem
+        await self._move(live.name, "keep", problem, found.generation)
 
     async def _change_addons(self, old: Any, row: Deployment, live: Deployed) -> None:
         problem = ""

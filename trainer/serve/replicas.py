@@ -18,8 +18,8 @@ from trainer.run.console import tell
 from trainer.serve.api_errors import ApiError
 from trainer.serve.engine_client import End, EngineClient, LostError, Token, can_continue, rest_of
 
-ATTEMPTS: Final = 20
-"""Replicas that a request is sent to, one after the other, as they are lost."""
+ATTEMPTS: Final = 6
+"""Replicas that a request is sent to, one after the other, as they are lost: one that kills them ends there."""
 START_S: Final = 300.0
 """How long an engine may take to load its model."""
 _NUMBERS: Final = count(1)
