@@ -82,7 +82,7 @@ class Replica:
             async for _ in self.client.attempt([0], Sampling(max_tokens=1, seed=0), None):
                 pass
         except (LostError, ApiError) as error:
-            raise LaunchError(f"the engine did not draw its first token: {error or 'it went away'}") from None
+            raise LaunchError(f"the engine did not draw its first token: {str(error) or 'it went away'}") from None
         self.client.set_ready()
         parts = {"place": placed - self.begun, "load": loaded - placed, "warm": monotonic() - loaded}
         self.cold_start = {name: round(seconds, 3) for name, seconds in parts.items()}
@@ -90,18 +90,19 @@ class Replica:
     async def _connect(self) -> None:
         assert self._process is not None
         deadline = monotonic() + START_S
-        while not self._socket.exists():
+        while monotonic() < deadline:
             if self._process.poll() is not None:
-                raise LaunchError(
-                    f"the engine ended with exit code {self._process.returncode}; its words are in the log"
-                )
-            if monotonic() > deadline:
-                raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
-            await asyncio.sleep(0.02)
-        try:
-            self._connection = await self.client.connect(self._socket)
-        except (OSError, ValueError) as error:
-            raise LaunchError(f"the engine went away as it began: {error}") from None
+                code = self._process.returncode
+                raise LaunchError(f"the engine ended with exit code {code}; its words are in the log")
+            try:
+                self._connection = await self.client.connect(self._socket)
+            except (FileNotFoundError, ConnectionRefusedError):  # no socket yet, or one that does not listen yet
+                await asyncio.sleep(0.02)
+            except (OSError, ValueError) as error:
+                raise LaunchError(f"the engine went away as it began: {error}") from None
+            else:
+                return
+        raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
 
     async def stop(self, drain_s: float) -> None:
         """End it, after the requests in flight.
