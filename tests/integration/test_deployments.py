@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -43,13 +44,13 @@ class Control:
         self.wait(name, "DEPLOYED")
 
     def wait(self, name: str, state: str, ready: int | None = None) -> dict[str, Any]:
-        def found() -> dict[str, Any] | None:
+        def found() -> dict[str, Any]:
             about = self.get(name)
             count = sum(each["is_ready"] for each in about["status"].get("replicas", []))
             is_current = about["observed"] == about["generation"] or state not in ("DEPLOYED", "FAILED")
-            return about if about["state"] == state and is_current and ready in (None, count) else None
+            return about if about["state"] == state and is_current and ready in (None, count) else {}
 
-        return wait_for(found, self.server.running, poll_s=0.1)  # type: ignore[return-value]
+        return wait_for(found, self.server.running, poll_s=0.1)
 
     def ask(self, model: str, **how: Any) -> httpx.Response:
         body = {"model": model, "messages": CHAT, "temperature": 0, "max_tokens": 6, **how}
@@ -128,6 +129,10 @@ def control(shared: Project) -> Iterator[Control]:
         yield Control(server, shared, server.running.out.read_text().strip())
 
 
+def is_replaced(control: Control, name: str, pid: int) -> bool:
+    return pid not in pids(control.get(name))
+
+
 def pids(about: dict[str, Any]) -> list[int]:
     return [each["pid"] for each in about["status"]["replicas"]]
 
@@ -174,8 +179,7 @@ def test_addons_are_loaded_kept_over_zero_and_refused_where_they_are_not_enabled
     control.wait("plain", "DEPLOYED", ready=1)
     assert control.text("plain#first") == addon  # the new replica has it
     control.call("POST", "/v1/load_lora_adapter", {"lora_name": "plain#bad", "lora_path": "nowhere"})
-    about = wait_for(lambda: (found := control.get("plain"))["problem"] and found)
-    assert "addon: " in about["problem"]
+    wait_for(lambda: "addon: " in control.get("plain")["problem"])
     assert control.text("plain#first") == addon
     control.delete("plain")
 
@@ -190,7 +194,7 @@ def test_lost_replicas_an_update_and_more_replicas_fail_no_request(control: Cont
         for _ in range(10):
             pid = pids(control.wait("busy", "DEPLOYED", ready=2))[0]
             os.kill(pid, signal.SIGKILL)
-            wait_for(lambda pid=pid: pid not in pids(control.get("busy")))  # type: ignore[misc]
+            wait_for(functools.partial(is_replaced, control, "busy", pid))
         control.wait("busy", "DEPLOYED", ready=2)
         assert control.call("PATCH", "/v1/deployments/busy", {"model": "other"}).json()["generation"] == 2
         control.wait("busy", "DEPLOYED", ready=2)

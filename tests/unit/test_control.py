@@ -70,7 +70,7 @@ def test_a_key_is_stored_as_its_digest_and_checked_whole(store: Store) -> None:
     key = keys.create_key(store, ACTOR, "team", {"inference"}, note="laptop")
     found = keys.find_key(store, key)
     assert found is not None
-    assert (found.account, found.scopes, found.problem(time.time())) == ("team", {"inference"}, None)
+    assert (found.account, found.scopes, found.problem(time.time())) == ("team", frozenset({"inference"}), None)
     assert keys.KEY.fullmatch(key)
     last = "A" if key[-1] != "A" else "B"
     for other in (key[:-1] + last, key + "A", key[:-1], "tsk_", "", f"tsk_{found.id}_" + "A" * 43):

@@ -120,7 +120,7 @@ def store(tmp_path: Path) -> Store:
     return opened
 
 
-PRICES = Prices(models={"m": ModelPrice(input=1, output=2)})  # type: ignore[arg-type]
+PRICES = Prices(models={"m": ModelPrice(input=1, output=2)})
 
 
 def test_credit_is_never_overspent_by_requests_at_once(store: Store) -> None:
