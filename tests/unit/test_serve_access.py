@@ -110,6 +110,13 @@ def test_every_route_but_health_answers_401_without_a_key(app: FastAPI, given: s
     assert unknown.status_code == 401
 
 
+@pytest.mark.parametrize("host", ["server/health?", "server/health#", "server/metrics?"])
+def test_a_host_header_that_looks_like_an_open_route_opens_nothing(app: FastAPI, host: str) -> None:
+    routes = [("GET", "/v1/keys"), ("GET", "/v1/models"), ("GET", "/v1/audit"), ("GET", "/metrics")]
+    assert [each.status_code for each in call(app, routes, {"Host": host})] == [401] * 4
+    assert [each.status_code for each in call(app, [("GET", "/health%3F/../v1/keys")], {})] == [401]
+
+
 @pytest.mark.parametrize("scope", sorted({*SCOPES} - {"admin"}))
 def test_a_key_opens_the_routes_of_its_scope_and_no_others(app: FastAPI, store: Store, scope: str) -> None:
     key = create_key(store, ACTOR, "team", {scope})

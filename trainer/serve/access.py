@@ -85,7 +85,7 @@ class KeyFile:
         Raises:
             ApiError: 401.
         """
-        if self._digests and request.url.path not in OPEN_ROUTES:
+        if self._digests and request.scope["path"] not in OPEN_ROUTES:
             digest = hashlib.sha256(bearer(request).encode()).digest()
             if not any(hmac.compare_digest(digest, each) for each in self._digests):
                 raise ApiError(401, UNAUTHORIZED, code="invalid_api_key")
@@ -110,7 +110,7 @@ class AccountKeys:
         Raises:
             ApiError: 401, 403 where the key lacks the scope, or 503 while the store is down.
         """
-        path = request.url.path
+        path = request.scope["path"]
         if path in OPEN_ROUTES:
             return None
         key = await self._find(bearer(request))

@@ -79,7 +79,7 @@ class Guard:
         Raises:
             ApiError: the record cannot be kept; nothing was sent.
         """
-        record, target = self._control.recorder.record, f"{request.method} {request.url.path}"
+        record, target = self._control.recorder.record, f"{request.method} {request.scope['path']}"
         await record(request, f"{action}.begin", target, {})
         held: list[Message] = []
 
