@@ -87,7 +87,7 @@ class AnswerResponse(Response):
         begin, first_s = perf_counter(), 0.0
         base = self._gateway.models.base.name
         labels = labels_of(base, self._answer.served.adapter)
-        by_model, is_error = metrics.by_model, True
+        by_model, is_error, is_left = metrics.by_model, True, False
         with self._gateway.admitted(len(self._jobs)):
             ticket = await self._meter.open(self._principal, base, self._jobs, usage.prompt_tokens)
             try:
@@ -100,12 +100,12 @@ class AnswerResponse(Response):
                         yield piece
                 is_error = False
             except (asyncio.CancelledError, GeneratorExit):
-                by_model.left.labels(*labels).inc()
-                is_error = False
+                is_error, is_left = False, True
                 raise
             finally:
                 ticket.close(usage.completion_tokens)
                 by_model.errors.labels(*labels).inc(int(is_error))
+                by_model.left.labels(*labels).inc(int(is_left))
                 if usage.completion_tokens > 1 and first_s:
                     rest_s = perf_counter() - begin - first_s
                     by_model.token_s.labels(*labels).observe(rest_s / (usage.completion_tokens - 1))
