@@ -8,6 +8,7 @@ decoding one by one, as far as the sums of both steps round equally.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Final, final
 
 SIZES: Final = (4, 2)
@@ -52,7 +53,8 @@ class PromptLookup:
         for size in SIZES:
             end = self._ends.get(tuple(ids[-size:])) if len(ids) > size else None
             if end is not None:
-                return ids[end : end + min(most, self._size)]
+                following = islice(cycle(ids[end:]), min(most, self._size))  # a text that repeats itself goes on so
+                return list(following)
         return []
 
     def learn(self, proposed: int, accepted: int) -> None:

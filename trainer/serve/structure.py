@@ -111,11 +111,13 @@ def json_grammar(schema: Mapping[str, Any], param: str = "response_format") -> s
         raise ApiError(400, "structured output needs llguidance: pip install 'tunesmith[serve]'", param=param)
     from llguidance import LLMatcher
 
-    for keyword, place, around in _keywords(schema, "#"):
-        if keyword in UNSUPPORTED or (keyword == "minProperties" and _counts_names(around)):
-            raise ApiError(400, f"the keyword `{keyword}` at {place} cannot be guaranteed", param=param)
     try:
+        for keyword, place, around in _keywords(schema, "#"):
+            if keyword in UNSUPPORTED or (keyword == "minProperties" and _counts_names(around)):
+                raise ApiError(400, f"the keyword `{keyword}` at {place} cannot be guaranteed", param=param)
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM)
+    except RecursionError:
+        raise ApiError(400, "schema: too deep", param=param) from None
     except ValueError as error:
         raise ApiError(400, f"schema: {error}", param=param) from None
     problem = LLMatcher.validate_grammar(grammar)
