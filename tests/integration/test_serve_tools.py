@@ -162,3 +162,19 @@ def test_the_asynchronous_client_and_its_stream_helper(server: Server) -> None:
     kinds, final = asyncio.run(run())
     assert "tool_calls.function.arguments.delta" in kinds
     assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, Weather | Sum)
+
+
+def test_a_completion_may_repeat_its_prompt_with_log_probabilities(client: Any) -> None:
+    how: dict[str, Any] = {"model": MODEL, "temperature": 0, "logprobs": 1, "echo": True}
+    plain = client.completions.create(model=MODEL, prompt="the quick", max_tokens=3, temperature=0).choices[0]
+    one, two = client.completions.create(prompt=["the quick", "the sum of 8"], max_tokens=3, **how).choices
+    assert one.text == "the quick" + plain.text
+    assert two.text.startswith("the sum of 8")
+    count = len(one.logprobs.token_logprobs) - 3
+    assert count >= 2
+    assert one.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in one.logprobs.token_logprobs[1:])
+    assert "".join(one.logprobs.tokens[:count]) == "the quick"
+    assert one.logprobs.text_offset[:2] == [0, len(one.logprobs.tokens[0])]
+    (scored,) = client.completions.create(prompt="the quick", max_tokens=0, **how).choices
+    assert scored.logprobs.token_logprobs == one.logprobs.token_logprobs[:count]

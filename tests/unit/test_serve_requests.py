@@ -153,7 +153,7 @@ def as_format(schema: dict[str, Any]) -> dict[str, Any]:
         (CompletionRequest, {"prompt": [320]}, "prompt"),
         (CompletionRequest, {"prompt": ["x"] * 100, "n": 100}, "prompt"),
         (CompletionRequest, {"prompt": "\ud800"}, "prompt"),
-        (CompletionRequest, {"echo": True}, "echo"),
+        (CompletionRequest, {"echo": True, "stream": True}, "echo"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_its_parameter(gateway: Gateway, kind: Any, change: dict[str, Any], param: str) -> None:

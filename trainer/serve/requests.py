@@ -169,6 +169,14 @@ class CompletionRequest(_Request):
     best_of: Annotated[int, Field(ge=1)] | None = None
     suffix: str | None = None
 
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        is_one = bool(self.prompt) and isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item]
+
 
 def validation_error(errors: list[Mapping[str, Any]]) -> ApiError:
     """All mistakes of a body, in one message."""
