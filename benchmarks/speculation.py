@@ -1,6 +1,7 @@
 """Speculative decoding by prompt look-up, one client: JSON that repeats its prompt, and prose that does not.
 
-    python benchmarks/speculation.py --model models/SmolLM2-135M-Instruct [--rounds 3] [--dtype bfloat16]
+    python benchmarks/speculation.py --model models/SmolLM2-135M-Instruct [--rounds 3] [--tokens 200]
+        [--dtype bfloat16] [--only json,prose]
 
 The engine itself with and without proposals, in turn; tokens per CPU-second of the steps, steps, and whether the tokens
 are equal. Prints one JSON document.
@@ -44,13 +45,13 @@ ORDERS = [
 ]
 
 
-def prompts() -> dict[str, list[dict[str, str]]]:
-    """Chats by name."""
+def prompts(tokenizer: Any) -> dict[str, list[int]]:
+    """Token ids by name: JSON of which a copy has begun, and a question."""
     text = json.dumps(ORDERS, indent=1)
-    ask = f"Repeat this JSON exactly, without any other text:\n{text}"
+    chat = [{"role": "user", "content": "Tell me about the history of tea in Europe."}]
     return {
-        "json": [{"role": "user", "content": ask}],
-        "prose": [{"role": "user", "content": "Tell me about the history of tea in Europe."}],
+        "json": tokenizer(f"The orders:\n{text}\n\nThe same orders again:\n{text[:60]}")["input_ids"],
+        "prose": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False),
     }
 
 
@@ -60,13 +61,17 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--only", default="json,prose")
     arguments = parser.parse_args()
     settings = ModelSettings(path=arguments.model, compute_dtype=arguments.dtype)
     tokenizer, model = load_tokenizer(settings), EngineModel(settings, 8)
 
     def run(ids: list[int], temperature: float, *, speculates: bool) -> tuple[list[int], float, Counters]:
         scheduler = Scheduler(model, model.pool(64), speculates=speculates)
-        how = Sampling(max_tokens=200, seed=1, temperature=temperature, stop_ids=(int(tokenizer.eos_token_id),))
+        how = Sampling(
+            max_tokens=arguments.tokens, seed=1, temperature=temperature, stop_ids=(int(tokenizer.eos_token_id),)
+        )
         row = LiveSequence("a", tuple(ids), how, None)
         scheduler.add(row)
         while not row.drawn:
@@ -77,8 +82,9 @@ def main() -> None:
         return row.drawn, (len(row.drawn) - count) / (time.process_time() - begin), scheduler.counters
 
     found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "dtype": arguments.dtype, "load": os.getloadavg()[0]}
-    for name, chat in prompts().items():
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    for name, ids in prompts(tokenizer).items():
+        if name not in arguments.only.split(","):
+            continue
         for temperature in (0.0, 1.0):
             ratios, is_equal, counters = [], True, Counters()
             for _ in range(arguments.rounds):

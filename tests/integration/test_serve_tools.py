@@ -38,14 +38,18 @@ class Sum(BaseModel):
 TOOLS: Final[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Sum)]
 
 
-@pytest.fixture(scope="module")
-def server(shared: Project) -> Iterator[Server]:
+def thinker(path: Path) -> None:
     """A tiny model with Qwen3's template, whose tags are tokens of their own as in Qwen3's vocabulary."""
-    path = tiny_model_dir(shared.root / MODEL, vocab_size=324, max_position_embeddings=2048)
+    tiny_model_dir(path, vocab_size=324, max_position_embeddings=2048)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(TAGS)
     tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def server(shared: Project) -> Iterator[Server]:
+    thinker(shared.root / MODEL)
     with serving(shared, MODEL) as server:
         yield server
 
