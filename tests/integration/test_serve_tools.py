@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
+import struct
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import httpx
 import openai
+import psutil
 import pytest
 from project import Project
 from pydantic import BaseModel
@@ -182,3 +187,53 @@ def test_a_completion_may_repeat_its_prompt_with_log_probabilities(client: Any) 
     assert one.logprobs.text_offset[:2] == [0, len(one.logprobs.tokens[0])]
     (scored,) = client.completions.create(prompt="the quick", max_tokens=0, **how).choices
     assert scored.logprobs.token_logprobs == one.logprobs.token_logprobs[:count]
+
+
+def leave(server: Server, number: int) -> None:
+    """A client that resets its connection behind some bytes of the answer, or within its own request."""
+    body = {"model": MODEL, "messages": CHAT, "max_tokens": 200, "ignore_eos": True, "stream": number % 3 > 0}
+    content = json.dumps(body | {"n": 1 + number % 2}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    message = head.encode() + b"Content-Type: application/json\r\n\r\n" + content
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(message[: len(message) // 2] if number % 7 == 0 else message)
+        if number % 3 and number % 7:
+            client.recv(1 + number * 37 % 900)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_clients_that_reset_leave_no_sequence_page_or_socket_behind(server: Server) -> None:
+    gateway = psutil.Process(server.running.process.pid)
+    leave(server, 1)
+    server.wait_idle()
+    before = gateway.num_fds()
+    for number in range(30):
+        leave(server, number)
+    stats = server.wait_idle()
+    assert {stats[name] for name in ("live", "running", "waiting", "pages_used")} == {0}
+    assert gateway.num_fds() <= before + 1
+    gc_words = ("never retrieved", "Traceback", "already running")
+    assert not [word for word in gc_words if word in server.running.err.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "param"),
+    [
+        ("chat/completions", b"no json", None),
+        ("chat/completions", b"[]", None),
+        ("chat/completions", b"\xff\xfe", None),
+        ("chat/completions", b"[" * 100_000, None),
+        ("chat/completions", json.dumps({"model": MODEL, "messages": CHAT, "n": 10**9}).encode(), "n"),
+        ("chat/completions", json.dumps({"model": MODEL, "messages": CHAT, "stop": [1]}).encode(), "stop"),
+        ("completions", json.dumps({"model": MODEL, "prompt": [10**30]}).encode(), "prompt"),
+        ("load_lora_adapter", b"{}", "lora_name"),
+        ("batches", b"{}", "input_file_id"),
+        ("files", b"{}", "file"),
+    ],
+)
+def test_a_malformed_body_is_a_400_of_the_api(server: Server, path: str, content: bytes, param: str | None) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/{path}", content=content, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert answer.headers["x-request-id"]

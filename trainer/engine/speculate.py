@@ -51,10 +51,9 @@ class PromptLookup:
                     self._ends[tuple(ids[end - size : end])] = end
         self._num_indexed = len(ids)
         for size in SIZES:
-            end = self._ends.get(tuple(ids[-size:])) if len(ids) > size else None
-            if end is not None:
-                following = islice(cycle(ids[end:]), min(most, self._size))  # a text that repeats itself goes on so
-                return list(following)
+            earlier = self._ends.get(tuple(ids[-size:])) if len(ids) > size else None
+            if earlier is not None:  # a text that repeats itself goes on so
+                return list(islice(cycle(ids[earlier:]), min(most, self._size)))
         return []
 
     def learn(self, proposed: int, accepted: int) -> None:
