@@ -184,7 +184,7 @@ class TextAnswer:
         ids: Sequence[int] = []
         if self._echoed:
             ids = self.served.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        found = [*zip(ids, [None, *pieces[-1].prompt_reports], strict=False), *known]
+        found = [*zip(ids, [None, *pieces[-1].prompt_logprobs], strict=False), *known]
         texts = [token_text(self.served, token) for token, _ in found]
         return {
             "tokens": texts,

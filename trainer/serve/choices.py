@@ -42,7 +42,7 @@ class Piece:
     text: str
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
-    prompt_reports: tuple[dict[str, Any], ...] = ()
+    prompt_logprobs: tuple[dict[str, Any], ...] = ()
     """Of the prompt's tokens behind the first, in the last piece, where they were asked for."""
 
 
