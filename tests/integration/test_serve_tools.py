@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
+import struct
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import httpx
 import openai
+import psutil
 import pytest
 from project import Project
 from pydantic import BaseModel
@@ -38,14 +43,18 @@ class Sum(BaseModel):
 TOOLS: Final[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Sum)]
 
 
-@pytest.fixture(scope="module")
-def server(shared: Project) -> Iterator[Server]:
+def thinker(path: Path) -> None:
     """A tiny model with Qwen3's template, whose tags are tokens of their own as in Qwen3's vocabulary."""
-    path = tiny_model_dir(shared.root / MODEL, vocab_size=324, max_position_embeddings=1024)
+    tiny_model_dir(path, vocab_size=324, max_position_embeddings=2048)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(TAGS)
     tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def server(shared: Project) -> Iterator[Server]:
+    thinker(shared.root / MODEL)
     with serving(shared, MODEL) as server:
         yield server
 
@@ -143,11 +152,10 @@ def test_automatic_calls_begin_with_the_tag_of_the_vocabulary(client: Any) -> No
 
 def test_an_answer_of_a_schema_may_follow_reasoning(client: Any) -> None:
     parsed = client.chat.completions.parse(
-        model=MODEL, messages=CHAT, response_format=Sum, max_tokens=600, seed=3, logit_bias={"320": 60, "321": 30}
+        model=MODEL, messages=CHAT, response_format=Sum, max_tokens=600, seed=3, logit_bias={"320": 100, "321": 100}
     )
-    message = parsed.choices[0].message
-    assert isinstance(message.parsed, Sum)
-    assert message.reasoning_content is not None
+    assert isinstance(parsed.choices[0].message.parsed, Sum)
+    assert parsed.usage.completion_tokens_details.reasoning_tokens == 2  # <think></think>
 
 
 def test_the_asynchronous_client_and_its_stream_helper(server: Server) -> None:
@@ -163,3 +171,69 @@ def test_the_asynchronous_client_and_its_stream_helper(server: Server) -> None:
     kinds, final = asyncio.run(run())
     assert "tool_calls.function.arguments.delta" in kinds
     assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, Weather | Sum)
+
+
+def test_a_completion_may_repeat_its_prompt_with_log_probabilities(client: Any) -> None:
+    how: dict[str, Any] = {"model": MODEL, "temperature": 0, "logprobs": 1, "echo": True}
+    plain = client.completions.create(model=MODEL, prompt="the quick", max_tokens=3, temperature=0).choices[0]
+    one, two = client.completions.create(prompt=["the quick", "the sum of 8"], max_tokens=3, **how).choices
+    assert one.text == "the quick" + plain.text
+    assert two.text.startswith("the sum of 8")
+    count = len(one.logprobs.token_logprobs) - 3
+    assert count >= 2
+    assert one.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in one.logprobs.token_logprobs[1:])
+    assert "".join(one.logprobs.tokens[:count]) == "the quick"
+    assert one.logprobs.text_offset[:2] == [0, len(one.logprobs.tokens[0])]
+    (scored,) = client.completions.create(prompt="the quick", max_tokens=0, **how).choices
+    assert scored.logprobs.token_logprobs == one.logprobs.token_logprobs[:count]
+
+
+def leave(server: Server, number: int) -> None:
+    """A client that resets its connection behind some bytes of the answer, or within its own request."""
+    body = {"model": MODEL, "messages": CHAT, "max_tokens": 200, "ignore_eos": True, "stream": number % 3 > 0}
+    content = json.dumps(body | {"n": 1 + number % 2}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    message = head.encode() + b"Content-Type: application/json\r\n\r\n" + content
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(message[: len(message) // 2] if number % 7 == 0 else message)
+        if number % 3 and number % 7:
+            client.recv(1 + number * 37 % 900)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_clients_that_reset_leave_no_sequence_page_or_socket_behind(server: Server) -> None:
+    gateway = psutil.Process(server.running.process.pid)
+    leave(server, 1)
+    server.wait_idle()
+    before = gateway.num_fds()
+    for number in range(30):
+        leave(server, number)
+    stats = server.wait_idle()
+    assert {stats[name] for name in ("live", "running", "waiting", "pages_used")} == {0}
+    assert gateway.num_fds() <= before + 1
+    gc_words = ("never retrieved", "Traceback", "already running")
+    assert not [word for word in gc_words if word in server.running.err.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "param"),
+    [
+        ("chat/completions", b"no json", None),
+        ("chat/completions", b"[]", None),
+        ("chat/completions", b"\xff\xfe", None),
+        ("chat/completions", b"[" * 100_000, None),
+        ("chat/completions", json.dumps({"model": MODEL, "messages": CHAT, "n": 10**9}).encode(), "n"),
+        ("chat/completions", json.dumps({"model": MODEL, "messages": CHAT, "stop": [1]}).encode(), "stop"),
+        ("completions", json.dumps({"model": MODEL, "prompt": [10**30]}).encode(), "prompt"),
+        ("load_lora_adapter", b"{}", "lora_name"),
+        ("batches", b"{}", "input_file_id"),
+        ("files", b"{}", "file"),
+    ],
+)
+def test_a_malformed_body_is_a_400_of_the_api(server: Server, path: str, content: bytes, param: str | None) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/{path}", content=content, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert answer.headers["x-request-id"]

@@ -96,6 +96,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=int, default=64, metavar="N", help="sequences continued in one step")
     parser.add_argument("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens read in one step")
     parser.add_argument("--max-adapter-rank", type=int, default=128, metavar="R")
+    parser.add_argument(
+        "--speculation", choices=("prompt", "off"), default="prompt", help="propose tokens that followed the same words"
+    )
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="sequences in flight; then 429")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from time import time
 from typing import Any, Protocol, final
 
@@ -140,6 +141,8 @@ class TextAnswer:
         """
         self.served, self.wants_usage = served, request.wants_usage
         self._has_logprobs = request.logprobs is not None
+        self._echoed = request.prompts if request.echo else []
+        self._num_choices = request.num_choices
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -166,21 +169,29 @@ class TextAnswer:
         return {**self._head, "choices": choices, "usage": usage.body()}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        prompt = self._echoed[index // self._num_choices] if self._echoed else ""
+        begun = prompt if isinstance(prompt, str) else self.served.tokenizer.decode(prompt)
         return {
             "index": index,
-            "text": "".join(piece.text for piece in pieces),
-            "logprobs": self._logprobs(pieces) if self._has_logprobs else None,
+            "text": begun + "".join(piece.text for piece in pieces),
+            "logprobs": self._logprobs(prompt, pieces) if self._has_logprobs else None,
             "finish_reason": pieces[-1].finish_reason,
         }
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = [token for piece in pieces for token in piece.tokens if token.report is not None]
+    def _logprobs(self, prompt: str | Sequence[int], pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Of the prompt, where it is repeated, whose first token has none, and of the completion."""
+        known = [(token.token, token.report) for piece in pieces for token in piece.tokens if token.report is not None]
+        ids: Sequence[int] = []
+        if self._echoed:
+            ids = self.served.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        found = [*zip(ids, [None, *pieces[-1].prompt_logprobs], strict=False), *known]
+        texts = [token_text(self.served, token) for token, _ in found]
         return {
-            "tokens": [token_text(self.served, token.token) for token in tokens],
-            "token_logprobs": [token.report["logprob"] for token in tokens if token.report is not None],
+            "tokens": texts,
+            "token_logprobs": [None if report is None else report["logprob"] for _, report in found],
             "top_logprobs": [
-                {token_text(self.served, other): logprob for other, logprob in token.report["top"]}
-                for token in tokens
-                if token.report is not None
+                None if report is None else {token_text(self.served, other): value for other, value in report["top"]}
+                for _, report in found
             ],
+            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }

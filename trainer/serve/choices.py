@@ -42,6 +42,8 @@ class Piece:
     text: str
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
+    prompt_logprobs: tuple[dict[str, Any], ...] = ()
+    """Of the prompt's tokens behind the first, in the last piece, where they were asked for."""
 
 
 @final
@@ -83,7 +85,7 @@ async def run_one(engine: EngineClient, job: Job, choice: int, usage: Usage) -> 
             if not isinstance(event, Token):
                 usage.cached_tokens += event.cached_tokens
                 usage.version = event.version
-                yield Piece(choice, text.flush(), tuple(held), event.reason)
+                yield Piece(choice, text.flush(), tuple(held), event.reason, event.prompt_logprobs)
                 return
             usage.completion_tokens += 1
             held.append(event)

@@ -147,7 +147,7 @@ def sources_of(arguments: argparse.Namespace) -> tuple[ModelSource, dict[str, Mo
 def _engine_arguments(arguments: argparse.Namespace, base: ModelSource) -> list[str]:
     words = ["--model", base.model.model_dump_json()]
     words += ["--max-rows", str(arguments.max_rows), "--chunk-tokens", str(arguments.chunk_tokens)]
-    words += ["--max-adapter-rank", str(arguments.max_adapter_rank)]
+    words += ["--max-adapter-rank", str(arguments.max_adapter_rank), "--speculation", arguments.speculation]
     words += ["--kv-cache-fraction", str(arguments.kv_cache_fraction)]
     if arguments.kv_cache_tokens is not None:
         words += ["--kv-cache-tokens", str(arguments.kv_cache_tokens)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, final
+from dataclasses import dataclass, replace
+from typing import Final, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -117,16 +117,23 @@ class Gateway:
             ApiError: the request cannot be answered, with the reason.
         """
         served = self.models.find(request.model)
-        for name in ("suffix", "echo"):
-            if getattr(request, name):
-                raise ApiError(400, f"{name} is not supported", param=name)
+        if request.suffix:
+            raise ApiError(400, "suffix is not supported", param="suffix")
+        if request.echo and request.stream:
+            raise ApiError(400, "echo is not supported in a stream", param="echo")
         if request.best_of not in (None, request.num_choices):
             raise ApiError(400, "best_of is supported only where it equals n", param="best_of")
         vocab = int(self.engine.hello["vocab"])
-        jobs = []
-        for prompt in _prompts(request.prompt, served):
+        jobs: list[Job] = []
+        prompts = _prompts(request.prompts, served, vocab)
+        if len(prompts) * request.num_choices > self.limits.max_queue:
+            most = f"the most is {self.limits.max_queue}"
+            raise ApiError(400, f"{len(prompts):,} prompts times n are too many sequences; {most}", param="prompt")
+        for prompt in prompts:
             limit = self._limit(DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens, prompt)
             sampling = request.sampling(limit, served.stop_ids, vocab, request.logprobs)
+            if request.echo:
+                sampling = replace(sampling, prompt_logprobs=request.logprobs)
             jobs += samples(Job(prompt, sampling, served, request.stops), request.num_choices)
         return jobs
 
@@ -172,15 +179,17 @@ class Gateway:
         await self.engine.ask("unload", name=name)
 
 
-def _prompts(prompt: Any, served: Served) -> list[tuple[int, ...]]:
+def _prompts(prompts: Sequence[str | list[int]], served: Served, vocab: int) -> list[tuple[int, ...]]:
     """Token ids of each prompt; texts are tokenized with the special tokens that the tokenizer adds."""
-    if isinstance(prompt, str):
-        return [tuple(served.tokenizer(prompt)["input_ids"])]
-    if not prompt:
-        raise ApiError(400, "the list of prompts is empty", param="prompt")
-    if isinstance(prompt[0], int):
-        return [tuple(prompt)]
-    return [tuple(served.tokenizer(each)["input_ids"]) if isinstance(each, str) else tuple(each) for each in prompt]
+    try:
+        found = [tuple(served.tokenizer(each)["input_ids"] if isinstance(each, str) else each) for each in prompts]
+    except (UnicodeEncodeError, TypeError):  # as the tokenizer says it
+        raise ApiError(400, "the text has half a surrogate pair, which is no character", param="prompt") from None
+    if not found or not all(found):
+        raise ApiError(400, "a prompt is empty", param="prompt")
+    if any(not 0 <= token < vocab for ids in found for token in ids):
+        raise ApiError(400, f"a token id is outside the vocabulary of {vocab:,}", param="prompt")
+    return found
 
 
 def served_source(target: str, *, best: bool = False, checkpoint: int | None = None) -> ModelSource:

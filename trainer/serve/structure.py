@@ -111,11 +111,13 @@ def json_grammar(schema: Mapping[str, Any], param: str = "response_format") -> s
         raise ApiError(400, "structured output needs llguidance: pip install 'tunesmith[serve]'", param=param)
     from llguidance import LLMatcher
 
-    for keyword, place in _keywords(schema, "#"):
-        if keyword in UNSUPPORTED:
-            raise ApiError(400, f"the keyword `{keyword}` at {place} cannot be guaranteed", param=param)
     try:
+        for keyword, place, around in _keywords(schema, "#"):
+            if keyword in UNSUPPORTED or (keyword == "minProperties" and _counts_names(around)):
+                raise ApiError(400, f"the keyword `{keyword}` at {place} cannot be guaranteed", param=param)
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM)
+    except RecursionError:
+        raise ApiError(400, "schema: too deep", param=param) from None
     except ValueError as error:
         raise ApiError(400, f"schema: {error}", param=param) from None
     problem = LLMatcher.validate_grammar(grammar)
@@ -124,15 +126,21 @@ def json_grammar(schema: Mapping[str, Any], param: str = "response_format") -> s
     return str(grammar)
 
 
-def _keywords(schema: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Each keyword of a schema with its place, schemas inside of it included."""
+def _counts_names(schema: Mapping[str, Any]) -> bool:
+    """Whether `minProperties` asks for more than the required names: a text may repeat the same name."""
+    least, required = schema["minProperties"], schema.get("required", ())
+    return isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0)
+
+
+def _keywords(schema: Any, place: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Each keyword of a schema with its place and the schema around it, schemas inside of it included."""
     if isinstance(schema, list):
         for index, each in enumerate(schema):
             yield from _keywords(each, f"{place}/{index}")
     if not isinstance(schema, Mapping):
         return
     for keyword, value in schema.items():
-        yield keyword, place
+        yield keyword, place, schema
         inside = f"{place}/{keyword}"
         if keyword in DATA:
             continue
