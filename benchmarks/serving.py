@@ -208,12 +208,12 @@ def leave(side: Side, count: int) -> dict[str, Any]:
     return {"clients": count, "live": gauges["trainer_engine_live"], "pages_used": gauges["trainer_engine_pages_used"]}
 
 
-def serve(arguments: argparse.Namespace) -> tuple[subprocess.Popen[bytes], Side]:
+def serve(arguments: argparse.Namespace, *more: str) -> tuple[subprocess.Popen[bytes], Side]:
     """Start our server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [str(BIN / "trainer"), "serve", arguments.model, "--port", str(port)]
+    words = [str(BIN / "trainer"), "serve", arguments.model, "--port", str(port), *more]
     for name in ("one", "two"):
         words += ["--adapter", f"{name}={arguments.adapter}"]
     process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})

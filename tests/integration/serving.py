@@ -65,7 +65,7 @@ def serving(project: Project, *arguments: str) -> Iterator[Server]:
         assert running.process.poll() is None, running.wait().said
         assert time.monotonic() < deadline
         try:
-            if httpx.get(f"{server.url}/ready").status_code == 200:
+            if httpx.get(f"{server.url}/ready").status_code in (200, 401):  # it listens once its engine answers
                 break
         except httpx.TransportError:
             time.sleep(0.1)

@@ -40,7 +40,7 @@ def requirements(lines: list[str]) -> set[str]:
 
 OURS = {"trainer", "chaos", *(file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py"))}
 """The package, and the modules that tests and tools import from beside themselves."""
-OPTIONAL_EXTRAS = ("math", "s3", "qlora", "evals", "serve", "tensorboard", "trackio", "mlflow")
+OPTIONAL_EXTRAS = ("accounts", "math", "s3", "qlora", "evals", "serve", "tensorboard", "trackio", "mlflow")
 NAMED_OTHERWISE = {"mlflow": "mlflow-skinny"}
 """Distributions that need not be installed here, by the module that they bring."""
 RUNTIME = requirements(PROJECT["dependencies"])

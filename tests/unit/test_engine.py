@@ -23,6 +23,7 @@ from trainer.engine.pages import PAGE, PagePool, prefix_keys
 from trainer.engine.protocol import Sampling
 from trainer.engine.scheduler import Scheduler
 from trainer.engine.sequences import LiveSequence
+from trainer.engine.speculate import PromptLookup
 from trainer.errors import ModelError
 
 PROMPT = tuple(range(5, 75))
@@ -221,6 +222,67 @@ def test_logprobs_are_the_model_s_own(model: EngineModel, directory: Path) -> No
     torch.testing.assert_close(torch.tensor([value for _, value in reports[0]["top"]]), values, atol=1e-4, rtol=1e-4)
 
 
+REPEATING = (*range(20, 50), *range(20, 26))
+"""The end of this prompt has occurred before."""
+FEW = tuple((token, 60.0) for token in (30, 31, 32))
+"""Bias that leaves these three tokens, so that pairs repeat."""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "logit_bias": FEW},
+        {"temperature": 0.7, "presence_penalty": 0.4, "frequency_penalty": 0.1, "logit_bias": FEW},
+        {"temperature": 1.0, "logit_bias": FEW, "logprobs": 2},
+    ],
+)
+def test_proposed_tokens_change_no_token(
+    model: EngineModel, adapters: list[AdapterVersion], how: dict[str, Any]
+) -> None:
+    def tokens(*, speculates: bool) -> tuple[list[list[int]], Scheduler]:
+        owners = (None, adapters[0], None)
+        rows = [sequence(REPEATING, owner, max_tokens=60, seed=k, **how) for k, owner in enumerate(owners)]
+        scheduler = run(model, rows, speculates=speculates)
+        return [row.drawn for row in rows], scheduler
+
+    (drawn, with_), (expected, without) = tokens(speculates=True), tokens(speculates=False)
+    assert drawn == expected
+    assert with_.counters.proposed_tokens > 0
+    assert (without.counters.proposed_tokens, with_.counters.drawn_tokens) == (0, without.counters.drawn_tokens)
+    assert with_.counters.steps <= without.counters.steps
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(model: EngineModel) -> None:
+    bias = tuple((token, 100.0) for token in (30,))
+    row = sequence(REPEATING, max_tokens=100, logit_bias=bias, temperature=1.0)
+    scheduler = run(model, [row])
+    assert row.drawn == [30] * 100
+    assert scheduler.counters.steps < 30
+    assert scheduler.counters.accepted_tokens >= 100 - scheduler.counters.steps
+
+
+def test_proposals_end_with_the_sequence_and_fit_the_pages(model: EngineModel) -> None:
+    bias = ((30, 100.0),)
+    rows = [sequence(REPEATING[k:], max_tokens=90, logit_bias=bias, temperature=1.0) for k in range(4)]
+    stopped = sequence(REPEATING, max_tokens=90, logit_bias=bias, stop_ids=(30,), temperature=1.0)
+    scheduler = run(model, [*rows[:3], stopped], pages=9)
+    assert [row.drawn for row in rows[:3]] == [[30] * 90] * 3
+    assert stopped.drawn == [30]
+    assert scheduler.counters.preempted > 0
+
+
+def test_proposals_that_are_wrong_become_rare() -> None:
+    lookup, drawn, asked = PromptLookup(), [1, 2], 0
+    for number in range(200):
+        proposed = lookup.propose((1, 2, 3), drawn, 8)
+        if proposed:
+            asked += 1
+            lookup.learn(len(proposed), 0)
+        drawn += [1, 2] if number % 2 else [9]
+    assert 3 < asked < 15
+
+
 def test_a_cancelled_sequence_frees_its_pages(model: EngineModel) -> None:
     scheduler = Scheduler(model, model.pool(16))
     running, waiting = sequence(), sequence(PROMPT[1:])
@@ -231,6 +293,14 @@ def test_a_cancelled_sequence_frees_its_pages(model: EngineModel) -> None:
     assert scheduler.cancel(waiting)
     assert not scheduler.cancel(running)
     assert (scheduler.is_idle, scheduler.pool.num_used) == (True, 0)
+
+
+def test_hybrid_and_quantized_models_are_refused_with_a_remedy(directory: Path, tmp_path: Path) -> None:
+    hybrid = tiny_model_dir(tmp_path, "lfm2")
+    with pytest.raises(ModelError, match=r"runs .*qwen3.*, not lfm2; use `trainer chat` and `trainer generate`"):
+        EngineModel(ModelSettings(path=str(hybrid), compute_dtype="float32"), max_rank=16)
+    with pytest.raises(ModelError, match=r"quantized layers \(model\.quantization: nf4\); .* `trainer export --merge`"):
+        EngineModel(ModelSettings(path=str(directory), quantization="nf4"), max_rank=16)
 
 
 @pytest.mark.parametrize(

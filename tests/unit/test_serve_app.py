@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from starlette.requests import Request
+import pytest
+from starlette.types import Receive
 
-from trainer.serve.app import _unless_left
+from trainer.serve.api_errors import ApiError
+from trainer.serve.responses import unless_left
 
 
-def request_of(*messages: dict[str, Any]) -> Request:
+def receiving(*messages: dict[str, Any]) -> Receive:
     waiting = list(messages)
 
     async def receive() -> dict[str, Any]:
@@ -19,26 +21,47 @@ def request_of(*messages: dict[str, Any]) -> Request:
         await asyncio.sleep(60)
         raise AssertionError("the test is over")
 
-    return Request({"type": "http"}, receive)
+    return receive
 
 
-async def endless(ended: list[str]) -> str:
+async def endless(ended: list[str]) -> None:
     try:
         await asyncio.sleep(60)
     finally:
         ended.append("cancelled")
-    return "never"
 
 
 def test_work_of_a_client_that_left_is_cancelled():
     ended: list[str] = []
-    assert asyncio.run(_unless_left(endless(ended), request_of({"type": "http.disconnect"}))) is None
+    asyncio.run(unless_left(endless(ended), receiving({"type": "http.disconnect"})))
     assert ended == ["cancelled"]
 
 
-def test_work_of_a_client_that_waits_is_returned():
-    async def answer() -> str:
-        await asyncio.sleep(0.01)
-        return "text"
+def test_work_of_a_client_that_waits_is_finished_and_its_errors_are_raised():
+    done: list[str] = []
 
-    assert asyncio.run(_unless_left(answer(), request_of())) == "text"
+    async def answer() -> None:
+        await asyncio.sleep(0.01)
+        done.append("text")
+
+    asyncio.run(unless_left(answer(), receiving()))
+    assert done == ["text"]
+
+    async def fail() -> None:
+        raise ApiError(429, "full")
+
+    with pytest.raises(ApiError, match="full"):
+        asyncio.run(unless_left(fail(), receiving()))
+
+
+def test_work_is_cancelled_with_the_request():
+    ended: list[str] = []
+
+    async def request() -> None:
+        task = asyncio.ensure_future(unless_left(endless(ended), receiving()))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(request())
+    assert ended == ["cancelled"]

@@ -10,6 +10,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from trainer.commands import dispatch
+from trainer.commands.account_arguments import add_account_commands
+from trainer.commands.deploy_arguments import add_deploy_command
 from trainer.commands.help_text import SHELLS, add_help, print_completion
 from trainer.commands.other_names import ALIASES, guess
 from trainer.config.arguments import add_recipe_arguments
@@ -77,6 +79,8 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _training_commands(commands)
     _run_commands(commands)
     _model_commands(commands)
+    add_account_commands(commands)
+    add_deploy_command(commands)
     _job_commands(commands)
     _machine_commands(commands)
     add_help(commands.choices)
@@ -166,6 +170,7 @@ def _run_commands(commands: _Commands) -> None:
 
     runs = commands.add_parser("runs", help="list every run: state, method, model, step, best value")
     runs.add_argument("--json", action="store_true", help="print one JSON document")
+    runs.add_argument("--prometheus", action="store_true", help="last metrics of each run, for a textfile collector")
     runs.set_defaults(run=dispatch.runs)
 
     diff = commands.add_parser("diff", help="compare two runs: settings, results, held-out prompts one by one")

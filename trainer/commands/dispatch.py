@@ -164,3 +164,45 @@ def docs(arguments: argparse.Namespace) -> int:
     from trainer.commands.docs import docs
 
     return docs(arguments)
+
+
+def account(arguments: argparse.Namespace) -> int:
+    """Run `trainer account`."""
+    from trainer.commands.accounts import account
+
+    return account(arguments)
+
+
+def keys(arguments: argparse.Namespace) -> int:
+    """Run `trainer keys`."""
+    from trainer.commands.accounts import keys
+
+    return keys(arguments)
+
+
+def quota(arguments: argparse.Namespace) -> int:
+    """Run `trainer quota`."""
+    from trainer.commands.accounts import quota
+
+    return quota(arguments)
+
+
+def usage(arguments: argparse.Namespace) -> int:
+    """Run `trainer usage`."""
+    from trainer.commands.accounts import usage
+
+    return usage(arguments)
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    """Run `trainer audit`."""
+    from trainer.commands.accounts import audit
+
+    return audit(arguments)
+
+
+def deploy(arguments: argparse.Namespace) -> int:
+    """Run `trainer deploy`."""
+    from trainer.commands.deployments import deploy
+
+    return deploy(arguments)

@@ -32,7 +32,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "verify-resume": ("trainer verify-resume my.yaml --kills 3 --steps 8",),
     "status": ("trainer status my_run --follow",),
     "rollouts": ("trainer rollouts my_run --step 10 --full",),
-    "runs": ("trainer runs --json",),
+    "runs": ("trainer runs --json", "trainer runs --prometheus > /var/lib/node_exporter/trainer.prom"),
     "diff": ("trainer diff my_run other_run",),
     "logs": ("trainer logs my_run --follow", "trainer logs my_run --attempt 2 --lines 50"),
     "delete": ("trainer delete my_run --yes",),
@@ -60,6 +60,23 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer serve my_run --adapter b=other_run       several adapters of one base",
     ),
     "batch": ("trainer batch create requests.jsonl --model my_run --out answers.jsonl",),
+    "deploy": (
+        "trainer deploy create orders --model my_run --enable-addons --max-replica-count 3",
+        "trainer deploy update orders --model my_run_2    without a failed request",
+        "trainer deploy list",
+    ),
+    "account": ("trainer account create team-a", "trainer account list --json"),
+    "keys": (
+        "trainer keys create team-a --scope inference --expires 90d",
+        "trainer keys rotate 1f2e3d4c5b6a7980 --grace 1h",
+    ),
+    "quota": (
+        "trainer quota set team-a requests_per_minute=60 credit=+10",
+        "trainer quota set team-a tokens_per_minute=20000 --model my_run",
+        "trainer quota get team-a",
+    ),
+    "usage": ("trainer usage --by account,model,addon,day", "trainer usage team-a --since 2026-11-01 --json"),
+    "audit": ("trainer audit list --last 20", "trainer audit verify", "trainer audit export --out audit.jsonl"),
     "report": (
         "trainer report my_run                            one HTML page",
         "trainer report my_run other_run --out both.html",

@@ -20,6 +20,7 @@ from trainer.jobs.logs import log_lines
 from trainer.jobs.slurm_queue import Ask, QueueSnapshot, find_queued
 from trainer.run.best import BestValue, best_value
 from trainer.run.directory import RunDir
+from trainer.run.exposition import exposition
 from trainer.run.find import RUNS, all_runs, find_run
 
 
@@ -44,6 +45,9 @@ class RunSummary:
 
 def list_runs(arguments: argparse.Namespace) -> int:
     """List every run of this directory, the newest last."""
+    if arguments.prometheus:
+        sys.stdout.write(exposition(sorted(all_runs(), key=_changed)))
+        return 0
     snapshot = QueueSnapshot()
     summaries = [summarize_run(run, snapshot.find) for run in sorted(all_runs(), key=_changed)]
     if arguments.json:

@@ -44,18 +44,36 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `trainer serve`."""
-    _add_model(parser)
+    _add_model(parser, is_optional=True)
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=RUN", help="serve another run or adapter as NAME"
     )
     _add_engine(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback needs --api-key-file")
+    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback needs keys")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", metavar="FILE", help="keys that clients may use, one a line")
+    _add_control(parser)
     parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--drain-s", type=int, default=60, metavar="S", help="after SIGTERM, time for running requests")
     parser.add_argument(
         "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
+    )
+    parser.add_argument("--batch-keep", default="30d", metavar="TIME", help="lifetime of files and batches")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    """Add who may use the server."""
+    parser.add_argument("--with-accounts", action="store_true", help="keys, limits, use and audit log in a store")
+    parser.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql://...; or TRAINER_STORE")
+    parser.add_argument("--deployments", action="store_true", help="serve what `trainer deploy` made, not one MODEL")
+    parser.add_argument("--region", default="local", metavar="R", help="of this machine, with --deployments")
+    parser.add_argument("--prices", metavar="FILE", help="price table in YAML, for credit")
+    parser.add_argument("--tls-cert", metavar="PEM", help="answer HTTPS with this certificate")
+    parser.add_argument("--tls-key", metavar="PEM", help="its private key")
+    parser.add_argument(
+        "--trusted-proxy",
+        metavar="IPS",
+        help="believe X-Forwarded-For and -Proto of these addresses",
     )
 
 
@@ -78,13 +96,19 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=int, default=64, metavar="N", help="sequences continued in one step")
     parser.add_argument("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens read in one step")
     parser.add_argument("--max-adapter-rank", type=int, default=128, metavar="R")
+    parser.add_argument(
+        "--speculation", choices=("prompt", "off"), default="prompt", help="propose tokens that followed the same words"
+    )
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="sequences in flight; then 429")
 
 
 def _add_model(
-    parser: argparse.ArgumentParser, text: str = "run, adapter directory, model directory or hub name"
+    parser: argparse.ArgumentParser,
+    text: str = "run, adapter directory, model directory or hub name",
+    *,
+    is_optional: bool = False,
 ) -> None:
-    parser.add_argument("target", metavar="MODEL", help=text)
+    parser.add_argument("target", metavar="MODEL", nargs="?" if is_optional else None, help=text)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="of a run: the best weights, not the last")
     which.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run: the weights of this checkpoint")

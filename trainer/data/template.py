@@ -68,6 +68,10 @@ class ChatTemplate:
         """Whether a template mentions a variable."""
         return any(re.search(rf"\b{re.escape(variable)}\b", text) for text in self._texts.values())
 
+    def contains(self, text: str) -> bool:
+        """Whether a template has this text."""
+        return any(text in each for each in self._texts.values())
+
     def _shows(self, content: Any) -> bool:
         """Whether the text of a message reaches the rendered text in this form."""
         try:

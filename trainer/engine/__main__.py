@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kv-cache-tokens", type=int, help="instead of the fraction")
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--speculation", choices=("prompt", "off"), default="prompt")
     parser.add_argument("--max-adapter-rank", type=int, default=128)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,7 +65,13 @@ def _service(arguments: argparse.Namespace) -> Service:
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_tokens": pages * PAGE,
     }
-    scheduler = Scheduler(model, model.pool(pages), max_rows=arguments.max_rows, chunk_tokens=arguments.chunk_tokens)
+    scheduler = Scheduler(
+        model,
+        model.pool(pages),
+        max_rows=arguments.max_rows,
+        chunk_tokens=arguments.chunk_tokens,
+        speculates=arguments.speculation == "prompt",
+    )
     grammars = Grammars(tokenizer, model.vocab_size, sorted(stop_token_ids(tokenizer, settings.path)))
     return Service(model, scheduler, grammars, Connections(arguments.socket, hello))
 

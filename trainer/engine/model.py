@@ -45,11 +45,17 @@ class EngineModel:
         Raises:
             ModelError: it cannot be loaded, or is of a family that the engine does not run.
         """
+        remedy = "use `trainer chat` and `trainer generate`"
+        if settings.quantization is not None:
+            raise ModelError(
+                f"{settings.path}: the embedded engine does not run quantized layers (model.quantization: "
+                f"{settings.quantization}); {remedy}, or serve what `trainer export --merge` writes"
+            )
         causal_lm = load_base(settings, torch.device("cpu"))
         if not is_fusible(causal_lm):
             raise ModelError(
-                f"{settings.path}: the embedded engine runs {', '.join(sorted(FAMILIES))} without quantization, not "
-                f"{causal_lm.config.model_type}; use `trainer chat` and `trainer generate`"
+                f"{settings.path}: the embedded engine runs {', '.join(sorted(FAMILIES))}, not "
+                f"{causal_lm.config.model_type}; {remedy}"
             )
         self.form = logit_transform(causal_lm)
         self.max_rank = max_rank

@@ -18,6 +18,8 @@ from trainer.engine.sequences import LiveSequence
 
 MAX_ROWS: Final = 64
 """Sequences that are continued in one step."""
+SPECULATION_ROWS: Final = 4
+"""Sequences up to which tokens are proposed: in a fuller step a further row costs as much as it may save."""
 CHUNK_TOKENS: Final = 256
 """Tokens of prompts that are read in one step; more would delay the next tokens of running sequences."""
 
@@ -41,6 +43,8 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     drawn_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     preempted: int = 0
 
 
@@ -49,7 +53,13 @@ class Scheduler:
     """Admits between steps, reads prompts in chunks, continues all running sequences by one token a step."""
 
     def __init__(
-        self, model: EngineModel, pool: PagePool, *, max_rows: int = MAX_ROWS, chunk_tokens: int = CHUNK_TOKENS
+        self,
+        model: EngineModel,
+        pool: PagePool,
+        *,
+        max_rows: int = MAX_ROWS,
+        chunk_tokens: int = CHUNK_TOKENS,
+        speculates: bool = True,
     ) -> None:
         """Begin without sequences.
 
@@ -58,7 +68,9 @@ class Scheduler:
             pool: the budget of keys and values.
             max_rows: sequences that run together.
             chunk_tokens: tokens of prompts in a step.
+            speculates: whether tokens are proposed by prompt look-up where few sequences run.
         """
+        self._speculates = speculates
         self._model, self.pool = model, pool
         self._max_rows, self._chunk_tokens = max_rows, chunk_tokens
         self.waiting: deque[LiveSequence] = deque()
@@ -109,17 +121,39 @@ class Scheduler:
         ready: list[tuple[LiveSequence, torch.Tensor]] = []
         for sequence, row in rows:
             part = next(parts)
-            self._stored(sequence, row.segment.count)
+            self._stored(sequence, row.segment.count - len(sequence.proposed))
             if sequence.sampling.prompt_logprobs is not None and not sequence.drawn:
                 self._report_prompt(sequence, row, part)
             if sequence.num_missing == 0:
-                ready.append((sequence, part[-1:]))
-        if ready:
-            chosen = logits if len(ready) == len(logits) else torch.cat([part for _, part in ready])
-            drawn = draw(chosen, self._model.form, [sequence for sequence, _ in ready])
-            for (sequence, _), token in zip(ready, drawn, strict=True):
-                self._take(sequence, token, result)
+                ready.append((sequence, part[-1 - len(sequence.proposed) :]))
+        self._draw(ready, result)
         return result
+
+    def _draw(self, ready: list[tuple[LiveSequence, torch.Tensor]], result: StepResult) -> None:
+        """Draw the next token of each sequence, and further ones while they are those proposed.
+
+        Args:
+            ready: sequences and [1 + proposed, V] outputs of the head.
+            result: is added to.
+        """
+        num_drawn = 0
+        while ready:
+            chosen = torch.cat([part[num_drawn : num_drawn + 1] for _, part in ready])
+            drawn = draw(chosen, self._model.form, [sequence for sequence, _ in ready])
+            going_on: list[tuple[LiveSequence, torch.Tensor]] = []
+            for (sequence, part), token in zip(ready, drawn, strict=True):
+                proposed = sequence.proposed
+                is_live = self._take(sequence, token, result)
+                is_equal = num_drawn < len(proposed) and token.token == proposed[num_drawn]
+                if is_live and is_equal:
+                    sequence.num_stored += 1
+                    going_on.append((sequence, part))
+                elif proposed:
+                    accepted = num_drawn + is_equal
+                    sequence.lookup.learn(len(proposed), accepted)
+                    self.counters.accepted_tokens += accepted
+                    sequence.proposed = []
+            ready, num_drawn = going_on, num_drawn + 1
 
     def _admit(self) -> None:
         reading = {key for each in self.running if not each.drawn for key in each.page_keys[each.num_stored // PAGE :]}
@@ -181,7 +215,8 @@ class Scheduler:
                 continue  # it gave its pages to another one
             if sequence.num_missing == 1 and sequence.drawn:
                 if self._make_room(sequence):
-                    chosen.append((sequence, 1))
+                    self._propose(sequence)
+                    chosen.append((sequence, 1 + len(sequence.proposed)))
             elif budget > 0:
                 count = min(sequence.num_missing, budget)
                 budget -= count
@@ -205,6 +240,21 @@ class Scheduler:
                 return False
         return True
 
+    def _propose(self, sequence: LiveSequence) -> None:
+        """Propose tokens behind the last one, as far as there are more free pages than sequences that may need one."""
+        sequence.proposed = []
+        if not self._speculates or len(self.running) > SPECULATION_ROWS:
+            return
+        found = sequence.lookup.propose(sequence.prompt, sequence.drawn, sequence.num_left - 1)
+        while sequence.pages_for(sequence.length + len(found)):
+            page = self.pool.take() if self.pool.num_available > len(self.running) else None
+            if page is None:
+                found = found[: len(sequence.pages) * PAGE - sequence.length]
+            else:
+                sequence.pages.append(page)
+        sequence.proposed = found
+        self.counters.proposed_tokens += len(found)
+
     def _stored(self, sequence: LiveSequence, count: int) -> None:
         """Count tokens as stored, and remember the full pages of the prompt."""
         before = sequence.num_stored // PAGE
@@ -221,14 +271,15 @@ class Scheduler:
             number = sequence.sampling.prompt_logprobs
             sequence.prompt_logprobs += reported(own, own.new_tensor(targets).long(), [number] * len(targets))
 
-    def _take(self, sequence: LiveSequence, drawn: Drawn, result: StepResult) -> None:
+    def _take(self, sequence: LiveSequence, drawn: Drawn, result: StepResult) -> bool:
+        """Add a token that was drawn; False where the sequence has ended."""
         how = sequence.sampling
         if not drawn.is_finite:
             self._end(sequence, "error", result, "the logits are not finite; the weights are broken")
-            return
+            return False
         if how.max_tokens == 0:  # only the prompt was asked for
             self._end(sequence, "length", result)
-            return
+            return False
         sequence.add(drawn.token)
         self.counters.drawn_tokens += 1
         result.tokens.append((sequence, drawn.token, drawn.report))
@@ -236,12 +287,15 @@ class Scheduler:
         if sequence.matcher is not None and not is_last:
             if not sequence.matcher.consume_token(drawn.token):
                 self._end(sequence, "error", result, f"grammar: {sequence.matcher.get_error()}")
-                return
+                return False
             is_last = sequence.matcher.is_stopped()
         if is_last:
             self._end(sequence, "stop", result)
-        elif len(sequence.drawn) >= how.max_tokens:
+        elif sequence.num_left <= 0:
             self._end(sequence, "length", result)
+        else:
+            return True
+        return False
 
     def _end(self, sequence: LiveSequence, reason: EndReason, result: StepResult, error: str | None = None) -> None:
         self._leave(sequence)
@@ -250,13 +304,15 @@ class Scheduler:
     def _leave(self, sequence: LiveSequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.num_stored = [], 0
+        sequence.pages, sequence.num_stored, sequence.proposed = [], 0, []
 
 
 def _row(sequence: LiveSequence, count: int) -> StepRow:
-    segment = Segment(sequence.pages, sequence.num_stored, count)
+    segment, own = Segment(sequence.pages, sequence.num_stored, count), count - len(sequence.proposed)
+    wanted: Sequence[int] = []
     if sequence.sampling.prompt_logprobs is not None and not sequence.drawn:
-        wanted: Sequence[int] = range(count)
-    else:
-        wanted = [count - 1] if count == sequence.num_missing else []
-    return StepRow(sequence.tokens(sequence.num_stored, count), segment, sequence.adapter, wanted)
+        wanted = range(count)
+    elif own == sequence.num_missing:
+        wanted = range(own - 1, count)
+    ids = [*sequence.tokens(sequence.num_stored, own), *sequence.proposed]
+    return StepRow(ids, segment, sequence.adapter, wanted)

@@ -12,6 +12,7 @@ import torch
 from trainer.engine.adapters import AdapterVersion
 from trainer.engine.pages import PAGE
 from trainer.engine.protocol import Sampling
+from trainer.engine.speculate import PromptLookup
 from trainer.sampling import noise
 
 ROOT: bytes = b"base"
@@ -45,6 +46,9 @@ class LiveSequence:
         sampling = self.sampling
         self.noise_key = int(noise.row_keys(sampling.seed, 0, [0], [sampling.sample], torch.device("cpu"))[0])
         self.counts: Counter[int] = Counter()
+        self.lookup = PromptLookup()
+        self.proposed: list[int] = []
+        """Tokens that the present step computes behind the last one."""
 
     @property
     def owner(self) -> bytes:
@@ -65,6 +69,11 @@ class LiveSequence:
     def noise_position(self) -> int:
         """Of the next token."""
         return self.sampling.first_position + len(self.drawn)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.sampling.max_tokens - len(self.drawn)
 
     def tokens(self, first: int, count: int) -> Sequence[int]:
         """Token ids from a position on."""

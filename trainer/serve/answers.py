@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from time import time
 from typing import Any, Protocol, final
 
 from trainer.serve.choices import Piece, Usage, chat_logprobs, token_text
 from trainer.serve.models import Served
+from trainer.serve.readers import AnswerReader, Delta
+from trainer.serve.reasoning import Reasoning
 from trainer.serve.requests import ChatRequest, CompletionRequest
-from trainer.serve.tools import CallReader
 
 
 class Answer(Protocol):
@@ -39,21 +41,34 @@ def _by_choice(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
     return parts
 
 
+def _joined(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whole calls, from what a stream would say of them."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if "id" in delta:
+            calls.append({"id": delta["id"], "type": "function", "function": dict(delta["function"])})
+        else:
+            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls
+
+
 @final
 class ChatAnswer:
     """Of /v1/chat/completions."""
 
-    def __init__(self, request: ChatRequest, served: Served) -> None:
+    def __init__(self, request: ChatRequest, served: Served, reasoning: Reasoning | None = None) -> None:
         """Choose an id and a time.
 
         Args:
             request: says which parts are wanted.
             served: the model that answers.
+            reasoning: how it is recognised; None leaves it in the content.
         """
         self.served, self.wants_usage = served, request.wants_usage
         self._count, self._has_logprobs = request.num_choices, request.num_logprobs is not None
         has_calls = bool(request.tools) and request.tool_choice != "none"
-        self._readers = [CallReader() for _ in range(self._count)] if has_calls else None
+        self._readers = [AnswerReader(reasoning, has_calls=has_calls) for _ in range(self._count)]
+        self._is_plain, self._has_reasoning = reasoning is None and not has_calls, reasoning is not None
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time()), "model": request.model}
 
     def opening(self) -> Iterator[dict[str, Any]]:
@@ -63,41 +78,44 @@ class ChatAnswer:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """A piece in a stream."""
-        text, calls, reason = self._read(piece)
-        delta: dict[str, Any] = {"content": text} if text else {}
-        if calls:
-            delta["tool_calls"] = calls
-        return self._chunk(piece.choice, delta, self._logprobs([piece]), reason)
+        delta, reason = self._read(piece)
+        return self._chunk(piece.choice, delta.body(), self._logprobs([piece]), reason)
 
-    def _read(self, piece: Piece) -> tuple[str, list[dict[str, Any]], str | None]:
-        """Content, calls and finish reason of a piece."""
-        if self._readers is None:
-            return piece.text, [], piece.finish_reason
+    def _read(self, piece: Piece) -> tuple[Delta, str | None]:
+        """What a piece adds, and the finish reason."""
+        if self._is_plain:
+            return Delta(content=piece.text), piece.finish_reason
         reader = self._readers[piece.choice]
-        text, calls = reader.feed(piece.text)
-        if piece.finish_reason is None:
-            return text, calls, None
+        delta = reader.feed(piece.text, len(piece.tokens), is_last=piece.finish_reason is not None)
         is_called = reader.num_calls > 0 and piece.finish_reason == "stop"
-        return text + reader.flush(), calls, "tool_calls" if is_called else piece.finish_reason
+        return delta, "tool_calls" if is_called else piece.finish_reason
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk at the end of a stream."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage.body()}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(usage)}
+
+    def _usage(self, usage: Usage) -> dict[str, Any]:
+        if not self._has_reasoning:
+            return usage.body()
+        tokens = sum(reader.num_reasoning_tokens for reader in self._readers)
+        return {**usage.body(), "completion_tokens_details": {"reasoning_tokens": tokens}}
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """A response that is no stream."""
         choices = [self._choice(index, part) for index, part in enumerate(_by_choice(pieces, self._count))]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body()}
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage(usage)}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         parts = [self._read(piece) for piece in pieces]
-        calls = [{key: call[key] for key in ("id", "type", "function")} for _, some, _ in parts for call in some]
-        text = "".join(text for text, _, _ in parts)
+        text = "".join(delta.content for delta, _ in parts)
+        calls = _joined([call for delta, _ in parts for call in delta.calls])
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
+        if reasoning := "".join(delta.reasoning for delta, _ in parts):
+            message["reasoning_content"] = reasoning
         logprobs = self._logprobs(pieces)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts[-1][2]}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts[-1][1]}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if not self._has_logprobs:
@@ -123,6 +141,8 @@ class TextAnswer:
         """
         self.served, self.wants_usage = served, request.wants_usage
         self._has_logprobs = request.logprobs is not None
+        self._echoed = request.prompts if request.echo else []
+        self._num_choices = request.num_choices
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -149,21 +169,29 @@ class TextAnswer:
         return {**self._head, "choices": choices, "usage": usage.body()}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        prompt = self._echoed[index // self._num_choices] if self._echoed else ""
+        begun = prompt if isinstance(prompt, str) else self.served.tokenizer.decode(prompt)
         return {
             "index": index,
-            "text": "".join(piece.text for piece in pieces),
-            "logprobs": self._logprobs(pieces) if self._has_logprobs else None,
+            "text": begun + "".join(piece.text for piece in pieces),
+            "logprobs": self._logprobs(prompt, pieces) if self._has_logprobs else None,
             "finish_reason": pieces[-1].finish_reason,
         }
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = [token for piece in pieces for token in piece.tokens if token.report is not None]
+    def _logprobs(self, prompt: str | Sequence[int], pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Of the prompt, where it is repeated, whose first token has none, and of the completion."""
+        known = [(token.token, token.report) for piece in pieces for token in piece.tokens if token.report is not None]
+        ids: Sequence[int] = []
+        if self._echoed:
+            ids = self.served.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        found = [*zip(ids, [None, *pieces[-1].prompt_logprobs], strict=False), *known]
+        texts = [token_text(self.served, token) for token, _ in found]
         return {
-            "tokens": [token_text(self.served, token.token) for token in tokens],
-            "token_logprobs": [token.report["logprob"] for token in tokens if token.report is not None],
+            "tokens": texts,
+            "token_logprobs": [None if report is None else report["logprob"] for _, report in found],
             "top_logprobs": [
-                {token_text(self.served, other): logprob for other, logprob in token.report["top"]}
-                for token in tokens
-                if token.report is not None
+                None if report is None else {token_text(self.served, other): value for other, value in report["top"]}
+                for _, report in found
             ],
+            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }

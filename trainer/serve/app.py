@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import hmac
-import json
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
-from time import perf_counter
-from typing import Any, Final, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from trainer.serve.answers import Answer, ChatAnswer, TextAnswer
+from trainer.serve.access import KeyFile
+from trainer.serve.answers import ChatAnswer, TextAnswer
 from trainer.serve.api_errors import ApiError
 from trainer.serve.batch_api import BatchStore, add_batches
-from trainer.serve.choices import Job, Piece, Usage, run_all
+from trainer.serve.control import Control
 from trainer.serve.gateway import Gateway
+from trainer.serve.guard import Guard
+from trainer.serve.metrics import EngineView, engine_lines, engine_pids
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
-
-OPEN_ROUTES: Final = frozenset({"/health", "/ready"})
-"""Routes that need no key."""
-LEFT: Final = 499
-"""Status of a request whose client left; nobody reads it but the log."""
-Next = Callable[[Request], Awaitable[Response]]
-T = TypeVar("T")
+from trainer.serve.responses import AnswerResponse
 
 
 class LoadRequest(BaseModel):
@@ -48,29 +37,33 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
+def make_app(gateway: Gateway, store: BatchStore, control: Control | None = None) -> FastAPI:
     """The application.
 
     Args:
         gateway: its state.
         store: files and batches.
+        control: checks, records and counts requests; the keys of `gateway.limits` when left out.
     """
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_errors(app)
-    _add_guard(app, gateway)
+    add_errors(app)
+    app.state.control = control or Control(KeyFile(gateway.limits.api_key_digests))
+    app.add_middleware(Guard, requests=gateway.metrics.requests, control=app.state.control)
     _add_status(app, gateway)
     _add_adapters(app, gateway)
     add_batches(app, store)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
+    async def chat(body: ChatRequest) -> Response:
         jobs = gateway.chat_jobs(body)
-        return await _answer(gateway, request, ChatAnswer(body, jobs[0].served), jobs, is_stream=bool(body.stream))
+        return AnswerResponse(
+            gateway, ChatAnswer(body, jobs[0].served, jobs[0].reasoning), jobs, is_stream=bool(body.stream)
+        )
 
     @app.post("/v1/completions")
-    async def complete(body: CompletionRequest, request: Request) -> Response:
+    async def complete(body: CompletionRequest) -> Response:
         jobs = gateway.completion_jobs(body)
-        return await _answer(gateway, request, TextAnswer(body, jobs[0].served), jobs, is_stream=bool(body.stream))
+        return AnswerResponse(gateway, TextAnswer(body, jobs[0].served), jobs, is_stream=bool(body.stream))
 
     @app.post("/v1/embeddings")
     async def embed() -> Response:
@@ -79,100 +72,9 @@ def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
     return app
 
 
-async def _answer(gateway: Gateway, request: Request, answer: Answer, jobs: list[Job], *, is_stream: bool) -> Response:
-    gateway.admit(len(jobs))
-    usage = Usage(prompt_tokens=_prompt_tokens(jobs))
-    if is_stream:
-        pieces = _counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage)
-        first = await _unless_left(_first(pieces), request)  # errors become a status, not a part of the stream
-        if first is None:
-            await pieces.aclose()
-            return Response(status_code=LEFT)
-        return StreamingResponse(_events(answer, first, pieces, usage), media_type="text/event-stream")
-    whole = _collect(_counted(gateway, run_all(gateway.engine, jobs, usage), answer, usage))
-    collected = await _unless_left(whole, request)
-    if collected is None:
-        return Response(status_code=LEFT)
-    return JSONResponse(answer.whole(collected, usage), headers=_version(usage))
+def add_errors(app: FastAPI) -> None:
+    """Answer errors in OpenAI's form."""
 
-
-async def _unless_left(work: Coroutine[Any, Any, T], request: Request) -> T | None:
-    """What the work returns; None where the client left before its end, which cancels it."""
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    done, _ = await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-    watch.cancel()
-    if task in done:
-        return task.result()
-    task.cancel()
-    with suppress(asyncio.CancelledError, ApiError):
-        await task
-    return None
-
-
-async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
-    return await anext(pieces)
-
-
-def _prompt_tokens(jobs: Sequence[Job]) -> int:
-    """Tokens of the distinct prompts: `n` choices of one prompt count it once."""
-    return sum(len(job.prompt) for job in jobs if job.sampling.sample == 0)
-
-
-async def _collect(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:
-    return [piece async for piece in pieces]
-
-
-async def _counted(
-    gateway: Gateway, source: AsyncGenerator[Piece, None], answer: Answer, usage: Usage
-) -> AsyncGenerator[Piece, None]:
-    """The pieces of a request; its tokens are counted when it ends in any way."""
-    begin, is_first = perf_counter(), True
-    try:
-        async with aclosing(source) as pieces:
-            async for piece in pieces:
-                if is_first:
-                    gateway.metrics.first_token_s.observe(perf_counter() - begin)
-                    is_first = False
-                yield piece
-    finally:
-        tokens = gateway.metrics.tokens
-        tokens.labels("prompt", answer.served.name).inc(usage.prompt_tokens)
-        tokens.labels("completion", answer.served.name).inc(usage.completion_tokens)
-
-
-async def _events(
-    answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None], usage: Usage
-) -> AsyncIterator[str]:
-    """Server-sent events of a stream."""
-    async with aclosing(pieces):
-        for chunk in answer.opening():
-            yield _event(chunk)
-        try:
-            yield _event(answer.chunk(first))
-            async for piece in pieces:
-                yield _event(answer.chunk(piece))
-            if answer.wants_usage:
-                yield _event(answer.usage_chunk(usage))
-        except ApiError as error:
-            yield _event(error.body())
-            return
-        yield "data: [DONE]\n\n"
-
-
-def _event(document: dict[str, Any]) -> str:
-    return f"data: {json.dumps(document, separators=(',', ':'), ensure_ascii=False)}\n\n"
-
-
-def _version(usage: Usage) -> dict[str, str]:
-    return {} if usage.version is None else {"X-Adapter-Version": usage.version.encode("ascii", "replace").decode()}
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status, headers=error.headers())
@@ -186,33 +88,6 @@ def _add_errors(app: FastAPI) -> None:
     async def no_route(request: Request, error: HTTPException) -> Response:
         found = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(found.body(), found.status)
-
-
-def _add_guard(app: FastAPI, gateway: Gateway) -> None:
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Next) -> Response:
-        given = request.headers.get("x-request-id", "")
-        request_id = (
-            given if given.isascii() and 0 < len(given) <= 128 and given.isprintable() else secrets.token_hex(8)
-        )
-        if request.url.path in OPEN_ROUTES or _has_key(gateway, request):
-            response = await call_next(request)
-        else:
-            error = ApiError(401, "no valid API key: send `Authorization: Bearer KEY`", code="invalid_api_key")
-            response = JSONResponse(error.body(), error.status)
-        response.headers["X-Request-Id"] = request_id
-        route = request.scope.get("route")
-        gateway.metrics.requests.labels(getattr(route, "path", "other"), response.status_code).inc()
-        return response
-
-
-def _has_key(gateway: Gateway, request: Request) -> bool:
-    digests = gateway.limits.api_key_digests
-    if not digests:
-        return True
-    kind, _, key = request.headers.get("authorization", "").partition(" ")
-    digest = hashlib.sha256(key.encode()).digest()
-    return kind.lower() == "bearer" and any(hmac.compare_digest(digest, each) for each in digests)
 
 
 def _add_status(app: FastAPI, gateway: Gateway) -> None:
@@ -235,6 +110,7 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
                 f"# TYPE trainer_engine_{name} gauge\ntrainer_engine_{name} {value}\n"
                 for name, value in numbers.items()
             )
+            text += engine_lines([EngineView(gateway.models.base.name, stats, engine_pids())])
         return PlainTextResponse(text)
 
     @app.get("/v1/models")

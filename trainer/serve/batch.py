@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, TextIO, final
+from typing import Any, Final, TextIO, TypeAlias, final
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,12 +22,22 @@ from trainer.serve.answers import ChatAnswer, TextAnswer
 from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, Usage, run_all
 from trainer.serve.gateway import Gateway
+from trainer.serve.metering import Counted, NoMeter
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
 
 IN_FLIGHT: Final = 128
 """Requests that are sent to the engine at once."""
 CHAT_URL: Final = "/v1/chat/completions"
 TEXT_URL: Final = "/v1/completions"
+
+
+Admit: TypeAlias = Callable[[list[Job], int], Awaitable[Counted]]
+"""Counts the sequences of a request and the tokens of its prompts."""
+
+
+async def admit_all(jobs: list[Job], prompt_tokens: int) -> Counted:
+    """Let every request through."""
+    return await NoMeter().open(None, "", jobs, prompt_tokens)
 
 
 class BatchLine(BaseModel):
@@ -127,7 +137,16 @@ def finished(file: Path) -> set[str]:
 class BatchRun:
     """Answers the requests of one file."""
 
-    def __init__(self, gateway: Gateway, source: Path, output: Path, errors: Path, model: str | None = None) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        source: Path,
+        output: Path,
+        errors: Path,
+        model: str | None = None,
+        *,
+        admit: Admit = admit_all,
+    ) -> None:
         """Read the requests and what is finished.
 
         Args:
@@ -136,11 +155,13 @@ class BatchRun:
             output: results are appended to it.
             errors: failures are appended to it.
             model: of requests that name none.
+            admit: lets the sequences of a request through.
 
         Raises:
             UserError: the input cannot be used.
         """
         self._gateway, self._output, self._errors, self._model = gateway, output, errors, model
+        self._admit = admit
         requests = read_batch(source)
         done, failed = finished(output), finished(errors)
         self.progress = Progress(len(requests), len(done), len(failed), before=len(done) + len(failed))
@@ -184,7 +205,7 @@ class BatchRun:
             if request.line.url == CHAT_URL:
                 chat = ChatRequest.model_validate(body)
                 jobs = self._gateway.chat_jobs(chat)
-                answer = ChatAnswer(chat, jobs[0].served)
+                answer = ChatAnswer(chat, jobs[0].served, jobs[0].reasoning)
             else:
                 text = CompletionRequest.model_validate(body)
                 jobs = self._gateway.completion_jobs(text)
@@ -195,7 +216,11 @@ class BatchRun:
 
     async def _run(self, answer: ChatAnswer | TextAnswer, jobs: list[Job]) -> dict[str, Any]:
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs if job.sampling.sample == 0))
-        pieces = [piece async for piece in run_all(self._gateway.engine, jobs, usage)]
+        ticket = await self._admit(jobs, usage.prompt_tokens)
+        try:
+            pieces = [piece async for piece in run_all(self._gateway.engine, jobs, usage)]
+        finally:
+            ticket.close(usage.completion_tokens)
         self.progress.prompt_tokens += usage.prompt_tokens
         self.progress.completion_tokens += usage.completion_tokens
         return answer.whole(pieces, usage)

@@ -12,6 +12,7 @@ from trainer.engine.protocol import Sampling
 from trainer.serve.api_errors import ApiError
 from trainer.serve.engine_client import EngineClient, Token
 from trainer.serve.models import Served
+from trainer.serve.reasoning import Reasoning
 from trainer.serve.text import TextStream
 
 LogProbs: TypeAlias = dict[str, Any]
@@ -26,6 +27,10 @@ class Job:
     sampling: Sampling
     served: Served
     stops: Sequence[str] = ()
+    reasoning: Reasoning | None = None
+    """How the answer shows reasoning; None: not at all."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens that are part of the text: they begin or end reasoning and calls."""
 
 
 @final
@@ -37,6 +42,8 @@ class Piece:
     text: str
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
+    prompt_logprobs: tuple[dict[str, Any], ...] = ()
+    """Of the prompt's tokens behind the first, in the last piece, where they were asked for."""
 
 
 @final
@@ -71,14 +78,14 @@ async def run_one(engine: EngineClient, job: Job, choice: int, usage: Usage) -> 
     Raises:
         ApiError: the engine refuses it.
     """
-    text = TextStream(job.served.tokenizer, job.stops)
+    text = TextStream(job.served.tokenizer, job.stops, shown_ids=job.shown_ids)
     held: list[Token] = []
     async with aclosing(engine.generate(job.prompt, job.sampling, job.served.adapter)) as events:
         async for event in events:
             if not isinstance(event, Token):
                 usage.cached_tokens += event.cached_tokens
                 usage.version = event.version
-                yield Piece(choice, text.flush(), tuple(held), event.reason)
+                yield Piece(choice, text.flush(), tuple(held), event.reason, event.prompt_logprobs)
                 return
             usage.completion_tokens += 1
             held.append(event)

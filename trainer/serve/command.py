@@ -6,26 +6,33 @@ import argparse
 import asyncio
 import hashlib
 import ipaddress
+import logging
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from trainer.config.model_arguments import add_batch_arguments, add_serve_arguments
+from trainer.control.core_dumps import forbid_core_dumps
+from trainer.control.durations import seconds_of
 from trainer.errors import TrainerError, UserError
 from trainer.inference.source import ModelSource, base_of
 from trainer.run.console import tell
+from trainer.serve.access import KeyFile
 from trainer.serve.engine_client import EngineClient
 from trainer.serve.engine_process import EngineProcess
 from trainer.serve.gateway import served_source
+from trainer.serve.tls import tls_settings
 
 if TYPE_CHECKING:
     from trainer.serve.batch import Progress
     from trainer.serve.gateway import Gateway
+    from trainer.serve.with_accounts import Accounts
 
 NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil")
 """Modules of the extra `serve`."""
@@ -46,7 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"trainer serve needs {', '.join(missing)}: pip install 'tunesmith[serve]'")
         if not is_batch:
             _refuse(arguments)
-        return _start(arguments, is_batch=is_batch)
+        accounts = None
+        if not is_batch and arguments.with_accounts:
+            from trainer.serve.with_accounts import open_accounts
+
+            accounts = open_accounts(arguments)
+            if arguments.deployments:
+                from trainer.serve.fleet_command import serve_deployments
+
+                return serve_deployments(arguments, accounts)
+        return _start(arguments, accounts, is_batch=is_batch)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -57,10 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(arguments: argparse.Namespace) -> None:
     if arguments.engine == "vllm":
         raise UserError("--engine vllm is not available yet; the embedded engine serves without it")
-    if not _is_loopback(arguments.host) and arguments.api_key_file is None:
+    if arguments.deployments == (arguments.target is not None):
+        raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
+    arguments.with_accounts |= arguments.deployments
+    if arguments.with_accounts and arguments.api_key_file is not None:
+        raise UserError("--with-accounts and --api-key-file exclude each other: `trainer keys create` makes keys")
+    given = [name for name in ("store", "prices") if getattr(arguments, name) is not None]
+    if given and not arguments.with_accounts:
+        raise UserError(f"--{given[0]} needs --with-accounts")
+    if arguments.with_accounts:
+        missing = [name for name in ("sqlalchemy", "alembic") if find_spec(name) is None]
+        if missing:
+            raise UserError(f"--with-accounts needs {', '.join(missing)}: pip install 'tunesmith[accounts]'")
+    if not _is_loopback(arguments.host) and arguments.api_key_file is None and not arguments.with_accounts:
         raise UserError(
-            f"--host {arguments.host} is reachable from other machines: add --api-key-file FILE, with one key a line"
+            f"--host {arguments.host} is reachable from other machines, and there are no keys: add --with-accounts, or "
+            "--api-key-file FILE with one key a line"
         )
+    tls_settings(arguments)
+    seconds_of(arguments.batch_keep, "--batch-keep")
 
 
 def _is_loopback(host: str) -> bool:
@@ -116,15 +147,16 @@ def sources_of(arguments: argparse.Namespace) -> tuple[ModelSource, dict[str, Mo
 def _engine_arguments(arguments: argparse.Namespace, base: ModelSource) -> list[str]:
     words = ["--model", base.model.model_dump_json()]
     words += ["--max-rows", str(arguments.max_rows), "--chunk-tokens", str(arguments.chunk_tokens)]
-    words += ["--max-adapter-rank", str(arguments.max_adapter_rank)]
+    words += ["--max-adapter-rank", str(arguments.max_adapter_rank), "--speculation", arguments.speculation]
     words += ["--kv-cache-fraction", str(arguments.kv_cache_fraction)]
     if arguments.kv_cache_tokens is not None:
         words += ["--kv-cache-tokens", str(arguments.kv_cache_tokens)]
     return words
 
 
-def _start(arguments: argparse.Namespace, *, is_batch: bool) -> int:
+def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch: bool) -> int:
     """Start the engine, and load what renders prompts while it loads its model."""
+    forbid_core_dumps()
     base, adapters = sources_of(arguments)
     keys = frozenset() if is_batch else _keys(arguments.api_key_file)
     with tempfile.TemporaryDirectory(prefix="trainer-serve-") as directory:  # mode 0700
@@ -135,8 +167,9 @@ def _start(arguments: argparse.Namespace, *, is_batch: bool) -> int:
         except BaseException:
             asyncio.run(process.stop())
             raise
-        work = _run_batch if is_batch else _listen
-        return asyncio.run(work(arguments, gateway, process))
+        if is_batch:
+            return asyncio.run(_run_batch(arguments, gateway, process))
+        return asyncio.run(_listen(arguments, gateway, process, accounts))
 
 
 def _gateway(
@@ -160,21 +193,31 @@ def _paths(gateway: Gateway) -> dict[str, str]:
     return {each.name: str(each.path) for each in gateway.models.adapters.values()}
 
 
-async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+async def _listen(
+    arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess, accounts: Accounts | None
+) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     import uvicorn
 
     from trainer.serve.app import make_app
     from trainer.serve.batch_api import BatchStore, running_batches
+    from trainer.serve.control import Control, WithoutContent
 
-    store = BatchStore(gateway, Path(arguments.batch_dir))
+    control = Control(KeyFile(gateway.limits.api_key_digests)) if accounts is None else accounts.control
+    keep_s = seconds_of(arguments.batch_keep, "--batch-keep")
+    store = BatchStore(gateway, Path(arguments.batch_dir), control, keep_s=keep_s)
+    app = make_app(gateway, store, control)
+    if accounts is not None:
+        accounts.add_routes(app)
+    logging.getLogger("uvicorn.error").addFilter(WithoutContent())
     config = uvicorn.Config(
-        make_app(gateway, store),
+        app,
         host=arguments.host,
         port=arguments.port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=arguments.drain_s,
+        **tls_settings(arguments),
     )
     server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has ended
@@ -189,8 +232,13 @@ async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: Engi
     try:
         await process.start(lambda: _paths(gateway))
         names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
-        tell(f"http://{arguments.host}:{arguments.port}/v1 serves {names}")
-        async with running_batches(store):
+        scheme = "http" if arguments.tls_cert is None else "https"
+        tell(f"{scheme}://{arguments.host}:{arguments.port}/v1 serves {names}")
+        if accounts is None and arguments.api_key_file is None:
+            tell("without accounts: only this machine can connect, and everybody on it may")
+        async with running_batches(store), AsyncExitStack() as stack:
+            if accounts is not None:
+                await stack.enter_async_context(accounts.counting())
             await server.serve()
     finally:
         await process.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
@@ -42,11 +42,11 @@ class End:
 
 
 @final
-class _LostError(Exception):
+class LostError(Exception):
     """The engine went away."""
 
 
-Event: TypeAlias = Token | End | ApiError | _LostError
+Event: TypeAlias = Token | End | ApiError | LostError
 
 
 @final
@@ -59,7 +59,7 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._ready = asyncio.Event()
-        self._number = 0
+        self._number, self._num_live = 0, 0
         self.hello: dict[str, Any] = {}
 
     @property
@@ -69,8 +69,8 @@ class EngineClient:
 
     @property
     def num_live(self) -> int:
-        """Sequences in flight."""
-        return len(self._queues)
+        """Sequences in flight, those that wait for an engine included."""
+        return self._num_live
 
     async def connect(self, path: Path) -> asyncio.Task[None]:
         """Open the socket; the returned task ends when the engine goes away."""
@@ -90,8 +90,9 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
         for queue in self._queues.values():
-            queue.put_nowait(_LostError())
-        for reply in self._replies.values():
+            queue.put_nowait(LostError())
+        replies, self._replies = list(self._replies.values()), {}
+        for reply in replies:
             if not reply.done():
                 reply.set_result({"ok": False, "error": "the engine went away"})
 
@@ -102,7 +103,8 @@ class EngineClient:
                 queue.put_nowait(Token(token, report))
         if "end" in message and (queue := self._queues.get(message["end"])) is not None:
             queue.put_nowait(_end_of(message))
-        if "reply" in message and (reply := self._replies.pop(message["reply"], None)) is not None:
+        reply = self._replies.pop(message["reply"], None) if "reply" in message else None
+        if reply is not None and not reply.done():  # its client may have left
             reply.set_result(message)
 
     async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
@@ -133,25 +135,48 @@ class EngineClient:
         Raises:
             ApiError: the engine refuses the request, or none is there.
         """
+        self._num_live += 1
+        try:
+            async with aclosing(self._attempts(prompt, sampling, adapter)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_live -= 1
+
+    async def _attempts(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Token | End, None]:
         drawn: list[int] = []
         for attempt in range(ATTEMPTS):
             await self._wait_ready()
             try:
-                async for event in self._stream([*prompt, *drawn], _rest(sampling, drawn), adapter):
-                    if isinstance(event, Token):
-                        drawn.append(event.token)
-                    yield event
+                async with aclosing(self.attempt([*prompt, *drawn], rest_of(sampling, drawn), adapter)) as events:
+                    async for event in events:
+                        if isinstance(event, Token):
+                            drawn.append(event.token)
+                        yield event
                 return
-            except _LostError:
-                if attempt + 1 == ATTEMPTS or (drawn and not _can_continue(sampling)):
+            except LostError:
+                if attempt + 1 == ATTEMPTS or (drawn and not can_continue(sampling)):
                     raise ApiError(503, "the engine went away during this request; send it again", retry_s=1) from None
                 if len(drawn) >= sampling.max_tokens or (drawn and drawn[-1] in sampling.stop_ids):
                     yield End("length" if drawn[-1] not in sampling.stop_ids else "stop")
                     return
 
-    async def _stream(
+    async def attempt(
         self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
     ) -> AsyncGenerator[Token | End, None]:
+        """Yield the tokens of a sequence, then its end, from the engine as it is now.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are drawn.
+            adapter: None is the base.
+
+        Raises:
+            ApiError: the engine refuses the request.
+            LostError: the engine went away.
+        """
         request = self._new_id()
         queue = self._queues[request] = asyncio.Queue()
         is_ended = False
@@ -168,7 +193,7 @@ class EngineClient:
             while not is_ended:
                 event = await queue.get()
                 is_ended = not isinstance(event, Token)
-                if isinstance(event, ApiError | _LostError):
+                if isinstance(event, ApiError | LostError):
                     raise event
                 yield event
         finally:
@@ -191,7 +216,7 @@ class EngineClient:
         return str(self._number)
 
 
-def _rest(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
+def rest_of(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
     """What is left of a sequence of which some tokens are drawn."""
     if not drawn:
         return sampling
@@ -199,7 +224,7 @@ def _rest(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
     return replace(sampling, max_tokens=left, first_position=sampling.first_position + len(drawn))
 
 
-def _can_continue(sampling: Sampling) -> bool:
+def can_continue(sampling: Sampling) -> bool:
     """Whether a sequence's state is its tokens alone: no grammar, no penalty that counts what was drawn."""
     return sampling.grammar is None and not sampling.presence_penalty and not sampling.frequency_penalty
 

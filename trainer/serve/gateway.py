@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, final
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -14,10 +15,13 @@ from trainer.run.step_names import step_number
 from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, samples
 from trainer.serve.engine_client import EngineClient
+from trainer.serve.metrics import RequestMetrics
 from trainer.serve.models import Served, ServedModels
+from trainer.serve.reasoning import reasoning_of, template_arguments
 from trainer.serve.requests import ChatRequest, CompletionRequest
-from trainer.serve.structure import grammar_of
-from trainer.serve.tools import tool_grammar, tools_of
+from trainer.serve.structure import CALL_TAGS, lark, schema_of, schema_rules
+from trainer.serve.text import special_ids
+from trainer.serve.tools import tool_rules, tools_of
 
 DEFAULT_COMPLETION: Final = 16
 """`max_tokens` of /v1/completions where the request has none, as OpenAI defines it."""
@@ -44,35 +48,45 @@ class Metrics:
         self.requests = Counter("trainer_requests", "Requests", ["route", "status"], registry=self.registry)
         self.tokens = Counter("trainer_tokens", "Tokens", ["kind", "model"], registry=self.registry)
         self.first_token_s = Histogram("trainer_first_token_seconds", "To the first token", registry=self.registry)
+        self.by_model = RequestMetrics(self.registry)
 
 
 @final
 class Gateway:
     """Turns requests into sequences of the engine."""
 
-    def __init__(self, models: ServedModels, engine: EngineClient, limits: Limits) -> None:
+    def __init__(
+        self, models: ServedModels, engine: EngineClient, limits: Limits, metrics: Metrics | None = None
+    ) -> None:
         """Begin with the adapters that `models` has.
 
         Args:
             models: what requests may name.
             engine: continues sequences.
             limits: of this server.
+            metrics: counters that it shares with other gateways; its own when left out.
         """
-        self.models, self.engine, self.limits, self.metrics = models, engine, limits, Metrics()
+        self.models, self.engine, self.limits, self.metrics = models, engine, limits, metrics or Metrics()
         self.is_draining = False
+        self._num_admitted = 0
 
-    def admit(self, count: int) -> None:
-        """Refuse sequences beyond the limit.
+    @contextmanager
+    def admitted(self, count: int) -> Iterator[None]:
+        """Count sequences as in flight within the block.
 
         Raises:
             ApiError: 429 with a time to wait, or 503 while the server ends.
         """
         if self.is_draining:
             raise ApiError(503, "the server is ending", retry_s=5)
-        if self.engine.num_live + count > self.limits.max_queue:
-            raise ApiError(
-                429, f"{self.engine.num_live} sequences are in flight, the most is {self.limits.max_queue}", retry_s=1
-            )
+        in_flight, most = max(self._num_admitted, self.engine.num_live), self.limits.max_queue
+        if in_flight + count > most:
+            raise ApiError(429, f"{in_flight} sequences are in flight, the most is {most}", retry_s=1)
+        self._num_admitted += count
+        try:
+            yield
+        finally:
+            self._num_admitted -= count
 
     def chat_jobs(self, request: ChatRequest) -> list[Job]:
         """The sequences of a chat request.
@@ -81,15 +95,20 @@ class Gateway:
             ApiError: the request cannot be answered, with the reason.
         """
         served = self.models.find(request.model)
-        grammar = grammar_of(request)
-        tools = tools_of(request, served)
+        schema, tools = schema_of(request), tools_of(request, served)
+        prompt = served.prompt_ids(request.messages, request.tools, template_arguments(request, served))
+        reasoning = reasoning_of(served, prompt)
+        grammar, added = None, served.tokenizer.get_added_vocab()
         if tools:
-            grammar = tool_grammar(request, tools)
-        prompt = served.prompt_ids(request.messages, request.tools, self._template_arguments(request, served))
+            grammar = lark(tool_rules(request, tools, added), added, reasoning)
+        elif schema is not None:
+            grammar = lark(schema_rules(schema), added, reasoning)
+        tags = (*(CALL_TAGS if tools else ()), *(() if reasoning is None else reasoning.form.tags))
+        shown = special_ids(served.tokenizer, tags) if tags else frozenset()
         limit = self._limit(request.limit, prompt)
         vocab = int(self.engine.hello["vocab"])
         sampling = request.sampling(limit, served.stop_ids, vocab, request.num_logprobs, grammar)
-        return samples(Job(prompt, sampling, served, request.stops), request.num_choices)
+        return samples(Job(prompt, sampling, served, request.stops, reasoning, shown), request.num_choices)
 
     def completion_jobs(self, request: CompletionRequest) -> list[Job]:
         """The sequences of a plain completion: `n` for each prompt.
@@ -98,16 +117,23 @@ class Gateway:
             ApiError: the request cannot be answered, with the reason.
         """
         served = self.models.find(request.model)
-        for name in ("suffix", "echo"):
-            if getattr(request, name):
-                raise ApiError(400, f"{name} is not supported", param=name)
+        if request.suffix:
+            raise ApiError(400, "suffix is not supported", param="suffix")
+        if request.echo and request.stream:
+            raise ApiError(400, "echo is not supported in a stream", param="echo")
         if request.best_of not in (None, request.num_choices):
             raise ApiError(400, "best_of is supported only where it equals n", param="best_of")
         vocab = int(self.engine.hello["vocab"])
-        jobs = []
-        for prompt in _prompts(request.prompt, served):
+        jobs: list[Job] = []
+        prompts = _prompts(request.prompts, served, vocab)
+        if len(prompts) * request.num_choices > self.limits.max_queue:
+            most = f"the most is {self.limits.max_queue}"
+            raise ApiError(400, f"{len(prompts):,} prompts times n are too many sequences; {most}", param="prompt")
+        for prompt in prompts:
             limit = self._limit(DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens, prompt)
             sampling = request.sampling(limit, served.stop_ids, vocab, request.logprobs)
+            if request.echo:
+                sampling = replace(sampling, prompt_logprobs=request.logprobs)
             jobs += samples(Job(prompt, sampling, served, request.stops), request.num_choices)
         return jobs
 
@@ -124,20 +150,6 @@ class Gateway:
                 code="context_length_exceeded",
             )
         return room if asked is None else asked
-
-    def _template_arguments(self, request: ChatRequest, served: Served) -> Mapping[str, Any]:
-        arguments = dict(request.chat_template_kwargs or {})
-        effort = request.reasoning_effort
-        if effort is None:
-            return arguments
-        template = served.encoder.template if served.encoder is not None else None
-        if template is not None and template.names("enable_thinking"):
-            return {"enable_thinking": effort != "none", **arguments}
-        if template is not None and template.names("reasoning_effort"):
-            return {"reasoning_effort": effort, **arguments}
-        if effort == "none":
-            return arguments  # a template without a switch does not think
-        raise ApiError(400, f"the chat template of {served.name} has no switch for reasoning", param="reasoning_effort")
 
     async def load_adapter(self, name: str, target: str) -> str:
         """Serve a run or an adapter directory under a name; the same name again replaces it. Returns its version.
@@ -167,15 +179,17 @@ class Gateway:
         await self.engine.ask("unload", name=name)
 
 
-def _prompts(prompt: Any, served: Served) -> list[tuple[int, ...]]:
+def _prompts(prompts: Sequence[str | list[int]], served: Served, vocab: int) -> list[tuple[int, ...]]:
     """Token ids of each prompt; texts are tokenized with the special tokens that the tokenizer adds."""
-    if isinstance(prompt, str):
-        return [tuple(served.tokenizer(prompt)["input_ids"])]
-    if not prompt:
-        raise ApiError(400, "the list of prompts is empty", param="prompt")
-    if isinstance(prompt[0], int):
-        return [tuple(prompt)]
-    return [tuple(served.tokenizer(each)["input_ids"]) if isinstance(each, str) else tuple(each) for each in prompt]
+    try:
+        found = [tuple(served.tokenizer(each)["input_ids"] if isinstance(each, str) else each) for each in prompts]
+    except (UnicodeEncodeError, TypeError):  # as the tokenizer says it
+        raise ApiError(400, "the text has half a surrogate pair, which is no character", param="prompt") from None
+    if not found or not all(found):
+        raise ApiError(400, "a prompt is empty", param="prompt")
+    if any(not 0 <= token < vocab for ids in found for token in ids):
+        raise ApiError(400, f"a token id is outside the vocabulary of {vocab:,}", param="prompt")
+    return found
 
 
 def served_source(target: str, *, best: bool = False, checkpoint: int | None = None) -> ModelSource:

@@ -63,6 +63,8 @@ class Served:
             return self.encoder.encode_prompt(Row(fields, file="request", line=1))
         except DataError as error:
             raise ApiError(400, str(error).removeprefix("request:1: "), param="messages") from None
+        except UnicodeEncodeError:
+            raise ApiError(400, "the text has half a surrogate pair, which is no character", param="messages") from None
 
 
 @final

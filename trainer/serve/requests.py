@@ -13,6 +13,8 @@ from trainer.serve.api_errors import ApiError
 
 MAX_N: Final = 128
 MAX_TOP_LOGPROBS: Final = 20
+MAX_DIGITS: Final = 9
+"""Of a token id that is written as text."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -43,7 +45,7 @@ class _Request(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -88,9 +90,12 @@ class _Request(BaseModel):
         """
         bias = []
         for key, value in (self.logit_bias or {}).items():
-            if not key.isdecimal() or int(key) >= vocab:
-                raise ApiError(400, f"{key!r} is no token id; the vocabulary has {vocab:,}", param="logit_bias")
+            if not key.isdecimal() or len(key) > MAX_DIGITS or int(key) >= vocab:
+                raise ApiError(400, f"{key!r:.40} is no token id; the vocabulary has {vocab:,}", param="logit_bias")
             bias.append((int(key), value))
+        for token in self.stop_token_ids or ():
+            if not 0 <= token < vocab:
+                raise ApiError(400, f"{token} is no token id; the vocabulary has {vocab:,}", param="stop_token_ids")
         return Sampling(
             max_tokens=max_tokens,
             seed=self.seed if self.seed is not None else secrets.randbits(62),
@@ -163,6 +168,14 @@ class CompletionRequest(_Request):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     suffix: str | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        is_one = bool(self.prompt) and isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item]
 
 
 def validation_error(errors: list[Mapping[str, Any]]) -> ApiError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import final
 
 from tokenizers.decoders import DecodeStream
@@ -14,7 +14,12 @@ class TextStream:
     """Decodes token by token; text that may be the beginning of a stop string is held back."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], *, skip_special_tokens: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Begin a text.
 
@@ -22,7 +27,9 @@ class TextStream:
             tokenizer: a fast one.
             stop: strings that end the text; they are not part of it.
             skip_special_tokens: leave out stop tokens and the like.
+            shown_ids: special tokens that are shown all the same.
         """
+        self._shown = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in shown_ids}
         self._backend = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = [each for each in stop if each]
@@ -31,7 +38,7 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Text that is certain now."""
-        self._held += self._decoder.step(self._backend, token) or ""
+        self._held += (self._decoder.step(self._backend, token) or "") + self._shown.get(token, "")
         for stop in self._stop:
             at = self._held.find(stop)
             if at >= 0:
@@ -48,6 +55,12 @@ class TextStream:
         """What was held back, once no token follows."""
         rest, self._held = self._held, ""
         return rest
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase, texts: Collection[str]) -> frozenset[int]:
+    """Special tokens with one of these texts."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(number for number, token in added.items() if token.special and token.content in texts)
 
 
 def overlap(text: str, stop: str) -> int:

@@ -1,0 +1,270 @@
+"""Replicas of one model version: engine processes, and the choice among them for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from itertools import count
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final, final
+
+from trainer.engine.protocol import Sampling
+from trainer.errors import LaunchError
+from trainer.run.console import tell
+from trainer.serve.api_errors import ApiError
+from trainer.serve.engine_client import End, EngineClient, LostError, Token, can_continue, rest_of
+
+ATTEMPTS: Final = 6
+"""Replicas that a request is sent to, one after the other, as they are lost: one that kills them ends there."""
+START_S: Final = 300.0
+"""How long an engine may take to load its model."""
+_NUMBERS: Final = count(1)
+
+
+@final
+class Replica:
+    """One engine process. It is not started again: the deployment starts another one."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path) -> None:
+        """Prepare; `start` starts it.
+
+        Args:
+            arguments: of `python -m trainer.engine`, without the socket.
+            directory: of the socket; only the owner can read it.
+        """
+        self.client = EngineClient()
+        self.number = next(_NUMBERS)
+        self.cold_start: dict[str, float] = {}
+        """Seconds by part: place, load, warm."""
+        self.num_live, self.is_draining, self.begun = 0, False, monotonic()
+        self._arguments, self._socket = list(arguments), directory / f"replica-{self.number}.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.client.is_ready and not self.is_draining
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process went away after it was ready."""
+        return self._connection is not None and self._connection.done()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self, adapters: dict[str, str]) -> None:
+        """Start it and wait until it has drawn a token.
+
+        Args:
+            adapters: path by name, loaded before the first request.
+
+        Raises:
+            LaunchError: it ended, or refuses an adapter.
+        """
+        words = [sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._arguments]
+        self._process = await asyncio.to_thread(subprocess.Popen, words, stdin=subprocess.PIPE)
+        placed = monotonic()
+        await self._connect()
+        loaded = monotonic()
+        for name, path in adapters.items():
+            reply = await self.client.ask("load", name=name, path=path)
+            if not reply["ok"]:
+                raise LaunchError(f"addon {name}: {reply['error']}")
+        try:
+            async for _ in self.client.attempt([0], Sampling(max_tokens=1, seed=0), None):
+                pass
+        except (LostError, ApiError) as error:
+            raise LaunchError(f"the engine did not draw its first token: {str(error) or 'it went away'}") from None
+        self.client.set_ready()
+        parts = {"place": placed - self.begun, "load": loaded - placed, "warm": monotonic() - loaded}
+        self.cold_start = {name: round(seconds, 3) for name, seconds in parts.items()}
+
+    async def _connect(self) -> None:
+        assert self._process is not None
+        deadline = monotonic() + START_S
+        while monotonic() < deadline:
+            if self._process.poll() is not None:
+                code = self._process.returncode
+                raise LaunchError(f"the engine ended with exit code {code}; its words are in the log")
+            try:
+                self._connection = await self.client.connect(self._socket)
+            except (FileNotFoundError, ConnectionRefusedError):  # no socket yet, or one that does not listen yet
+                await asyncio.sleep(0.02)
+            except (OSError, ValueError) as error:
+                raise LaunchError(f"the engine went away as it began: {error}") from None
+            else:
+                return
+        raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
+
+    async def stop(self, drain_s: float) -> None:
+        """End it, after the requests in flight.
+
+        Args:
+            drain_s: longest time for them; what is left then goes on elsewhere, or is an error.
+        """
+        self.is_draining = True
+        deadline = monotonic() + drain_s
+        while self.num_live and not self.is_gone and monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                await asyncio.to_thread(self._process.wait, 10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                await asyncio.to_thread(self._process.wait)
+            if self._process.stdin is not None:
+                with suppress(OSError):
+                    self._process.stdin.close()
+        if self._connection is not None:
+            await self._connection
+        self._socket.unlink(missing_ok=True)
+
+
+@final
+class ReplicaPool:
+    """An engine for the gateway that is made of replicas: requests wait for one, and go on where one is lost."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path, max_wait_s: float) -> None:
+        """Begin without replicas.
+
+        Args:
+            arguments: of `python -m trainer.engine`, without the socket.
+            directory: of their sockets.
+            max_wait_s: how long a request waits for a replica.
+        """
+        self.replicas: list[Replica] = []
+        self.adapters: dict[str, str] = {}
+        """Path by name; every new replica loads them."""
+        self.hello: dict[str, Any] = {}
+        self.max_wait_s = max_wait_s
+        self.num_waiting = 0
+        self.last_used = monotonic()
+        self.num_continued = 0
+        """Streams that went on elsewhere after their replica was lost."""
+        self._arguments, self._directory = arguments, directory
+        self._changed = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica takes requests."""
+        return any(replica.is_ready for replica in self.replicas)
+
+    @property
+    def num_live(self) -> int:
+        """Sequences in flight, those that wait for a replica included."""
+        return self.num_waiting + sum(replica.num_live for replica in self.replicas)
+
+    def new(self) -> Replica:
+        """A replica that `start` is called for."""
+        replica = Replica(self._arguments, self._directory)
+        self.replicas.append(replica)
+        return replica
+
+    async def start(self, replica: Replica) -> None:
+        """Start a replica of `new`; one that does not start is not kept.
+
+        Raises:
+            LaunchError: says why.
+        """
+        try:
+            await replica.start(dict(self.adapters))
+        except BaseException:
+            await self.stop(replica, 0.0)
+            raise
+        self.hello = replica.client.hello
+        self._changed.set()
+
+    async def stop(self, replica: Replica, drain_s: float) -> None:
+        """End a replica and forget it."""
+        await replica.stop(drain_s)
+        if replica in self.replicas:
+            self.replicas.remove(replica)
+
+    async def wait_ready(self) -> Replica:
+        """The replica with the fewest sequences; waits for one.
+
+        Raises:
+            ApiError: 503, there was none in time.
+        """
+        self.last_used = monotonic()
+        self.num_waiting += 1
+        try:
+            async with asyncio.timeout(self.max_wait_s):
+                while not (ready := [replica for replica in self.replicas if replica.is_ready]):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise ApiError(503, f"no replica was ready within {self.max_wait_s:g} s", retry_s=10) from None
+        finally:
+            self.num_waiting -= 1
+        return min(ready, key=lambda replica: replica.num_live)
+
+    async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        """`load`, `unload` or `stats` of all replicas; sums where they are numbers."""
+        if op == "load":
+            self.adapters[fields["name"]] = fields["path"]
+        if op == "unload":
+            self.adapters.pop(fields["name"], None)
+        ready = [replica.client for replica in self.replicas if replica.is_ready]
+        replies = await asyncio.gather(*(client.ask(op, **fields) for client in ready))
+        wrong = next((reply for reply in replies if not reply["ok"]), None)
+        if wrong is not None:
+            if op == "load":
+                self.adapters.pop(fields["name"], None)
+            return wrong
+        merged: dict[str, Any] = {"ok": True, "version": "not loaded yet"}
+        for reply in replies:
+            for name, value in reply.items():
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                merged[name] = merged.get(name, 0) + value if is_number else value
+        return merged
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Token | End, None]:
+        """Yield the tokens of a sequence, then its end; closing the iterator cancels it.
+
+        A replica that goes away is replaced: a sequence without tokens is sent again, one with tokens goes on from
+        them at the same noise positions.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are drawn.
+            adapter: None is the base.
+
+        Raises:
+            ApiError: the engine refuses the request, or there is no replica.
+        """
+        drawn: list[int] = []
+        for _ in range(ATTEMPTS):
+            replica = await self.wait_ready()
+            replica.num_live += 1
+            try:
+                rest = rest_of(sampling, drawn)
+                async with aclosing(replica.client.attempt([*prompt, *drawn], rest, adapter)) as events:
+                    async for event in events:
+                        if isinstance(event, Token):
+                            drawn.append(event.token)
+                        yield event
+                return
+            except LostError:
+                tell(f"replica {replica.number} was lost with a sequence of {len(drawn)} tokens, which goes on")
+                if drawn and not can_continue(sampling):
+                    raise ApiError(503, "the replica was lost during this request; send it again", retry_s=1) from None
+                if drawn and (len(drawn) >= sampling.max_tokens or drawn[-1] in sampling.stop_ids):
+                    yield End("stop" if drawn[-1] in sampling.stop_ids else "length")
+                    return
+                self.num_continued += 1
+            finally:
+                replica.num_live -= 1
+                self.last_used = monotonic()
+        raise ApiError(503, f"{ATTEMPTS} replicas were lost during this request; send it again", retry_s=10)
