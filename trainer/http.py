@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 
 import httpx
 
 
-def direct_client() -> httpx.Client:
+def direct_client(socket: Path | None = None) -> httpx.Client:
     """A client that ignores proxies and other settings of the environment; safe to share between threads.
 
     It opens one connection per request: a server that restarts closes idle connections, and a request on a closed one
     fails. Certificates are verified against those of the system.
+
+    Args:
+        socket: a Unix socket that it connects to, whatever the host of a URL; None connects by TCP.
     """
-    return httpx.Client(
-        trust_env=False,
-        verify=ssl.create_default_context(),
-        follow_redirects=True,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-    )
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    if socket is not None:
+        return httpx.Client(trust_env=False, transport=httpx.HTTPTransport(uds=str(socket), limits=limits))
+    return httpx.Client(trust_env=False, verify=ssl.create_default_context(), follow_redirects=True, limits=limits)

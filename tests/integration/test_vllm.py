@@ -26,8 +26,8 @@ from trainer.errors import NumericalError
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy
 from trainer.sampling.sampler import SampleRequest, SamplingParams
-from trainer.sampling.vllm import VllmSampler
-from trainer.sampling.vllm_client import SamplerError
+from trainer.sampling.served import ServedSampler
+from trainer.sampling.server_client import SamplerError, ServerClient
 from trainer.types import Completion
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def prompt(tokenizer):
 
 @pytest.fixture(scope="module")
 def sampler(server, tokenizer):
-    return VllmSampler(server, tokenizer, WORLD)
+    return ServedSampler([ServerClient(server, model=str(MODEL))], tokenizer, WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def params(*, stop_ids=frozenset({END}), **changes) -> SamplingParams:
     return SamplingParams(**{"max_completion_tokens": 24, "stop_ids": stop_ids, "seed": 0, "step": 0} | changes)
 
 
-def drawn(sampler: VllmSampler, prompt, number: int, settings: SamplingParams, **request) -> list[Completion]:
+def drawn(sampler: ServedSampler, prompt, number: int, settings: SamplingParams, **request) -> list[Completion]:
     (completions,) = sampler.sample([SampleRequest(prompt, 7, number, **request)], settings)
     return completions
 

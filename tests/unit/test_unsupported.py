@@ -23,8 +23,8 @@ from trainer.model.layout import PackedLayout
 from trainer.model.policy import Policy, load_policy, make_policy
 from trainer.planning.plan import make_plan
 from trainer.sampling.sampler import SamplingParams
-from trainer.sampling.vllm import _refuse_truncation, _refuse_unservable
-from trainer.sampling.vllm_client import VllmClient
+from trainer.sampling.served import _refuse_truncation, _refuse_unservable
+from trainer.sampling.server_client import ServerClient
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def truncate_at_another_temperature() -> None:
 
 
 def connect_to_an_odd_address() -> None:
-    VllmClient("127.0.0.1:8000", model="m")
+    ServerClient("127.0.0.1:8000", model="m")
 
 
 def train_experts_in_full() -> None:

@@ -59,6 +59,8 @@ class TrainingShape(Section):
     """`full` shards the parameters of the base model over all ranks (FSDP2)."""
     vllm_gpus: NonNegativeInt = 0
     """Devices reserved for vLLM: the last ones of the machine. Training ranks use the others."""
+    vllm_python: str | None = None
+    """Interpreter of the environment in which vLLM is installed on these machines."""
     limits: ShapeLimits
     """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None

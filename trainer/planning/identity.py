@@ -17,7 +17,16 @@ from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
 
 ROLLOUT_EXEMPT = frozenset(
-    {"vllm_url", "eval_samples", "success", "max_sampler_kl", "environment_limits", "deterministic"}
+    {
+        "vllm_url",
+        "vllm",
+        "server_url",
+        "eval_samples",
+        "success",
+        "max_sampler_kl",
+        "environment_limits",
+        "deterministic",
+    }
 )
 """Fields of `rollout` that do not change what is trained."""
 LATER_ROLLOUT_FIELDS: Final = (

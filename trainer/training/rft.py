@@ -14,7 +14,7 @@ from trainer.model.policy import Reference
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
-from trainer.sampling import make_sampler
+from trainer.sampling import open_sampler
 from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
 from trainer.training.attempt import Attempt
@@ -59,7 +59,9 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 memory_limit_gib=limits.memory_limit_gib,
             )
         )
-        sampler = make_sampler(rollout, policy, tokenizer, world)
+        sampler = stack.enter_context(
+            open_sampler(plan, policy, tokenizer, world, server_log=attempt.server_log, say=attempt.say)
+        )
         if isinstance(sampler, LocalSampler) and sampler.note is not None:
             attempt.say(sampler.note)
         params = sampling_params(recipe, rollout, encoder.stop_ids)
