@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_python import MARKS, MODEL, PYTHON, ROOT
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.chat import load_tokenizer
@@ -30,9 +31,6 @@ from trainer.sampling.served import ServedSampler
 from trainer.sampling.server_client import SamplerError, ServerClient
 from trainer.types import Completion
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-PYTHON = Path(os.environ.get("TUNESMITH_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)
 START_S = 400
@@ -40,15 +38,7 @@ END = 2
 """<|im_end|>"""
 NOISE = 0.06
 """Mean distance of logprobs by rounding in bf16: ours and vLLM's are 0.03 from float32 and 0.04 from each other."""
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.heavy,
-    pytest.mark.model,
-    pytest.mark.skipif(
-        not PYTHON.is_file(), reason=f"no Python with vLLM: {PYTHON} is missing (TUNESMITH_VLLM_PYTHON)"
-    ),
-    pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="no embedded model; run scripts/prepare_model"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -180,11 +180,13 @@ def test_a_request_to_a_server_that_was_given_up_says_why(lab):
 
 PARENT = """
 import sys, time
-sys.path[:0] = [{tests!r}]
 from pathlib import Path
-from test_managed import Lab
-lab = Lab(Path({directory!r}))
-lab.server("stubborn").start()
+from trainer.managed.place import ServerPlace
+from trainer.managed.server import ManagedServer, ServerCommand
+directory = Path(sys.argv[2])
+argv = lambda socket: [sys.executable, "-S", sys.argv[1], str(socket), str(directory), "stubborn"]
+server = ManagedServer(ServerCommand("the server", argv, directory / "log"), ServerPlace(directory), print)
+server.start()
 print("ready", flush=True)
 time.sleep(3600)
 """
@@ -192,11 +194,9 @@ time.sleep(3600)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_server_ends_with_its_parent_however_that_ends(tmp_path, number):
-    text = PARENT.format(tests=str(SCRIPT.parent), directory=str(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-    ) as parent:
+    command = [sys.executable, "-c", PARENT, str(SCRIPT), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
         pids = Lab(tmp_path).pids()

@@ -54,16 +54,17 @@ class VllmOptions:
     model: str
     """Path or hub name."""
     dtype: str
-    max_model_tokens: int
+    max_model_tokens: int | None
+    """None is the model's own limit."""
     devices: tuple[str, ...] = ()
     """Of CUDA_VISIBLE_DEVICES: one tensor-parallel server on all of them; empty: on the CPU."""
     max_adapter_rank: int | None = None
     """None serves no adapters."""
     max_adapters: int = 2
     """Adapters that one batch may mix; a publish needs two, the old one and the new one."""
+    logprobs_mode: str = "processed_logprobs"
+    """Processed ones are after the temperature, which rollouts need; raw ones are the model's own."""
     revision: str | None = None
-    quantization: str | None = None
-    """None, or `bitsandbytes`."""
     trusts_remote_code: bool = False
     served_name: str | None = None
     extra: tuple[str, ...] = ()
@@ -121,8 +122,9 @@ def vllm_argv(python: Path, options: VllmOptions, socket: Path) -> list[str]:
         socket: to listen on.
     """
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
-    argv += ["--model", options.model, "--dtype", options.dtype, "--max-model-len", str(options.max_model_tokens)]
-    argv += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    argv += ["--model", options.model, "--dtype", options.dtype]
+    argv += ["--max-model-len", str(options.max_model_tokens)] if options.max_model_tokens is not None else []
+    argv += ["--logprobs-mode", options.logprobs_mode, "--generation-config", "vllm"]
     argv += ["--disable-uvicorn-access-log"]
     if options.max_adapter_rank is not None:
         argv += ["--enable-lora", "--max-lora-rank", str(servable_rank(options.max_adapter_rank))]
@@ -133,7 +135,6 @@ def vllm_argv(python: Path, options: VllmOptions, socket: Path) -> list[str]:
         argv += ["--enforce-eager", "--max-num-seqs", "32"]  # compiling takes a minute, and pays off on GPUs only
     for flag, value in (
         ("--revision", options.revision),
-        ("--quantization", options.quantization),
         ("--served-model-name", options.served_name),
     ):
         argv += [flag, value] if value is not None else []

@@ -10,6 +10,7 @@ same logprobs as the policy (a fixed sentence at each publish). docs/vllm.md and
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import shutil
 import tempfile
@@ -150,6 +151,8 @@ class ServedSampler:
         directory = self.directory / f"{name}@{self.num_published}" if self.served.is_ours else self.directory / name
         directory.mkdir()
         policy.save(directory, weights)
+        if self.served.is_ours:
+            _name_base(directory, policy.model_path)
         found = []
         for client in self.clients:
             label = client.through_restarts(partial(client.load_adapter, name, directory, timeout_s=LOAD_TIMEOUT_S))
@@ -312,6 +315,15 @@ def _refuse_unservable(policy: Policy) -> None:
         raise SamplerError(VLLM_FULL)
     if policy.adapters.config(RUN_ADAPTER).use_dora:
         raise SamplerError(VLLM_DORA)
+
+
+def _name_base(directory: Path, model_path: str) -> None:
+    """Write an absolute path of the base model: the server may run in another directory."""
+    if Path(model_path).is_dir():
+        file = directory / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = str(Path(model_path).resolve())
+        file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def _retire(clients: Sequence[ServerClient], loaded: list[str], directory: Path) -> None:

@@ -122,7 +122,9 @@ class TextAnswer:
             served: the model that answers.
         """
         self.served, self.wants_usage = served, request.wants_usage
-        self._has_logprobs = request.logprobs is not None
+        self._has_logprobs, self._has_ids = request.logprobs is not None, request.return_token_ids
+        self._has_prompt_logprobs = request.prompt_logprobs is not None
+        self._names_ids = request.return_tokens_as_token_ids
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -149,21 +151,38 @@ class TextAnswer:
         return {**self._head, "choices": choices, "usage": usage.body()}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return {
+        choice = {
             "index": index,
             "text": "".join(piece.text for piece in pieces),
             "logprobs": self._logprobs(pieces) if self._has_logprobs else None,
             "finish_reason": pieces[-1].finish_reason,
         }
+        last = pieces[-1]
+        if self._has_ids:
+            choice["token_ids"] = [token.token for piece in pieces for token in piece.tokens]
+            choice |= {"prompt_token_ids": list(last.prompt), "stop_reason": last.stop_reason}
+        if self._has_prompt_logprobs and last.finish_reason is not None:  # as vLLM: nothing of the first token
+            known = zip(last.prompt[1:], last.prompt_logprobs, strict=False)
+            choice["prompt_logprobs"] = [None, *(_prompt_entry(token, report) for token, report in known)]
+        return choice
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._names_ids else token_text(self.served, token)
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens if token.report is not None]
         return {
-            "tokens": [token_text(self.served, token.token) for token in tokens],
+            "tokens": [self._name(token.token) for token in tokens],
             "token_logprobs": [token.report["logprob"] for token in tokens if token.report is not None],
             "top_logprobs": [
-                {token_text(self.served, other): logprob for other, logprob in token.report["top"]}
+                {self._name(other): logprob for other, logprob in token.report["top"]}
                 for token in tokens
                 if token.report is not None
             ],
         }
+
+
+def _prompt_entry(token: int, report: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of one place in a prompt, by token id; that of the token itself is always there."""
+    places = {token: report["logprob"], **dict(report["top"])}
+    return {str(each): {"logprob": logprob} for each, logprob in places.items()}

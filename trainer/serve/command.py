@@ -19,6 +19,7 @@ from trainer.config.model_arguments import add_batch_arguments, add_serve_argume
 from trainer.errors import TrainerError, UserError
 from trainer.inference.source import ModelSource, base_of
 from trainer.run.console import tell
+from trainer.serve.engine import Engine, EngineOwner
 from trainer.serve.engine_client import EngineClient
 from trainer.serve.engine_process import EngineProcess
 from trainer.serve.gateway import served_source
@@ -55,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(arguments: argparse.Namespace) -> None:
-    if arguments.engine == "vllm":
-        raise UserError("--engine vllm is not available yet; the embedded engine serves without it")
     if not _is_loopback(arguments.host) and arguments.api_key_file is None:
         raise UserError(
             f"--host {arguments.host} is reachable from other machines: add --api-key-file FILE, with one key a line"
@@ -128,7 +127,7 @@ def _start(arguments: argparse.Namespace, *, is_batch: bool) -> int:
     base, adapters = sources_of(arguments)
     keys = frozenset() if is_batch else _keys(arguments.api_key_file)
     with tempfile.TemporaryDirectory(prefix="trainer-serve-") as directory:  # mode 0700
-        process = EngineProcess(_engine_arguments(arguments, base), Path(directory) / "engine.sock", EngineClient())
+        process = _engine(arguments, base, Path(directory), is_batch=is_batch)
         process.launch()
         try:
             gateway = _gateway(arguments, base, adapters, process.client, keys)
@@ -139,11 +138,20 @@ def _start(arguments: argparse.Namespace, *, is_batch: bool) -> int:
         return asyncio.run(work(arguments, gateway, process))
 
 
+def _engine(arguments: argparse.Namespace, base: ModelSource, directory: Path, *, is_batch: bool) -> EngineOwner:
+    """The engine that the arguments ask for, not started yet."""
+    if not is_batch and arguments.engine == "vllm":
+        from trainer.serve.vllm_process import VllmProcess
+
+        return VllmProcess(arguments, base.model, directory)
+    return EngineProcess(_engine_arguments(arguments, base), directory / "engine.sock", EngineClient())
+
+
 def _gateway(
     arguments: argparse.Namespace,
     base: ModelSource,
     adapters: dict[str, ModelSource],
-    client: EngineClient,
+    client: Engine,
     keys: frozenset[bytes],
 ) -> Gateway:
     from trainer.serve.gateway import Gateway, Limits
@@ -160,7 +168,7 @@ def _paths(gateway: Gateway) -> dict[str, str]:
     return {each.name: str(each.path) for each in gateway.models.adapters.values()}
 
 
-async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: EngineOwner) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     import uvicorn
 
@@ -197,7 +205,7 @@ async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: Engi
     return 0 if server.started else 1
 
 
-async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineOwner) -> int:
     """Answer a file; the same command again goes on with it."""
     from trainer.serve.batch import BatchRun
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -13,7 +13,7 @@ from trainer.inference.source import ModelSource, find_source
 from trainer.run.step_names import step_number
 from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, samples
-from trainer.serve.engine_client import EngineClient
+from trainer.serve.engine import Engine
 from trainer.serve.models import Served, ServedModels
 from trainer.serve.requests import ChatRequest, CompletionRequest
 from trainer.serve.structure import grammar_of
@@ -50,7 +50,7 @@ class Metrics:
 class Gateway:
     """Turns requests into sequences of the engine."""
 
-    def __init__(self, models: ServedModels, engine: EngineClient, limits: Limits) -> None:
+    def __init__(self, models: ServedModels, engine: Engine, limits: Limits) -> None:
         """Begin with the adapters that `models` has.
 
         Args:
@@ -108,7 +108,8 @@ class Gateway:
         for prompt in _prompts(request.prompt, served):
             limit = self._limit(DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens, prompt)
             sampling = request.sampling(limit, served.stop_ids, vocab, request.logprobs)
-            jobs += samples(Job(prompt, sampling, served, request.stops), request.num_choices)
+            job = Job(prompt, sampling, served, request.stops, request.skip_special_tokens)
+            jobs += samples(job, request.num_choices)
         return jobs
 
     def _limit(self, asked: int | None, prompt: Sequence[int]) -> int:
@@ -152,7 +153,7 @@ class Gateway:
         reply = await self.engine.ask("load", name=name, path=served.path)
         if not reply["ok"]:
             raise ApiError(400, str(reply["error"]))
-        self.models.put(served)
+        self.models.put(replace(served, version=str(reply["version"])))
         return str(reply["version"])
 
     async def unload_adapter(self, name: str) -> None:
