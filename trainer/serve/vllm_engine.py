@@ -334,9 +334,25 @@ def _body(prompt: Sequence[int], sampling: Sampling, model: str) -> dict[str, An
         "logit_bias": {str(token): bias for token, bias in sampling.logit_bias} or None,
         "logprobs": sampling.logprobs,
         "prompt_logprobs": sampling.prompt_logprobs,
-        "structured_outputs": None if sampling.grammar is None else {"grammar": sampling.grammar},
+        "structured_outputs": None if sampling.grammar is None else {"grammar": as_lark(sampling.grammar)},
     }
     return body | {name: value for name, value in optional.items() if value is not None}
+
+
+def as_lark(grammar: str) -> str:
+    """A grammar in the only form of llguidance's that vLLM takes.
+
+    >>> print(as_lark('{"grammars": [{"json_schema": {"type": "integer"}}]}'))
+    %llguidance {}
+    start: %json {"type": "integer"}
+
+    Args:
+        grammar: of structure.py, one JSON Schema, or of tools.py, which is Lark.
+    """
+    if not grammar.startswith("{"):
+        return grammar
+    (only,) = json.loads(grammar)["grammars"]
+    return f"%llguidance {{}}\nstart: %json {json.dumps(only['json_schema'])}"
 
 
 def _rest(sampling: Sampling, num_drawn: int) -> Sampling:

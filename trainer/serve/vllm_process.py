@@ -23,6 +23,8 @@ BASE: Final = "base"
 """Name of the base model in vLLM; clients never see it."""
 EMBEDDED_ONLY: Final = {"kv_cache_fraction": 0.1, "kv_cache_tokens": None, "chunk_tokens": 256}
 """Arguments of the embedded engine, with their defaults."""
+OPTIONS: Final = ("--structured-outputs-config", '{"backend": "guidance"}')
+"""The gateway's grammars are llguidance's."""
 MAX_ADAPTERS: Final = 8
 """Adapters that one batch of vLLM may mix."""
 
@@ -59,7 +61,7 @@ class VllmProcess:
             revision=model.revision,
             trusts_remote_code=model.trust_remote_code,
             served_name=BASE,
-            extra=("--max-num-seqs", str(arguments.max_rows), *arguments.vllm_argument),
+            extra=(*OPTIONS, "--max-num-seqs", str(arguments.max_rows), *arguments.vllm_argument),
         )
         place = ServerPlace(directory)
         command = ServerCommand(
