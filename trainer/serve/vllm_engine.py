@@ -238,19 +238,19 @@ class VllmEngine:
             ApiError: the server refuses it.
             _LostError: the server is ending.
         """
-        body = _body(prompt, sampling, model)
+        body = request_body(prompt, sampling, model)
         if not body["stream"]:
             reply = await self._http.post("/v1/completions", json=body)
             if not reply.is_success:
                 raise _refusal(reply.status_code, reply.content)
-            for event in _events(reply.json()["choices"][0], prompt, sampling):
+            for event in events_of(reply.json()["choices"][0], prompt, sampling):
                 yield event
             return
         async with self._http.stream("POST", "/v1/completions", json=body) as reply:
             if not reply.is_success:
                 raise _refusal(reply.status_code, await reply.aread())
             async for choice in _choices(reply):
-                for event in _events(choice, prompt, sampling):
+                for event in events_of(choice, prompt, sampling):
                     yield event
                     if isinstance(event, End):
                         return
@@ -269,7 +269,7 @@ async def _choices(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             yield document["choices"][0]
 
 
-def _events(choice: Mapping[str, Any], prompt: Sequence[int], sampling: Sampling) -> list[Token | End]:
+def events_of(choice: Mapping[str, Any], prompt: Sequence[int], sampling: Sampling) -> list[Token | End]:
     """Tokens of a choice, or of a part of it, and its end."""
     tokens, logprobs = choice.get("token_ids") or [], choice.get("logprobs") or {}
     events: list[Token | End] = []
@@ -309,7 +309,7 @@ def _token_id(name: str) -> int:
     return int(name.rpartition(":")[2])
 
 
-def _body(prompt: Sequence[int], sampling: Sampling, model: str) -> dict[str, Any]:
+def request_body(prompt: Sequence[int], sampling: Sampling, model: str) -> dict[str, Any]:
     """A request of vLLM that draws what the embedded engine would be asked for."""
     body: dict[str, Any] = {
         "model": model,
