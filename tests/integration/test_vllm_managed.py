@@ -164,9 +164,9 @@ CHAT: Any = [{"role": "user", "content": "Name three colors."}]
 
 
 def ask(served: Served, model: str = MODEL.name, **how: Any) -> Any:
-    return served.client().chat.completions.create(
-        model=model, messages=CHAT, **{"temperature": 0, "max_tokens": 16} | how
-    )
+    """Sixteen tokens, without an end before, unless `how` says otherwise."""
+    settings: dict[str, Any] = {"temperature": 0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+    return served.client().chat.completions.create(model=model, messages=CHAT, **settings | how)
 
 
 def test_it_answers_openais_client_streamed_or_whole_with_and_without_an_adapter(served):
@@ -193,7 +193,7 @@ def test_structured_output_is_valid(served):
         "additionalProperties": False,
     }
     wanted = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema}}
-    answers = ask(served, temperature=1.2, seed=0, n=6, max_tokens=60, response_format=wanted)
+    answers = ask(served, temperature=1.2, seed=0, n=6, max_tokens=60, response_format=wanted, extra_body=None)
     finished = [each.message.content for each in answers.choices if each.finish_reason == "stop"]
     assert finished
     for text in finished:
@@ -238,7 +238,7 @@ def test_an_adapter_is_replaced_and_a_broken_one_refused(served):
 
 def test_a_stream_goes_on_when_vllm_is_killed_and_later_requests_wait_for_it(served):
     before = ask(served, "first").choices[0].message.content
-    stream = iter(ask(served, stream=True, temperature=1, seed=1, max_tokens=400, extra_body={"ignore_eos": True}))
+    stream = iter(ask(served, stream=True, temperature=1, seed=1, max_tokens=400))
     for _ in range(5):
         next(stream)
     os.kill(server_process(processes_of_vllm(served.process.pid)).pid, signal.SIGKILL)

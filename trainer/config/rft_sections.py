@@ -137,6 +137,9 @@ class RolloutSettings(Section):
     """Address of `trainer serve`, or of a vLLM server, for `sampler: served`."""
     chunk_prompts: PositiveInt = 8
     """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """With 1, the rollouts of each step but the first are drawn with the policy before the last step: a server draws
+    them, and rewards are computed, while that step learns (docs/vllm.md). Needs `algorithm.mismatch_cap`."""
     refill: bool = False
     """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
     max_refill_rounds: PositiveInt = 4

@@ -289,7 +289,21 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
             f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
         )
         findings.append(Finding(("rollout", "max_completion_tokens"), text))
-    return findings + (_served(recipe) if rollout.sampler != "local" else [])
+    return findings + _stale(recipe) + (_served(recipe) if rollout.sampler != "local" else [])
+
+
+def _stale(recipe: RFTRecipe) -> list[Finding]:
+    rollout = recipe.rollout
+    if not rollout.staleness:
+        return []
+    place, problems = ("rollout", "staleness"), []
+    if recipe.algorithm.mismatch_cap is None:
+        problems.append("needs `algorithm.mismatch_cap`: rollouts of another policy bias the gradient without it")
+    if rollout.refill:
+        problems.append("contradicts `rollout.refill`, which draws again when the rewards of a step are known")
+    if rollout.has_turns:
+        problems.append("is not supported with `rollout.environment` or `rollout.tools`")
+    return [Finding(place, text) for text in problems]
 
 
 def _served(recipe: RFTRecipe) -> list[Finding]:

@@ -36,6 +36,7 @@ LATER_ROLLOUT_FIELDS: Final = (
     "max_tokens",
     "max_time_s",
     "tool_errors",
+    "staleness",
 )
 """The same for `rollout`."""
 LATER_DATA_FIELDS: Final = (

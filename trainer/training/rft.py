@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -17,6 +18,7 @@ from trainer.rewards.runner import RewardRunner
 from trainer.sampling import open_sampler
 from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
+from trainer.training.ahead import rollout_source
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
 from trainer.training.group_sampler import Prompt
@@ -68,6 +70,9 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         probe_sampling(sampler, params, plan, policy, world)
         groups = open_groups(stack, plan, encoder, sampler, params, rewards, world, attempt.stop)
         rollouts = Rollouts(plan, prompts, groups, attempt.run)
+        source = stack.enter_context(
+            rollout_source(rollouts, partial(sampler.publish, policy), plan.steps, attempt.say)
+        )
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
         def evaluate() -> Values:
@@ -78,14 +83,17 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         while attempt.step < plan.steps:
             clock = Clock()
             with attempt.abandonable(learner):
-                sampler.publish(policy, attempt.step)
-                drawn = rollouts.of_step(attempt.step)
+                drawn = source.of_step(attempt.step)
                 sampled_s = clock.lap()
                 budget = policy.pack_limit(plan.shape.micro_batch_tokens)
                 parts = policy_update.minibatches(drawn, plan, world.device, budget)
                 update = policy_update.learn(learner, parts, reference, plan, attempt.step)
+                learned_s = clock.lap()
+                source.settle()
+                sampled_s += clock.lap()
             values = {f"train/{name}": value for name, value in update.metrics.items()}
-            values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
+            values |= summarize(drawn, world) | source.measured(drawn)
+            values |= {"perf/sample_s": sampled_s, "perf/learn_s": learned_s}
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             attempt.end_step(learner, values, evaluate, update.skipped_rows)
     attempt.finish(learner)
