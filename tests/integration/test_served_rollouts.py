@@ -65,7 +65,8 @@ def put_adapter(policy: Policy, seed: int) -> None:
 
 
 def params(**changes: Any) -> SamplingParams:
-    return SamplingParams(**{"max_completion_tokens": 8, "stop_ids": frozenset({2}), "seed": 0, "step": 0} | changes)
+    settings: dict[str, Any] = {"max_completion_tokens": 8, "stop_ids": frozenset({2}), "seed": 0, "step": 0}
+    return SamplingParams(**settings | changes)
 
 
 def models(server: Server) -> list[str]:

@@ -89,7 +89,7 @@ def test_rollouts_whose_files_are_gone_are_drawn_anew_and_the_user_is_told(proje
 
 def test_a_server_draws_beside_the_learner_and_has_the_weights_that_the_plan_says(project):
     with serving(project, "model", "--kv-cache-tokens", "4096") as server:
-        settings = {"rollout__sampler": "served", "rollout__server_url": server.url}
+        settings: dict[str, Any] = {"rollout__sampler": "served", "rollout__server_url": server.url}
         run = run_here(project, "beside", **AHEAD, **settings)
     assert versions(run) == [{0}, {0}, {1}, {2}, {3}]
     divergence = [record["train/sampler_kl"] for record in run.metrics()]
@@ -102,7 +102,7 @@ def test_a_server_draws_beside_the_learner_and_has_the_weights_that_the_plan_say
     [
         ({"algorithm__mismatch_cap": None}, "needs `algorithm.mismatch_cap`"),
         ({"rollout__refill": True}, "contradicts `rollout.refill`"),
-        ({"rollout__staleness": 2}, "less than or equal to 1"),
+        ({"rollout__staleness": 2}, "must be at most 1 (got 2)"),
         ({"rollout__tools": ["rewards.py:digits"]}, "is not supported with"),
     ],
 )

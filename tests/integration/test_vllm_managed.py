@@ -238,7 +238,7 @@ def test_an_adapter_is_replaced_and_a_broken_one_refused(served):
 
 def test_a_stream_goes_on_when_vllm_is_killed_and_later_requests_wait_for_it(served):
     before = ask(served, "first").choices[0].message.content
-    stream = iter(ask(served, stream=True, temperature=1, seed=1, max_tokens=400))
+    stream = iter(ask(served, stream=True, temperature=1, seed=1, max_tokens=80))
     for _ in range(5):
         next(stream)
     os.kill(server_process(processes_of_vllm(served.process.pid)).pid, signal.SIGKILL)

@@ -153,10 +153,10 @@ class ServedSampler:
         policy.save(directory, weights)
         if self.served.is_ours:
             _name_base(directory, policy.model_path)
-        found = []
-        for client in self.clients:
-            label = client.through_restarts(partial(client.load_adapter, name, directory, timeout_s=LOAD_TIMEOUT_S))
-            found.append((label, self._canary_problem(client, name, expected, policy.model_path)))
+        found = [
+            client.through_restarts(partial(self._load_on, client, name, directory, expected, policy.model_path))
+            for client in self.clients
+        ]
         for old in self.loaded:
             for client in self.clients if old != directory.name and not self.served.is_ours else ():
                 client.unload_adapter(old)
@@ -164,6 +164,13 @@ class ServedSampler:
         self.loaded[:] = [directory.name]
         self.expected = expected
         return found
+
+    def _load_on(
+        self, client: ServerClient, name: str, directory: Path, expected: list[float], model_path: str
+    ) -> tuple[str | None, str | None]:
+        """Load and compare as one, since a server that was restarted in between has only what was published before."""
+        label = client.load_adapter(name, directory, timeout_s=LOAD_TIMEOUT_S)
+        return label, self._canary_problem(client, name, expected, model_path)
 
     def restore(self, socket: Path) -> None:
         """Load the published adapter on a server that was restarted, before clients can reach it.
@@ -184,7 +191,7 @@ class ServedSampler:
     def _canary_problem(self, client: ServerClient, name: str, expected: list[float], model_path: str) -> str | None:
         """What is wrong with the logprobs of a fixed sentence under a served adapter; None: they are ours."""
         body = {**UNTOUCHED, "model": name, "prompt": self.canary, "max_tokens": 1, "prompt_logprobs": 0}
-        response = client.through_restarts(lambda: client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S))
+        response = client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S)
         by_token = response["choices"][0]["prompt_logprobs"][1:]
         served = [each[str(token)]["logprob"] for each, token in zip(by_token, self.canary[1:], strict=True)]
         distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, served, strict=True)) / len(expected)
