@@ -247,7 +247,7 @@ def test_an_adapter_of_higher_rank_is_refused_and_the_old_one_stays(published):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (None, "full-parameter training with vLLM is not supported yet"),
+        (None, "full-parameter training publishes only to vLLM servers that the run starts"),
         (LoraSettings(dora=True), "vLLM serves no DoRA"),
     ],
 )

@@ -117,6 +117,19 @@ def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(place):
     assert "unrecognized arguments: --no-such-flag" in output
 
 
+def test_all_weights_are_published_to_two_servers_that_share_the_prompts(place):
+    changes = ["lora=null", "optimizer.learning_rate=2e-5", "steps=2", "rollout.vllm.replicas=2", "dcp_save_interval=0"]
+    training = start(place, "train", "recipe.yaml", *(word for change in changes for word in ("--set", change)))
+    output, _ = training.communicate(timeout=PATIENCE_S)
+    assert training.returncode == 0, output
+    first, second = metrics(place)
+    assert first["train/ref_kld"] == 0.0
+    assert second["train/ref_kld"] > 1e-4, "the weights of step 2 are not the base's,"
+    assert second["train/sampler_kl"] < 0.02, "and the servers drew with them"
+    for number in (0, 1):
+        assert "Uvicorn running on" in (place / f"runs/managed/logs/attempt-1.vllm-{number}.log").read_text()
+
+
 # ---- behind the gateway
 
 

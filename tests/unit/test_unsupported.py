@@ -39,11 +39,11 @@ def policy_of(lora: LoraSettings | None = None, arch: str = "llama") -> Policy:
 
 
 def serve_all_parameters() -> None:
-    _refuse_unservable(policy_of(None))
+    _refuse_unservable(policy_of(None), is_supervised=False)
 
 
 def serve_dora() -> None:
-    _refuse_unservable(policy_of(LoraSettings(rank=2, dora=True)))
+    _refuse_unservable(policy_of(LoraSettings(rank=2, dora=True)), is_supervised=True)
 
 
 def truncate_at_another_temperature() -> None:
@@ -80,8 +80,9 @@ def start_from_another_rank() -> None:
 
 
 VLLM = ["rollout.sampler=vllm"]
+AT_A_URL = "rollout.vllm_url=http://127.0.0.1:8000"
 CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
-    (RFT, [*VLLM, "lora=null"], {}, serve_all_parameters, unsupported.VLLM_FULL),
+    (RFT, [*VLLM, AT_A_URL, "lora=null"], {}, serve_all_parameters, unsupported.VLLM_FULL),
     (RFT, [*VLLM, "lora.dora=true"], {}, serve_dora, unsupported.VLLM_DORA),
     (
         RFT,
@@ -139,6 +140,7 @@ def test_what_the_words_are_about_is_all_that_is_refused():
         (RFT, ["lora.dora=true"]),
         (RFT, [*VLLM, "rollout.temperature=0.5"]),
         (RFT, [*VLLM, "rollout.top_p=0.9", "algorithm.mismatch_cap=2"]),
+        (RFT, [*VLLM, "lora=null"]),
         (RFT, ["rollout.vllm_url=127.0.0.1:8000"]),
         (SFT, ["model.quantization=nf4", "shape=h100x8_dp"]),
         (SFT, ["lora.target_modules=[q_proj]"]),

@@ -315,9 +315,9 @@ def _served(recipe: RFTRecipe) -> list[Finding]:
         url_problem = server_url_problem(url) if url is not None else None
         if url_problem is not None:
             findings.append(Finding(("rollout", name), url_problem))
-    if recipe.lora is None:
+    if recipe.lora is None and not rollout.is_managed:
         findings.append(Finding(("rollout", "sampler"), VLLM_FULL))
-    elif recipe.lora.dora:
+    elif recipe.lora is not None and recipe.lora.dora:
         findings.append(Finding(("lora", "dora"), VLLM_DORA))
     if recipe.rollout.temperature != 1.0 and truncates(recipe.rollout):
         findings.append(Finding(("rollout", "temperature"), VLLM_TRUNCATED))

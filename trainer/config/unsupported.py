@@ -14,7 +14,14 @@ from urllib.parse import urlsplit
 from trainer.config.recipe import LoraSettings
 from trainer.config.rft_sections import RolloutSettings
 
-VLLM_FULL: Final = "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
+VLLM_FULL: Final = (
+    "full-parameter training publishes only to vLLM servers that the run starts: leave out rollout.vllm_url, use LoRA, "
+    "or rollout.sampler: local"
+)
+VLLM_FULL_SHARDED: Final = (
+    "full-parameter training on shards does not publish to vLLM: use LoRA, or a shape without sharding"
+)
+"""Of a shape."""
 SERVED_NOWHERE: Final = (
     "`sampler: served` needs `rollout.server_url`, the address of a server, for example of `trainer serve`"
 )

@@ -11,7 +11,7 @@ from typing import Final, Self, final
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import TrainingShape
-from trainer.config.unsupported import VLLM_DEVICES, VLLM_MACHINES, VLLM_QUANTIZATION
+from trainer.config.unsupported import VLLM_DEVICES, VLLM_FULL_SHARDED, VLLM_MACHINES, VLLM_QUANTIZATION
 from trainer.errors import LaunchError
 from trainer.managed.place import ServerPlace
 from trainer.managed.server import ManagedServer, ServerCommand
@@ -46,6 +46,8 @@ def refuse_unmanageable(recipe: Recipe, shape: TrainingShape) -> VllmPython | No
         raise LaunchError(f"shape {shape.name}: {VLLM_MACHINES}")
     if shape.device == "cuda" and not shape.vllm_gpus:
         raise LaunchError(f"shape {shape.name} {VLLM_DEVICES}")
+    if recipe.lora is None and shape.sharding == "full" and shape.num_ranks > 1:
+        raise LaunchError(f"shape {shape.name}: {VLLM_FULL_SHARDED}")
     replicas = recipe.rollout.vllm.replicas
     if shape.device == "cuda" and shape.vllm_gpus % replicas:
         raise LaunchError(
@@ -143,6 +145,7 @@ def _options(recipe: RFTRecipe, devices: tuple[str, ...]) -> VllmOptions:
         max_model_tokens=longest,
         devices=devices,
         max_adapter_rank=recipe.lora.rank if recipe.lora is not None else None,
+        reloads_weights=recipe.lora is None,
         revision=model.revision,
         trusts_remote_code=model.trust_remote_code,
         extra=tuple(rollout.vllm.arguments),

@@ -62,6 +62,8 @@ class VllmOptions:
     """None serves no adapters."""
     max_adapters: int = 2
     """Adapters that one batch may mix; a publish needs two, the old one and the new one."""
+    reloads_weights: bool = False
+    """Whether all weights can be replaced at run time; needs the routes of vLLM's development mode."""
     logprobs_mode: str = "processed_logprobs"
     """Processed ones are after the temperature, which rollouts need; raw ones are the model's own."""
     revision: str | None = None
@@ -151,6 +153,8 @@ def vllm_environment(options: VllmOptions) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": "",  # modules of this environment are of other versions
     }
+    if options.reloads_weights:
+        variables["VLLM_SERVER_DEV_MODE"] = "1"
     if options.devices:
         return variables | {"CUDA_VISIBLE_DEVICES": ",".join(options.devices)}
     # threads that are bound to cores, or more of them than idle cores, wait for each other in loops (docs/vllm.md)

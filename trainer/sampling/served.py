@@ -2,7 +2,8 @@
 
 vLLM gets each published adapter under a new name, so that neither its adapter table nor its prefix cache can answer
 with older weights; every response must carry that name. `trainer serve` replaces the adapter under one name, which is
-the run's own, and every response must carry the version that the publish returned. Two properties are measured, not
+the run's own, and every response must carry the version that the publish returned. Of a model that is trained in full,
+the servers that the run started read all weights again. Two properties are measured, not
 assumed: which distribution the server's logprobs belong to (one probe at startup), and whether the server computes the
 same logprobs as the policy (a fixed sentence at each publish). docs/vllm.md and docs/serving.md say how to start one.
 """
@@ -80,6 +81,8 @@ class ServedSampler:
         run_id = world.from_main(secrets.token_hex(4))
         self.prefix = f"{name}-rollouts" if self.served.is_ours else f"{name}-{run_id}"
         self.version, self.name, self.num_published = -1, "", 0
+        self.is_full = False
+        """Whether all weights are published, under the base model's name."""
         self.labels: tuple[str | None, ...] = (None,) * len(self.clients)
         """Version of the published adapter as each server calls it; None: its name says it."""
         self.expected: list[float] = []
@@ -97,23 +100,32 @@ class ServedSampler:
         return first
 
     def publish(self, policy: Policy, version: int) -> None:
-        """Load the policy's adapter on the servers; completions carry `version` from now on. Every rank calls it.
+        """Load the policy's adapter, or all of its weights, on the servers; every rank calls it.
+
+        Completions carry `version` from now on.
 
         Raises:
             SamplerError: a server cannot load it.
             NumericalError: a server's logprobs differ from the policy's.
         """
-        _refuse_unservable(policy)
+        _refuse_unservable(policy, is_supervised=self.client.is_supervised)
         weights = {name: whole_of(parameter).detach() for name, parameter in policy.trained_parameters().items()}
         expected = self._canary_logprobs(policy)
         self.world.barrier()  # no rank may still be sampling with the adapter that is unloaded now
         self.num_published += 1
-        name = self.prefix if self.served.is_ours else f"{self.prefix}-v{version:06d}-n{self.num_published}"
+        self.is_full = policy.adapters is None
+        name = self._name(version)
         found = self._on_main(lambda: self._load(policy, weights, name, expected))
         problem = next((problem for _, problem in found if problem is not None), None)
         if problem is not None:
             raise NumericalError(problem)
         self.version, self.name, self.labels = version, name, tuple(label for label, _ in found)
+
+    def _name(self, version: int) -> str:
+        """Of the model that requests name after this publish."""
+        if self.is_full:
+            return self.served.base
+        return self.prefix if self.served.is_ours else f"{self.prefix}-v{version:06d}-n{self.num_published}"
 
     def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[list[Completion]]:
         """Draw `num_samples` completions per request; one list per request, in the same order.
@@ -148,7 +160,8 @@ class ServedSampler:
         self, policy: Policy, weights: dict[str, torch.Tensor], name: str, expected: list[float]
     ) -> list[tuple[str | None, str | None]]:
         """Replace the served adapter on every server; returns the version of each, and what is wrong with it."""
-        directory = self.directory / f"{name}@{self.num_published}" if self.served.is_ours else self.directory / name
+        is_replaced = self.served.is_ours or self.is_full
+        directory = self.directory / (f"{self.prefix}@{self.num_published}" if is_replaced else name)
         directory.mkdir()
         policy.save(directory, weights)
         if self.served.is_ours:
@@ -158,7 +171,7 @@ class ServedSampler:
             for client in self.clients
         ]
         for old in self.loaded:
-            for client in self.clients if old != directory.name and not self.served.is_ours else ():
+            for client in () if is_replaced else self.clients:
                 client.unload_adapter(old)
             shutil.rmtree(self.directory / old, ignore_errors=True)
         self.loaded[:] = [directory.name]
@@ -169,11 +182,15 @@ class ServedSampler:
         self, client: ServerClient, name: str, directory: Path, expected: list[float], model_path: str
     ) -> tuple[str | None, str | None]:
         """Load and compare as one, since a server that was restarted in between has only what was published before."""
-        label = client.load_adapter(name, directory, timeout_s=LOAD_TIMEOUT_S)
+        label: str | None = None
+        if self.is_full:
+            client.reload_weights(directory, timeout_s=LOAD_TIMEOUT_S)
+        else:
+            label = client.load_adapter(name, directory, timeout_s=LOAD_TIMEOUT_S)
         return label, self._canary_problem(client, name, expected, model_path)
 
     def restore(self, socket: Path) -> None:
-        """Load the published adapter on a server that was restarted, before clients can reach it.
+        """Load what is published on a server that was restarted, before clients can reach it.
 
         Args:
             socket: of the new server.
@@ -183,8 +200,8 @@ class ServedSampler:
         """
         client = ServerClient(self.client.url, model=self.client.model, socket=socket)
         for name in self.loaded:
-            client.load_adapter(name, self.directory / name, timeout_s=LOAD_TIMEOUT_S)
-            problem = self._canary_problem(client, name, self.expected, client.model)
+            served = self.served.base if self.is_full else name
+            _, problem = self._load_on(client, served, self.directory / name, self.expected, client.model)
             if problem is not None:
                 raise SamplerError(problem)
 
@@ -317,10 +334,10 @@ def _refuse_truncation(params: SamplingParams) -> None:
         raise SamplerError(VLLM_TRUNCATED)
 
 
-def _refuse_unservable(policy: Policy) -> None:
-    if policy.adapters is None:
+def _refuse_unservable(policy: Policy, *, is_supervised: bool) -> None:
+    if policy.adapters is None and not is_supervised:
         raise SamplerError(VLLM_FULL)
-    if policy.adapters.config(RUN_ADAPTER).use_dora:
+    if policy.adapters is not None and policy.adapters.config(RUN_ADAPTER).use_dora:
         raise SamplerError(VLLM_DORA)
 
 
@@ -334,8 +351,8 @@ def _name_base(directory: Path, model_path: str) -> None:
 
 
 def _retire(clients: Sequence[ServerClient], loaded: list[str], directory: Path) -> None:
-    """Unload the adapters, if the servers still answer, and delete their files."""
-    for client in clients:
+    """Unload the adapters from servers that others started, if they still answer, and delete the files."""
+    for client in (each for each in clients if not each.is_supervised):
         for name in loaded:
             with suppress(SamplerError, RefusedError):
                 client.unload_adapter(name.partition("@")[0], tries=1)

@@ -126,6 +126,11 @@ class ServerClient:
         self._place = place
         self._http = direct_client(place.socket if place is not None else socket)
 
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the run started the server."""
+        return self._place is not None
+
     def through_restarts(self, act: Callable[[], T]) -> T:
         """Call, and call again if it failed while the server was restarted.
 
@@ -237,6 +242,17 @@ class ServerClient:
                 f"{self.url} accepted the adapter {name} but does not list it; it cannot be used for sampling"
             )
         return version
+
+    def reload_weights(self, directory: Path, *, timeout_s: float) -> None:
+        """Replace all weights of the served model; nothing that was computed with the old ones is used again.
+
+        Args:
+            directory: of a whole model, on a file system that the server sees.
+            timeout_s: of the call.
+        """
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        self._call("/collective_rpc", body, timeout_s)
+        self._call("/reset_prefix_cache", {}, CALL_TIMEOUT_S)
 
     def unload_adapter(self, name: str, *, tries: int = 6) -> None:
         """Unload an adapter; one that is not loaded is no error."""
