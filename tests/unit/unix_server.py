@@ -27,6 +27,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer(503 if MODE == "sick" else 200, {"status": MODE, "start": START})
+        if MODE == "short":
+            threading.Timer(0.2, lambda: os._exit(7)).start()
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -59,6 +61,4 @@ if __name__ == "__main__":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if MODE == "broken" or (MODE == "breaks-later" and START > 1):
         sys.exit("no such model: the last words")
-    if MODE == "short":
-        threading.Timer(0.3, lambda: os._exit(7)).start()
     Server(SOCKET, Handler).serve_forever()
