@@ -35,7 +35,7 @@ from trainer.model.policy import Reference, load_policy
 from trainer.planning.plan import RFTPlan, make_plan
 from trainer.rewards.runner import RewardRunner
 from trainer.run.directory import RunDir
-from trainer.sampling import make_sampler
+from trainer.sampling.local import LocalSampler
 from trainer.training import policy_update
 from trainer.training.group_sampler import GroupSampler, Prompt
 from trainer.training.learner import Learner
@@ -87,7 +87,7 @@ class Ours:
         self.policy = load_policy(settings, self.plan.recipe.lora, 0, CPU)
         self.learner = Learner(self.policy, self.world)
         self.reference = Reference(self.policy, "initial", is_fresh=True)
-        self.sampler = make_sampler(rollout, self.policy, tokenizer, self.world)
+        self.sampler = LocalSampler(self.policy, tokenizer)
         self.rewards = RewardRunner(self.plan.recipe.rewards, base_dir=folder).__enter__()
         params = sampling_params(self.plan.recipe, rollout, encoder.stop_ids)
         group_sampler = GroupSampler(self.sampler, self.rewards, params, self.world, StopFlag())

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_python import MARKS, MODEL, PYTHON, ROOT
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.chat import load_tokenizer
@@ -26,13 +27,10 @@ from trainer.errors import NumericalError
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy
 from trainer.sampling.sampler import SampleRequest, SamplingParams
-from trainer.sampling.vllm import VllmSampler
-from trainer.sampling.vllm_client import SamplerError
+from trainer.sampling.served import ServedSampler
+from trainer.sampling.server_client import SamplerError, ServerClient
 from trainer.types import Completion
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-PYTHON = Path(os.environ.get("TUNESMITH_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)
 START_S = 400
@@ -40,15 +38,7 @@ END = 2
 """<|im_end|>"""
 NOISE = 0.06
 """Mean distance of logprobs by rounding in bf16: ours and vLLM's are 0.03 from float32 and 0.04 from each other."""
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.heavy,
-    pytest.mark.model,
-    pytest.mark.skipif(
-        not PYTHON.is_file(), reason=f"no Python with vLLM: {PYTHON} is missing (TUNESMITH_VLLM_PYTHON)"
-    ),
-    pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="no embedded model; run scripts/prepare_model"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +106,7 @@ def prompt(tokenizer):
 
 @pytest.fixture(scope="module")
 def sampler(server, tokenizer):
-    return VllmSampler(server, tokenizer, WORLD)
+    return ServedSampler([ServerClient(server, model=str(MODEL))], tokenizer, WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +131,7 @@ def params(*, stop_ids=frozenset({END}), **changes) -> SamplingParams:
     return SamplingParams(**{"max_completion_tokens": 24, "stop_ids": stop_ids, "seed": 0, "step": 0} | changes)
 
 
-def drawn(sampler: VllmSampler, prompt, number: int, settings: SamplingParams, **request) -> list[Completion]:
+def drawn(sampler: ServedSampler, prompt, number: int, settings: SamplingParams, **request) -> list[Completion]:
     (completions,) = sampler.sample([SampleRequest(prompt, 7, number, **request)], settings)
     return completions
 
@@ -257,7 +247,7 @@ def test_an_adapter_of_higher_rank_is_refused_and_the_old_one_stays(published):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (None, "full-parameter training with vLLM is not supported yet"),
+        (None, "full-parameter training publishes only to vLLM servers that the run starts"),
         (LoraSettings(dora=True), "vLLM serves no DoRA"),
     ],
 )

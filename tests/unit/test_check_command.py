@@ -170,7 +170,8 @@ def test_the_shape_says_why_and_on_what_basis(capsys):
     assert main(["check", "recipe.yaml", "--set", "shape=auto"]) == 0
     assert section(capsys.readouterr().out, "small: sft") == [
         "shape cpu (CPU), by auto: the smallest that fits",
-        "supports LoRA of up to 6.7 B parameters, and with a small model rows of up to 65,536 tokens (limits estimated)",
+        "supports LoRA of up to 6.7 B parameters, and with a small model rows of up to 65,536 tokens "
+        "(limits estimated)",
     ]
 
 
@@ -337,6 +338,8 @@ def test_every_shipped_recipe_passes_and_saves_checkpoints(recipe, monkeypatch, 
         pytest.skip("needs the embedded model")
     begins_with_a_run = "warm_start" in (ROOT / "recipes" / recipe).read_text()
     override = ["--set", "lora.warm_start=null"] if begins_with_a_run else []
+    if "sampler: vllm" in (ROOT / "recipes" / recipe).read_text():  # else it needs an environment with vLLM
+        override += ["--set", "rollout.vllm_url=http://127.0.0.1:8000"]
     assert main(["check", f"recipes/{recipe}", "--json", *override]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["values"]["dcp_save_interval"]["value"] > 0

@@ -127,7 +127,8 @@ def test_a_sharded_shape_is_refused_to_the_local_sampler_with_a_remedy_that_work
         "  `--shape cpu`: 0.6 of 16 GiB\n"
         "See also `trainer shapes RECIPE`.\n"
     )
-    assert main(["check", "recipe.yaml", "--shape", "a100x8", "--set", "rollout.sampler=vllm"]) == 0
+    at_a_server = ["--set", "rollout.sampler=vllm", "--set", "rollout.vllm_url=http://127.0.0.1:8000"]
+    assert main(["check", "recipe.yaml", "--shape", "a100x8", *at_a_server]) == 0
     assert main(["check", "recipe.yaml", "--shape", "cpu"]) == 0
 
 

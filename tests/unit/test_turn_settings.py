@@ -56,7 +56,7 @@ def test_what_the_run_would_refuse_is_refused(tmp_path, rollout, place, problem)
 
 def test_runs_without_turns_keep_their_identity():
     """Every field of several turns is left out of the hash at its default, or altogether."""
-    new = {"environment", "tools", "max_turns", "max_tokens", "max_time_s", "tool_errors"}
+    new = {"environment", "tools", "max_turns", "max_tokens", "max_time_s", "tool_errors", "staleness"}
     assert new == set(LATER_ROLLOUT_FIELDS)
     assert {"environment_limits", "deterministic"} <= ROLLOUT_EXEMPT
     assert new | ROLLOUT_EXEMPT < set(RolloutSettings.model_fields)

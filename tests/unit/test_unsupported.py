@@ -29,8 +29,8 @@ from trainer.planning.batching import rotary_problem
 from trainer.planning.plan import make_plan
 from trainer.sampling.choose_decoder import choose_decoder
 from trainer.sampling.sampler import SamplingParams
-from trainer.sampling.vllm import _refuse_truncation, _refuse_unservable
-from trainer.sampling.vllm_client import VllmClient
+from trainer.sampling.served import _refuse_truncation, _refuse_unservable
+from trainer.sampling.server_client import ServerClient
 from trainer.training.tool_template import refuse_template_without_tools
 
 CPU = torch.device("cpu")
@@ -46,11 +46,11 @@ def policy_of(lora: LoraSettings | None = None, arch: str = "llama") -> Policy:
 
 
 def serve_all_parameters() -> None:
-    _refuse_unservable(policy_of(None))
+    _refuse_unservable(policy_of(None), is_supervised=False)
 
 
 def serve_dora() -> None:
-    _refuse_unservable(policy_of(LoraSettings(rank=2, dora=True)))
+    _refuse_unservable(policy_of(LoraSettings(rank=2, dora=True)), is_supervised=True)
 
 
 def truncate_at_another_temperature() -> None:
@@ -59,7 +59,7 @@ def truncate_at_another_temperature() -> None:
 
 
 def connect_to_an_odd_address() -> None:
-    VllmClient("127.0.0.1:8000", model="m")
+    ServerClient("127.0.0.1:8000", model="m")
 
 
 def train_experts_in_full() -> None:
@@ -134,8 +134,9 @@ LONGROPE: dict[str, Any] = {
     "rope_theta": 10000.0,
 }
 VLLM = ["rollout.sampler=vllm"]
+AT_A_URL = "rollout.vllm_url=http://127.0.0.1:8000"
 CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
-    (RFT, [*VLLM, "lora=null"], {}, serve_all_parameters, unsupported.VLLM_FULL),
+    (RFT, [*VLLM, AT_A_URL, "lora=null"], {}, serve_all_parameters, unsupported.VLLM_FULL),
     (RFT, [*VLLM, "lora.dora=true"], {}, serve_dora, unsupported.VLLM_DORA),
     (
         RFT,
@@ -231,6 +232,7 @@ def test_what_the_words_are_about_is_all_that_is_refused():
         (RFT, VLLM),
         (RFT, ["lora.dora=true"]),
         (RFT, [*VLLM, "rollout.temperature=0.5"]),
+        (RFT, [*VLLM, "lora=null"]),
         (RFT, ["rollout.vllm_url=127.0.0.1:8000"]),
         (SFT, ["model.quantization=nf4", "shape=h100x8_dp"]),
         (SFT, ["lora.target_modules=[q_proj]"]),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainer.commands.check_report import describe_devices, describe_limit, describe_plan, report_lines
 from trainer.commands.cost_report import cost_lines
-from trainer.commands.first_look import find_problems
+from trainer.commands.first_look import find_problems, server_problems
 from trainer.commands.tables import table_lines
 from trainer.config.arguments import override_argv
 from trainer.config.devices import COUNTS, shape_text
@@ -41,7 +41,7 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.cost:
         sys.stdout.write("\n".join(cost_lines(plan, width=_terminal_width())) + "\n")
         return 0
-    problems = find_problems(plan.recipe, Path(plan.recipe_dir))
+    problems = find_problems(plan.recipe, Path(plan.recipe_dir)) + server_problems(plan.recipe, plan.shape)
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
     report = describe_plan(plan, arguments.recipe, override_argv(arguments))

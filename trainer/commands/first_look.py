@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.config.recipe import BUILTIN_TEMPLATES, DataSource, Recipe, RFTRecipe
+from trainer.config.shape import TrainingShape
 from trainer.config.source_files import source_files
 from trainer.config.unsupported import NO_TOOLS
 from trainer.data.forms import read_conversation, read_plain_text
 from trainer.data.sources import read_rows
-from trainer.errors import DataError, RewardError
+from trainer.errors import DataError, LaunchError, RewardError
+from trainer.managed.run_servers import refuse_unmanageable
 from trainer.planning.module_names import module_names, target_problems
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.types import Row
@@ -42,6 +44,20 @@ def find_problems(recipe: Recipe, recipe_dir: Path) -> list[str]:
         *_tokens(recipe),
         *_rows(recipe),
     ]
+
+
+def server_problems(recipe: Recipe, shape: TrainingShape) -> list[str]:
+    """Return why the run could not start its vLLM servers on this machine.
+
+    Args:
+        recipe: A valid recipe.
+        shape: On which it would run.
+    """
+    try:
+        refuse_unmanageable(recipe, shape)
+    except LaunchError as error:
+        return [str(error)]
+    return []
 
 
 def _rows(recipe: Recipe) -> Iterator[str]:

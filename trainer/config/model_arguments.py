@@ -53,7 +53,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", metavar="FILE", help="keys that clients may use, one a line")
     _add_control(parser)
-    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
+    _add_vllm(parser)
     parser.add_argument("--drain-s", type=int, default=60, metavar="S", help="after SIGTERM, time for running requests")
     parser.add_argument(
         "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
@@ -86,6 +86,18 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="OUT.jsonl", help="results; IN.out.jsonl when left out")
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=RUN", help="one more adapter")
     _add_engine(parser)
+
+
+def _add_vllm(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of the engine, and what vLLM is started with."""
+    parser.add_argument(
+        "--engine", choices=("embedded", "vllm"), default="embedded", help="embedded: on CPUs; vllm: on GPUs"
+    )
+    parser.add_argument("--vllm-python", metavar="PYTHON", help="interpreter of vLLM's environment; .venv-vllm")
+    parser.add_argument("--vllm-devices", metavar="0,1", help="GPUs of vLLM, by tensor parallelism; 0")
+    parser.add_argument("--vllm-log", metavar="FILE", default="runs/.vllm.log", help="what vLLM prints")
+    parser.add_argument("--vllm-argument", action="append", default=[], metavar="ARG", help="--vllm-argument=--x=1")
+    parser.add_argument("--max-model-tokens", type=int, metavar="N", help="vLLM: prompt and answer; the model's limit")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:

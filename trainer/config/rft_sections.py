@@ -124,6 +124,23 @@ class VerifiersEnvironment(Section):
     """Fields of the taskset's own configuration."""
 
 
+class VllmSettings(Section):
+    """The vLLM servers that a run starts by itself (`sampler: vllm` without `vllm_url`)."""
+
+    python: str | None = None
+    """Interpreter of the environment in which vLLM is installed. By default the shape's `vllm_python`, the environment
+    variable TUNESMITH_VLLM_PYTHON, or .venv-vllm/bin/python."""
+    replicas: PositiveInt = 1
+    """Servers among which prompts are divided; each holds the whole model on an equal part of the shape's
+    `vllm_gpus`."""
+    max_model_tokens: PositiveInt | None = None
+    """Longest prompt with its completion that the servers take; `data.max_seq_tokens` by default."""
+    start_timeout_s: PositiveFloat = 900.0
+    """How long a server may take to load the model, at the start and when it is started again."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further arguments of the servers, for example [--gpu-memory-utilization, "0.8"]."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled during training."""
 
@@ -142,15 +159,23 @@ class RolloutSettings(Section):
     refused: they bias the gradient."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a completion, in addition to the stop tokens of the model."""
-    sampler: Literal["local", "vllm"] = "local"
-    """`local` samples in the training process; `vllm` uses a vLLM server that you start (docs/vllm.md)."""
-    vllm_url: str = "http://127.0.0.1:8000"
-    """Address of the vLLM server for `sampler: vllm`."""
+    sampler: Literal["local", "vllm", "served"] = "local"
+    """`local` samples in the training process; `vllm` on vLLM servers that the run starts, or on the one at `vllm_url`
+    (docs/vllm.md); `served` on the server at `server_url`, which serves others too."""
+    vllm_url: str | None = None
+    """Address of a vLLM server that you start. Without it the run starts its own."""
+    vllm: VllmSettings = Field(default_factory=VllmSettings)
+    """The servers that the run starts."""
+    server_url: str | None = None
+    """Address of `trainer serve`, or of a vLLM server, for `sampler: served`."""
     chunk_prompts: PositiveInt = 8
     """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
     keep_steps: PositiveInt | None = None
     """Rollouts of so many newest steps stay in the run directory; null keeps all. Rollouts that a resume may need stay
     in any case: those since the oldest of the newest `keep_last` checkpoints. Older ones are compressed."""
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """With 1, the rollouts of each step but the first are drawn with the policy before the last step: a server draws
+    them, and rewards are computed, while that step learns (docs/vllm.md). Needs `algorithm.mismatch_cap`."""
     refill: bool = False
     """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
     max_refill_rounds: PositiveInt = 4
@@ -197,6 +222,11 @@ class RolloutSettings(Section):
     def has_turns(self) -> bool:
         """Whether rollouts may have several turns."""
         return self.environment is not None or bool(self.tools)
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether the run starts the servers on which it samples."""
+        return self.sampler == "vllm" and self.vllm_url is None
 
     @property
     def drawn_token_limit(self) -> int:

@@ -21,11 +21,12 @@ from trainer.config.turn_settings import turn_findings
 from trainer.config.unsupported import (
     HEAD_ADAPTER,
     HEAD_NAME,
+    SERVED_NOWHERE,
     VLLM_DORA,
     VLLM_FULL,
     VLLM_TRUNCATED,
+    server_url_problem,
     truncates,
-    vllm_url_problem,
     warm_start_problem,
 )
 
@@ -329,17 +330,35 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
             f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
         )
         findings.append(Finding(("rollout", "max_completion_tokens"), text))
-    return findings + (_vllm(recipe) if rollout.sampler == "vllm" else [])
+    return findings + _stale(recipe) + (_served(recipe) if rollout.sampler != "local" else [])
 
 
-def _vllm(recipe: RFTRecipe) -> list[Finding]:
+def _stale(recipe: RFTRecipe) -> list[Finding]:
+    rollout = recipe.rollout
+    if not rollout.staleness:
+        return []
+    place, problems = ("rollout", "staleness"), []
+    if recipe.algorithm.mismatch_cap is None:
+        problems.append("needs `algorithm.mismatch_cap`: rollouts of another policy bias the gradient without it")
+    if rollout.refill:
+        problems.append("contradicts `rollout.refill`, which draws again when the rewards of a step are known")
+    if rollout.has_turns:
+        problems.append("is not supported with `rollout.environment` or `rollout.tools`")
+    return [Finding(place, text) for text in problems]
+
+
+def _served(recipe: RFTRecipe) -> list[Finding]:
     findings = []
-    url_problem = vllm_url_problem(recipe.rollout.vllm_url)
-    if url_problem is not None:
-        findings.append(Finding(("rollout", "vllm_url"), url_problem))
-    if recipe.lora is None:
+    rollout = recipe.rollout
+    if rollout.sampler == "served" and rollout.server_url is None:
+        findings.append(Finding(("rollout", "server_url"), SERVED_NOWHERE))
+    for name, url in (("vllm_url", rollout.vllm_url), ("server_url", rollout.server_url)):
+        url_problem = server_url_problem(url) if url is not None else None
+        if url_problem is not None:
+            findings.append(Finding(("rollout", name), url_problem))
+    if recipe.lora is None and not rollout.is_managed:
         findings.append(Finding(("rollout", "sampler"), VLLM_FULL))
-    elif recipe.lora.dora:
+    elif recipe.lora is not None and recipe.lora.dora:
         findings.append(Finding(("lora", "dora"), VLLM_DORA))
     if recipe.rollout.temperature != 1.0 and truncates(recipe.rollout):
         findings.append(Finding(("rollout", "temperature"), VLLM_TRUNCATED))

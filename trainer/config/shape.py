@@ -60,6 +60,8 @@ class TrainingShape(Section):
     every machine holding a copy (HSDP): parameters are then gathered inside a machine only."""
     vllm_gpus: NonNegativeInt = 0
     """Devices reserved for vLLM: the last ones of the machine. Training ranks use the others."""
+    vllm_python: str | None = None
+    """Interpreter of the environment in which vLLM is installed on these machines."""
     limits: ShapeLimits
     """The largest jobs for LoRA and for full-parameter training."""
     rate: ShapeRate | None = None

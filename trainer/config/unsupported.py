@@ -14,7 +14,29 @@ from urllib.parse import urlsplit
 from trainer.config.recipe import LoraSettings
 from trainer.config.rft_sections import RolloutSettings
 
-VLLM_FULL: Final = "full-parameter training with vLLM is not supported yet: use LoRA, or rollout.sampler: local"
+VLLM_FULL: Final = (
+    "full-parameter training publishes only to vLLM servers that the run starts: leave out rollout.vllm_url, use LoRA, "
+    "or rollout.sampler: local"
+)
+VLLM_FULL_SHARDED: Final = (
+    "full-parameter training on shards does not publish to vLLM: use LoRA, or a shape without sharding"
+)
+"""Of a shape."""
+SERVED_NOWHERE: Final = (
+    "`sampler: served` needs `rollout.server_url`, the address of a server, for example of `trainer serve`"
+)
+VLLM_MACHINES: Final = (
+    "vLLM servers that the run starts serve one machine only: set rollout.vllm_url to the address of a server"
+)
+"""Of a shape."""
+VLLM_DEVICES: Final = (
+    "reserves no devices for vLLM (vllm_gpus): name a server with rollout.vllm_url, or use a shape that reserves some"
+)
+"""Of a shape."""
+VLLM_QUANTIZATION: Final = (
+    "the run starts no vLLM server with quantized weights: remove it, name a server with rollout.vllm_url, or set "
+    "rollout.sampler to local"
+)
 VLLM_DORA: Final = "vLLM serves no DoRA adapters: set lora.dora to false, or rollout.sampler to local"
 VLLM_TRUNCATED: Final = (
     "vLLM has no logprobs of the untruncated distribution at a temperature other than 1: turn off "
@@ -62,8 +84,8 @@ def truncates(rollout: RolloutSettings) -> bool:
     return rollout.top_p < 1.0 or rollout.top_k > 0 or rollout.min_p > 0.0
 
 
-def vllm_url_problem(url: str) -> str | None:
-    """Return what is wrong with the address of a vLLM server; None if it may be one."""
+def server_url_problem(url: str) -> str | None:
+    """Return what is wrong with the address of a server; None if it may be one."""
     is_web = urlsplit(url).scheme in ("http", "https")
     return None if is_web else f"must begin with http:// or https://, got {url!r}"
 

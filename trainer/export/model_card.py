@@ -20,7 +20,7 @@ from trainer.run.directory import RunDir
 CARD: Final = "README.md"
 VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
-PRIVATE: Final[dict[str, Any]] = {"checkpoint": True, "logging": True, "rollout": {"vllm_url"}}
+PRIVATE: Final[dict[str, Any]] = {"checkpoint": True, "logging": True, "rollout": {"vllm_url", "vllm", "server_url"}}
 """Fields of the recipe that the card leaves out: addresses of storage and servers."""
 SHOWN: Final = ("eval/", "train/loss", "train/reward", "rollout/reward", "train/ref_kld")
 """Beginnings of the names of metrics that the card shows."""

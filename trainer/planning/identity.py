@@ -17,7 +17,17 @@ from trainer.files import file_sha256
 from trainer.planning.algorithm import algorithm_values
 
 ROLLOUT_EXEMPT = frozenset(
-    {"vllm_url", "keep_steps", "eval_samples", "success", "max_sampler_kl", "environment_limits", "deterministic"}
+    {
+        "vllm_url",
+        "vllm",
+        "server_url",
+        "keep_steps",
+        "eval_samples",
+        "success",
+        "max_sampler_kl",
+        "environment_limits",
+        "deterministic",
+    }
 )
 """Fields of `rollout` that do not change what is trained."""
 LATER_ROLLOUT_FIELDS: Final = (
@@ -27,6 +37,7 @@ LATER_ROLLOUT_FIELDS: Final = (
     "max_tokens",
     "max_time_s",
     "tool_errors",
+    "staleness",
 )
 """The same for `rollout`."""
 LATER_DATA_FIELDS: Final = (

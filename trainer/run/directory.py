@@ -127,6 +127,10 @@ class RunDir:
         """What one attempt printed."""
         return self.logs / f"attempt-{attempt}.log"
 
+    def server_log(self, attempt: int, number: int) -> Path:
+        """What a server that one attempt started printed."""
+        return self.logs / f"attempt-{attempt}.vllm-{number}.log"
+
     def submission_logs(self) -> list[Path]:
         """What submitted processes printed, the newest last."""
         files = [*self.logs.glob("supervisor.log"), *self.logs.glob("slurm-*.log")]

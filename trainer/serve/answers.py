@@ -140,9 +140,11 @@ class TextAnswer:
             served: the model that answers.
         """
         self.served, self.wants_usage = served, request.wants_usage
-        self._has_logprobs = request.logprobs is not None
         self._echoed = request.prompts if request.echo else []
         self._num_choices = request.num_choices
+        self._has_logprobs, self._has_ids = request.logprobs is not None, request.return_token_ids
+        self._has_prompt_logprobs = request.prompt_logprobs is not None
+        self._names_ids = request.return_tokens_as_token_ids
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -171,12 +173,23 @@ class TextAnswer:
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         prompt = self._echoed[index // self._num_choices] if self._echoed else ""
         begun = prompt if isinstance(prompt, str) else self.served.tokenizer.decode(prompt)
-        return {
+        choice = {
             "index": index,
             "text": begun + "".join(piece.text for piece in pieces),
             "logprobs": self._logprobs(prompt, pieces) if self._has_logprobs else None,
             "finish_reason": pieces[-1].finish_reason,
         }
+        last = pieces[-1]
+        if self._has_ids:
+            choice["token_ids"] = [token.token for piece in pieces for token in piece.tokens]
+            choice |= {"prompt_token_ids": list(last.prompt), "stop_reason": last.stop_reason}
+        if self._has_prompt_logprobs and last.finish_reason is not None:  # as vLLM: nothing of the first token
+            known = zip(last.prompt[1:], last.prompt_logprobs, strict=False)
+            choice["prompt_logprobs"] = [None, *(_prompt_entry(token, report) for token, report in known)]
+        return choice
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._names_ids else token_text(self.served, token)
 
     def _logprobs(self, prompt: str | Sequence[int], pieces: Sequence[Piece]) -> dict[str, Any]:
         """Of the prompt, where it is repeated, whose first token has none, and of the completion."""
@@ -190,8 +203,14 @@ class TextAnswer:
             "tokens": texts,
             "token_logprobs": [None if report is None else report["logprob"] for _, report in found],
             "top_logprobs": [
-                None if report is None else {token_text(self.served, other): value for other, value in report["top"]}
+                None if report is None else {self._name(other): value for other, value in report["top"]}
                 for _, report in found
             ],
             "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
+
+
+def _prompt_entry(token: int, report: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of one place in a prompt, by token id; that of the token itself is always there."""
+    places = {token: report["logprob"], **dict(report["top"])}
+    return {str(each): {"logprob": logprob} for each, logprob in places.items()}

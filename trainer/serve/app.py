@@ -126,7 +126,8 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
 def _model(gateway: Gateway, name: str) -> dict[str, Any]:
     served = gateway.models.find(name)
     parent = None if served.adapter is None else gateway.models.base.name
-    return {"id": name, "object": "model", "created": served.created, "owned_by": "tunesmith", "parent": parent}
+    card = {"id": name, "object": "model", "created": served.created, "owned_by": "tunesmith", "parent": parent}
+    return card | {"root": served.path or gateway.models.path, "max_model_len": gateway.engine.hello.get("window")}
 
 
 def _add_adapters(app: FastAPI, gateway: Gateway) -> None:

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, final
 
 from trainer.engine.protocol import Sampling
 from trainer.serve.api_errors import ApiError
-from trainer.serve.engine_client import EngineClient, Token
+from trainer.serve.engine import Engine
+from trainer.serve.engine_client import Token
 from trainer.serve.models import Served
 from trainer.serve.reasoning import Reasoning
 from trainer.serve.text import TextStream
@@ -31,6 +32,8 @@ class Job:
     """How the answer shows reasoning; None: not at all."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens that are part of the text: they begin or end reasoning and calls."""
+    skip_special_tokens: bool = True
+    """Also of the text in which `stops` are looked for."""
 
 
 @final
@@ -42,8 +45,12 @@ class Piece:
     text: str
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
-    prompt_logprobs: tuple[dict[str, Any], ...] = ()
-    """Of the prompt's tokens behind the first, in the last piece, where they were asked for."""
+    stop_reason: str | None = None
+    """Stop string that ended the choice."""
+    prompt_logprobs: tuple[LogProbs, ...] = ()
+    """Of the last piece, where they were asked for: of each token of the prompt but the first."""
+    prompt: tuple[int, ...] = ()
+    """Of the last piece: the prompt's tokens."""
 
 
 @final
@@ -66,7 +73,7 @@ class Usage:
         }
 
 
-async def run_one(engine: EngineClient, job: Job, choice: int, usage: Usage) -> AsyncGenerator[Piece, None]:
+async def run_one(engine: Engine, job: Job, choice: int, usage: Usage) -> AsyncGenerator[Piece, None]:
     """Yield the pieces of one sequence.
 
     Args:
@@ -78,27 +85,30 @@ async def run_one(engine: EngineClient, job: Job, choice: int, usage: Usage) -> 
     Raises:
         ApiError: the engine refuses it.
     """
-    text = TextStream(job.served.tokenizer, job.stops, shown_ids=job.shown_ids)
+    text = TextStream(
+        job.served.tokenizer, job.stops, skip_special_tokens=job.skip_special_tokens, shown_ids=job.shown_ids
+    )
     held: list[Token] = []
     async with aclosing(engine.generate(job.prompt, job.sampling, job.served.adapter)) as events:
         async for event in events:
             if not isinstance(event, Token):
                 usage.cached_tokens += event.cached_tokens
                 usage.version = event.version
-                yield Piece(choice, text.flush(), tuple(held), event.reason, event.prompt_logprobs)
+                yield Piece(choice, text.flush(), tuple(held), event.reason, None, event.prompt_logprobs, job.prompt)
                 return
             usage.completion_tokens += 1
             held.append(event)
             ready = text.feed(event.token)
             if text.is_stopped:
-                yield Piece(choice, text.flush(), tuple(held), "stop")
+                usage.version = job.served.version  # the engine says it at ends of its own only
+                yield Piece(choice, text.flush(), tuple(held), "stop", text.stopped_by, (), job.prompt)
                 return
             if ready or event.report is not None:
                 yield Piece(choice, ready, tuple(held))
                 held = []
 
 
-async def run_all(engine: EngineClient, jobs: Sequence[Job], usage: Usage) -> AsyncGenerator[Piece, None]:
+async def run_all(engine: Engine, jobs: Sequence[Job], usage: Usage) -> AsyncGenerator[Piece, None]:
     """Yield the pieces of several sequences as they come; closing the iterator cancels all.
 
     Raises:

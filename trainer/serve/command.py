@@ -24,6 +24,7 @@ from trainer.errors import TrainerError, UserError
 from trainer.inference.source import ModelSource, base_of
 from trainer.run.console import tell
 from trainer.serve.access import KeyFile
+from trainer.serve.engine import Engine, EngineOwner
 from trainer.serve.engine_client import EngineClient
 from trainer.serve.engine_process import EngineProcess
 from trainer.serve.gateway import served_source
@@ -71,8 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(arguments: argparse.Namespace) -> None:
-    if arguments.engine == "vllm":
-        raise UserError("--engine vllm is not available yet; the embedded engine serves without it")
     if arguments.deployments == (arguments.target is not None):
         raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
     arguments.with_accounts |= arguments.deployments
@@ -160,7 +159,7 @@ def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch
     base, adapters = sources_of(arguments)
     keys = frozenset() if is_batch else _keys(arguments.api_key_file)
     with tempfile.TemporaryDirectory(prefix="trainer-serve-") as directory:  # mode 0700
-        process = EngineProcess(_engine_arguments(arguments, base), Path(directory) / "engine.sock", EngineClient())
+        process = _engine(arguments, base, Path(directory), is_batch=is_batch)
         process.launch()
         try:
             gateway = _gateway(arguments, base, adapters, process.client, keys)
@@ -172,11 +171,20 @@ def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch
         return asyncio.run(_listen(arguments, gateway, process, accounts))
 
 
+def _engine(arguments: argparse.Namespace, base: ModelSource, directory: Path, *, is_batch: bool) -> EngineOwner:
+    """The engine that the arguments ask for, not started yet."""
+    if not is_batch and arguments.engine == "vllm":
+        from trainer.serve.vllm_process import VllmProcess
+
+        return VllmProcess(arguments, base.model, directory)
+    return EngineProcess(_engine_arguments(arguments, base), directory / "engine.sock", EngineClient())
+
+
 def _gateway(
     arguments: argparse.Namespace,
     base: ModelSource,
     adapters: dict[str, ModelSource],
-    client: EngineClient,
+    client: Engine,
     keys: frozenset[bytes],
 ) -> Gateway:
     from trainer.serve.gateway import Gateway, Limits
@@ -194,7 +202,7 @@ def _paths(gateway: Gateway) -> dict[str, str]:
 
 
 async def _listen(
-    arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess, accounts: Accounts | None
+    arguments: argparse.Namespace, gateway: Gateway, process: EngineOwner, accounts: Accounts | None
 ) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     import uvicorn
@@ -245,7 +253,7 @@ async def _listen(
     return 0 if server.started else 1
 
 
-async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineOwner) -> int:
     """Answer a file; the same command again goes on with it."""
     from trainer.serve.batch import BatchRun
 

@@ -14,7 +14,7 @@ from trainer.inference.source import ModelSource, find_source
 from trainer.run.step_names import step_number
 from trainer.serve.api_errors import ApiError
 from trainer.serve.choices import Job, samples
-from trainer.serve.engine_client import EngineClient
+from trainer.serve.engine import Engine
 from trainer.serve.metrics import RequestMetrics
 from trainer.serve.models import Served, ServedModels
 from trainer.serve.reasoning import reasoning_of, template_arguments
@@ -55,9 +55,7 @@ class Metrics:
 class Gateway:
     """Turns requests into sequences of the engine."""
 
-    def __init__(
-        self, models: ServedModels, engine: EngineClient, limits: Limits, metrics: Metrics | None = None
-    ) -> None:
+    def __init__(self, models: ServedModels, engine: Engine, limits: Limits, metrics: Metrics | None = None) -> None:
         """Begin with the adapters that `models` has.
 
         Args:
@@ -134,7 +132,8 @@ class Gateway:
             sampling = request.sampling(limit, served.stop_ids, vocab, request.logprobs)
             if request.echo:
                 sampling = replace(sampling, prompt_logprobs=request.logprobs)
-            jobs += samples(Job(prompt, sampling, served, request.stops), request.num_choices)
+            job = Job(prompt, sampling, served, request.stops, skip_special_tokens=request.skip_special_tokens)
+            jobs += samples(job, request.num_choices)
         return jobs
 
     def _limit(self, asked: int | None, prompt: Sequence[int]) -> int:
@@ -164,7 +163,7 @@ class Gateway:
         reply = await self.engine.ask("load", name=name, path=served.path)
         if not reply["ok"]:
             raise ApiError(400, str(reply["error"]))
-        self.models.put(served)
+        self.models.put(replace(served, version=str(reply["version"])))
         return str(reply["version"])
 
     async def unload_adapter(self, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import time
 from typing import Any, Final, final
 
@@ -37,6 +38,8 @@ class Served:
     encoder: ChatEncoder | None
     """None where it was trained on text without a chat template."""
     stop_ids: tuple[int, ...]
+    version: str | None = None
+    """Name and digest of an adapter that was loaded at run time."""
     created: int = field(default_factory=lambda: int(time()))
 
     def prompt_ids(
@@ -83,6 +86,11 @@ class ServedModels:
         self.base = self._served(base_name, base, adapter=None)
         self.adapters: dict[str, Served] = {}
 
+    @property
+    def path(self) -> str:
+        """Of the base model."""
+        return self._model.path
+
     def add(self, name: str, source: ModelSource) -> Served:
         """An adapter under a name, not served yet; see `put`.
 
@@ -91,7 +99,7 @@ class ServedModels:
         """
         if source.adapter is None:
             raise LaunchError(f"{source.label}: is no adapter; start a server of its own for it")
-        if source.model.path != self._model.path or source.model.revision != self._model.revision:
+        if _place(source.model) != _place(self._model) or source.model.revision != self._model.revision:
             raise LaunchError(f"{source.label}: was trained on {source.model.path}; this server has {self._model.path}")
         if name == self.base.name or SEPARATOR in name:
             raise LaunchError(f"{name}: the name of an adapter must differ from the base's and have no {SEPARATOR!r}")
@@ -134,3 +142,9 @@ class ServedModels:
                 self._tokenizers[None]
             )  # the encoder sets its template
         return self._tokenizers[model.chat_template]
+
+
+def _place(model: ModelSettings) -> str:
+    """Absolute path of a directory, or a hub name: a run may have named the same directory from another one."""
+    path = Path(model.path)
+    return str(path.resolve()) if path.is_dir() else model.path

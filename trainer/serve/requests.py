@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
@@ -168,6 +169,21 @@ class CompletionRequest(_Request):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     suffix: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """As vLLM has it, like the fields below: log-probabilities of the prompt's tokens."""
+    return_token_ids: bool = False
+    """Adds `prompt_token_ids`, `token_ids` and `stop_reason` to each choice; rollouts need them."""
+    return_tokens_as_token_ids: bool = False
+    """Names the tokens of `logprobs` by their ids, for example `token_id:42`."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text, and of what stop strings are looked for in."""
+
+    def sampling(
+        self, max_tokens: int, stop_ids: tuple[int, ...], vocab: int, logprobs: int | None, grammar: str | None = None
+    ) -> Sampling:
+        """The engine's parameters of the first sequence; see `_Request`."""
+        plain = super().sampling(max_tokens, stop_ids, vocab, logprobs, grammar)
+        return replace(plain, prompt_logprobs=self.prompt_logprobs)
 
     @property
     def prompts(self) -> list[str | list[int]]:

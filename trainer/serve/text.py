@@ -34,7 +34,13 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = [each for each in stop if each]
         self._held = ""
-        self.is_stopped = False
+        self.stopped_by: str | None = None
+        """Stop string that ended the text."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self.stopped_by is not None
 
     def feed(self, token: int) -> str:
         """Text that is certain now."""
@@ -42,7 +48,7 @@ class TextStream:
         for stop in self._stop:
             at = self._held.find(stop)
             if at >= 0:
-                self.is_stopped = True
+                self.stopped_by = stop
                 self._held = self._held[:at]
         if self.is_stopped:
             return ""

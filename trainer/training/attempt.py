@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import final
 
 from trainer.config.length import num_steps
@@ -60,6 +61,10 @@ class Attempt:
     def step(self) -> int:
         """Steps made so far, over all attempts."""
         return self.position.step
+
+    def server_log(self, number: int) -> Path:
+        """File for the output of a server that this attempt starts."""
+        return self.run.server_log(self.number, number)
 
     def say(self, text: str) -> None:
         """Print a message to the user, on the main rank."""

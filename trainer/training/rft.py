@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -16,9 +17,9 @@ from trainer.planning.plan import RFTPlan
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
 from trainer.run.journal_upkeep import JournalUpkeep
-from trainer.sampling import make_sampler
-from trainer.sampling.local import LocalSampler
+from trainer.sampling import open_sampler
 from trainer.training import policy_update
+from trainer.training.ahead import rollout_source
 from trainer.training.attempt import Attempt
 from trainer.training.evaluate import EvaluationSettings, RewardEvaluation
 from trainer.training.group_sampler import Prompt
@@ -64,15 +65,18 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
                 judging=judging,
             )
         )
-        sampler = make_sampler(rollout, policy, tokenizer, world)
-        if isinstance(sampler, LocalSampler) and sampler.note is not None:
-            attempt.say(sampler.note)
+        sampler = stack.enter_context(
+            open_sampler(plan, policy, tokenizer, world, server_log=attempt.server_log, say=attempt.say)
+        )
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world, attempt.run)
         groups = open_groups(stack, plan, encoder, sampler, params, rewards, attempt)
         rollouts = Rollouts(plan, prompts, groups, attempt.run)
         keep_last = recipe.keep_last if world.is_main else None
         upkeep = stack.enter_context(closing(JournalUpkeep(attempt.run, keep_last, rollout.keep_steps, attempt.say)))
+        source = stack.enter_context(
+            rollout_source(rollouts, partial(sampler.publish, policy), plan.steps, attempt.say)
+        )
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
         def evaluate() -> Values:
@@ -83,14 +87,17 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         while attempt.step < plan.steps:
             clock = Clock()
             with attempt.abandonable(learner):
-                sampler.publish(policy, attempt.step)
-                drawn = rollouts.of_step(attempt.step)
+                drawn = source.of_step(attempt.step)
                 sampled_s = clock.lap()
                 budget = policy.pack_limit(plan.shape.micro_batch_tokens)
                 parts = policy_update.minibatches(drawn, plan, world.device, budget)
                 update = policy_update.learn(learner, parts, reference, plan, attempt.step)
+                learned_s = clock.lap()
+                source.settle()
+                sampled_s += clock.lap()
             values = {f"train/{name}": value for name, value in update.metrics.items()}
-            values |= summarize(drawn, world) | {"perf/sample_s": sampled_s, "perf/learn_s": clock.lap()}
+            values |= summarize(drawn, world) | source.measured(drawn)
+            values |= {"perf/sample_s": sampled_s, "perf/learn_s": learned_s}
             values |= judge_metrics(recipe, judging, world)
             values |= attempt.performance(tokens=values["rollout/tokens"], step_s=clock.total())
             attempt.end_step(learner, values, evaluate, update.skipped_rows)

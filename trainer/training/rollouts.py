@@ -47,7 +47,7 @@ class StepRollouts:
 
 @final
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A group that a step may draw."""
 
     request: GroupRequest
@@ -57,12 +57,15 @@ class _Candidate:
 
 @final
 @dataclass(frozen=True)
-class _PendingChunk:
-    """A chunk whose rollouts are being scored."""
+class OpenChunk:
+    """A chunk that was replayed, or whose rollouts are being scored."""
 
     number: int
     header: ChunkHeader
-    pending: Pending
+    recorded: Sequence[Group] | None
+    """From the journal."""
+    pending: Pending | None = None
+    """Sampled now."""
 
 
 @final
@@ -95,7 +98,7 @@ class Rollouts:
             PreemptedError: a stop was requested; chunks written so far are kept.
             RewardError: too many rollouts have no reward.
         """
-        candidates = self._candidates(step)
+        candidates = self.candidates(step)
         num_wanted, next_chunk, num_replayed = self.recipe.rows_per_step, 0, 0
         kept: dict[int, Group] = {}
         sampled: list[Group] = []
@@ -115,12 +118,12 @@ class Rollouts:
             num_wanted = self.recipe.rows_per_step - int(self.world.sum_of([float(len(kept))])[0])
             if num_wanted <= 0 or not chosen:
                 break
-        self._refuse_failures(step, sampled)
+        self.refuse_failures(step, sampled)
         everywhere = sorted(position for positions in self.world.gather(list(kept)) for position in positions)
         positions = tuple(everywhere.index(position) for position in kept)
         return StepRollouts(tuple(kept.values()), positions, tuple(sampled), num_replayed)
 
-    def _candidates(self, step: int) -> Iterator[_Candidate]:
+    def candidates(self, step: int) -> Iterator[Candidate]:
         """The step's own rows, then every other row in an order that is a function of (seed, step)."""
         own = rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts), self.excluded)
         unavailable = set(own) | self.excluded
@@ -130,10 +133,10 @@ class Rollouts:
         rows = chain(own, (index for index in others if index not in unavailable))
         for position, index in enumerate(rows):
             first_sample = num_earlier[index] * size  # a row that comes twice gets other noise the second time
-            yield _Candidate(GroupRequest(self.prompts[index], size, first_sample), position)
+            yield Candidate(GroupRequest(self.prompts[index], size, first_sample), position)
             num_earlier[index] += 1
 
-    def _round(self, step: int, first_chunk: int, chunks: Sequence[Sequence[_Candidate]]) -> tuple[list[Group], int]:
+    def _round(self, step: int, first_chunk: int, chunks: Sequence[Sequence[Candidate]]) -> tuple[list[Group], int]:
         """Replay or sample this rank's chunks; one chunk is scored while the next is sampled.
 
         Returns:
@@ -141,34 +144,41 @@ class Rollouts:
         """
         groups: list[Group] = []
         num_replayed = 0
-        unfinished: _PendingChunk | None = None
+        unfinished: OpenChunk | None = None
         for begin in range(0, len(chunks), self.world.size):
             index = begin + self.world.rank
             if index < len(chunks):
-                number, requests = first_chunk + index, [candidate.request for candidate in chunks[index]]
-                header = self._header(step, requests)
-                recorded = read_chunk(self.run, number, header, [request.prompt.row for request in requests])
-                started = self._start(number, header, requests) if recorded is None else None
-                groups += self._finish(unfinished)
-                unfinished = started
-                if recorded is not None:
-                    groups += recorded
-                    num_replayed += 1
+                chunk = self.open_chunk(step, first_chunk + index, [candidate.request for candidate in chunks[index]])
+                groups += self.close_chunk(unfinished)
+                unfinished = chunk
+                num_replayed += chunk.recorded is not None
             if self.stop.agreed(self.world):
-                self._finish(unfinished)
+                self.close_chunk(unfinished)
                 raise PreemptedError(f"stopped while sampling step {step + 1}; what was sampled is kept")
-        return groups + self._finish(unfinished), num_replayed
+        return groups + self.close_chunk(unfinished), num_replayed
 
-    def _start(self, number: int, header: ChunkHeader, requests: Sequence[GroupRequest]) -> _PendingChunk:
-        """Sample a chunk and start to score it."""
+    def open_chunk(self, step: int, number: int, requests: Sequence[GroupRequest]) -> OpenChunk:
+        """Replay a chunk, or sample it and start to score it.
+
+        Args:
+            step: that trains on it, from 0.
+            number: of the chunk in the step.
+            requests: its groups.
+        """
+        header = self._header(step, requests)
+        recorded = read_chunk(self.run, number, header, [request.prompt.row for request in requests])
+        if recorded is not None:
+            return OpenChunk(number, header, recorded)
         note_begun(self.run, header.step, number)
-        pending = self.sampler.submit(requests, self.sampler.params.at_step(header.step))
-        return _PendingChunk(number, header, pending)
+        return OpenChunk(number, header, None, self.sampler.submit(requests, self.sampler.params.at_step(header.step)))
 
-    def _finish(self, chunk: _PendingChunk | None) -> list[Group]:
-        """Wait for the rewards of a chunk, compute its advantages and write it to the journal."""
+    def close_chunk(self, chunk: OpenChunk | None) -> list[Group]:
+        """The groups of a chunk; of a sampled one wait for the rewards, compute advantages and write the journal."""
         if chunk is None:
             return []
+        if chunk.recorded is not None:
+            return list(chunk.recorded)
+        assert chunk.pending is not None
         groups = chunk.pending.result()
         if self.overlong_reward is not None:
             groups = [penalize_overlong(group, self.overlong_reward) for group in groups]
@@ -187,7 +197,12 @@ class Rollouts:
             environment=self.environment,
         )
 
-    def _refuse_failures(self, step: int, groups: Sequence[Group]) -> None:
+    def refuse_failures(self, step: int, groups: Sequence[Group]) -> None:
+        """Refuse a step of which too many rollouts have no reward.
+
+        Raises:
+            RewardError: with the first failure.
+        """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         failures = [rollout.failure or "" for rollout in rollouts if rollout.reward is None]
         num_failed, total = self.world.sum_of([float(len(failures)), float(len(rollouts))])

@@ -1,14 +1,17 @@
-"""Sampling on a vLLM server that loads every new adapter.
+"""Sampling on servers that load every new adapter: vLLM, or `trainer serve`; one client for both.
 
-Each publish loads the adapter under a new name, so that neither the server's adapter table nor its prefix cache can
-answer with older weights; every response must carry that name. Two properties are measured, not assumed: which
-distribution the server's logprobs belong to (one probe at startup), and whether the server computes the same logprobs
-as the policy (a fixed sentence at each publish). docs/vllm.md explains how to start a server.
+vLLM gets each published adapter under a new name, so that neither its adapter table nor its prefix cache can answer
+with older weights; every response must carry that name. `trainer serve` replaces the adapter under one name, which is
+the run's own, and every response must carry the version that the publish returned. Of a model that is trained in full,
+the servers that the run started read all weights again. Two properties are measured, not
+assumed: which distribution the server's logprobs belong to (one probe at startup), and whether the server computes the
+same logprobs as the policy (a fixed sentence at each publish). docs/vllm.md and docs/serving.md say how to start one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import shutil
 import tempfile
@@ -16,6 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast, final
 
@@ -31,7 +35,7 @@ from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy
 from trainer.sampling.sampler import SampleRequest, SamplingParams, decoded
-from trainer.sampling.vllm_client import UNTOUCHED, RefusedError, SamplerError, Served, VllmClient
+from trainer.sampling.server_client import UNTOUCHED, RefusedError, SamplerError, Served, ServerClient
 from trainer.types import Completion
 
 MAX_CONCURRENT: Final = 64
@@ -45,57 +49,83 @@ T = TypeVar("T")
 
 
 @final
-class VllmSampler:
-    """Samples on a vLLM server that loads adapters at run time."""
+class ServedSampler:
+    """Samples on servers that load adapters at run time; each prompt has its server, by the number of its row."""
 
     def __init__(
-        self, url: str, tokenizer: PreTrainedTokenizerBase, world: World, *, exchange_dir: Path | None = None
+        self,
+        clients: Sequence[ServerClient],
+        tokenizer: PreTrainedTokenizerBase,
+        world: World,
+        *,
+        name: str = "tunesmith",
+        exchange_dir: Path | None = None,
     ) -> None:
-        """Connect to the server and determine the mode of its logprobs; every rank calls it.
+        """Connect to the servers and determine the mode of their logprobs; every rank calls it.
 
         Args:
-            url: of the server, without a path.
+            clients: of the servers, equal ones, in the same order on every rank.
             tokenizer: of the policy.
             world: the main rank publishes; every rank samples.
-            exchange_dir: where adapters are written for the server to read, on a shared file system; None is the
+            name: begins the names of the run's adapters.
+            exchange_dir: where adapters are written for the servers to read, on a shared file system; None is the
                 temporary directory of this machine.
 
         Raises:
             SamplerError: there is no server, or it is unsuitable for training.
         """
-        self.tokenizer, self.world = tokenizer, world
-        self.client = VllmClient(url, model=str(tokenizer.name_or_path))
+        self.tokenizer, self.world, self.clients = tokenizer, world, tuple(clients)
+        self.client = self.clients[0]
         self.canary: tuple[int, ...] = tuple(tokenizer.encode(CANARY, add_special_tokens=False))
-        self.served: Served = self._on_main(lambda: self.client.look(self.canary, len(tokenizer)))
-        self.run_id: str = world.from_main(secrets.token_hex(4))
+        self.served: Served = self._on_main(self._look)
+        run_id = world.from_main(secrets.token_hex(4))
+        self.prefix = f"{name}-rollouts" if self.served.is_ours else f"{name}-{run_id}"
         self.version, self.name, self.num_published = -1, "", 0
+        self.is_full = False
+        """Whether all weights are published, under the base model's name."""
+        self.labels: tuple[str | None, ...] = (None,) * len(self.clients)
+        """Version of the published adapter as each server calls it; None: its name says it."""
+        self.expected: list[float] = []
+        """Canary's logprobs under the published policy."""
         if world.is_main:
             self.directory = Path(tempfile.mkdtemp(prefix="tunesmith-", dir=exchange_dir))
             self.loaded: list[str] = []
-            self.finalizer = weakref.finalize(self, _retire, self.client, self.loaded, self.directory)
+            self.finalizer = weakref.finalize(self, _retire, self.clients, self.loaded, self.directory)
+
+    def _look(self) -> Served:
+        """Look at every server; returns the properties of the first one, which the others share."""
+        first, *_ = [
+            client.through_restarts(partial(client.look, self.canary, len(self.tokenizer))) for client in self.clients
+        ]
+        return first
 
     def publish(self, policy: Policy, version: int) -> None:
-        """Load the policy's adapter on the server; completions carry `version` from now on. Every rank calls it.
+        """Load the policy's adapter, or all of its weights, on the servers; every rank calls it.
+
+        Completions carry `version` from now on.
 
         Raises:
-            SamplerError: the server cannot load it.
-            NumericalError: the server's logprobs differ from the policy's.
+            SamplerError: a server cannot load it.
+            NumericalError: a server's logprobs differ from the policy's.
         """
-        _refuse_unservable(policy)
+        _refuse_unservable(policy, is_supervised=self.client.is_supervised)
         weights = {name: whole_of(parameter).detach() for name, parameter in policy.trained_parameters().items()}
         expected = self._canary_logprobs(policy)
         self.world.barrier()  # no rank may still be sampling with the adapter that is unloaded now
         self.num_published += 1
-        name = f"tunesmith-{self.run_id}-v{version:06d}-n{self.num_published}"
-        served = self._on_main(lambda: self._load(policy, weights, name))
-        distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, served, strict=True)) / len(expected)
-        if not distance <= CANARY_BUDGET:
-            raise NumericalError(
-                f"{self.client.url} serves {self.served.root}; with the adapter, its logprobs of a fixed sentence are "
-                f"{distance:.3g} away from those of {policy.model_path} (mean; at most {CANARY_BUDGET:g}). "
-                f"Start it with the recipe's model and compute_dtype:\n{self.client.command()}"
-            )
-        self.version, self.name = version, name
+        self.is_full = policy.adapters is None
+        name = self._name(version)
+        found = self._on_main(lambda: self._load(policy, weights, name, expected))
+        problem = next((problem for _, problem in found if problem is not None), None)
+        if problem is not None:
+            raise NumericalError(problem)
+        self.version, self.name, self.labels = version, name, tuple(label for label, _ in found)
+
+    def _name(self, version: int) -> str:
+        """Of the model that requests name after this publish."""
+        if self.is_full:
+            return self.served.base
+        return self.prefix if self.served.is_ours else f"{self.prefix}-v{version:06d}-n{self.num_published}"
 
     def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[list[Completion]]:
         """Draw `num_samples` completions per request; one list per request, in the same order.
@@ -126,20 +156,69 @@ class VllmSampler:
         logprobs: list[float] = policy(Batch.pack([sequence], policy.device)).logprobs.tolist()
         return logprobs
 
-    def _load(self, policy: Policy, weights: dict[str, torch.Tensor], name: str) -> list[float]:
-        """Replace the served adapter; returns the canary's logprobs under the new one."""
-        directory = self.directory / name
+    def _load(
+        self, policy: Policy, weights: dict[str, torch.Tensor], name: str, expected: list[float]
+    ) -> list[tuple[str | None, str | None]]:
+        """Replace the served adapter on every server; returns the version of each, and what is wrong with it."""
+        is_replaced = self.served.is_ours or self.is_full
+        directory = self.directory / (f"{self.prefix}@{self.num_published}" if is_replaced else name)
         directory.mkdir()
         policy.save(directory, weights)
-        self.client.load_adapter(name, directory, timeout_s=LOAD_TIMEOUT_S)
+        if self.served.is_ours:
+            _name_base(directory, policy.model_path)
+        found = [
+            client.through_restarts(partial(self._load_on, client, name, directory, expected, policy.model_path))
+            for client in self.clients
+        ]
         for old in self.loaded:
-            self.client.unload_adapter(old)
+            for client in () if is_replaced else self.clients:
+                client.unload_adapter(old)
             shutil.rmtree(self.directory / old, ignore_errors=True)
-        self.loaded[:] = [name]
+        self.loaded[:] = [directory.name]
+        self.expected = expected
+        return found
+
+    def _load_on(
+        self, client: ServerClient, name: str, directory: Path, expected: list[float], model_path: str
+    ) -> tuple[str | None, str | None]:
+        """Load and compare as one, since a server that was restarted in between has only what was published before."""
+        label: str | None = None
+        if self.is_full:
+            client.reload_weights(directory, timeout_s=LOAD_TIMEOUT_S)
+        else:
+            label = client.load_adapter(name, directory, timeout_s=LOAD_TIMEOUT_S)
+        return label, self._canary_problem(client, name, expected, model_path)
+
+    def restore(self, socket: Path) -> None:
+        """Load what is published on a server that was restarted, before clients can reach it.
+
+        Args:
+            socket: of the new server.
+
+        Raises:
+            SamplerError: it cannot load it, or has other logprobs.
+        """
+        client = ServerClient(self.client.url, model=self.client.model, socket=socket)
+        for name in self.loaded:
+            served = self.served.base if self.is_full else name
+            _, problem = self._load_on(client, served, self.directory / name, self.expected, client.model)
+            if problem is not None:
+                raise SamplerError(problem)
+
+    def _canary_problem(self, client: ServerClient, name: str, expected: list[float], model_path: str) -> str | None:
+        """What is wrong with the logprobs of a fixed sentence under a served adapter; None: they are ours."""
         body = {**UNTOUCHED, "model": name, "prompt": self.canary, "max_tokens": 1, "prompt_logprobs": 0}
-        response = self.client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S)
+        response = client.post("/v1/completions", body, timeout_s=LOAD_TIMEOUT_S)
         by_token = response["choices"][0]["prompt_logprobs"][1:]
-        return [each[str(token)]["logprob"] for each, token in zip(by_token, self.canary[1:], strict=True)]
+        served = [each[str(token)]["logprob"] for each, token in zip(by_token, self.canary[1:], strict=True)]
+        distance = sum(abs(ours - theirs) for ours, theirs in zip(expected, served, strict=True)) / len(expected)
+        if distance <= CANARY_BUDGET:
+            return None
+        return (
+            f"{client.url} serves {self.served.root}; with the adapter, its logprobs of a fixed sentence are "
+            f"{distance:.3g} away from those of {model_path} (mean; at most {CANARY_BUDGET:g}). "
+            f"Start it with the recipe's model and compute_dtype:\n{client.command()}"
+        )
 
     def _refuse_params(self, requests: Sequence[SampleRequest], params: SamplingParams) -> None:
         """Refuse requests whose logprobs would be of another distribution, or that would be truncated."""
@@ -189,16 +268,20 @@ class VllmSampler:
             "stop_token_ids": sorted(params.stop_ids),
             "logprobs": 0,
         }
+        number = request.row % len(self.clients)
+        client = self.clients[number]
         try:
-            response = self.client.post("/v1/completions", body, timeout_s=SAMPLE_TIMEOUT_S)
+            answer = client.through_restarts(lambda: client.ask("/v1/completions", body, timeout_s=SAMPLE_TIMEOUT_S))
         except RefusedError as error:
-            lost = "" if self.client.has_model(self.name) else f" It no longer has {self.name}: was it restarted?"
+            lost = "" if client.has_model(self.name) else f" It no longer has {self.name}: was it restarted?"
             raise SamplerError(f"{error}{lost}") from None
-        if response["model"] != self.name:
-            raise NumericalError(f"{self.client.url} answered with {response['model']} instead of {self.name}")
+        response = answer.body
+        if response["model"] != self.name or answer.version != self.labels[number]:
+            given, wanted = answer.version or response["model"], self.labels[number] or self.name
+            raise NumericalError(f"{client.url} answered with {given} instead of {wanted}")
         choices = sorted(response["choices"], key=lambda choice: int(choice["index"]))
         if len(choices) * copies != request.num_samples:
-            raise SamplerError(f"{self.client.url} returned {len(choices)} completions instead of {body['n']}")
+            raise SamplerError(f"{client.url} returned {len(choices)} completions instead of {body['n']}")
         return [self._completion(choice, request, params) for choice in choices for _ in range(copies)]
 
     def _completion(self, choice: dict[str, Any], request: SampleRequest, params: SamplingParams) -> Completion:
@@ -251,16 +334,26 @@ def _refuse_truncation(params: SamplingParams) -> None:
         raise SamplerError(VLLM_TRUNCATED)
 
 
-def _refuse_unservable(policy: Policy) -> None:
-    if policy.adapters is None:
+def _refuse_unservable(policy: Policy, *, is_supervised: bool) -> None:
+    if policy.adapters is None and not is_supervised:
         raise SamplerError(VLLM_FULL)
-    if policy.adapters.config(RUN_ADAPTER).use_dora:
+    if policy.adapters is not None and policy.adapters.config(RUN_ADAPTER).use_dora:
         raise SamplerError(VLLM_DORA)
 
 
-def _retire(client: VllmClient, loaded: list[str], directory: Path) -> None:
-    """Unload the adapters, if the server still answers, and delete their files."""
-    for name in loaded:
-        with suppress(SamplerError, RefusedError):
-            client.unload_adapter(name, tries=1)
+def _name_base(directory: Path, model_path: str) -> None:
+    """Write an absolute path of the base model: the server may run in another directory."""
+    if Path(model_path).is_dir():
+        file = directory / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = str(Path(model_path).resolve())
+        file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def _retire(clients: Sequence[ServerClient], loaded: list[str], directory: Path) -> None:
+    """Unload the adapters from servers that others started, if they still answer, and delete the files."""
+    for client in (each for each in clients if not each.is_supervised):
+        for name in loaded:
+            with suppress(SamplerError, RefusedError):
+                client.unload_adapter(name.partition("@")[0], tries=1)
     shutil.rmtree(directory, ignore_errors=True)

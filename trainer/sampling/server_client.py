@@ -1,4 +1,4 @@
-"""HTTP client of a vLLM server: its calls, retries and errors."""
+"""HTTP client of a server that samples, vLLM or `trainer serve`: its calls, retries and errors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Any, Final, Literal, TypeVar, final
 from urllib.parse import urlsplit
 
 import httpx
 
-from trainer.config.unsupported import vllm_url_problem
-from trainer.errors import TrainerError, UserError
+from trainer.config.unsupported import server_url_problem
+from trainer.errors import LaunchError, TrainerError, UserError
 from trainer.http import direct_client
+from trainer.managed.place import ServerPlace, accepts
+from trainer.managed.vllm import servable_rank
 
 PAUSES_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between attempts. They cover a dropped connection; a server that was restarted has lost the adapter."""
@@ -25,8 +27,18 @@ CALL_TIMEOUT_S: Final = 30.0
 FIRST_TIMEOUT_S: Final = 300.0
 """A server compiles at its first request."""
 UNAVAILABLE: Final = (502, 503, 504)
-API_KEY: Final = "VLLM_API_KEY"
-"""Environment variable with the server's --api-key, if it has one."""
+BUSY: Final = 429
+BUSY_S: Final = 1.0
+"""Before a request is sent again to a server that is full, where it does not say how long."""
+API_KEYS: Final = ("VLLM_API_KEY", "OPENAI_API_KEY")
+"""Environment variables with the server's key, if it has one: the first that is set."""
+RESTARTS: Final = 3
+"""How often one call is tried again because its server was restarted meanwhile."""
+DYING_S: Final = 1.0
+"""After an error of a server that is about to end: until its supervisor sees it."""
+OURS: Final = "tunesmith"
+"""`owned_by` of the models of `trainer serve`."""
+T = TypeVar("T")
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 PROBE_TEMPERATURE: Final = 2.0
@@ -49,6 +61,16 @@ UNTOUCHED: Final[dict[str, Any]] = {
 @final
 class SamplerError(UserError):
     """A sampling server that cannot be reached, or is unsuitable for training."""
+
+
+@final
+@dataclass(frozen=True)
+class Answer:
+    """JSON object of a response, and which adapter version gave it."""
+
+    body: dict[str, Any]
+    version: str | None
+    """Of the header X-Adapter-Version, which `trainer serve` sends."""
 
 
 @final
@@ -79,24 +101,67 @@ class Served:
     max_model_tokens: int
     logprobs_mode: LogprobsMode
     """`raw_logprobs` are at temperature 1, `processed_logprobs` after temperature, top_p, top_k and min_p."""
+    is_ours: bool = False
+    """Whether it is `trainer serve`, which replaces an adapter under its name and reports versions."""
 
 
 @final
-class VllmClient:
-    """One vLLM server; safe to use from several threads."""
+class ServerClient:
+    """One server; safe to use from several threads."""
 
-    def __init__(self, url: str, *, model: str) -> None:
+    def __init__(self, url: str, *, model: str, place: ServerPlace | None = None, socket: Path | None = None) -> None:
         """Keep the address; nothing is sent yet.
 
         Args:
             url: http or https, without a path.
             model: that it should serve, for error messages.
+            place: of a server that the run supervises; `url` is then a name for messages, and calls wait for a
+                server that is being restarted.
+            socket: Unix socket to connect to instead; no call waits for a restart.
         """
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
-        problem = vllm_url_problem(url)
+        problem = server_url_problem(url)
         if problem is not None:
-            raise SamplerError(f"rollout.vllm_url {problem}")
-        self._http = direct_client()
+            raise SamplerError(f"the address of a server {problem}")
+        self._place = place
+        self._http = direct_client(place.socket if place is not None else socket)
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the run started the server."""
+        return self._place is not None
+
+    def through_restarts(self, act: Callable[[], T]) -> T:
+        """Call, and call again if it failed while the server was restarted.
+
+        Args:
+            act: sends requests of this client; may be repeated as a whole.
+        """
+        for _ in range(RESTARTS):
+            before = self._start()
+            try:
+                return act()
+            except (RefusedError, SamplerError):
+                if self._place is None or self._start() == before:
+                    raise
+                self._wait_ready()
+        return act()
+
+    def _start(self) -> str | None:
+        """Which start of a supervised server answers; None while none does."""
+        if self._place is None or not self._place.socket.is_symlink():
+            return None
+        try:
+            return str(self._place.socket.readlink())
+        except OSError:
+            return None
+
+    def _wait_ready(self) -> None:
+        assert self._place is not None
+        try:
+            self._place.wait_ready()
+        except LaunchError as error:
+            raise SamplerError(str(error)) from None
 
     def command(self, rank: int = 16) -> str:
         """The command that starts a suitable server at this address."""
@@ -140,20 +205,21 @@ class VllmClient:
                 f"their spread shrinks {factor:.3g}-fold, and the {PROBE_TOP} most likely tokens have a total "
                 f"probability of {masses[0]:.3g}. Start the server with --logprobs-mode processed_logprobs."
             )
-        return Served(base["id"], str(base.get("root")), int(base["max_model_len"]), mode)
+        is_ours = base.get("owned_by") == OURS
+        return Served(base["id"], str(base.get("root")), int(base["max_model_len"]), mode, is_ours)
 
     def models(self, *, is_first_contact: bool = False) -> list[dict[str, Any]]:
         """The base model and the loaded adapters."""
         response = self._call("/v1/models", None, CALL_TIMEOUT_S, tries=3 if is_first_contact else 6)
-        cards: list[dict[str, Any]] = _parsed(response, self.url)["data"]
+        cards: list[dict[str, Any]] = _parsed(response.content, self.url)["data"]
         return cards
 
     def has_model(self, name: str) -> bool:
         """Whether a request for `name` would be served."""
         return any(card["id"] == name for card in self.models())
 
-    def load_adapter(self, name: str, directory: Path, *, timeout_s: float) -> None:
-        """Load an adapter and verify that the server lists it.
+    def load_adapter(self, name: str, directory: Path, *, timeout_s: float) -> str | None:
+        """Load an adapter and verify that the server lists it; returns its version where the server says it.
 
         Args:
             name: that requests use for it.
@@ -163,8 +229,11 @@ class VllmClient:
         Raises:
             SamplerError: the server did not load it; the message has the remedy.
         """
+        version: str | None = None
         try:
-            self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, timeout_s)
+            reply = self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, timeout_s)
+            if reply.content.startswith(b"{"):  # vLLM answers with a sentence
+                version = _parsed(reply.content, self.url).get("version")
         except RefusedError as error:
             if not self.has_model(name):  # it is listed if only the response of a first attempt was lost
                 raise SamplerError(self._why_not_loaded(error, directory)) from None
@@ -172,6 +241,18 @@ class VllmClient:
             raise SamplerError(
                 f"{self.url} accepted the adapter {name} but does not list it; it cannot be used for sampling"
             )
+        return version
+
+    def reload_weights(self, directory: Path, *, timeout_s: float) -> None:
+        """Replace all weights of the served model; nothing that was computed with the old ones is used again.
+
+        Args:
+            directory: of a whole model, on a file system that the server sees.
+            timeout_s: of the call.
+        """
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        self._call("/collective_rpc", body, timeout_s)
+        self._call("/reset_prefix_cache", {}, CALL_TIMEOUT_S)
 
     def unload_adapter(self, name: str, *, tries: int = 6) -> None:
         """Unload an adapter; one that is not loaded is no error."""
@@ -182,14 +263,19 @@ class VllmClient:
                 raise
 
     def post(self, path: str, body: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
-        """Post JSON and return the JSON object of the response.
+        """Post JSON and return the JSON object of the response; see `ask`."""
+        return self.ask(path, body, timeout_s=timeout_s).body
+
+    def ask(self, path: str, body: dict[str, Any], *, timeout_s: float) -> Answer:
+        """Post JSON and return the JSON object of the response, with the version that gave it.
 
         Args:
             path: from the server's root.
             body: of the request.
             timeout_s: how long to wait for the response.
         """
-        return _parsed(self._call(path, body, timeout_s), self.url)
+        response = self._call(path, body, timeout_s)
+        return Answer(_parsed(response.content, self.url), response.headers.get("x-adapter-version"))
 
     def _why_not_loaded(self, error: RefusedError, directory: Path) -> str:
         config = json.loads((directory / "adapter_config.json").read_text())
@@ -207,43 +293,61 @@ class VllmClient:
             return f"{self.url} cannot read {directory}: it must see the same file system as the main rank ({error})"
         return f"the adapter cannot be served: {error}"
 
-    def _call(self, path: str, body: dict[str, Any] | None, timeout_s: float, *, tries: int = 6) -> bytes:
+    def _call(self, path: str, body: dict[str, Any] | None, timeout_s: float, *, tries: int = 6) -> httpx.Response:
         """Request a path, by POST if there is a body; connection failures and busy servers are tried again."""
         url, method = self.url + path, "GET" if body is None else "POST"
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {os.environ[API_KEY]}"
+        key = next(filter(None, map(os.environ.get, API_KEYS)), None)
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode("ascii")
-        problem = ""
-        for attempt in range(tries):
+        problem, attempt, deadline = "", 0, time.monotonic() + timeout_s
+        while attempt < tries:
             if attempt > 0:
-                time.sleep(PAUSES_S[attempt - 1])
+                self._pause(attempt)
+            if self._place is not None and not accepts(self._place.socket):
+                problem = "it does not run"
+                attempt += 1
+                continue
             try:
                 response = self._http.request(method, url, content=data, headers=headers, timeout=timeout_s)
             except httpx.ReadTimeout:
                 raise SamplerError(f"{url} did not answer within {timeout_s:g} s") from None
             except (httpx.RequestError, httpx.InvalidURL) as error:
                 problem = str(error) or type(error).__name__
+                attempt += 1
                 continue
             if response.is_success:
-                return response.content
+                return response
             message = _message(response.content)
-            if response.status_code not in UNAVAILABLE:
+            if response.status_code == BUSY and time.monotonic() < deadline:  # it serves others too: wait for our turn
+                time.sleep(_retry_after(response))
+                continue
+            is_dying = self._place is not None and response.status_code == 500
+            if response.status_code not in UNAVAILABLE and not is_dying:
                 raise RefusedError(url, response.status_code, message)
             problem = f"HTTP {response.status_code}: {message}"
+            attempt += 1
+        if self._place is not None:
+            raise SamplerError(f"{self.url} failed {tries} times on one request, the last time with: {problem}")
         raise SamplerError(
-            f"no vLLM server at {self.url} ({problem}; tried {tries} times). Start one, and wait until it answers:\n"
-            f"{self.command()}\nor change rollout.vllm_url, or set rollout.sampler to local; see docs/vllm.md."
+            f"no server at {self.url} ({problem}; tried {tries} times). Start one, and wait until it answers:\n"
+            f"{self.command()}\nor change the address in the recipe, or let the run start its own: rollout.sampler: "
+            "vllm without vllm_url, or local; see docs/vllm.md."
         )
 
+    def _pause(self, attempt: int) -> None:
+        """Before a further attempt: until a supervised server is ready again, or for a while."""
+        if self._place is None:
+            time.sleep(PAUSES_S[attempt - 1])
+        else:
+            time.sleep(DYING_S)
+            self._wait_ready()
 
-def servable_rank(rank: int) -> int:
-    """The smallest value of --max-lora-rank that allows a rank.
 
-    >>> servable_rank(4), servable_rank(16), servable_rank(40)
-    (8, 16, 64)
-    """
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+def _retry_after(response: httpx.Response) -> float:
+    given = response.headers.get("retry-after", "")
+    return float(given) if given.isdecimal() else BUSY_S
 
 
 def _parsed(body: bytes, url: str) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from trainer.data.chat import load_tokenizer
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
 from trainer.model.policy import load_policy
-from trainer.sampling import vllm_client
+from trainer.sampling import server_client
 from trainer.sampling.sampler import SampleRequest, SamplingParams
-from trainer.sampling.vllm import VllmSampler, request_seed
-from trainer.sampling.vllm_client import SamplerError, VllmClient
+from trainer.sampling.served import ServedSampler, request_seed
+from trainer.sampling.server_client import SamplerError, ServerClient
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 PROMPT = (5, 6, 7)
@@ -107,7 +107,7 @@ def logprobs_of(mode: str, temperature: float) -> list[float]:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(vllm_client, "PAUSES_S", (0.0,) * 5)
+    monkeypatch.setattr(server_client, "PAUSES_S", (0.0,) * 5)
     fake = FakeServer()
     thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -135,7 +135,7 @@ def policy(model_dir):
 @pytest.fixture
 def published(server, tokenizer, policy, tmp_path):
     server.canary = -math.log(320)
-    sampler = VllmSampler(server.url, tokenizer, WORLD, exchange_dir=tmp_path)
+    sampler = ServedSampler([ServerClient(server.url, model="m")], tokenizer, WORLD, exchange_dir=tmp_path)
     sampler.publish(policy, 3)
     server.asked.clear()
     return sampler
@@ -146,29 +146,29 @@ def params(**changes) -> SamplingParams:
     return SamplingParams(**values | changes)
 
 
-def sample(sampler: VllmSampler, **changes):
+def sample(sampler: ServedSampler, **changes):
     return sampler.sample([SampleRequest(PROMPT, 7, 2)], params(**changes))
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
 def test_the_logprobs_mode_is_found_by_asking(server, mode):
     server.mode = mode
-    assert VllmClient(server.url, model="m").look(PROMPT, 7).logprobs_mode == mode
+    assert ServerClient(server.url, model="m").look(PROMPT, 7).logprobs_mode == mode
 
 
 @pytest.mark.parametrize("mode", ["raw_logits", "processed_logits"])
 def test_logits_are_no_logprobs(server, mode):
     server.mode = mode
     with pytest.raises(SamplerError, match=r"neither raw nor processed logprobs.* --logprobs-mode processed_logprobs"):
-        VllmClient(server.url, model="m").look(PROMPT, 7)
+        ServerClient(server.url, model="m").look(PROMPT, 7)
 
 
 def test_no_server_says_how_to_start_one(monkeypatch, tokenizer):
-    monkeypatch.setattr(vllm_client, "PAUSES_S", (0.0,) * 5)
+    monkeypatch.setattr(server_client, "PAUSES_S", (0.0,) * 5)
     with pytest.raises(SamplerError) as caught:
-        VllmSampler("http://127.0.0.1:9", tokenizer, WORLD)
+        ServedSampler([ServerClient("http://127.0.0.1:9", model=str(tokenizer.name_or_path))], tokenizer, WORLD)
     text = str(caught.value)
-    assert text.startswith("no vLLM server at http://127.0.0.1:9 (")
+    assert text.startswith("no server at http://127.0.0.1:9 (")
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server --model " in text
     assert f"{tokenizer.name_or_path} --host 127.0.0.1 --port 9 --dtype bfloat16 --enable-lora --max-lora-rank " in text
 
@@ -176,7 +176,7 @@ def test_no_server_says_how_to_start_one(monkeypatch, tokenizer):
 def test_a_server_that_is_busy_is_asked_again(server):
     answers = iter([(503, "busy"), (502, "busy")])
     server.script = lambda _path, _body: next(answers, (0, None))
-    assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
+    assert [card["id"] for card in ServerClient(server.url, model="m").models()] == ["base"]
     assert len(server.asked) == 3
 
 
@@ -188,7 +188,7 @@ def test_a_connection_that_is_dropped_is_made_again(server):
 
     server.script = drop_first
     server.handle_error = lambda *_: None
-    assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
+    assert [card["id"] for card in ServerClient(server.url, model="m").models()] == ["base"]
     assert len(server.asked) == 2
 
 
@@ -196,18 +196,18 @@ def test_a_server_that_does_not_answer_is_named_with_the_limit():
     with socket.create_server(("127.0.0.1", 0)) as stalled:  # accepts and never answers
         url = f"http://127.0.0.1:{stalled.getsockname()[1]}"
         with pytest.raises(SamplerError, match=r"/v1/completions did not answer within 0\.2 s"):
-            VllmClient(url, model="m").post("/v1/completions", {}, timeout_s=0.2)
+            ServerClient(url, model="m").post("/v1/completions", {}, timeout_s=0.2)
 
 
 def test_proxies_of_the_environment_are_not_used(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
-    assert [card["id"] for card in VllmClient(server.url, model="m").models()] == ["base"]
+    assert [card["id"] for card in ServerClient(server.url, model="m").models()] == ["base"]
 
 
 def test_another_server_at_the_address_is_told_apart(server):
     server.script = lambda _path, _body: (200, "<html>welcome</html>")
     with pytest.raises(SamplerError, match="does not answer as a vLLM server: '<html>welcome"):
-        VllmClient(server.url, model="m").models()
+        ServerClient(server.url, model="m").models()
 
 
 def test_publish_loads_the_new_adapter_and_unloads_the_old(server, published, policy):
@@ -303,7 +303,7 @@ def test_equal_greedy_completions_are_drawn_once(server, published):
 )
 def test_logprobs_of_another_distribution_are_refused(server, tokenizer, policy, tmp_path, mode, changes, message):
     server.mode, server.canary = mode, -math.log(320)
-    sampler = VllmSampler(server.url, tokenizer, WORLD, exchange_dir=tmp_path)
+    sampler = ServedSampler([ServerClient(server.url, model="m")], tokenizer, WORLD, exchange_dir=tmp_path)
     sampler.publish(policy, 3)
     if message is None:
         sample(sampler, **changes)
