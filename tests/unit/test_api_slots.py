@@ -150,7 +150,7 @@ def test_sampled_logprobs_are_those_of_forward(service) -> None:
         model.optim_step(1e-2)
     other = service.create(rank=2, seed=6)  # the sampler follows the model that samples
     other.sample([1, 2, 3], max_tokens=2)
-    drawn = model.sample([5, 6, 7], 3, max_tokens=6, stop_ids=())
+    drawn = model.sample([5, 6, 7], 3, max_tokens=6, stop=[])
     data = [Datum.shifted([5, 6, 7, *completion.token_ids]) for completion in drawn]
     for completion, logprobs in zip(drawn, model.forward(data).logprobs, strict=True):
         assert completion.logprobs == pytest.approx(logprobs[2:].tolist(), abs=1e-4)
@@ -237,9 +237,9 @@ GOOD = data_of("ppo")[0]
         (Datum.of([1] * 600, target_tokens=[1] * 600), "600 tokens, the model reads at most 512"),
         (Datum.of([1, VOCAB_SIZE], **GOOD.inputs), r"model_input\[1\] is 320; the model has the tokens 0 to 319"),
         (Datum.of(GOOD.tokens, **{**GOOD.inputs, "target_tokens": [-1] * 17}), r"target_tokens\[0\] is -1"),
-        (Datum.of(GOOD.tokens, target_tokens=GOOD.inputs["target_tokens"]), "ppo needs loss_fn_inputs advantages, logp"),
-        (Datum.of(GOOD.tokens, **GOOD.inputs, mask=[1.0] * 17), "ppo does not take mask; it takes advantages, logprobs"),
-        (Datum.of(GOOD.tokens, **{**GOOD.inputs, "advantages": [1.0]}), r"advantages has shape \[1\], and .* 17 tokens"),
+        (Datum.of(GOOD.tokens, target_tokens=GOOD.inputs["target_tokens"]), "ppo needs loss_fn_inputs advantages, log"),
+        (Datum.of(GOOD.tokens, **GOOD.inputs, mask=[1.0] * 17), "ppo does not take mask; it takes advantages, log"),
+        (Datum.of(GOOD.tokens, **{**GOOD.inputs, "advantages": [1.0]}), r"advantages has shape \[1\], and .* 17 tok"),
         (Datum.of(GOOD.tokens, **{**GOOD.inputs, "advantages": [float("nan")] * 17}), r"advantages\[0\] is not finite"),
         (Datum.of(GOOD.tokens, **{**GOOD.inputs, "logprobs": [[0.0]] * 17}), r"logprobs has shape \[17, 1\]"),
     ],

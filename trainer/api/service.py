@@ -110,8 +110,7 @@ class TrainingModel:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] | None = None,
+        stop: Sequence[str] | Sequence[int] | None = None,
     ) -> list[Completion]:
         """Draw completions with the present weights.
 
@@ -123,19 +122,18 @@ class TrainingModel:
             top_p: nucleus.
             top_k: 0 is off.
             seed: of the noise.
-            stop: strings that end a completion.
-            stop_ids: tokens that end a completion; None: the model's own.
+            stop: strings or tokens that end a completion; None: the model's own tokens.
         """
-        stops = self.service.stop_ids if stop_ids is None else frozenset(stop_ids)
+        tokens = self.service.stop_ids if stop is None else frozenset(each for each in stop if isinstance(each, int))
         params = SamplingParams(
             max_tokens,
-            stops,
+            tokens,
             seed,
             0,
             temperature=temperature or 1.0,
             top_p=top_p,
             top_k=top_k,
-            stop=tuple(stop),
+            stop=tuple(each for each in stop or () if isinstance(each, str)),
             is_greedy=temperature == 0,
         )
         sampler = self.service.sampler_of(self._slot)

@@ -21,6 +21,7 @@ from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch, fill
+from trainer.model.lora_linear import FusedLinear
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Policy, load_policy
 from trainer.planning.identity import model_digest
@@ -122,6 +123,20 @@ class Base:
         del self.slots[slot.name]
         assert self.policy.adapters is not None
         self.policy.adapters.remove(slot.name)
+
+    def layer_names(self, part: str) -> list[str]:
+        """Names of the linear layers of one part of every block, such as q_proj and o_proj.
+
+        Args:
+            part: `attn` or `mlp`, as the names of the modules around the layers say.
+        """
+        words = {"attn": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}[part]
+        names = {
+            name.rpartition(".")[2]
+            for name, module in self.policy.causal_lm.named_modules()
+            if isinstance(module, FusedLinear) and any(word in name.rpartition(".")[0] for word in words)
+        }
+        return sorted(names)
 
     def run(self, parts: Sequence[MicroBatch], *, backward: bool) -> list[Passed]:
         """One pass over the micro-batches of several slots.

@@ -104,10 +104,18 @@ class Snapshot:
     settings: StateSettings
     tensors: Mapping[str, torch.Tensor]
     masters: Mapping[str, torch.Tensor]
+    """Empty: no adapter is written, which is for the server's own checkpoints."""
     counters: Mapping[str, float]
 
     @classmethod
-    def of(cls, slot: Slot, *, optimizer: bool = True, counters: Mapping[str, float] | None = None) -> Snapshot:
+    def of(
+        cls,
+        slot: Slot,
+        *,
+        optimizer: bool = True,
+        adapter: bool = True,
+        counters: Mapping[str, float] | None = None,
+    ) -> Snapshot:
         """Copy to the CPU; see `save_state`."""
         learner = slot.learner
         base = slot.base
@@ -115,7 +123,9 @@ class Snapshot:
         tensors = {}
         if optimizer:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _named(slot).items()}
-        masters = {name: tensor.detach().to("cpu", copy=True) for name, tensor in learner.masters.items()}
+        masters = {}
+        if adapter:
+            masters = {name: tensor.detach().to("cpu", copy=True) for name, tensor in learner.masters.items()}
         return cls(slot, settings, tensors, masters, {"updates": learner.updates, **(counters or {})})
 
 
@@ -131,8 +141,9 @@ def save_snapshot(snapshot: Snapshot, target: Path) -> None:
     }
     try:
         with replaced_directory(target) as directory:
-            slot.base.policy.save(directory, snapshot.masters, slot.name)
-            (directory / "README.md").unlink(missing_ok=True)
+            if snapshot.masters:
+                slot.base.policy.save(directory, snapshot.masters, slot.name)
+                (directory / "README.md").unlink(missing_ok=True)
             write_atomically(directory / STATE_FILE, json.dumps(document, indent=1), durable=False)
             if snapshot.tensors:
                 write_tensors(directory, snapshot.tensors)
@@ -204,6 +215,14 @@ def state_problem(directory: Path) -> str | None:
         if not file.is_file() or FileDigest.of(file) != digest:
             return f"{file}: missing or damaged"
     return None
+
+
+def state_counter(directory: Path, name: str) -> float | None:
+    """A scalar of a saved state; None where there is no such state or scalar."""
+    try:
+        return Manifest.parse((directory / MANIFEST).read_bytes()).counters.get(name)
+    except (OSError, ValueError):
+        return None
 
 
 def newest_state(root: Path) -> Path | None:

@@ -25,6 +25,8 @@ from trainer.serve.batch_api import BatchStore, add_batches
 from trainer.serve.choices import Job, Piece, Usage, run_all
 from trainer.serve.gateway import Gateway
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
+from trainer.serve.training.front import TrainingFront
+from trainer.serve.training.routes import PREFIX, add_training
 
 OPEN_ROUTES: Final = frozenset({"/health", "/ready"})
 """Routes that need no key."""
@@ -48,12 +50,13 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
+def make_app(gateway: Gateway, store: BatchStore, training: TrainingFront | None = None) -> FastAPI:
     """The application.
 
     Args:
         gateway: its state.
         store: files and batches.
+        training: of the training API; None leaves it out.
     """
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
@@ -61,6 +64,8 @@ def make_app(gateway: Gateway, store: BatchStore) -> FastAPI:
     _add_status(app, gateway)
     _add_adapters(app, gateway)
     add_batches(app, store)
+    if training is not None:
+        add_training(app, training)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -195,7 +200,8 @@ def _add_guard(app: FastAPI, gateway: Gateway) -> None:
         request_id = (
             given if given.isascii() and 0 < len(given) <= 128 and given.isprintable() else secrets.token_hex(8)
         )
-        if request.url.path in OPEN_ROUTES or _has_key(gateway, request):
+        has_own_guard = request.url.path.startswith(f"{PREFIX}/")  # see `training.guard`
+        if request.url.path in OPEN_ROUTES or has_own_guard or _has_key(gateway, request):
             response = await call_next(request)
         else:
             error = ApiError(401, "no valid API key: send `Authorization: Bearer KEY`", code="invalid_api_key")

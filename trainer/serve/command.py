@@ -20,12 +20,16 @@ from trainer.errors import TrainerError, UserError
 from trainer.inference.source import ModelSource, base_of
 from trainer.run.console import tell
 from trainer.serve.engine_client import EngineClient
-from trainer.serve.engine_process import EngineProcess
+from trainer.serve.engine_process import EngineProcess, adapters_loaded
 from trainer.serve.gateway import served_source
 
 if TYPE_CHECKING:
     from trainer.serve.batch import Progress
     from trainer.serve.gateway import Gateway
+    from trainer.serve.training.executor_client import ExecutorClient
+    from trainer.serve.training.front import TrainingFront
+
+    Training = tuple[EngineProcess[ExecutorClient], TrainingFront]
 
 NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil")
 """Modules of the extra `serve`."""
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(arguments: argparse.Namespace) -> None:
+    if arguments.training and find_spec("google.protobuf") is None:
+        raise UserError("--training needs protobuf: pip install 'tunesmith[training]'")
     if arguments.engine == "vllm":
         raise UserError("--engine vllm is not available yet; the embedded engine serves without it")
     if not _is_loopback(arguments.host) and arguments.api_key_file is None:
@@ -136,7 +142,7 @@ def _start(arguments: argparse.Namespace, *, is_batch: bool) -> int:
             asyncio.run(process.stop())
             raise
         work = _run_batch if is_batch else _listen
-        return asyncio.run(work(arguments, gateway, process))
+        return asyncio.run(work(arguments, gateway, process, _training(arguments, gateway, base, Path(directory))))
 
 
 def _gateway(
@@ -155,12 +161,41 @@ def _gateway(
     return Gateway(models, client, Limits(arguments.max_queue, keys))
 
 
-def _paths(gateway: Gateway) -> dict[str, str]:
+def _paths(gateway: Gateway, training: Training | None = None) -> dict[str, str]:
     """Name and path of each adapter that is served now."""
-    return {each.name: str(each.path) for each in gateway.models.adapters.values()}
+    sampled = {} if training is None else training[1].samples.adapters.paths()
+    return {**{each.name: str(each.path) for each in gateway.models.adapters.values()}, **sampled}
 
 
-async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+def _training(
+    arguments: argparse.Namespace, gateway: Gateway, base: ModelSource, directory: Path
+) -> Training | None:
+    """The executor and what talks to it; None without --training."""
+    if not getattr(arguments, "training", False):
+        return None
+    from trainer.serve.training.executor_client import ExecutorClient
+    from trainer.serve.training.front import TrainingFront
+    from trainer.serve.training.guard import KeyGuard
+
+    model = base.model
+    if arguments.training_dtype is not None:
+        model = model.model_copy(update={"compute_dtype": arguments.training_dtype})
+    words = ["--model", model.model_dump_json(), "--directory", arguments.training_dir]
+    words += ["--slots", str(arguments.training_slots), "--lease-s", str(arguments.training_lease_s)]
+    words += ["--max-rank", str(arguments.max_adapter_rank), "--checkpoint-s", str(arguments.training_checkpoint_s)]
+    words += ["--micro-batch-tokens", str(arguments.micro_batch_tokens)]
+    process = EngineProcess(words, directory / "executor.sock", ExecutorClient(), "trainer.api")
+    process.launch()
+    guard = KeyGuard(gateway.limits.api_key_digests)
+    return process, TrainingFront.of(gateway, process.client, guard, str(Path(model.path).resolve()))
+
+
+async def _listen(
+    arguments: argparse.Namespace,
+    gateway: Gateway,
+    process: EngineProcess[EngineClient],
+    training: Training | None,
+) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     import uvicorn
 
@@ -169,7 +204,7 @@ async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: Engi
 
     store = BatchStore(gateway, Path(arguments.batch_dir))
     config = uvicorn.Config(
-        make_app(gateway, store),
+        make_app(gateway, store, None if training is None else training[1]),
         host=arguments.host,
         port=arguments.port,
         log_level="warning",
@@ -187,17 +222,25 @@ async def _listen(arguments: argparse.Namespace, gateway: Gateway, process: Engi
 
     server.handle_exit = handle_exit  # type: ignore[method-assign, assignment]
     try:
-        await process.start(lambda: _paths(gateway))
+        await process.start(adapters_loaded(process.client, lambda: _paths(gateway, training)))
+        if training is not None:
+            await training[0].start()
         names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
         tell(f"http://{arguments.host}:{arguments.port}/v1 serves {names}")
+        if training is not None:
+            tell(f"TINKER_BASE_URL=http://{arguments.host}:{arguments.port} trains {gateway.models.base.name}")
         async with running_batches(store):
             await server.serve()
     finally:
+        if training is not None:
+            await training[0].stop()
         await process.stop()
     return 0 if server.started else 1
 
 
-async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess) -> int:
+async def _run_batch(
+    arguments: argparse.Namespace, gateway: Gateway, process: EngineProcess[EngineClient], _training: Training | None
+) -> int:
     """Answer a file; the same command again goes on with it."""
     from trainer.serve.batch import BatchRun
 
@@ -207,7 +250,7 @@ async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: E
     default = next(reversed([gateway.models.base.name, *gateway.models.adapters]))
     try:
         run = BatchRun(gateway, source, output, errors, default)
-        await process.start(lambda: _paths(gateway))
+        await process.start(adapters_loaded(process.client, lambda: _paths(gateway)))
         progress = await run.run(_show)
     finally:
         await process.stop()
