@@ -30,7 +30,7 @@ from trainer.run.console import tell
 KINDS: Final = frozenset({"pass", "optim", "save", "save_sampler", "load"})
 HOUSEKEEPING_S: Final = 1.0
 GATHER_S: Final = (0.005, 0.05)
-"""Least and most time that a pass waits for a model that has just got an answer: its next request may share the pack."""
+"""Least and most time that a pass waits for a model that has just got an answer and may ask again at once."""
 GATHER_FRAC: Final = 0.25
 """The same as a fraction of the last pass."""
 AHEAD: Final = 4096
@@ -114,6 +114,9 @@ class Executor:
 
     def finish_session(self, owner: str, name: str) -> None:
         """End a session: its models are saved and their slots freed."""
+        found = self.sessions.get(name)
+        if found is not None and found.owner == owner and found.is_finished:
+            return  # repeated, after a lost answer
         session = self.session(owner, name)
         session.is_finished = True
         self.store.save_session(session)
@@ -243,7 +246,7 @@ class Executor:
         try:
             result = tenant.files.result(int(number))
             seq = int(number)
-            is_now = seq == 0 or (tenant.slot is not None and seq + 1 >= tenant.next_seq)
+            is_now = seq == 0 or (tenant.slot is not None and seq in {tenant.next_seq - 1, tenant.next_seq})
             if result is None and seq not in tenant.pending and not is_now:
                 raise Refused(410, f"there is no request {request}, or its result is no longer kept")
             if result is None:
@@ -300,7 +303,7 @@ class Executor:
                 return
             if tenant.slot is None:
                 tenant.revive()
-        except Exception as error:  # noqa: BLE001  (one model must not end the others)
+        except Exception as error:
             self._fail_all(tenant, error)
             return
         while tenant.work is None and not tenant.is_broken:
@@ -310,7 +313,7 @@ class Executor:
                 return
             try:
                 result = tenant.begin(request)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 traceback.print_exc()
                 result = failure(f"{type(error).__name__}: {str(error)[:500]}", "server")
             if tenant.work is None:
@@ -363,7 +366,7 @@ class Executor:
         parts = [tenant.work.left[0] for tenant in chosen if tenant.work is not None]
         try:
             results = self.base.run([part for _, part in parts], backward=first.work.backward)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._recover(chosen, error)
             return
         self._pass_s = time.monotonic() - begin
@@ -379,7 +382,6 @@ class Executor:
             if not tenant.work.left:
                 seq, found = tenant.finish_pass()
                 tenant.next_seq = seq + 1
-                tenant.is_alone = False
                 self._publish(tenant, seq, found)
 
     def _recover(self, chosen: list[Tenant], error: Exception) -> None:
@@ -391,7 +393,8 @@ class Executor:
             if len(chosen) == 1:
                 message = f"{type(error).__name__}: {str(error)[:500]}"
                 self._publish(tenant, tenant.work.request.seq, failure(message, "server"))
-            tenant.is_alone = len(chosen) > 1
+            else:
+                tenant.alone_until = tenant.work.request.seq
             tenant.park()
 
     def _fail_all(self, tenant: Tenant, error: Exception) -> None:

@@ -7,7 +7,7 @@ reply with the same id, in any order:
     {"op": "create", "id": 2, "owner": "a", "session": "s", "number": 0, "lora": {...}}
     {"op": "submit", "id": 3, "owner": "a", "model": "s:train:0", "seq": 4, "kind": "pass"} + body
     {"op": "wait", "id": 4, "owner": "a", "request": "s:train:0/4", "timeout_s": 30}
-                                                            -> {"id": 4, "ok": true, "state": "done", "kind": ...} + body
+                                                       -> {"id": 4, "ok": true, "state": "done", "kind": ...} + body
     a refusal                                               -> {"id": 3, "ok": false, "status": 400, "error": "..."}
 """
 

@@ -241,7 +241,7 @@ class Slot:
         """
         update = self.learner.optim_step(adam, 1.0)
         if update.metrics.get("skipped"):
-            raise NumericalError("loss or gradient is not finite: nothing was updated, and the gradient is cleared")
+            raise NumericalError("loss or gradient is not finite; nothing was updated")
         return update.metrics
 
 

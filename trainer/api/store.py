@@ -1,12 +1,12 @@
 """The directory of a training server: sessions, and of each model its settings, requests, results and states. No torch.
 
-    lock
-    sessions/<session>.json             owner, metadata, samplers
-    models/<model>/model.json           owner, session, adapter, seed, what it began from
-        requests.log, results.log       see `journal`
-        checkpoints/<seq>/              states that the server continues from by itself
-        weights/<name>/                 states that the client saved
-        sampler_weights/<name>/         adapters to sample from
+lock
+sessions/<session>.json             owner, metadata, samplers
+models/<model>/model.json           owner, session, adapter, seed, what it began from
+    requests.log, results.log       see `journal`
+    checkpoints/<seq>/              states that the server continues from by itself
+    weights/<name>/                 states that the client saved
+    sampler_weights/<name>/         adapters to sample from
 """
 
 from __future__ import annotations

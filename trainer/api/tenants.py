@@ -73,8 +73,8 @@ class Tenant:
         self.pending: dict[int, Request] = {}
         self.next_seq = 0
         self.is_created = files.result(0) is not None
-        self.is_alone = False
-        """After a pass with others failed: passes run without others, to find the one that fails."""
+        self.alone_until = -1
+        """After a pass with others failed at this request: up to it, passes run alone, to find which one fails."""
         self.last_used = time.monotonic()
         self.cost_s = 0.0
         """Of requests since the last checkpoint: what a crash would cost."""
@@ -96,6 +96,11 @@ class Tenant:
         if self.is_broken:
             return False
         return self.work is not None or (bool(self.pending) if self.slot is None else self.next_seq in self.pending)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether its passes run without other models."""
+        return self.next_seq <= self.alone_until
 
     def owner_may(self, owner: str) -> bool:
         """Whether an account may use this model."""
@@ -193,7 +198,7 @@ class Tenant:
         slot = self.slot
         assert slot is not None
         if known is not None and (known[0] == "error" or request.kind not in {"pass", "optim"}):
-            if request.kind == "optim":
+            if request.kind == "optim":  # it cleared the gradient
                 slot.learner.discard()
                 self._has_gradient, self._failed_seq = False, None
             elif known[0] == "error" and request.kind == "pass":
@@ -229,17 +234,22 @@ class Tenant:
         return work.request.seq, ("pass", write_pass(outputs, result.metrics))
 
     def _optim(self, slot: Slot, request: Request) -> tuple[ResultKind, bytes]:
-        adam = adam_of(request.parameters())
         failed, self._failed_seq, self._has_gradient = self._failed_seq, None, False
-        if failed is not None:
+        try:
+            if failed is not None:
+                raise UserError(f"request {failed}, a forward_backward of this update, failed")
+            metrics = slot.optim_step(adam_of(request.parameters()))
+        except TrainerError as error:
             slot.learner.discard()
-            raise UserError(
-                f"request {failed}, a forward_backward of this update, failed: nothing was updated, and the gradient is "
-                "cleared"
-            )
-        metrics = slot.optim_step(adam)
+            raise UserError(f"{error}: nothing was updated, and the gradient is cleared") from None
         return answer(
-            {"metrics": {"grad_norm": metrics["grad_norm"], "loss:sum": metrics["loss"], "updates": slot.learner.updates}}
+            {
+                "metrics": {
+                    "grad_norm": metrics["grad_norm"],
+                    "loss:sum": metrics["loss"],
+                    "updates": slot.learner.updates,
+                }
+            }
         )
 
     def _save(self, slot: Slot, request: Request) -> tuple[ResultKind, bytes]:

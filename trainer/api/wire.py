@@ -240,6 +240,15 @@ def _numbers(where: str, data: bytes, dtype: np.dtype[Any]) -> Array:
     return np.frombuffer(data, dtype=dtype).astype(dtype.newbyteorder("="))
 
 
+def message_class(name: str) -> Any:
+    """Protobuf's class of a message.
+
+    Args:
+        name: a key of `MESSAGES`.
+    """
+    return _classes()[name]
+
+
 def _parsed(name: str, body: bytes) -> Any:
     classes = _classes()
     from google.protobuf.message import DecodeError
@@ -259,7 +268,9 @@ def _classes() -> dict[str, Any]:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ImportError:
         raise UserError("the training API needs protobuf: pip install 'tunesmith[training]'") from None
-    file = descriptor_pb2.FileDescriptorProto(name="trainer_training.proto", package="trainer.training", syntax="proto2")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="trainer_training.proto", package="trainer.training", syntax="proto3"
+    )
     for name, fields in MESSAGES.items():
         message = file.message_type.add(name=name)
         for number, label, kind, repeated in fields:
@@ -268,7 +279,9 @@ def _classes() -> dict[str, Any]:
                 field.type, field.type_name = 11, f".trainer.training.{kind}"
             else:
                 field.type = kind
-                field.options.packed = repeated
+            if label == "text" and kind == STRING:  # one of two: whether it is there matters
+                message.oneof_decl.add(name="_text")
+                field.proto3_optional, field.oneof_index = True, 0
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     names = {name: pool.FindMessageTypeByName(f"trainer.training.{name}") for name in MESSAGES}

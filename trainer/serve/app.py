@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
 from typing import Any, Final, TypeVar
@@ -61,7 +61,7 @@ def make_app(gateway: Gateway, store: BatchStore, training: TrainingFront | None
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
     _add_guard(app, gateway)
-    _add_status(app, gateway)
+    _add_status(app, gateway, training)
     _add_adapters(app, gateway)
     add_batches(app, store)
     if training is not None:
@@ -221,7 +221,7 @@ def _has_key(gateway: Gateway, request: Request) -> bool:
     return kind.lower() == "bearer" and any(hmac.compare_digest(digest, each) for each in digests)
 
 
-def _add_status(app: FastAPI, gateway: Gateway) -> None:
+def _add_status(app: FastAPI, gateway: Gateway, training: TrainingFront | None) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -235,12 +235,9 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
     async def metrics() -> Response:
         text = generate_latest(gateway.metrics.registry).decode()
         if gateway.engine.is_ready:
-            stats = await gateway.engine.ask("stats")
-            numbers = {name: value for name, value in stats.items() if isinstance(value, int) and name != "ok"}
-            text += "".join(
-                f"# TYPE trainer_engine_{name} gauge\ntrainer_engine_{name} {value}\n"
-                for name, value in numbers.items()
-            )
+            text += _gauges("engine", await gateway.engine.ask("stats"))
+        if training is not None and training.executor.is_ready:
+            text += _gauges("training", (await training.executor.ask("stats"))[0])
         return PlainTextResponse(text)
 
     @app.get("/v1/models")
@@ -251,6 +248,14 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         return _model(gateway, gateway.models.find(name).name)
+
+
+def _gauges(part: str, stats: Mapping[str, Any]) -> str:
+    """The numbers of an engine or executor, as Prometheus reads them."""
+    numbers = {name: value for name, value in stats.items() if isinstance(value, int) and name not in {"ok", "id"}}
+    return "".join(
+        f"# TYPE trainer_{part}_{name} gauge\ntrainer_{part}_{name} {value}\n" for name, value in numbers.items()
+    )
 
 
 def _model(gateway: Gateway, name: str) -> dict[str, Any]:

@@ -167,9 +167,7 @@ def _paths(gateway: Gateway, training: Training | None = None) -> dict[str, str]
     return {**{each.name: str(each.path) for each in gateway.models.adapters.values()}, **sampled}
 
 
-def _training(
-    arguments: argparse.Namespace, gateway: Gateway, base: ModelSource, directory: Path
-) -> Training | None:
+def _training(arguments: argparse.Namespace, gateway: Gateway, base: ModelSource, directory: Path) -> Training | None:
     """The executor and what talks to it; None without --training."""
     if not getattr(arguments, "training", False):
         return None

@@ -40,9 +40,7 @@ C = TypeVar("C", bound=ProcessClient)
 class EngineProcess(Generic[C]):
     """Supervises one engine, or one executor of the training API."""
 
-    def __init__(
-        self, arguments: Sequence[str], socket: Path, client: C, module: str = "trainer.engine"
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], socket: Path, client: C, module: str = "trainer.engine") -> None:
         """Prepare; `start` starts it.
 
         Args:
@@ -102,7 +100,9 @@ class EngineProcess(Generic[C]):
         deadline = monotonic() + START_S
         while not self._socket.exists():
             if self._process.poll() is not None:
-                raise LaunchError(f"the {self._name} ended with exit code {self._process.returncode}; its words are above")
+                raise LaunchError(
+                    f"the {self._name} ended with exit code {self._process.returncode}; its words are above"
+                )
             if monotonic() > deadline:
                 raise LaunchError(f"the {self._name} did not load its model within {START_S:.0f} s")
             await asyncio.sleep(0.05)

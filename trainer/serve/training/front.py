@@ -45,9 +45,7 @@ class TrainingFront:
     """Directory by sampling session and account; None is the base."""
 
     @classmethod
-    def of(
-        cls, gateway: Gateway, executor: ExecutorClient, guard: TrainingGuard, model_path: str
-    ) -> TrainingFront:
+    def of(cls, gateway: Gateway, executor: ExecutorClient, guard: TrainingGuard, model_path: str) -> TrainingFront:
         """In front of the gateway's engine."""
         tokenizer: PreTrainedTokenizerBase = gateway.models.base.tokenizer
         return cls(gateway, executor, guard, Samples(gateway, tokenizer), model_path)

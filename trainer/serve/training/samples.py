@@ -109,7 +109,9 @@ def draws_of(body: SampleBody, gateway: Gateway, stop_ids: Sequence[int], noise:
     tokens: list[int] = []
     for chunk in body.prompt.chunks:
         if chunk.type != "encoded_text" or chunk.tokens is None:
-            raise ApiError(400, f"prompt: a chunk of type {chunk.type!r}; this server samples from text", param="prompt")
+            raise ApiError(
+                400, f"prompt: a chunk of type {chunk.type!r}; this server samples from text", param="prompt"
+            )
         tokens += chunk.tokens
     if not tokens or any(not 0 <= token < vocab for token in tokens):
         raise ApiError(400, f"prompt: empty, or a token that is not 0 to {vocab - 1:,}", param="prompt")
