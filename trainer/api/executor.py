@@ -29,6 +29,8 @@ from trainer.run.console import tell
 
 KINDS: Final = frozenset({"pass", "optim", "save", "save_sampler", "load"})
 HOUSEKEEPING_S: Final = 1.0
+EXPIRY_S: Final = 60.0
+"""How often states are looked for whose time is over."""
 GATHER_S: Final = (0.005, 0.05)
 """Least and most time that a pass waits for a model that has just got an answer and may ask again at once."""
 GATHER_FRAC: Final = 0.25
@@ -74,6 +76,7 @@ class Executor:
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._pass_s = 0.0
         self._answered: dict[str, float] = {}
+        self._expired = 0.0
         self.counters = {"passes": 0, "packed_parts": 0, "tokens": 0, "updates": 0, "recoveries": 0}
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -393,6 +396,7 @@ class Executor:
             if len(chosen) == 1:
                 message = f"{type(error).__name__}: {str(error)[:500]}"
                 self._publish(tenant, tenant.work.request.seq, failure(message, "server"))
+                tenant.next_seq, tenant.work = tenant.work.request.seq + 1, None
             else:
                 tenant.alone_until = tenant.work.request.seq
             tenant.park()
@@ -421,6 +425,9 @@ class Executor:
     def _keep_house(self) -> None:
         """Free the slots of clients that are gone, and delete states whose time is over."""
         now = time.monotonic()
+        is_expiry_due = now - self._expired > EXPIRY_S
+        if is_expiry_due:
+            self._expired = now
         for tenant in list(self.tenants.values()):
             is_over = tenant.session.is_finished or now - tenant.session.seen > self.limits.lease_s
             if tenant.slot is not None and is_over and not tenant.has_work:
@@ -430,6 +437,6 @@ class Executor:
                 except TrainerError as error:
                     tell(f"model {tenant.name}: {error}; its slot stays taken")
                     tenant.session.seen = now
-            for state in tenant.files.states():
+            for state in tenant.files.states() if is_expiry_due else ():
                 if state["expires_at"] is not None and state["expires_at"] < time.time():
                     tenant.files.delete_state(*str(state["checkpoint_id"]).split("/"))

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, BinaryIO, Final, final
 
 from trainer.files import fsync_dir
 
@@ -46,19 +46,25 @@ class Journal:
             path: of the file.
         """
         self.path = path
-        is_new = not path.exists()
-        self._file = path.open("a+b")
-        if is_new:
+        if not path.exists():
+            path.touch()
             fsync_dir(path.parent)
-        self._lock = threading.Lock()
+        self._opened: BinaryIO | None = None
+        self._lock = threading.RLock()
         self.records: list[Record] = []
         end = 0
         for record in _read(path):
             self.records.append(record)
             end = record.offset + record.size
         self._size = end
-        if self._file.seek(0, os.SEEK_END) != end:
-            self._file.truncate(end)
+        if path.stat().st_size != end:
+            os.truncate(path, end)
+
+    def _file(self) -> BinaryIO:
+        """The open file; under the lock."""
+        if self._opened is None:
+            self._opened = self.path.open("a+b")
+        return self._opened
 
     @property
     def num_bytes(self) -> int:
@@ -75,8 +81,9 @@ class Journal:
         text = json.dumps(head, separators=(",", ":")).encode()
         frame = FRAME.pack(MAGIC, zlib.crc32(body, zlib.crc32(text)), len(text), len(body))
         with self._lock:
-            self._file.write(frame + text + body)
-            self._file.flush()
+            file = self._file()
+            file.write(frame + text + body)
+            file.flush()
             record = Record(head, self._size + len(frame) + len(text), len(body))
             self._size = record.offset + record.size
             self.records.append(record)
@@ -85,7 +92,7 @@ class Journal:
     def sync(self) -> None:
         """Wait until what was appended is on disk."""
         with self._lock:
-            handle = os.dup(self._file.fileno())  # `drop` may close the file meanwhile
+            handle = os.dup(self._file().fileno())  # `drop` may close the file meanwhile
         try:
             os.fsync(handle)
         finally:
@@ -93,7 +100,8 @@ class Journal:
 
     def body(self, record: Record) -> bytes:
         """The body of a record."""
-        data = os.pread(self._file.fileno(), record.size, record.offset)
+        with self._lock:
+            data = os.pread(self._file().fileno(), record.size, record.offset)
         assert len(data) == record.size
         return data
 
@@ -113,14 +121,18 @@ class Journal:
             for head, body in kept:
                 new.append(head, body)
             new.sync()
+            new.close()
             temporary.rename(self.path)
             fsync_dir(self.path.parent)
-            self._file.close()
-            self._file, self._size, self.records = new._file, new._size, new.records
+            self.close()
+            self._size, self.records = new._size, new.records
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, which is opened again when it is used."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
 
 
 def _read(path: Path) -> Iterator[Record]:

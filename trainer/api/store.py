@@ -49,6 +49,16 @@ class ModelStore:
         self._lock = threading.Lock()
 
     @property
+    def num_answered(self) -> int:
+        """Number of the first request without a result: results are stored in order."""
+        return max(self._results, default=-1) + 1
+
+    def release(self) -> None:
+        """Close the files until they are used again: there may be many models that nobody uses."""
+        self.requests.close()
+        self.results.close()
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of the states that the server continues from."""
         return self.root / "checkpoints"

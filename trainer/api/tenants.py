@@ -71,7 +71,7 @@ class Tenant:
         self.slot: Slot | None = None
         self.work: Pass | None = None
         self.pending: dict[int, Request] = {}
-        self.next_seq = 0
+        self.next_seq = files.num_answered
         self.is_created = files.result(0) is not None
         self.alone_until = -1
         """After a pass with others failed at this request: up to it, passes run alone, to find which one fails."""
@@ -93,9 +93,7 @@ class Tenant:
     @property
     def has_work(self) -> bool:
         """Whether the next request in the order is here, or one is in progress."""
-        if self.is_broken:
-            return False
-        return self.work is not None or (bool(self.pending) if self.slot is None else self.next_seq in self.pending)
+        return not self.is_broken and (self.work is not None or self.next_seq in self.pending)
 
     @property
     def is_alone(self) -> bool:
@@ -144,9 +142,12 @@ class Tenant:
         if self._checkpoint is not None:
             self._checkpoint.exception()
             self._checkpoint = None
+        if self.work is not None:
+            self.pending[self.work.request.seq] = self.work.request
         if self.slot is not None:
             self.base.close(self.slot)
         self.slot, self.work = None, None
+        self.files.release()
 
     def save_and_park(self) -> None:
         """Save the state as one that the client finds in its list, then free the slot."""
