@@ -1,8 +1,8 @@
-"""What the training API costs: a step over HTTP against one in process, and two clients at once against one after another.
+"""What the training API costs: a step over HTTP against one in process; two clients at once against one by one.
 
     python benchmarks/training_api.py --model models/SmolLM2-135M-Instruct [--tokens 64] [--steps 20]
 
-Prints medians, and CPU time where a busy machine makes wall time noise. Start it on an idle machine for wall time.
+Prints medians of wall time, which need an idle machine, and CPU time of server and client together, which does not.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "integration")]
 
-from raw_training import RawClient, RawModel, step_data  # noqa: E402
+from raw_training import RawClient, RawModel, step_data
 
-from trainer.api.service import open_service  # noqa: E402
+from trainer.api.service import open_service
 
 
 @contextmanager
-def server(model: str, directory: Path) -> Iterator[str]:
-    """A real server; yields its address."""
+def server(model: str, directory: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A real server; yields its address and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,10 +54,17 @@ def server(model: str, directory: Path) -> Iterator[str]:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        yield url
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
+
+
+def cpu_s(server: psutil.Process) -> float:
+    """CPU seconds of this process, the gateway and the executor."""
+    executors = [child for child in server.children() if "trainer.api" in child.cmdline()]
+    own = [psutil.Process(), server, *executors]
+    return sum(sum(process.cpu_times()[:2]) for process in own)
 
 
 def timed(act: Callable[[int], object], steps: int) -> list[float]:
@@ -99,27 +106,36 @@ def main() -> None:
 
         return act
 
-    with tempfile.TemporaryDirectory() as directory, server(arguments.model, Path(directory)) as url:
+    with tempfile.TemporaryDirectory() as directory, server(arguments.model, Path(directory)) as (url, gateway):
         clients = [RawClient(url).open() for _ in range(2)]
         acts = [over_http(client, client.create(rank=8, seed=1)) for client in clients]
         timed(in_process, 2)
         timed(acts[0], 2)
         timed(acts[1], 2)
         inside, outside, after, at_once = [], [], [], []
-        for _ in range(arguments.rounds):
-            inside += timed(in_process, arguments.steps)
-            outside += timed(acts[0], arguments.steps)
-            begin = time.perf_counter()
-            for act in acts:
-                timed(act, arguments.steps)
-            after.append(time.perf_counter() - begin)
+        cpu: dict[str, float] = {"inside": 0.0, "outside": 0.0, "after": 0.0, "at_once": 0.0}
+
+        def both(*, together: bool) -> float:
             threads = [threading.Thread(target=timed, args=(act, arguments.steps)) for act in acts]
             begin = time.perf_counter()
             for thread in threads:
                 thread.start()
+                if not together:
+                    thread.join()
             for thread in threads:
                 thread.join()
-            at_once.append(time.perf_counter() - begin)
+            return time.perf_counter() - begin
+
+        for _ in range(arguments.rounds):
+            for name, act in (
+                ("inside", lambda: inside.extend(timed(in_process, arguments.steps))),
+                ("outside", lambda: outside.extend(timed(acts[0], arguments.steps))),
+                ("after", lambda: after.append(both(together=False))),
+                ("at_once", lambda: at_once.append(both(together=True))),
+            ):
+                begin = cpu_s(gateway)
+                act()
+                cpu[name] += cpu_s(gateway) - begin
         stats = httpx.get(f"{url}/metrics").text
     numbers = {line.split()[0]: line.split()[1] for line in stats.splitlines() if line.startswith("trainer_training_")}
     result = {
@@ -129,6 +145,8 @@ def main() -> None:
         "overhead_ms": round(1e3 * (statistics.median(outside) - statistics.median(inside)), 1),
         "overhead_of_best_ms": round(1e3 * (min(outside) - min(inside)), 1),
         "two_clients_throughput": round(statistics.median(a / b for a, b in zip(after, at_once, strict=True)), 2),
+        "cpu_overhead_ms": round(1e3 * (cpu["outside"] - cpu["inside"]) / len(outside), 1),
+        "two_clients_cpu_ratio": round(cpu["after"] / cpu["at_once"], 2),
         "load": psutil.getloadavg()[0],
         **numbers,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,17 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model_dir
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))  # unit tests do not have it in their path
 from raw_training import pass_body, step_data
+from tiny import tiny_model_dir
 
 from trainer.api.executor import Executor, Limits
 from trainer.api.journal import Journal
 from trainer.api.protocol import Refused
+from trainer.api.requests import Request
 from trainer.api.slots import Base
 from trainer.api.store import Store
-from trainer.api.tenants import Request
 from trainer.api.wire import message_class
 from trainer.config.recipe import ModelSettings
 
@@ -110,7 +107,7 @@ def executing(base: Base, root: Path, **limits: Any) -> Iterator[Executor]:
 
 
 def create(executor: Executor, session: str | None = None, number: int = 0, **lora: Any) -> Client:
-    session = session or executor.open_session("", {}).name
+    session = session or executor.sessions.open("", {}).name
     request = executor.create("", session, number, {"rank": 4, "seed": 1, **lora}, None, None)
     client = Client(executor, request.rpartition("/")[0])
     assert client.result(0)[0] == "json", client.result(0)
@@ -132,11 +129,9 @@ def undisturbed(base: Base, tmp_path_factory) -> list[float]:
 @contextmanager
 def paused(executor: Executor) -> Iterator[None]:
     """Requests are accepted, and nothing is done: they are all there when it goes on."""
-    ready, executor._ready = executor._ready, list
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_ready", list)
         yield
-    finally:
-        executor._ready = ready  # type: ignore[method-assign]
 
 
 def test_models_whose_requests_are_there_share_passes_and_nothing_else(base, tmp_path, undisturbed) -> None:
@@ -276,13 +271,13 @@ def test_a_silent_client_gives_up_its_slot_and_may_come_back(base, tmp_path, und
         assert [each["checkpoint_id"] for each in states] == ["weights/lease-000004"]
         assert first.train(2) == undisturbed[2]
         wait_for(lambda: executor.stats()["slots_used"] == 0)
-        request = executor.create("", executor.open_session("", {}).name, 0, {}, {"path": states[0]["tinker_path"],
+        request = executor.create("", executor.sessions.open("", {}).name, 0, {}, {"path": states[0]["tinker_path"],
                                   "optimizer": True}, None)  # fmt: skip
         third = Client(executor, request.rpartition("/")[0])
         assert third.train(2) == undisturbed[2]
     with executing(base, tmp_path, slots=1) as executor:
-        executor.finish_session("", first.model.partition(":")[0])
-        executor.finish_session("", first.model.partition(":")[0])  # a lost answer is asked for again
+        executor.sessions.finish("", first.model.partition(":")[0])
+        executor.sessions.finish("", first.model.partition(":")[0])  # a lost answer is asked for again
         with pytest.raises(Refused, match="has finished"):
             again(first, executor).optim()
 
@@ -301,7 +296,7 @@ def test_a_partial_gradient_is_kept_by_the_journal_not_by_states(base, tmp_path,
 
 def test_creation_that_cannot_be_is_refused(base, tmp_path) -> None:
     with executing(base, tmp_path, max_rank=8) as executor:
-        session = executor.open_session("a", {}).name
+        session = executor.sessions.open("a", {}).name
 
         def refusal(lora: dict[str, Any], begin: dict[str, Any] | None = None, owner: str = "a") -> str:
             with pytest.raises(Refused) as caught:
@@ -317,7 +312,9 @@ def test_creation_that_cannot_be_is_refused(base, tmp_path) -> None:
         assert not executor.tenants
         good = create(executor)
         path = good.result(good.post("save", path="x"))[1]["path"]
-        shutil.copytree(executor.find_state("", path, ("weights",)), tmp_path / "models" / "foreign" / "weights" / "y")
+        shutil.copytree(
+            executor.sessions.find_state("", path, ("weights",)), tmp_path / "models" / "foreign" / "weights" / "y"
+        )
         state = tmp_path / "models" / "foreign" / "weights" / "y" / "state.json"
         state.write_text(state.read_text().replace(base.digest, "sha256:other"))
         (tmp_path / "models" / "foreign" / "model.json").write_text('{"owner": "a", "model": "foreign"}')
@@ -329,7 +326,9 @@ def test_logprobs_are_those_of_the_data_in_their_order(base, tmp_path) -> None:
         client = create(executor)
         seq = client.forward_backward(0, forward_only=True)
         client.result(seq)
-        _, body = executor.tenants[client.model].files.result(seq)
+        found = executor.tenants[client.model].files.result(seq)
+        assert found is not None
+        _, body = found
         message = message_class("PassResult")()
         message.ParseFromString(body)
         fields = {entry.key: entry.value for entry in message.outputs[0].fields}

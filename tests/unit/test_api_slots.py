@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_tenants_in_one_pack_train_as_each_alone_to_the_bit(model_dir, is_checkp
     for step in range(3):
         batches = {loss: slot.micro_batches(data_of(loss, step), loss) for loss, slot in slots.items()}
         assert all(len(each) == 2 for each in batches.values())
-        found: dict[str, list] = {loss: [] for loss in TENANTS}
+        found: dict[str, list[Any]] = {loss: [] for loss in TENANTS}
         for part in range(2):  # one micro-batch of each in every pack
             results = base.run([each[part][1] for each in batches.values()], backward=True)
             for (loss, each), result in zip(batches.items(), results, strict=True):
@@ -228,6 +229,7 @@ def test_the_newest_valid_state_wins(service, tmp_path) -> None:
 
 
 GOOD = data_of("ppo")[0]
+INPUTS: dict[str, Any] = dict(GOOD.inputs)
 
 
 @pytest.mark.parametrize(
@@ -235,13 +237,13 @@ GOOD = data_of("ppo")[0]
     [
         (Datum((), {}), "no tokens"),
         (Datum.of([1] * 600, target_tokens=[1] * 600), "600 tokens, the model reads at most 512"),
-        (Datum.of([1, VOCAB_SIZE], **GOOD.inputs), r"model_input\[1\] is 320; the model has the tokens 0 to 319"),
-        (Datum.of(GOOD.tokens, **{**GOOD.inputs, "target_tokens": [-1] * 17}), r"target_tokens\[0\] is -1"),
+        (Datum.of([1, VOCAB_SIZE], **INPUTS), r"model_input\[1\] is 320; the model has the tokens 0 to 319"),
+        (Datum.of(GOOD.tokens, **{**INPUTS, "target_tokens": [-1] * 17}), r"target_tokens\[0\] is -1"),
         (Datum.of(GOOD.tokens, target_tokens=GOOD.inputs["target_tokens"]), "ppo needs loss_fn_inputs advantages, log"),
-        (Datum.of(GOOD.tokens, **GOOD.inputs, mask=[1.0] * 17), "ppo does not take mask; it takes advantages, log"),
-        (Datum.of(GOOD.tokens, **{**GOOD.inputs, "advantages": [1.0]}), r"advantages has shape \[1\], and .* 17 tok"),
-        (Datum.of(GOOD.tokens, **{**GOOD.inputs, "advantages": [float("nan")] * 17}), r"advantages\[0\] is not finite"),
-        (Datum.of(GOOD.tokens, **{**GOOD.inputs, "logprobs": [[0.0]] * 17}), r"logprobs has shape \[17, 1\]"),
+        (Datum.of(GOOD.tokens, **INPUTS, mask=[1.0] * 17), "ppo does not take mask; it takes advantages, log"),
+        (Datum.of(GOOD.tokens, **{**INPUTS, "advantages": [1.0]}), r"advantages has shape \[1\], and .* 17 tok"),
+        (Datum.of(GOOD.tokens, **{**INPUTS, "advantages": [float("nan")] * 17}), r"advantages\[0\] is not finite"),
+        (Datum.of(GOOD.tokens, **{**INPUTS, "logprobs": [[0.0]] * 17}), r"logprobs has shape \[17, 1\]"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_trained_on_are_refused_by_index(service, datum, says) -> None:

@@ -16,14 +16,14 @@ import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, final
 
-from trainer.api.protocol import Refused, ResultKind, request_id, split_path
+from trainer.api.protocol import Refused, ResultKind, request_id
+from trainer.api.requests import Request, failure
+from trainer.api.sessions import Sessions
 from trainer.api.slots import Base
-from trainer.api.store import SessionState, Store
-from trainer.api.tenants import Request, Tenant, failure, settings_of_state
-from trainer.config.recipe import LoraSettings
+from trainer.api.store import Store
+from trainer.api.tenants import Tenant
 from trainer.errors import TrainerError
 from trainer.run.console import tell
 
@@ -62,10 +62,10 @@ class Executor:
     def __init__(self, base: Base, store: Store, limits: Limits) -> None:
         """Load sessions and models; slots are taken when requests come."""
         self.base, self.store, self.limits = base, store, limits
-        self.sessions = store.load_sessions()
+        self.sessions = Sessions(store)
         self.tenants: dict[str, Tenant] = {}
         for name, files in store.load_models().items():
-            session = self.sessions.get(files.settings["session"])
+            session = self.sessions.by_name.get(files.settings["session"])
             if session is not None:
                 self.tenants[name] = Tenant(base, store, files, session)
         self._lock = threading.Condition()
@@ -93,36 +93,6 @@ class Executor:
         self._writer.shutdown()
 
     # ---- front: any thread
-
-    def open_session(self, owner: str, about: Mapping[str, Any]) -> SessionState:
-        """A new session."""
-        session = SessionState(secrets.token_hex(8), owner, dict(about), {}, seen=time.monotonic())
-        self.store.save_session(session)
-        self.sessions[session.name] = session
-        return session
-
-    def session(self, owner: str, name: str) -> SessionState:
-        """A session of an owner, which is now seen.
-
-        Raises:
-            Refused: there is none, or it has ended.
-        """
-        session = self.sessions.get(name)
-        if session is None or session.owner != owner:
-            raise Refused(404, f"no session {name!r}")
-        if session.is_finished:
-            raise Refused(410, f"session {name} has finished")
-        session.seen = time.monotonic()
-        return session
-
-    def finish_session(self, owner: str, name: str) -> None:
-        """End a session: its models are saved and their slots freed."""
-        found = self.sessions.get(name)
-        if found is not None and found.owner == owner and found.is_finished:
-            return  # repeated, after a lost answer
-        session = self.session(owner, name)
-        session.is_finished = True
-        self.store.save_session(session)
 
     def tenant(self, owner: str, model: str, *, is_use: bool = True) -> Tenant:
         """A model of an owner.
@@ -156,17 +126,17 @@ class Executor:
         Raises:
             Refused: it cannot be created.
         """
-        state = self.session(owner, session)
+        state = self.sessions.get(owner, session)
         model = f"{session}:train:{number}"
         with self._lock:
             if model in self.tenants:
                 return request_id(model, 0)
-        settings = self._settings(owner, lora, begin)
+        settings = self.sessions.adapter_of(owner, self.base, self.limits.max_rank, lora, begin)
         document = {
             "owner": owner,
             "session": session,
             "lora": settings.model_dump(),
-            "seed": int(lora.get("seed") if lora.get("seed") is not None else secrets.randbits(31)),
+            "seed": secrets.randbits(31) if lora.get("seed") is None else int(lora["seed"]),
             "begin": begin,
             "base": self.base.digest,
             "user_metadata": metadata,
@@ -177,38 +147,6 @@ class Executor:
                 self.tenants[model] = Tenant(self.base, self.store, self.store.create_model(model, document), state)
                 self._lock.notify_all()
         return request_id(model, 0)
-
-    def _settings(self, owner: str, lora: Mapping[str, Any], begin: Mapping[str, Any] | None) -> LoraSettings:
-        if begin is not None:
-            directory = self.find_state(owner, str(begin["path"]), ("weights",))
-            try:
-                return settings_of_state(directory)
-            except TrainerError as error:
-                raise Refused(400, str(error)) from None
-        rank = lora.get("rank", 32)
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self.limits.max_rank:
-            raise Refused(400, f"lora_config.rank {rank!r}: this server takes 1 to {self.limits.max_rank}")
-        parts = [part for part in ("attn", "mlp") if lora.get(f"train_{part}", True)]
-        if not parts:
-            raise Refused(400, "lora_config: only the LM head is left to train, which has no adapter on this server")
-        if len(parts) == 2:
-            return LoraSettings(rank=rank)
-        names = self.base.layer_names(parts[0])
-        if not names:
-            raise Refused(400, f"lora_config: the layers of this model do not say which are {parts[0]}; train both")
-        return LoraSettings(rank=rank, target_modules=names)
-
-    def find_state(self, owner: str, path: str, folders: tuple[str, ...]) -> Path:
-        """Directory of a saved state of an owner.
-
-        Raises:
-            Refused: there is none.
-        """
-        model, folder, name = split_path(path)
-        directory = self.store.root / "models" / model.replace(":", ".") / folder / name
-        if folder not in folders or not directory.is_dir() or self.store.owner_of(model) != owner:
-            raise Refused(404, f"there is no state {path}")
-        return directory
 
     def submit(self, owner: str, model: str, request: Request) -> Tenant:
         """Accept a request: it is in the journal, but perhaps not on disk yet; see `Journal.sync`.
@@ -357,7 +295,8 @@ class Executor:
         """One pass over a micro-batch of the first model, and of others where they fit."""
         first = passing[0]
         assert first.work is not None
-        chosen, room = [], self.base.micro_batch_tokens
+        chosen: list[Tenant] = []
+        room = self.base.micro_batch_tokens
         for tenant in passing:
             assert tenant.work is not None
             size = tenant.work.left[0][1].num_tokens

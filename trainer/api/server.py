@@ -12,8 +12,8 @@ from typing import Any, Final, TypeAlias, final
 
 from trainer.api.executor import Executor
 from trainer.api.protocol import FOLDERS, Refused, frame, read_frame, split_path
+from trainer.api.requests import Request
 from trainer.api.states import StateSettings
-from trainer.api.tenants import Request
 
 Reply: TypeAlias = "tuple[dict[str, Any], bytes]"
 WAIT_S: Final = 30.0
@@ -92,15 +92,15 @@ class Server:
         return {"state": state, "kind": kind}, content
 
     async def _do_session(self, head: dict[str, Any], _body: bytes) -> Reply:
-        session = await asyncio.to_thread(self.executor.open_session, head["owner"], head["about"])
+        session = await asyncio.to_thread(self.executor.sessions.open, head["owner"], head["about"])
         return {"session": session.name}, b""
 
     async def _do_heartbeat(self, head: dict[str, Any], _body: bytes) -> Reply:
-        self.executor.session(head["owner"], head["session"])
+        self.executor.sessions.get(head["owner"], head["session"])
         return {}, b""
 
     async def _do_finish(self, head: dict[str, Any], _body: bytes) -> Reply:
-        await asyncio.to_thread(self.executor.finish_session, head["owner"], head["session"])
+        await asyncio.to_thread(self.executor.sessions.finish, head["owner"], head["session"])
         return {}, b""
 
     async def _do_create(self, head: dict[str, Any], _body: bytes) -> Reply:
@@ -127,34 +127,34 @@ class Server:
                 "samplers": list(session.samplers),
                 "models": [name for name, each in self.executor.tenants.items() if each.session is session],
             }
-            for session in self.executor.sessions.values()
+            for session in self.executor.sessions.by_name.values()
             if session.owner == head["owner"]
         ]
         return {"sessions": found}, b""
 
     async def _do_sampler(self, head: dict[str, Any], _body: bytes) -> Reply:
         """Open a sampling session on a state, or on the base."""
-        session = self.executor.session(head["owner"], head["session"])
+        session = self.executor.sessions.get(head["owner"], head["session"])
         if head["path"] is not None:
-            self.executor.find_state(head["owner"], head["path"], FOLDERS)
+            self.executor.sessions.find_state(head["owner"], head["path"], FOLDERS)
         name = f"{session.name}:sample:{int(head['number'])}"
         session.samplers[name] = head["path"]
-        await asyncio.to_thread(self.executor.store.save_session, session)
+        await asyncio.to_thread(self.executor.sessions.store.save_session, session)
         return {"sampler": name}, b""
 
     async def _do_find_sampler(self, head: dict[str, Any], _body: bytes) -> Reply:
         """Directory of the adapter of a sampling session; None is the base."""
         name = str(head["sampler"])
-        session = self.executor.session(head["owner"], name.partition(":")[0])
+        session = self.executor.sessions.get(head["owner"], name.partition(":")[0])
         if name not in session.samplers:
             raise Refused(404, f"no sampling session {name!r}")
         path = session.samplers[name]
-        directory = None if path is None else str(self.executor.find_state(head["owner"], path, FOLDERS))
+        directory = None if path is None else str(self.executor.sessions.find_state(head["owner"], path, FOLDERS))
         return {"path": path, "directory": directory}, b""
 
     async def _do_find_state(self, head: dict[str, Any], _body: bytes) -> Reply:
         """Settings of a saved state."""
-        directory = self.executor.find_state(head["owner"], head["path"], FOLDERS)
+        directory = self.executor.sessions.find_state(head["owner"], head["path"], FOLDERS)
         settings = StateSettings.read(directory)
         return {"directory": str(directory), "lora": settings.lora.model_dump(), "updates": settings.updates}, b""
 
@@ -166,7 +166,7 @@ class Server:
 
     async def _do_archive(self, head: dict[str, Any], _body: bytes) -> Reply:
         """Write a state as a tar file beside it; returns its path."""
-        directory = self.executor.find_state(head["owner"], head["path"], FOLDERS)
+        directory = self.executor.sessions.find_state(head["owner"], head["path"], FOLDERS)
         target = directory.with_name(f".{directory.name}.tar")
 
         def write() -> None:

@@ -247,7 +247,9 @@ class Slot:
 
 def joined(parts: Sequence[tuple[Sequence[int], Passed]]) -> Passed:
     """The result of a request from those of its micro-batches, in the order of its data."""
-    logprobs, losses, metrics = {}, {}, {}
+    logprobs: dict[int, Array] = {}
+    losses: dict[int, Array] = {}
+    metrics: dict[str, float] = {}
     for indices, part in parts:
         logprobs.update(zip(indices, part.logprobs, strict=True))
         losses.update(zip(indices, part.losses, strict=True))

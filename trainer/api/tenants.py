@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
 from trainer.api.protocol import Refused, ResultKind, split_path
+from trainer.api.requests import Request, adam_of, answer, failure
 from trainer.api.slots import Base, MicroBatch, Passed, Slot, joined
 from trainer.api.states import (
     Snapshot,
-    StateSettings,
     load_state,
     newest_state,
     save_snapshot,
     save_state,
     state_counter,
-    state_problem,
 )
 from trainer.api.store import ModelStore, SessionState, Store
 from trainer.api.wire import read_pass, write_pass
 from trainer.config.recipe import LoraSettings
 from trainer.errors import CheckpointError, NumericalError, TrainerError, UserError
-from trainer.training.schedule import AdamParams
 
 KEPT_CHECKPOINTS: Final = 2
-
-
-@final
-@dataclass(frozen=True)
-class Request:
-    """A request that was accepted."""
-
-    seq: int
-    """Its place in the order of the model's requests; 0 creates the model."""
-    kind: str
-    body: bytes
-
-    def parameters(self) -> dict[str, Any]:
-        """The body as JSON."""
-        found = json.loads(self.body)
-        assert isinstance(found, dict)
-        return found
 
 
 @final
@@ -207,8 +186,10 @@ class Tenant:
             return None  # it had no effect on the weights, or its effect is on disk
         try:
             if request.kind == "pass":
-                return self._begin_pass(slot, request, is_known=known is not None)
-            return getattr(self, f"_{request.kind}")(slot, request)  # type: ignore[no-any-return]
+                self._begin_pass(slot, request, is_known=known is not None)
+                return None
+            does = {"optim": self._optim, "save": self._save, "save_sampler": self._save_sampler, "load": self._load}
+            return does[request.kind](slot, request)
         except Refused as error:
             return failure(error.message)
         except (UserError, CheckpointError, NumericalError) as error:
@@ -342,63 +323,6 @@ class Tenant:
             "states": list(self.files.states()),
             "last_used_s": time.monotonic() - self.last_used,
         }
-
-
-def answer(document: Mapping[str, Any]) -> tuple[ResultKind, bytes]:
-    """A result in JSON."""
-    return "json", json.dumps(document).encode()
-
-
-def failure(message: str, category: str = "user") -> tuple[ResultKind, bytes]:
-    """The result of a request that failed.
-
-    Args:
-        message: what is wrong, and the remedy.
-        category: `user` or `server`: who must act.
-    """
-    return "error", json.dumps({"error": message, "category": category}).encode()
-
-
-def adam_of(parameters: Mapping[str, Any]) -> AdamParams:
-    """The optimizer's parameters of a request.
-
-    Raises:
-        UserError: another optimizer, or numbers that are none.
-    """
-    given = parameters.get("adam_params")
-    if not isinstance(given, dict):
-        other = (parameters.get("optimizer_params") or {}).get("type", "none")
-        raise UserError(f"optimizer {other!r}: this server has AdamW; send adam_params")
-    defaults = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.0}
-    values: dict[str, float] = {}
-    for name, default in {**defaults, "grad_clip_norm": 0.0}.items():
-        value = given.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-            raise UserError(f"adam_params.{name} = {value!r} is not a finite number")
-        values[name] = float(value)
-    if values["learning_rate"] < 0 or not 0 <= values["beta1"] < 1 or not 0 <= values["beta2"] < 1:
-        raise UserError("adam_params: learning_rate is 0 or more, beta1 and beta2 are from 0 to below 1")
-    clip = values.pop("grad_clip_norm")
-    return AdamParams(
-        values["learning_rate"],
-        values["beta1"],
-        values["beta2"],
-        values["eps"],
-        values["weight_decay"],
-        clip if clip > 0 else None,
-    )
-
-
-def settings_of_state(directory: Path) -> LoraSettings:
-    """Adapter settings of a saved state.
-
-    Raises:
-        CheckpointError: it is damaged, or no state.
-    """
-    problem = state_problem(directory)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return StateSettings.read(directory).lora
 
 
 def _step(seq: int) -> str:
