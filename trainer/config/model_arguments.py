@@ -59,6 +59,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
     )
     parser.add_argument("--batch-keep", default="30d", metavar="TIME", help="lifetime of files and batches")
+    _add_training(parser)
 
 
 def _add_control(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +76,26 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
         metavar="IPS",
         help="believe X-Forwarded-For and -Proto of these addresses",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Add what the training API is started with."""
+    group = parser.add_argument_group("training API (docs/training_api.md)")
+    group.add_argument("--training", action="store_true", help="answer tinker clients, which train, at /api/v1")
+    group.add_argument(
+        "--training-dir", default="runs/.training", metavar="DIR", help="sessions, models and saved states"
+    )
+    group.add_argument("--training-slots", type=int, default=8, metavar="N", help="models in memory at once")
+    group.add_argument(
+        "--training-lease-s", type=float, default=120.0, metavar="S", help="a client silent for so long frees its slot"
+    )
+    group.add_argument(
+        "--training-checkpoint-s", type=float, default=30.0, metavar="S", help="work that a crash may have to repeat"
+    )
+    group.add_argument(
+        "--training-dtype", choices=("float32", "bfloat16"), help="of the base in training; as the model is served"
+    )
+    group.add_argument("--micro-batch-tokens", type=int, default=4096, metavar="N", help="trained in one pass")
 
 
 def add_batch_arguments(parser: argparse.ArgumentParser) -> None:

@@ -106,6 +106,19 @@ class Adapters:
             if problem is not None:
                 raise ModelError(f"lora.warm_start: {problem}")
 
+    def remove(self, name: str) -> None:
+        """Delete an adapter; at least one must stay, which then is the active one.
+
+        Args:
+            name: of an adapter.
+        """
+        assert len(self._parameter_names) > 1, "PEFT cannot be without an adapter"
+        del self._parameter_names[name]
+        if name in self.model.active_adapters:
+            self.activate(self.names[0])
+        self.model.delete_adapter(name)
+        self._train_all()
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their name in the model, sorted."""
         named = dict(self.model.named_parameters())

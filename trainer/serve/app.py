@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,8 @@ from trainer.serve.guard import Guard
 from trainer.serve.metrics import EngineView, engine_lines, engine_pids
 from trainer.serve.requests import ChatRequest, CompletionRequest, validation_error
 from trainer.serve.responses import AnswerResponse
+from trainer.serve.training.front import TrainingFront
+from trainer.serve.training.routes import add_training
 
 
 class LoadRequest(BaseModel):
@@ -37,21 +40,26 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def make_app(gateway: Gateway, store: BatchStore, control: Control | None = None) -> FastAPI:
+def make_app(
+    gateway: Gateway, store: BatchStore, control: Control | None = None, training: TrainingFront | None = None
+) -> FastAPI:
     """The application.
 
     Args:
         gateway: its state.
         store: files and batches.
         control: checks, records and counts requests; the keys of `gateway.limits` when left out.
+        training: of the training API; None leaves it out.
     """
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     add_errors(app)
     app.state.control = control or Control(KeyFile(gateway.limits.api_key_digests))
     app.add_middleware(Guard, requests=gateway.metrics.requests, control=app.state.control)
-    _add_status(app, gateway)
+    _add_status(app, gateway, training)
     _add_adapters(app, gateway)
     add_batches(app, store)
+    if training is not None:
+        add_training(app, training)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest) -> Response:
@@ -90,7 +98,7 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(found.body(), found.status)
 
 
-def _add_status(app: FastAPI, gateway: Gateway) -> None:
+def _add_status(app: FastAPI, gateway: Gateway, training: TrainingFront | None) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -105,12 +113,10 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
         text = generate_latest(gateway.metrics.registry).decode()
         if gateway.engine.is_ready:
             stats = await gateway.engine.ask("stats")
-            numbers = {name: value for name, value in stats.items() if isinstance(value, int) and name != "ok"}
-            text += "".join(
-                f"# TYPE trainer_engine_{name} gauge\ntrainer_engine_{name} {value}\n"
-                for name, value in numbers.items()
-            )
+            text += _gauges("engine", stats)
             text += engine_lines([EngineView(gateway.models.base.name, stats, engine_pids())])
+        if training is not None and training.executor.is_ready:
+            text += _gauges("training", (await training.executor.ask("stats"))[0])
         return PlainTextResponse(text)
 
     @app.get("/v1/models")
@@ -121,6 +127,14 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         return _model(gateway, gateway.models.find(name).name)
+
+
+def _gauges(part: str, stats: Mapping[str, Any]) -> str:
+    """The numbers of an engine or executor, as Prometheus reads them."""
+    numbers = {name: value for name, value in stats.items() if isinstance(value, int) and name not in {"ok", "id"}}
+    return "".join(
+        f"# TYPE trainer_{part}_{name} gauge\ntrainer_{part}_{name} {value}\n" for name, value in numbers.items()
+    )
 
 
 def _model(gateway: Gateway, name: str) -> dict[str, Any]:

@@ -29,10 +29,12 @@ from trainer.serve.engine_client import EngineClient
 from trainer.serve.engine_process import EngineProcess
 from trainer.serve.gateway import served_source
 from trainer.serve.tls import tls_settings
+from trainer.serve.training.start import refuse_training, start_training
 
 if TYPE_CHECKING:
     from trainer.serve.batch import Progress
     from trainer.serve.gateway import Gateway
+    from trainer.serve.training.start import Training
     from trainer.serve.with_accounts import Accounts
 
 NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil")
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(arguments: argparse.Namespace) -> None:
+    if arguments.training:
+        refuse_training(arguments)
     if arguments.deployments == (arguments.target is not None):
         raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
     arguments.with_accounts |= arguments.deployments
@@ -168,7 +172,8 @@ def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch
             raise
         if is_batch:
             return asyncio.run(_run_batch(arguments, gateway, process))
-        return asyncio.run(_listen(arguments, gateway, process, accounts))
+        training = start_training(arguments, gateway, base, Path(directory)) if arguments.training else None
+        return asyncio.run(_listen(arguments, gateway, process, accounts, training))
 
 
 def _engine(arguments: argparse.Namespace, base: ModelSource, directory: Path, *, is_batch: bool) -> EngineOwner:
@@ -196,13 +201,18 @@ def _gateway(
     return Gateway(models, client, Limits(arguments.max_queue, keys))
 
 
-def _paths(gateway: Gateway) -> dict[str, str]:
+def _paths(gateway: Gateway, training: Training | None = None) -> dict[str, str]:
     """Name and path of each adapter that is served now."""
-    return {each.name: str(each.path) for each in gateway.models.adapters.values()}
+    sampled = {} if training is None else training.front.samples.adapters.paths()
+    return {**{each.name: str(each.path) for each in gateway.models.adapters.values()}, **sampled}
 
 
 async def _listen(
-    arguments: argparse.Namespace, gateway: Gateway, process: EngineOwner, accounts: Accounts | None
+    arguments: argparse.Namespace,
+    gateway: Gateway,
+    process: EngineOwner,
+    accounts: Accounts | None,
+    training: Training | None,
 ) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     import uvicorn
@@ -214,7 +224,7 @@ async def _listen(
     control = Control(KeyFile(gateway.limits.api_key_digests)) if accounts is None else accounts.control
     keep_s = seconds_of(arguments.batch_keep, "--batch-keep")
     store = BatchStore(gateway, Path(arguments.batch_dir), control, keep_s=keep_s)
-    app = make_app(gateway, store, control)
+    app = make_app(gateway, store, control, None if training is None else training.front)
     if accounts is not None:
         accounts.add_routes(app)
     logging.getLogger("uvicorn.error").addFilter(WithoutContent())
@@ -238,10 +248,14 @@ async def _listen(
 
     server.handle_exit = handle_exit  # type: ignore[method-assign, assignment]
     try:
-        await process.start(lambda: _paths(gateway))
+        await process.start(lambda: _paths(gateway, training))
+        if training is not None:
+            await training.process.start_with()
         names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
         scheme = "http" if arguments.tls_cert is None else "https"
         tell(f"{scheme}://{arguments.host}:{arguments.port}/v1 serves {names}")
+        if training is not None:
+            tell(f"TINKER_BASE_URL={scheme}://{arguments.host}:{arguments.port} trains {gateway.models.base.name}")
         if accounts is None and arguments.api_key_file is None:
             tell("without accounts: only this machine can connect, and everybody on it may")
         async with running_batches(store), AsyncExitStack() as stack:
@@ -249,6 +263,8 @@ async def _listen(
                 await stack.enter_async_context(accounts.counting())
             await server.serve()
     finally:
+        if training is not None:
+            await training.process.stop()
         await process.stop()
     return 0 if server.started else 1
 

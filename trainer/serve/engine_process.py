@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Final, final
+from typing import Final, Generic, Protocol, TypeVar, final
 
 from trainer.errors import LaunchError
 from trainer.run.console import tell
@@ -23,21 +23,35 @@ MAX_RAPID: Final = 3
 """Bad engines in a row after which the gateway gives up."""
 
 
-@final
-class EngineProcess:
-    """Supervises one engine."""
+class ProcessClient(Protocol):
+    """What talks to the process."""
 
-    def __init__(self, arguments: Sequence[str], socket: Path, client: EngineClient) -> None:
+    async def connect(self, path: Path) -> asyncio.Task[None]:
+        """Open the socket; the returned task ends when the process goes away."""
+
+    def set_ready(self) -> None:
+        """Let requests through."""
+
+
+C = TypeVar("C", bound=ProcessClient)
+
+
+class SupervisedProcess(Generic[C]):
+    """Supervises one engine, or one executor of the training API."""
+
+    def __init__(self, arguments: Sequence[str], socket: Path, client: C, module: str = "trainer.engine") -> None:
         """Prepare; `start` starts it.
 
         Args:
-            arguments: of `python -m trainer.engine`, without the socket.
+            arguments: of `python -m MODULE`, without the socket.
             socket: in a directory that only the owner can read.
             client: is connected.
+            module: what runs; its last part is its name in messages.
         """
         self.client = client
+        self._module, self._name = module, module.rpartition(".")[2].replace("api", "executor")
         self._arguments, self._socket = list(arguments), socket
-        self._adapters: Callable[[], dict[str, str]] = dict
+        self._prepare: Callable[[], Awaitable[None]] = _nothing
         self._process: subprocess.Popen[bytes] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.num_starts = 0
@@ -53,19 +67,19 @@ class EngineProcess:
             return
         self._socket.unlink(missing_ok=True)
         self.num_starts += 1
-        words = [sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._arguments]
+        words = [sys.executable, "-m", self._module, "--socket", str(self._socket), *self._arguments]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE)
 
-    async def start(self, adapters: Callable[[], dict[str, str]]) -> None:
+    async def start_with(self, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
         """Start it and wait until it answers.
 
         Args:
-            adapters: name and path of each adapter that is served now.
+            prepare: done with every new process before it gets requests.
 
         Raises:
             LaunchError: it ended, with its exit code, or an adapter cannot be served.
         """
-        self._adapters = adapters
+        self._prepare = prepare or _nothing
         connection = await self._start_once()
         self._supervisor = asyncio.create_task(self._supervise(connection))
 
@@ -85,15 +99,14 @@ class EngineProcess:
         deadline = monotonic() + START_S
         while not self._socket.exists():
             if self._process.poll() is not None:
-                raise LaunchError(f"the engine ended with exit code {self._process.returncode}; its words are above")
+                raise LaunchError(
+                    f"the {self._name} ended with exit code {self._process.returncode}; its words are above"
+                )
             if monotonic() > deadline:
-                raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
+                raise LaunchError(f"the {self._name} did not load its model within {START_S:.0f} s")
             await asyncio.sleep(0.05)
         connection = await self.client.connect(self._socket)
-        for name, path in self._adapters().items():
-            reply = await self.client.ask("load", name=name, path=path)
-            if not reply["ok"]:
-                raise LaunchError(str(reply["error"]))
+        await self._prepare()
         self.client.set_ready()
         return connection
 
@@ -107,11 +120,38 @@ class EngineProcess:
             self._process = None
             rapid = rapid + 1 if monotonic() - begin < RAPID_S else 0
             if rapid >= MAX_RAPID:
-                tell(f"the engine died {rapid} times within {RAPID_S:.0f} s of its start; giving up")
+                tell(f"the {self._name} died {rapid} times within {RAPID_S:.0f} s of its start; giving up")
                 return
-            tell(f"the engine ended (exit code {code}); starting it again")
+            tell(f"the {self._name} ended (exit code {code}); starting it again")
             try:
                 connection = await self._start_once()
             except (LaunchError, OSError) as error:
-                tell(f"the engine cannot be started: {error}")
+                tell(f"the {self._name} cannot be started: {error}")
                 return
+
+
+@final
+class EngineProcess(SupervisedProcess[EngineClient]):
+    """Supervises the embedded engine."""
+
+    async def start(self, adapters: Callable[[], dict[str, str]]) -> None:
+        """Start it and wait until it has its adapters.
+
+        Args:
+            adapters: name and path of each adapter that is served now; loaded into every new process.
+
+        Raises:
+            LaunchError: it ended, with its exit code, or an adapter cannot be served.
+        """
+
+        async def load() -> None:
+            for name, path in adapters().items():
+                reply = await self.client.ask("load", name=name, path=path)
+                if not reply["ok"]:
+                    raise LaunchError(str(reply["error"]))
+
+        await self.start_with(load)
+
+
+async def _nothing() -> None:
+    """An executor has nothing to load."""

@@ -151,13 +151,21 @@ class Learner:
             measured["entropy"] = scores.entropy.sum()
         values = torch.stack([value.double() for value in measured.values()]).tolist()
         sums = {**dict(zip(measured, values, strict=True)), "tokens": float(batch.num_trained)}
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self.add_sums(sums)
         self._rows |= set(batch.sources)
         if not math.isfinite(sums["loss"]):
             bad = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
             self._bad_rows |= {batch.sources[sequence] for sequence in bad}
         return PackResult(scores.logprobs.detach(), sums)
+
+    def add_sums(self, sums: Mapping[str, float]) -> None:
+        """Add the metric sums of a pack whose backward pass ran elsewhere: one that this learner shares with others.
+
+        Args:
+            sums: `loss` and `tokens` among them.
+        """
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def accumulate(
         self, batches: Iterable[Batch], loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False

@@ -1,0 +1,83 @@
+"""What the gateway and the executor say to each other. No torch.
+
+Frames over a Unix socket: two lengths, a JSON head, a body. The gateway sends an operation with an id, the executor one
+reply with the same id, in any order:
+
+    {"op": "session", "id": 1, "owner": "a"}                                    -> {"id": 1, "ok": true, ...}
+    {"op": "create", "id": 2, "owner": "a", "session": "s", "number": 0, "lora": {...}}
+    {"op": "submit", "id": 3, "owner": "a", "model": "s:train:0", "seq": 4, "kind": "pass"} + body
+    {"op": "wait", "id": 4, "owner": "a", "request": "s:train:0/4", "timeout_s": 30}
+                                                       -> {"id": 4, "ok": true, "state": "done", "kind": ...} + body
+    a refusal                                               -> {"id": 3, "ok": false, "status": 400, "error": "..."}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import struct
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeAlias, final
+
+LENGTHS: Final = struct.Struct("<II")
+MAX_BODY: Final = 1 << 28
+"""Bytes of the largest body."""
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names of saved states."""
+SCHEME: Final = "tinker://"
+FOLDERS: Final = ("weights", "sampler_weights")
+"""Of states to continue from, and of states to sample from; as in the protocol's paths."""
+ResultKind: TypeAlias = Literal["pass", "json", "error"]
+
+
+@final
+class Refused(Exception):  # noqa: N818  (an answer, not a failure)
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        """Keep what the client is told.
+
+        Args:
+            status: of HTTP.
+            message: what is wrong, and the remedy.
+        """
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+def frame(head: Mapping[str, Any], body: bytes = b"") -> bytes:
+    """A message as it is sent."""
+    text = json.dumps(head, separators=(",", ":")).encode()
+    return LENGTHS.pack(len(text), len(body)) + text + body
+
+
+async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
+    """The next message.
+
+    Raises:
+        asyncio.IncompleteReadError: the other side is gone.
+    """
+    head_size, body_size = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
+    head = json.loads(await reader.readexactly(head_size))
+    return head, await reader.readexactly(body_size) if body_size else b""
+
+
+def request_id(model: str, seq: int) -> str:
+    """The id of a request, by which its result is asked for."""
+    return f"{model}/{seq}"
+
+
+def split_path(path: str) -> tuple[str, str, str]:
+    """Model, folder and name of a saved state, from its path in the protocol.
+
+    >>> split_path("tinker://s1:train:0/weights/step-20")
+    ('s1:train:0', 'weights', 'step-20')
+
+    Raises:
+        Refused: it is none.
+    """
+    parts = path.removeprefix(SCHEME).split("/")
+    if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in FOLDERS or not NAME.fullmatch(parts[2]):
+        raise Refused(400, f"{path}: not tinker://MODEL/{{{','.join(FOLDERS)}}}/NAME")
+    return parts[0], parts[1], parts[2]
