@@ -237,8 +237,8 @@ def write_project(root: Path) -> None:
     (root / "my_task.yaml").write_text(TASK)
     (root / "rewards.py").write_text("def my_reward(completion, row):\n    return float('1' in completion)\n")
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    asked = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    write_rows(root / "requests.jsonl", [asked])
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    write_rows(root / "requests.jsonl", [request])
     recipe = {
         "name": "my_run",
         "method": "sft",

@@ -103,7 +103,7 @@ def test_lm_eval_reads_the_log_probabilities_of_the_model(server: Server, shared
     tokenizer = AutoTokenizer.from_pretrained(model)
     causal_lm = AutoModelForCausalLM.from_pretrained(model)
     for row, sample in zip(ROWS, samples, strict=True):
-        for choice, ((logprob, _),) in zip(row["choices"], sample["resps"], strict=True):  # type: ignore[arg-type, call-overload]
+        for choice, ((logprob, _),) in zip(row["choices"], sample["resps"], strict=True):  # type: ignore[call-overload]
             ids = tokenizer(f"{row['question']} {choice}")["input_ids"]
             count = len(ids) - len(tokenizer(row["question"])["input_ids"])
             with torch.no_grad():

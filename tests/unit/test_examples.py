@@ -62,6 +62,7 @@ def test_every_row_becomes_tokens(path: Path) -> None:
     for row in rows:
         if isinstance(recipe, RFTRecipe):
             if recipe.rollout.environment is not None:  # it writes the prompt
+                assert isinstance(recipe.rollout.environment, str)
                 row = Row({"messages": _first_messages(recipe.rollout.environment, path, row)})
             assert encoder.encode_prompt(row)
         else:

@@ -88,7 +88,7 @@ def start_from_another_rank() -> None:
 
 def sample_from_shards() -> None:
     policy = policy_of(LoraSettings(rank=2))
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
         policy.shard(init_device_mesh("cpu", (1,)), CPU)
         choose_decoder(policy)

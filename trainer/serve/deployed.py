@@ -67,7 +67,7 @@ class Version:
         words += ["--max-rows", str(shape.limits.max_rows)]
         self.model, self.device, self.devices = spec.model, shape.device_name, shape.devices
         self.pool = ReplicaPool(words, directory, spec.max_wait_s)
-        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics)  # type: ignore[arg-type]
+        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics)
         if source.adapter is not None:
             self._add(name, spec.model)
         for addon, target in spec.addons.items():

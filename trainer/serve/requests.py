@@ -191,7 +191,7 @@ class CompletionRequest(_Request):
         if isinstance(self.prompt, str):
             return [self.prompt]
         is_one = bool(self.prompt) and isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item]
+        return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item, arg-type]
 
 
 def validation_error(errors: list[Mapping[str, Any]]) -> ApiError:

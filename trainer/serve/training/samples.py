@@ -8,7 +8,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from trainer.api.wire import Drawn, write_samples
 from trainer.engine.protocol import Sampling
 from trainer.serve.api_errors import ApiError
-from trainer.serve.engine_client import EngineClient, Token
+from trainer.serve.engine import Engine
+from trainer.serve.engine_client import Token
 from trainer.serve.gateway import Gateway
 
 KEPT_S: Final = 600.0
@@ -154,7 +155,7 @@ def draws_of(body: SampleBody, gateway: Gateway, stop_ids: Sequence[int], noise:
 class EngineAdapters:
     """Adapters of training clients in the engine, loaded when they are first used."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Begin with none."""
         self._engine = engine
         self._loaded: OrderedDict[str, str] = OrderedDict()
@@ -216,8 +217,10 @@ class Samples:
         self._clean()
         if request in self._tasks:
             return
-        self._gateway.admit(draws.count)
+        admission = ExitStack()
+        admission.enter_context(self._gateway.admitted(draws.count))
         task = asyncio.create_task(self._draw_all(draws, directory))
+        task.add_done_callback(lambda _: admission.close())
         task.add_done_callback(lambda _: self._done.setdefault(request, time.monotonic()))
         self._tasks[request] = owner, task
 
