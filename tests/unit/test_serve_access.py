@@ -83,7 +83,7 @@ def table(app: FastAPI) -> list[tuple[str, str]]:
             .replace("{account}", "x"),
         )
         for route in routes
-        for method in sorted(route.methods)
+        for method in sorted(route.methods or ())
     ]
 
 
