@@ -225,8 +225,8 @@ def write_project(root: Path) -> None:
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     tiny_model_dir(root / MODEL)
     tiny_model_dir(root / "models/other", seed=5)
-    for recipe in [*root.glob("recipes/*.yaml"), *root.glob("examples/*/recipe.yaml")]:
-        cut(recipe)
+    for file in [*root.glob("recipes/*.yaml"), *root.glob("examples/*/recipe.yaml")]:
+        cut(file)
     shutil.copy(root / "train.jsonl", root / "chats.jsonl")
     questions = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(24)]
     write_rows(root / "problems.jsonl", questions)

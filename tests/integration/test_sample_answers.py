@@ -82,6 +82,7 @@ def test_the_prompt_is_what_the_model_is_asked_with(with_answers: Run, shared: P
     monkeypatch.chdir(shared.root)
     recipe = RunDir(with_answers.root).read_plan().recipe
     encoder = ChatEncoder(load_tokenizer(recipe.model), recipe.model, recipe.data)
+    assert recipe.data.eval is not None
     asked = list(asked_rows(encoder, stream_rows(recipe.data.eval, recipe.data, 5), recipe.data))
     assert len(asked) == 5
     for row in asked:

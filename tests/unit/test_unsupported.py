@@ -13,6 +13,7 @@ import torch
 from small_recipe import RFT, SFT, SIZES, write_small
 from tiny import tiny_model, tiny_model_dir, tiny_tokenizer
 from torch import distributed
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.commands.cli import main
@@ -88,7 +89,7 @@ def start_from_another_rank() -> None:
 
 def sample_from_shards() -> None:
     policy = policy_of(LoraSettings(rank=2))
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         policy.shard(init_device_mesh("cpu", (1,)), CPU)
         choose_decoder(policy)
