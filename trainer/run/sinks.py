@@ -204,7 +204,7 @@ class Sinks:
         self._names = list(names)
         self._step: int | None = None
         self._sinks: dict[SinkName, Sink] = {}
-        self.problems: dict[SinkName, str] = {}
+        self.problems: dict[str, str] = {}
         """Why a sink receives nothing more."""
         for name in self._names:
             try:
