@@ -216,8 +216,9 @@ def test_check_and_run_refuse_in_the_same_words(recipe, overrides, config, run, 
     Path("adapter").mkdir()
     Path("tools.py").write_text('def multiply(a: int, b: int) -> int:\n    """Multiply."""\n    return a * b\n')
     Path("adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 32}))
+    capsys.readouterr()  # what transformers says while it writes the model
     assert main(["check", str(path), *(part for override in overrides for part in ("--set", override))]) == 2
-    said = capsys.readouterr().err.rpartition("\r")[2].removeprefix("Writing model shards: ").lstrip("\n")
+    said = capsys.readouterr().err
     assert words in said
     place = ("--set ", "recipe.yaml:", "lora.target_modules: ", "model.chat_template: ")
     assert said.startswith(place), "the place comes first"
