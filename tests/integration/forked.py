@@ -133,8 +133,7 @@ def _answer(connection: socket.socket, client: str) -> NoReturn:
     with suppress(OSError):
         connection.sendall(f"{child}\n".encode())
     process = os.pidfd_open(child)
-    watched: list[socket.socket | int] = [connection, process]
-    if process not in select.select(watched, [], [])[0]:  # the client was killed
+    if process not in select.select([connection.fileno(), process], [], [])[0]:  # the client was killed
         os.killpg(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     with suppress(OSError):

@@ -67,7 +67,7 @@ NOT_RUN: Final = {
 }
 """Beginnings of commands that are not run, and why."""
 KILLS: Final = "trainer verify-resume"
-"""Kills process trees, so it needs real ones: 40 s each, `heavy`; test_verify_resume.py does the same in CI."""
+"""Kills process trees, so real ones, which takes 40 s: `heavy`; test_verify_resume.py does the same in CI."""
 NEEDS: Final = {
     "--tasks my_task.yaml": "lm_eval",
     "--to tensorboard": "tensorboard",
@@ -225,8 +225,8 @@ def write_project(root: Path) -> None:
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     tiny_model_dir(root / MODEL)
     tiny_model_dir(root / "models/other", seed=5)
-    for recipe in [*root.glob("recipes/*.yaml"), *root.glob("examples/*/recipe.yaml")]:
-        cut(recipe)
+    for file in [*root.glob("recipes/*.yaml"), *root.glob("examples/*/recipe.yaml")]:
+        cut(file)
     shutil.copy(root / "train.jsonl", root / "chats.jsonl")
     questions = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(24)]
     write_rows(root / "problems.jsonl", questions)
@@ -313,6 +313,9 @@ BEFORE: Final[dict[str, Callable[[Reader], None]]] = {
     "trainer eval my_sft_run --reward rewards.py:my_reward": _copy("my_sft_run"),
     "trainer cancel runs/my_run": _long_run,
     SKY: _with_mirror,
+    "curl -sS http://127.0.0.1:8000/v1/chat/completions": lambda reader: reader.start_server(
+        "trainer serve sft_quickstart", "/ready"
+    ),  # of the two servers that the page starts before, the last one runs
     "trainer import-config trl.yaml --gpus 8 --out my.yaml": lambda reader: (reader.root / "my.yaml").unlink(),
 }
 AFTER: Final[dict[str, Callable[[Reader], None]]] = {
@@ -351,7 +354,7 @@ def test_the_command_works(command: Command, reader: Reader, capsys: pytest.Capt
     for part, module in NEEDS.items():
         if part in text and find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    BEFORE.get(text, lambda _: None)(reader)
+    _do(BEFORE, text, reader)
     server = next((path for begin, path in SERVERS.items() if text.startswith(begin)), "no server")
     if server != "no server":
         reader.start_server(text, server)
@@ -367,4 +370,13 @@ def test_the_command_works(command: Command, reader: Reader, capsys: pytest.Capt
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     if text in PROMISED:
         assert re.search(PROMISED[text], done.stdout + done.stderr), f"{command}\n{done.stdout}\n{done.stderr}"
-    AFTER.get(text, lambda _: None)(reader)
+    if text.startswith("curl"):  # which succeeds with every answer
+        assert done.stdout.strip()
+        assert "error" not in done.stdout
+    _do(AFTER, text, reader)
+
+
+def _do(table: dict[str, Callable[[Reader], None]], text: str, reader: Reader) -> None:
+    for begin, act in table.items():
+        if text.startswith(begin):
+            act(reader)

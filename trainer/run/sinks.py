@@ -204,7 +204,7 @@ class Sinks:
         self._names = list(names)
         self._step: int | None = None
         self._sinks: dict[SinkName, Sink] = {}
-        self.problems: dict[SinkName, str] = {}
+        self.problems: dict[str, str] = {}
         """Why a sink receives nothing more."""
         for name in self._names:
             try:
@@ -246,8 +246,10 @@ class Sinks:
 
     def _note(self) -> None:
         """Write the problems for `trainer status`; those of other sinks stay. A failure is said and changes nothing."""
-        others = {name: why for name, why in sink_problems(self._run).items() if name not in self._names}
-        problems: dict[str, str] = {**others, **self.problems}
+        problems: dict[str, str] = {
+            name: why for name, why in sink_problems(self._run).items() if name not in self._names
+        }
+        problems.update(self.problems)
         try:
             if problems:
                 write_atomically(sinks_file(self._run), json.dumps(problems) + "\n", durable=False)

@@ -97,7 +97,10 @@ class SupervisedProcess(Generic[C]):
         self.launch()
         assert self._process is not None
         deadline = monotonic() + START_S
-        while not self._socket.exists():
+        while True:
+            with suppress(FileNotFoundError, ConnectionRefusedError):  # no socket yet, or one that does not listen yet
+                connection = await self.client.connect(self._socket)
+                break
             if self._process.poll() is not None:
                 raise LaunchError(
                     f"the {self._name} ended with exit code {self._process.returncode}; its words are above"
@@ -105,7 +108,6 @@ class SupervisedProcess(Generic[C]):
             if monotonic() > deadline:
                 raise LaunchError(f"the {self._name} did not load its model within {START_S:.0f} s")
             await asyncio.sleep(0.05)
-        connection = await self.client.connect(self._socket)
         await self._prepare()
         self.client.set_ready()
         return connection
