@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from contextlib import suppress
@@ -134,6 +135,40 @@ def test_a_dead_environment_is_a_failed_rollout(asks):
     assert all(record["conversation"]["stop"] == "environment_died" for record in dead)
     assert all("ended itself with status 7" in record["failure"] for record in dead)
     assert all(record["reward"] is not None for record in records if record not in dead)
+
+
+VERIFIERS = Path(os.environ.get("VERIFIERS_PYTHON", Path(__file__).parents[2] / ".venv-verifiers/bin/python"))
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not VERIFIERS.exists(), reason="no interpreter with verifiers (VERIFIERS_PYTHON)")
+def test_a_taskset_of_verifiers_is_trained(asks):
+    example = Path(__file__).parents[2] / "examples" / "verifiers_taskset"
+    for name in ("shop_tasks.py", "rows.jsonl"):
+        shutil.copy(example / name, asks.root / name)
+    changes: dict[str, Any] = {
+        "model": {"path": "model", "chat_template": "hermes"},
+        "data": {"train": "rows.jsonl", "max_seq_tokens": 512},
+        "rows_per_step": 1,
+        "steps": 1,
+        "algorithm": {},
+        "rewards": [],
+        "rollout": {
+            "group_size": 2,
+            "max_completion_tokens": 8,
+            "stop": ["a", "e", "i", "o", "n", "s", " "],
+            "max_turns": 2,
+            "environment": {"verifiers": "shop_tasks", "python": str(VERIFIERS)},
+            "environment_limits": {"timeout_s": 240, "memory_limit_gib": 4},
+        },
+        "eval_interval": 0,
+    }
+    run = run_here(asks, "shop", **changes)
+    records = rollouts(run, 0)
+    assert len(records) == 2
+    assert all(record["conversation"]["stop"] == "done" for record in records)
+    assert all(record["rewards"]["environment/asked"] == 0.0 for record in records), "a random policy calls no tool"
+    assert all(record["conversation"]["tools"][0]["function"]["name"] == "shop_price" for record in records)
 
 
 def without_seconds(chunks: dict[str, bytes]) -> dict[str, Any]:
