@@ -295,12 +295,12 @@ def test_a_conversation_is_shown_whole(server):
 
 
 def test_a_judge_is_tried_before_training_and_an_outage_is_not_waited_for(server):
-    rows = [Row({"prompt": "?", "answer": "x" * (4 + number)}, "rows.jsonl", number + 1) for number in range(2)]
+    rows = [Row({"prompt": "?", "answer": "xxxx"}, "rows.jsonl", number) for number in (1, 2)]
     patient = spec(server, on_outage="wait", num_retries=0)
     (report,) = probe([patient], rows, ProbeSettings(Path())).rewards
     assert (report.num_gold_above, report.num_gold, report.num_failed) == (2, 2, 0)
     (grouped,) = probe([spec(server, compare="group")], rows, ProbeSettings(Path())).rewards
     assert grouped.num_gold_above == 2
     server.always({"status": 503})
-    with pytest.raises(RewardError, match=r"(?s)scored none of 19 texts.*HTTP 503"):
+    with pytest.raises(RewardError, match=r"(?s)scored none of 17 texts.*HTTP 503"):
         probe([patient], rows, ProbeSettings(Path()))
