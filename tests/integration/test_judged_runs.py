@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,17 @@ def test_a_judged_run_logs_its_cost_and_is_not_paid_twice(
 
 
 def test_an_outage_is_waited_out_and_the_ledger_is_shown(project: Project, server: JudgeServer) -> None:
-    fields: dict[str, Any] = {"rewards": [judge(server, num_retries=0)], "steps": 1, "rows_per_step": 2}
+    fields: dict[str, Any] = {"rewards": [judge(server, num_retries=0, concurrency=1)], "steps": 1, "rows_per_step": 2}
     undisturbed = run_here(project, "calm", **fields, **NO_EVALUATION)
     server.always({"status": 503})
-    back = threading.Timer(3.0, server.always, [None])
+    num_before = len(server.requests())
+
+    def come_back() -> None:
+        while len(server.requests()) == num_before:
+            time.sleep(0.05)
+        server.always(None)
+
+    back = threading.Thread(target=come_back)
     back.start()
     disturbed = run_here(project, "outage", **fields, **NO_EVALUATION)
     back.join()

@@ -328,6 +328,9 @@ def test_thinking_that_the_prompt_opens_is_found(opening, prefilled):
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n" + opening.replace("\n", "{{ '\\n' }}") + "{% endif %}"
     )
-    encoder = make_encoder(template)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    data = DataSettings(train=DataSource(path="x"))
+    encoder = ChatEncoder(tokenizer, ModelSettings(path="nowhere"), data, for_prompts=True)
     row = Row({"messages": [user("write <think> please")]}, "rows.jsonl", 1)
     assert encoder.prefilled(encoder.encode_prompt(row)) == prefilled

@@ -235,7 +235,7 @@ def test_an_sft_contradiction_is_an_error_at_its_line(old, new, mistake):
         ("rewards:", "rewards:\n  - use: last_number", "18: rewards.1: two rewards are called last_number"),
         ("- use: last_number", "[]", "16: rewards: missing; rft needs at least one reward"),
         ("group_size: 4", "top_p: 0.9", "14: rollout.top_p: truncated sampling biases the gradient"),
-        ("clip_low: 0.1\nrollout:\n  group_size: 4", "kl_coef: 0.1\nrollout:\n  top_k: 9", "14: rollout.top_k: trunc"),
+        ("clip_low: 0.1\nrollout:", "mismatch_cap: 2.0\nrollout:\n  top_k: 9", "14: rollout.top_k: truncated sampling"),
         ("tokens: 16", "tokens: 128", "15: rollout.max_completion_tokens: 128 leaves no room"),
         ("clip_low: 0.1", "minibatches_per_step: 3", "12: algorithm.minibatches_per_step: 3 minibatches do not divide"),
         ("name: small", "name: small\nlora: {dropout: 0.1}", "2: lora.dropout: rft needs 0"),

@@ -12,6 +12,7 @@ from judge_server import JudgeServer, judging
 
 from trainer.config.rft_sections import RewardSpec
 from trainer.errors import PreemptedError, RewardError
+from trainer.rewards.dry_run import ProbeSettings, probe
 from trainer.rewards.judges.open import Judging
 from trainer.rewards.judges.protocol import Surroundings
 from trainer.rewards.judges.question import InvalidAnswerError, ask_score, read_answer
@@ -291,3 +292,15 @@ def test_a_conversation_is_shown_whole(server):
     user = server.requests()[0]["body"]["messages"][1]["content"]
     assert "]\nuser: Guess.\n\nassistant: xxx\n[end of completion" in user
     assert "[prompt" not in user
+
+
+def test_a_judge_is_tried_before_training_and_an_outage_is_not_waited_for(server):
+    rows = [Row({"prompt": "?", "answer": "xxxx"}, "rows.jsonl", number) for number in (1, 2)]
+    patient = spec(server, on_outage="wait", num_retries=0)
+    (report,) = probe([patient], rows, ProbeSettings(Path())).rewards
+    assert (report.num_gold_above, report.num_gold, report.num_failed) == (2, 2, 0)
+    (grouped,) = probe([spec(server, compare="group")], rows, ProbeSettings(Path())).rewards
+    assert grouped.num_gold_above == 2
+    server.always({"status": 503})
+    with pytest.raises(RewardError, match=r"(?s)scored none of 17 texts.*HTTP 503"):
+        probe([patient], rows, ProbeSettings(Path()))

@@ -1,11 +1,14 @@
 """code_tests: what passes is rewarded, and model-written code reaches nothing outside its directory."""
 
+import http.server
 import json
 import os
 import platform
 import socket
+import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -324,3 +327,39 @@ def test_an_endless_loop_costs_one_budget_and_fails_no_reward(tmp_path):
         with RewardRunner([RewardSpec(use="code_tests", args=args)], base_dir=tmp_path, timeout_s=2.0) as runner:
             scored = runner.score([(block("while True: pass"), row)])
         assert (scored[0].reward, scored[0].failure) == (0.0, None)
+
+
+@pytest.fixture(scope="module")
+def sandbox_server():
+    """The server of the documentation, on a free port."""
+    script = Path(__file__).parents[2] / "docs" / "examples" / "sandbox_server.py"
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(script), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [("def double(x): return 2 * x", 1.0), ("def double(x): return x", 0.0), ("import os; os.fork()", 0.0)],
+)
+def test_a_sandbox_elsewhere_has_the_same_contract(sandbox_server, code, value):
+    assert passed(code, "assert double(2) == 4", sandbox_url=sandbox_server) == value
+    program = {"tests": [{"input": "4\n", "output": "8"}]}
+    answer = "```python\nprint(2 * int(input()))\n```"
+    assert code_tests(answer, program, sandbox_url=sandbox_server).value == 1.0
+
+
+def test_a_sandbox_that_is_not_there_or_answers_nonsense_is_a_failure_and_no_zero():
+    with pytest.raises(RuntimeError, match="ConnectError"):
+        passed(DOUBLE, "assert double(2) == 4", sandbox_url="http://127.0.0.1:9")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(RuntimeError, match="HTTP 501"):
+            passed(DOUBLE, "assert double(2) == 4", sandbox_url=url)
+        thread.join()

@@ -13,6 +13,7 @@ from typing import Any, Final, final
 from trainer.rewards.builtin.answers import after_thinking, python_blocks
 from trainer.rewards.contract import TIME_LIMIT, Score
 from trainer.rewards.sandbox.client import Sandbox
+from trainer.rewards.sandbox.remote import RemoteSandbox
 from trainer.types import Row, read_field
 
 BUDGET_FRAC: Final = 0.8
@@ -20,7 +21,7 @@ BUDGET_FRAC: Final = 0.8
 DEFAULT_BUDGET_S: Final = 8.0
 
 
-def code_tests(
+def code_tests(  # noqa: PLR0913 - each is an argument of the recipe
     completion: str,
     row: Row,
     *,
@@ -30,6 +31,7 @@ def code_tests(
     run_timeout_s: float = 4.0,
     memory_mib: int = 512,
     allow_weak_sandbox: bool = False,
+    sandbox_url: str | None = None,
 ) -> Score:
     """1.0 if the last Python block of the completion passes all of `row["tests"]`, else 0.0.
 
@@ -64,12 +66,15 @@ def code_tests(
         run_timeout_s: wall-clock and CPU limit of one process; statements and calls share one.
         memory_mib: address space of the process.
         allow_weak_sandbox: whether to run without seccomp.
+        sandbox_url: a server that runs the code instead, see `trainer.rewards.sandbox.remote`.
     """
     tests = read_tests(row, field)
     code = find_code(completion, block)
     if code is None:
         return Score(0.0, {"passed": 0.0})
-    sandbox = Sandbox(memory_mib << 20, allow_weak_sandbox, partial)
+    sandbox: Sandbox | RemoteSandbox = Sandbox(memory_mib << 20, allow_weak_sandbox, partial)
+    if sandbox_url is not None:
+        sandbox = RemoteSandbox(sandbox_url, memory_mib << 20, partial)
     end = time.monotonic() + BUDGET_FRAC * float(os.environ.get(TIME_LIMIT, DEFAULT_BUDGET_S / BUDGET_FRAC))
 
     def remaining_s() -> float:
