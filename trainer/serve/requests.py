@@ -174,8 +174,8 @@ class CompletionRequest(_Request):
         """Each prompt, as text or as token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        is_one = bool(self.prompt) and isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item]
+        ids = [each for each in self.prompt if isinstance(each, int)]
+        return [ids] if ids else [each for each in self.prompt if not isinstance(each, int)]
 
 
 def validation_error(errors: list[Mapping[str, Any]]) -> ApiError:
