@@ -21,7 +21,7 @@ from serving import Server, serving
 from tiny import tiny_model_dir
 from transformers import AutoTokenizer
 
-TEMPLATES: Final = Path(find_spec("trl").origin).parent / "chat_templates"  # type: ignore[union-attr, arg-type]
+TEMPLATES: Final = Path(find_spec("trl").origin).parent / "chat_templates"  # type: ignore[arg-type]
 MODEL: Final = "thinker"
 TAGS: Final = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 CHAT: Final[list[Any]] = [{"role": "user", "content": "what is the sum of 8 and 90?"}]

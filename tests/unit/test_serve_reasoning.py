@@ -29,7 +29,7 @@ from trainer.serve.structure import lark, schema_rules
 from trainer.serve.text import TextStream, special_ids
 from trainer.serve.tools import tool_rules, tools_of, writes_json_calls
 
-TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"  # type: ignore[union-attr, arg-type]
+TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"  # type: ignore[arg-type]
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 CHAT: list[Any] = [{"role": "user", "content": "why is the sky blue?"}]
 THINK = FORMS[0]
