@@ -48,7 +48,7 @@ assert Weather(**call["args"]) and call["name"] == "Weather", call
 assert isinstance(chat.with_structured_output(Weather, method="json_schema").invoke("rain?"), Weather)
 print("all of it works")
 '''
-ROWS: Final = [
+ROWS: Final[list[dict[str, Any]]] = [
     {"question": f"{n} plus 1 is", "choices": [str(n + 1), str(n + 7), "no idea"], "gold": n % 3} for n in range(6)
 ]
 CHOICE: Final[dict[str, Any]] = {
@@ -103,7 +103,7 @@ def test_lm_eval_reads_the_log_probabilities_of_the_model(server: Server, shared
     tokenizer = AutoTokenizer.from_pretrained(model)
     causal_lm = AutoModelForCausalLM.from_pretrained(model)
     for row, sample in zip(ROWS, samples, strict=True):
-        for choice, ((logprob, _),) in zip(row["choices"], sample["resps"], strict=True):  # type: ignore[call-overload]
+        for choice, ((logprob, _),) in zip(row["choices"], sample["resps"], strict=True):
             ids = tokenizer(f"{row['question']} {choice}")["input_ids"]
             count = len(ids) - len(tokenizer(row["question"])["input_ids"])
             with torch.no_grad():

@@ -190,16 +190,19 @@ class CompletionRequest(_Request):
         """Each prompt, as text or as token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        is_one = bool(self.prompt) and isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item, arg-type]
+        ids = [each for each in self.prompt if isinstance(each, int)]
+        return [ids] if ids else [each for each in self.prompt if not isinstance(each, int)]
 
 
 def validation_error(errors: list[Mapping[str, Any]]) -> ApiError:
     """All mistakes of a body, in one message."""
-    texts = []
+    texts, params = [], []
     for error in errors:
-        place = ".".join(str(part) for part in error["loc"] if part != "body")
+        if error["type"] == "json_invalid":  # its place is a character
+            texts.append(f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}")
+            continue
+        parts = [str(part) for part in error["loc"] if part != "body"]
         message = "unknown field, not supported" if error["type"] == "extra_forbidden" else error["msg"]
-        texts.append(f"{place}: {message}" if place else message)
-    first = [str(part) for part in errors[0]["loc"] if part != "body"]
-    return ApiError(400, "; ".join(texts), param=first[0] if first else None)
+        texts.append(f"{'.'.join(parts)}: {message}" if parts else message)
+        params += parts[:1]
+    return ApiError(400, "; ".join(texts), param=params[0] if params else None)

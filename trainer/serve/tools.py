@@ -114,7 +114,10 @@ def writes_json_calls(template: ChatTemplate) -> bool:
     Other models write a tag for each argument between the same tags (Qwen3.5, GLM 4.5).
     """
     call = {"type": "function", "id": "call_0", "function": {"name": "zqname", "arguments": {"zqkey": "zqvalue"}}}
-    chat: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
     try:
         text = template.chat(chat, None, {}).text
     except Exception:  # a template raises whatever its author thought of
