@@ -20,7 +20,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODEL: Final = ROOT / "models" / "SmolLM2-135M-Instruct"
-STEPS: Final = 6
+STEPS: Final = 5
 REWARD: Final = """\
 import time
 def slow(completion, row):

@@ -22,7 +22,7 @@ from adapter_files import adapter_dir
 from vllm_python import MARKS, MODEL, PYTHON, ROOT, engine_core, is_gone, processes_of_vllm, server_process
 
 pytestmark = MARKS
-PATIENCE_S = 900.0
+PATIENCE_S = 1800.0
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(ROOT), "TUNESMITH_VLLM_PYTHON": str(PYTHON),
