@@ -1,7 +1,7 @@
 """What `rollout.staleness: 1` saves: step time against 0, alternating in one run of this script.
 
-Work beside the learner of SmolLM2-135M: a reward that sleeps (local sampler), or with --vllm PYTHON a vLLM
-that draws.
+Beside the learner works a reward that sleeps (local sampler, tiny model), or with --vllm PYTHON a vLLM that draws
+(SmolLM2-135M).
 
     .venv/bin/python benchmarks/staleness.py [--rounds 3] [--vllm .venv-vllm/bin/python]
 """
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
 MODEL: Final = ROOT / "models" / "SmolLM2-135M-Instruct"
-STEPS: Final = 5
+STEPS: Final = 8
 REWARD: Final = """\
 import time
 def slow(completion, row):
@@ -37,7 +38,7 @@ def recipe(name: str, staleness: int, vllm: str | None) -> dict[str, Any]:
     return {
         "name": name,
         "method": "rft",
-        "model": {"path": str(MODEL)},
+        "model": {"path": str(MODEL)} if vllm is not None else {"path": "tiny", "compute_dtype": "float32"},
         "lora": {"rank": 8},
         "data": {"train": "train.jsonl", "max_seq_tokens": 256},
         "rows_per_step": 4,
@@ -72,6 +73,10 @@ def main() -> None:
     found: dict[int, list[float]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory(prefix="staleness-") as directory:
         home = Path(directory)
+        if arguments.vllm is None:
+            from tiny import tiny_model_dir
+
+            tiny_model_dir(home / "tiny")
         rows = [{"prompt": f"What is {number} + 4? Explain.", "answer": str(number + 4)} for number in range(40)]
         (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sleep_s = 0.0 if arguments.vllm else arguments.sleep_s
