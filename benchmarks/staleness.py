@@ -21,7 +21,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 MODEL: Final = ROOT / "models" / "SmolLM2-135M-Instruct"
-STEPS: Final = 8
+STEPS: Final = 6
 REWARD: Final = """\
 import time
 def slow(completion, row):
@@ -43,7 +43,7 @@ def recipe(name: str, staleness: int, vllm: str | None) -> dict[str, Any]:
         "data": {"train": "train.jsonl", "max_seq_tokens": 256},
         "rows_per_step": 4,
         "steps": STEPS,
-        "algorithm": {"mismatch_cap": 2.0},
+        "algorithm": {"mismatch_cap": 2.0, "epochs_per_batch": 8},
         "rollout": rollout,
         "rewards": [{"use": "reward.py:slow"}],
         "optimizer": {"learning_rate": 1e-4},
@@ -67,7 +67,7 @@ def main() -> None:
     """Measure and print one line per round, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sleep-s", type=float, default=0.25, help="of the reward, for each of 16 completions")
+    parser.add_argument("--sleep-s", type=float, default=0.1, help="of the reward, for each of 16 completions")
     parser.add_argument("--vllm", metavar="PYTHON", help="draw on a vLLM that the run starts")
     arguments = parser.parse_args()
     found: dict[int, list[float]] = {0: [], 1: []}
