@@ -1,7 +1,7 @@
 """What `rollout.staleness: 1` saves: step time against 0, alternating in one run of this script.
 
-Work beside the learner of SmolLM2-135M: a reward that sleeps (local sampler), or with --vllm PYTHON a vLLM
-that draws.
+Beside the learner works a reward that sleeps (local sampler, tiny model), or with --vllm PYTHON a vLLM that draws
+(SmolLM2-135M).
 
     .venv/bin/python benchmarks/staleness.py [--rounds 3] [--vllm .venv-vllm/bin/python]
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
 MODEL: Final = ROOT / "models" / "SmolLM2-135M-Instruct"
 STEPS: Final = 6
 REWARD: Final = """\
@@ -37,12 +38,12 @@ def recipe(name: str, staleness: int, vllm: str | None) -> dict[str, Any]:
     return {
         "name": name,
         "method": "rft",
-        "model": {"path": str(MODEL)},
+        "model": {"path": str(MODEL)} if vllm is not None else {"path": "tiny", "compute_dtype": "float32"},
         "lora": {"rank": 8},
         "data": {"train": "train.jsonl", "max_seq_tokens": 256},
         "rows_per_step": 4,
         "steps": STEPS,
-        "algorithm": {"mismatch_cap": 2.0},
+        "algorithm": {"mismatch_cap": 2.0, "epochs_per_batch": 8},
         "rollout": rollout,
         "rewards": [{"use": "reward.py:slow"}],
         "optimizer": {"learning_rate": 1e-4},
@@ -66,12 +67,16 @@ def main() -> None:
     """Measure and print one line per round, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sleep-s", type=float, default=0.25, help="of the reward, for each of 16 completions")
+    parser.add_argument("--sleep-s", type=float, default=0.1, help="of the reward, for each of 16 completions")
     parser.add_argument("--vllm", metavar="PYTHON", help="draw on a vLLM that the run starts")
     arguments = parser.parse_args()
     found: dict[int, list[float]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory(prefix="staleness-") as directory:
         home = Path(directory)
+        if arguments.vllm is None:
+            from tiny import tiny_model_dir
+
+            tiny_model_dir(home / "tiny")
         rows = [{"prompt": f"What is {number} + 4? Explain.", "answer": str(number + 4)} for number in range(40)]
         (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sleep_s = 0.0 if arguments.vllm else arguments.sleep_s
