@@ -41,7 +41,8 @@ def requirements(lines: list[str]) -> set[str]:
 
 ELSEWHERE = {"tinker"}
 """Imported by scripts that run in an environment of their own."""
-OURS = {
+MODULES = {file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py")}
+OURS = {"trainer", "chaos", *ELSEWHERE, *MODULES}
     "trainer",
     "chaos",
     *ELSEWHERE,
