@@ -103,10 +103,6 @@ def test_sl_loop_learns_and_resumes_where_it_was_killed(place: Path, server: Ser
     settings = {
         "model_name": MODEL, "batch_size": 4, "lora_rank": 8, "learning_rate": 1e-2, "save_every": 3, "max_steps": 9,
     }  # fmt: skip
-    run(place, server, "sl_loop", log_path=place / "whole", **settings)
-    whole = {each["step"]: each["train_mean_nll"] for each in metrics(place / "whole")}
-    assert sorted(whole) == list(range(9))
-    assert whole[8] < whole[0]
     process = start(place, server, "sl_loop", log_path=place / "killed", **settings)
     deadline = time.monotonic() + 600
     while not (len(metrics(place / "killed")) >= 5 and (place / "killed" / "checkpoints.jsonl").is_file()):
@@ -119,7 +115,9 @@ def test_sl_loop_learns_and_resumes_where_it_was_killed(place: Path, server: Ser
     assert "Resuming from batch" in said
     again = [(each["step"], each["train_mean_nll"]) for each in metrics(place / "killed")]
     assert {step for step, _ in again} == set(range(9))
-    assert all(value == whole[step] for step, value in again), "each step, also a repeated one, has the loss of one run"
+    assert len(again) > 9, "steps after the saved state are done once more"
+    assert len(set(again)) == 9, "with the losses that they had: the client asks for no seed, so only within one run"
+    assert again[-1][1] < again[0][1]
 
 
 @pytest.mark.parametrize("loss", ["importance_sampling", "cispo"])

@@ -25,7 +25,8 @@ def imported_by(folder: str) -> dict[str, Path]:
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OURS:
-                found[installed.get(name, [NAMED_OTHERWISE.get(name, name)])[0].lower().replace("_", "-")] = file
+                distribution = SHARED.get(name) or installed.get(name, [NAMED_OTHERWISE.get(name, name)])[0]
+                found[distribution.lower().replace("_", "-")] = file
     return found
 
 
@@ -38,9 +39,16 @@ def requirements(lines: list[str]) -> set[str]:
     return {re.split(r"[<>=\[; ]", line)[0].lower().replace("_", "-") for line in lines}
 
 
-OURS = {"trainer", "chaos", *(file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py"))}
+ELSEWHERE = {"tinker"}
+"""Imported by scripts that run in an environment of their own."""
+MODULES = {file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py")}
+OURS = {"trainer", "chaos", *ELSEWHERE, *MODULES}
 """The package, and the modules that tests and tools import from beside themselves."""
-OPTIONAL_EXTRAS = ("accounts", "math", "s3", "qlora", "evals", "serve", "training", "tensorboard", "trackio", "mlflow", "mcp")
+OPTIONAL_EXTRAS = (
+    "accounts", "math", "s3", "qlora", "evals", "serve", "training", "tensorboard", "trackio", "mlflow", "mcp",
+)  # fmt: skip
+SHARED = {"google": "protobuf"}
+"""Distributions of modules whose first name several distributions share."""
 NAMED_OTHERWISE = {"mlflow": "mlflow-skinny"}
 """Distributions that need not be installed here, by the module that they bring."""
 OTHER_INTERPRETER = {"verifiers"}

@@ -54,7 +54,7 @@ class Server:
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(frame(self._hello))
         tasks: set[asyncio.Task[None]] = set()
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):  # the latter at the end
             while True:
                 head, body = await read_frame(reader)
                 task = asyncio.create_task(self._answer(writer, head, body))

@@ -70,6 +70,18 @@ class Sessions:
     def adapter_of(
         self, owner: str, base: Base, max_rank: int, lora: Mapping[str, Any], begin: Mapping[str, Any] | None
     ) -> LoraSettings:
+        """Settings of the adapter that a client asks for: as a saved state has them, or of its own.
+
+        Args:
+            owner: account.
+            base: where the adapter will be.
+            max_rank: the highest rank that is accepted.
+            lora: as the protocol has it: rank, and which parts of the model.
+            begin: path of a state; None begins anew.
+
+        Raises:
+            Refused: there is no such state, or no such adapter can be.
+        """
         if begin is not None:
             directory = self.find_state(owner, str(begin["path"]), ("weights",))
             try:

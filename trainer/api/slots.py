@@ -21,7 +21,6 @@ from trainer.data.tokens import TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch, fill
-from trainer.model.lora_linear import FusedLinear
 from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Policy, load_policy
 from trainer.planning.identity import model_digest
@@ -131,12 +130,8 @@ class Base:
             part: `attn` or `mlp`, as the names of the modules around the layers say.
         """
         words = {"attn": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}[part]
-        names = {
-            name.rpartition(".")[2]
-            for name, module in self.policy.causal_lm.named_modules()
-            if isinstance(module, FusedLinear) and any(word in name.rpartition(".")[0] for word in words)
-        }
-        return sorted(names)
+        assert self.policy.adapters is not None
+        return self.policy.adapters.layer_names(words)
 
     def run(self, parts: Sequence[MicroBatch], *, backward: bool) -> list[Passed]:
         """One pass over the micro-batches of several slots.

@@ -6,7 +6,7 @@ routes each token through its owner's adapter; otherwise the active adapter is u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, final
@@ -129,6 +129,15 @@ class Adapters:
         config = self.model.peft_config[name]
         assert isinstance(config, peft.LoraConfig)
         return config
+
+    def layer_names(self, words: Sequence[str]) -> list[str]:
+        """Names of the adapted linear layers inside modules whose names have one of these words, such as q_proj.
+
+        Args:
+            words: such as "attn".
+        """
+        named = (name.rpartition(".") for name, module in self._base.named_modules() if isinstance(module, FusedLinear))
+        return sorted({layer for parent, _, layer in named if any(word in parent for word in words)})
 
     def activate(self, name: str) -> None:
         """Use this adapter for packs without owners. All adapters stay trainable."""
