@@ -1,6 +1,6 @@
 """Clients that other people wrote, in an environment of their own: langchain-openai and lm-eval.
 
-python -m venv .venv-clients && .venv-clients/bin/pip install langchain-openai 'lm-eval[api]'
+python -m venv .venv-clients && .venv-clients/bin/pip install langchain-openai 'lm-eval[api]' transformers
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Weather(BaseModel):
     city: Literal["Oslo", "Rome"]
 
 chat = ChatOpenAI(
-    base_url=sys.argv[1], api_key="none", model="thinker", max_tokens=200, seed=1, temperature=1,
+    base_url=sys.argv[1], api_key="none", model="thinker", max_tokens=400, seed=1, temperature=1,
     reasoning_effort="none",
 )
 answer = chat.invoke("what is the sum of 8 and 90?")
 assert answer.content and answer.usage_metadata["output_tokens"], answer
 assert "".join(part.content for part in chat.stream("what is the sum of 8 and 90?")) == answer.content
-(call,) = chat.bind_tools([Weather], tool_choice="Weather", parallel_tool_calls=False).invoke("rain?").tool_calls
+caller = chat.bind_tools([Weather], tool_choice="Weather", strict=True, parallel_tool_calls=False)
+(call,) = caller.invoke("rain?").tool_calls
 assert Weather(**call["args"]) and call["name"] == "Weather", call
 assert isinstance(chat.with_structured_output(Weather, method="json_schema").invoke("rain?"), Weather)
 print("all of it works")
