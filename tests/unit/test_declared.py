@@ -43,11 +43,6 @@ ELSEWHERE = {"tinker"}
 """Imported by scripts that run in an environment of their own."""
 MODULES = {file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py")}
 OURS = {"trainer", "chaos", *ELSEWHERE, *MODULES}
-    "trainer",
-    "chaos",
-    *ELSEWHERE,
-    *(file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob("*.py")),
-}
 """The package, and the modules that tests and tools import from beside themselves."""
 OPTIONAL_EXTRAS = ("math", "s3", "qlora", "evals", "serve", "tensorboard", "trackio", "mlflow", "training")
 SHARED = {"google": "protobuf"}
