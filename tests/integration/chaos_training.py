@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+import torch
 from raw_training import step_data
 
 from trainer.api.service import open_service
@@ -139,7 +140,8 @@ class Chaos:
 
 
 def undisturbed(model: Path, steps: int) -> list[float]:
-    """Losses of the same training in process."""
+    """Losses of the same training in process, with as many threads as the server: sums depend on it."""
+    torch.set_num_threads(1)
     own = open_service(model, compute_dtype="float32").create(rank=4, seed=1)
     losses = []
     for step in range(steps):

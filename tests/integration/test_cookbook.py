@@ -148,4 +148,4 @@ def test_math_rl_trains_on_arithmetic(place: Path, server: Server) -> None:
     run(place, server, "math_rl.train", env="arithmetic", model_name=MODEL, log_path=place / "math", group_size=4,
         groups_per_batch=4, learning_rate=1e-3, lora_rank=4, max_tokens=5, eval_every=0, save_every=0, max_steps=2,
         renderer_name="role_colon", loss_fn="ppo", behavior_if_log_dir_exists="delete")  # fmt: skip
-    assert len(metrics(place / "math")) == 2
+    assert len(metrics(place / "math")) >= 2  # and a line about its end
