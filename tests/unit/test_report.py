@@ -158,7 +158,8 @@ def test_a_rollout_of_several_turns_is_a_chat(run: RunDir) -> None:
     """As environments record it, in a file of the journal."""
     write_step(run, 0, [1.0])
     file = run.journal_chunk(0, 0)
-    header, prompt, rollout, end, _ = file.read_text().split("\n")
+    lines = file.read_text().split("\n")
+    place = next(index for index, line in enumerate(lines) if "sampler_logprobs" in line)
     turns = [{"role": "assistant", "content": "higher?"}, {"role": "tool", "content": "lower"}]
     conversation = {
         "messages": [{"role": "user", "content": "0?"}, *turns],
@@ -166,8 +167,8 @@ def test_a_rollout_of_several_turns_is_a_chat(run: RunDir) -> None:
         "turns": [],
         "stop": "done",
     }
-    line = json.dumps(json.loads(rollout) | {"conversation": conversation})
-    file.write_text("\n".join([header, prompt, line, end, ""]))
+    lines[place] = json.dumps(json.loads(lines[place]) | {"conversation": conversation})
+    file.write_text("\n".join(lines))
     shown = RolloutReader(run, 1, 1).read().groups[0].rollouts[0]
     assert (shown["messages"], shown["stop"]) == (turns, "done")
 

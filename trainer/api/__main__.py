@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         make_directory(directory)
         refusal = f"{directory}: another server uses it; choose another --training-dir"
-        with hold(directory / "lock", refusal, directory / "heartbeat.json"):
+        with hold(directory / "lock", refusal, directory / "alive.json"):
             asyncio.run(_serve(arguments))
     except TrainerError as error:
         sys.stderr.write(f"{error}\n")

@@ -35,6 +35,7 @@ def sequence_record(sequence: DrawnSequence, num_shared: int = 0) -> dict[str, A
 def shared_prompts(groups: Iterable[Group]) -> dict[int, tuple[int, ...]]:
     """For each row the token ids with which all of its rollouts begin, before the first drawn one.
 
+    >>> from trainer.types import Group, Rollout, Row
     >>> one = Rollout((1, 40, 19), (False, False, True), (-0.5,), "stop", 0, "4")
     >>> other = Rollout((1, 40, 20), (False, False, True), (-0.5,), "stop", 0, "5")
     >>> shared_prompts([Group(Row({}, index=7), (one, other))])
