@@ -1,7 +1,4 @@
-"""The run directory: every path under runs/<name>/, and the handle by which a run is read and locked.
-
-Tests hold other modules to these properties: none spells a file name of the run directory itself.
-"""
+"""The run directory: every path under runs/<name>/. No other module spells a file name of it; a test demands that."""
 
 from __future__ import annotations
 
@@ -182,33 +179,26 @@ class RunDir:
 
     def journal_chunks(self, step: int, *, refused: bool = False) -> list[Path]:
         """The chunks of a step that were written, in order; compressed ones end in `.jsonl.gz`."""
-        files = {file.name.removesuffix(".gz"): file for file in self.journal(step, refused=refused).glob("chunk-*.gz")}
-        files |= {file.name: file for file in self.journal(step, refused=refused).glob("chunk-*.jsonl")}
+        of_step = self.journal(step, refused=refused)
+        files = {file.name.removesuffix(".gz"): file for file in of_step.glob("chunk-*.gz")}
+        files |= {file.name: file for file in of_step.glob("chunk-*.jsonl")}
         return [file for _, file in sorted(files.items())]
 
     def evaluation(self, step: int) -> Path:
         """Held-out answers after a step."""
-        return self._evaluations / f"{step_name(step)}.jsonl"
+        return self.root / "evaluations" / f"{step_name(step)}.jsonl"
 
     def evaluation_steps(self) -> list[int]:
         """Steps after which held-out prompts were answered, ascending."""
-        return _steps_in(self._evaluations)
+        return _steps_in(self.root / "evaluations")
 
     def answers(self, step: int) -> Path:
         """Answers of an sft run to a few rows after a step."""
-        return self._answers / f"{step_name(step)}.jsonl"
+        return self.root / "answers" / f"{step_name(step)}.jsonl"
 
     def answer_steps(self) -> list[int]:
         """Steps after which an sft run answered a few rows, ascending."""
-        return _steps_in(self._answers)
-
-    @property
-    def _answers(self) -> Path:
-        return self.root / "answers"
-
-    @property
-    def _evaluations(self) -> Path:
-        return self.root / "evaluations"
+        return _steps_in(self.root / "answers")
 
     # ---- contents: readers.py, metrics_reader.py
 
@@ -242,7 +232,13 @@ class RunDir:
         files = (self.metrics_file, self.outcome_file, self.cancel_file, self.excluded_file)
         for file in (*files, self.held_out_file, self.heartbeat_file, self.tracker_file, self.root / SINKS_FILE):
             file.unlink(missing_ok=True)
-        for directory in (self.checkpoints, self.rollouts, self._evaluations, self._answers, *self.all_weights()):
+        for directory in (
+            self.checkpoints,
+            self.rollouts,
+            self.root / "evaluations",
+            self.root / "answers",
+            *self.all_weights(),
+        ):
             shutil.rmtree(directory, ignore_errors=True)
 
     def move_aside(self) -> Path:
