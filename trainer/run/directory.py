@@ -17,7 +17,7 @@ from trainer.run.metrics_reader import MetricsReader, Record, newest_records, re
 from trainer.run.polling import wait_until
 from trainer.run.readers import Heartbeat, HeldOut
 from trainer.run.state import Outcome
-from trainer.run.step_names import step_name, step_number, steps_in
+from trainer.run.step_names import step_files_in, step_name, steps_in
 
 SINKS_FILE: Final = "trackers.json"
 JobFile = Literal["job.json", "job.sh", "logs/supervisor.log", "logs/slurm-%j.log"]
@@ -190,7 +190,7 @@ class RunDir:
 
     def evaluation_steps(self) -> list[int]:
         """Steps after which held-out prompts were answered, ascending."""
-        return _steps_in(self.root / "evaluations")
+        return step_files_in(self.root / "evaluations")
 
     def answers(self, step: int) -> Path:
         """Answers of an sft run to a few rows after a step."""
@@ -198,7 +198,7 @@ class RunDir:
 
     def answer_steps(self) -> list[int]:
         """Steps after which an sft run answered a few rows, ascending."""
-        return _steps_in(self.root / "answers")
+        return step_files_in(self.root / "answers")
 
     # ---- contents: readers.py, metrics_reader.py
 
@@ -397,9 +397,3 @@ class RunDir:
         """
         if self.is_locked() or self.is_supervised():
             raise LaunchError(self._taken())
-
-
-def _steps_in(directory: Path) -> list[int]:
-    """Steps that a directory has a file of JSON lines for, ascending."""
-    numbers = (step_number(file.stem) for file in directory.glob("*.jsonl"))
-    return sorted(number for number in numbers if number is not None)

@@ -34,3 +34,9 @@ def steps_in(directory: Path, prefix: str = "") -> list[int]:
     entries = (entry.name for entry in directory.glob("*/") if entry.name.startswith(prefix))
     numbers = (step_number(name.removeprefix(prefix)) for name in entries)
     return sorted(number for number in numbers if number is not None)
+
+
+def step_files_in(directory: Path) -> list[int]:
+    """Steps that a directory has a file of JSON lines for, ascending."""
+    numbers = (step_number(file.stem) for file in directory.glob("*.jsonl"))
+    return sorted(number for number in numbers if number is not None)
