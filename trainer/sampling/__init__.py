@@ -50,15 +50,16 @@ def open_sampler(
             say(sampler.note)
         yield sampler
         return
-    from trainer.sampling.served import ServedSampler
+    from trainer.sampling.served import ServedSampler, request_timeout_s
     from trainer.sampling.server_client import ServerClient
 
-    name = str(tokenizer.name_or_path)
+    name, timeout_s = str(tokenizer.name_or_path), request_timeout_s(recipe.recovery.hang_timeout_s)
     with ExitStack() as stack:
         if not rollout.is_managed:
             url = rollout.vllm_url if rollout.sampler == "vllm" else rollout.server_url
             assert url is not None, "config/semantics.py demands it"
-            yield ServedSampler([ServerClient(url, model=name)], tokenizer, world, name=recipe.name)
+            client = ServerClient(url, model=name)
+            yield ServedSampler([client], tokenizer, world, name=recipe.name, request_timeout_s=timeout_s)
             return
         opened: list[ServedSampler] = []
 
@@ -78,5 +79,9 @@ def open_sampler(
             ServerPlace(directory, number, rollout.vllm.start_timeout_s) for number in range(rollout.vllm.replicas)
         ]
         clients = [ServerClient(f"http://vllm-{each.number}", model=name, place=each) for each in places]
-        opened.append(ServedSampler(clients, tokenizer, world, name=recipe.name, exchange_dir=directory))
+        opened.append(
+            ServedSampler(
+                clients, tokenizer, world, name=recipe.name, exchange_dir=directory, request_timeout_s=timeout_s
+            )
+        )
         yield opened[0]

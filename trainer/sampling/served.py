@@ -41,11 +41,22 @@ from trainer.types import Completion
 MAX_CONCURRENT: Final = 64
 """Concurrent requests of one rank; the server queues and batches them."""
 SAMPLE_TIMEOUT_S: Final = 3600.0
+HANG_FRAC: Final = 0.8
+"""Part of the hang limit that a request may take: it must fail before the watchdog takes its wait for a hang."""
 LOAD_TIMEOUT_S: Final = 300.0
 CANARY: Final = "The quick brown fox jumps over the lazy dog. One, two, three, four, five, six. 12 + 30 = 42."
 CANARY_BUDGET: Final = 0.2
 """Largest mean absolute difference of the canary's logprobs; bf16 rounding causes 0.04 to 0.06 with SmolLM2."""
 T = TypeVar("T")
+
+
+def request_timeout_s(hang_timeout_s: float) -> float:
+    """How long a request may take, by how long a rank may stand still.
+
+    >>> request_timeout_s(1800.0), request_timeout_s(86_400.0)
+    (1440.0, 3600.0)
+    """
+    return min(SAMPLE_TIMEOUT_S, HANG_FRAC * hang_timeout_s)
 
 
 @final
@@ -60,6 +71,7 @@ class ServedSampler:
         *,
         name: str = "tunesmith",
         exchange_dir: Path | None = None,
+        request_timeout_s: float = SAMPLE_TIMEOUT_S,
     ) -> None:
         """Connect to the servers and determine the mode of their logprobs; every rank calls it.
 
@@ -70,12 +82,14 @@ class ServedSampler:
             name: begins the names of the run's adapters.
             exchange_dir: where adapters are written for the servers to read, on a shared file system; None is the
                 temporary directory of this machine.
+            request_timeout_s: how long the completions of one prompt may take.
 
         Raises:
             SamplerError: there is no server, or it is unsuitable for training.
         """
         self.tokenizer, self.world, self.clients = tokenizer, world, tuple(clients)
         self.client = self.clients[0]
+        self.request_timeout_s = request_timeout_s
         self.canary: tuple[int, ...] = tuple(tokenizer.encode(CANARY, add_special_tokens=False))
         self.served: Served = self._on_main(self._look)
         run_id = world.from_main(secrets.token_hex(4))
@@ -271,7 +285,8 @@ class ServedSampler:
         number = request.row % len(self.clients)
         client = self.clients[number]
         try:
-            answer = client.through_restarts(lambda: client.ask("/v1/completions", body, timeout_s=SAMPLE_TIMEOUT_S))
+            ask = partial(client.ask, "/v1/completions", body, timeout_s=self.request_timeout_s)
+            answer = client.through_restarts(ask)
         except RefusedError as error:
             lost = "" if client.has_model(self.name) else f" It no longer has {self.name}: was it restarted?"
             raise SamplerError(f"{error}{lost}") from None
