@@ -12,6 +12,13 @@ FIRST: Final = ("start", "README", "jobs", "using", "report", "serving")
 """Read in this order, as a new user would; their commands make the runs that other pages use."""
 NO_GUIDES: Final = ("architecture", "decisions", "log", "models")
 """For those who change the code; a record of decisions, one of measurements, and a generated table."""
+ELSEWHERE: Final = {
+    "accounts": "test_operator_walk.py types its commands",
+    "deployments": "needs a server with accounts and its key; test_operator_walk.py and test_deployments.py have one",
+    "security": "names commands of these two pages",
+    "training_api": "test_docs_training_api.py runs its loops, test_training_api.py its server and clients",
+}
+"""Guides whose commands need what this project does not have, and where they are run."""
 PROGRAMS: Final = (
     "trainer",
     "python",
@@ -60,7 +67,8 @@ def pages() -> list[Path]:
     found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
     order = {name: number for number, name in enumerate(FIRST)}
     return sorted(
-        (page for page in found if page.stem not in NO_GUIDES), key=lambda page: order.get(page.stem, len(order))
+        (page for page in found if page.stem not in (*NO_GUIDES, *ELSEWHERE)),
+        key=lambda page: order.get(page.stem, len(order)),
     )
 
 

@@ -64,6 +64,15 @@ NOT_RUN: Final = {
     ".venv-vllm/bin/pip": "as above",
     "VLLM_CPU_KVCACHE_SPACE=1": "as above",
     "CUDA_VISIBLE_DEVICES=7": "needs a GPU",
+    "trainer serve my_run --engine vllm": "needs vLLM; test_vllm_managed.py has one",
+    "trainer train recipe.yaml --set rollout.sampler=vllm": "as above",
+    "python -m venv .venv-verifiers": "an environment of its own; test_verifiers.py has one",
+    "trainer train examples/verifiers_taskset/train.yaml": "as above",
+    "PYTHONPATH=DIRECTORY_OF_THE_PACKAGE_TRAINER": "as above",
+    "trainer train recipes/sft_calculator.yaml": "trains for minutes; test_recipes.py cuts every recipe",
+    "trainer train recipes/rft_calculator.yaml": "as above",
+    "trainer train recipes/sft_guess.yaml": "as above",
+    "trainer train recipes/rft_guess.yaml": "as above",
 }
 """Beginnings of commands that are not run, and why."""
 KILLS: Final = "trainer verify-resume"
