@@ -5,6 +5,7 @@ The public names below are loaded when they are first used, without torch; `impo
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
@@ -36,3 +37,7 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """The public names, loaded or not."""
     return sorted({*globals(), *__all__})
+
+
+# bitsandbytes warns in every process, on CPUs with AVX512-BF16, that an optional kernel of a hub cannot be loaded.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

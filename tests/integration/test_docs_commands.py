@@ -62,7 +62,6 @@ NOT_RUN: Final = {
     "trainer export my_run --merge --gguf q8_0 --converter": "needs a checkout of llama.cpp",
     "python -m venv .venv-vllm": "a vLLM server needs an environment of gigabytes; test_vllm.py starts one",
     ".venv-vllm/bin/pip": "as above",
-    "VLLM_CPU_KVCACHE_SPACE=1": "as above",
     "CUDA_VISIBLE_DEVICES=7": "needs a GPU",
     "trainer serve my_run --engine vllm": "needs vLLM; test_vllm_managed.py has one",
     "trainer train recipe.yaml --set rollout.sampler=vllm": "as above",

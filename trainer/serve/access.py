@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OPEN_ROUTES: Final = frozenset({"/health"})
 """Routes that need no key."""
+CLIENT_PREFIX: Final = "tml-"
+"""The tinker client sends only keys that begin with this; it may be put before a key of this server."""
 SCOPES: Final = (
     (re.compile(r"/metrics"), "metrics"),
     (re.compile(r"/v1/(chat/completions|completions|embeddings|models(/.*)?|files(/.*)?|batches(/.*)?)"), "inference"),
@@ -86,8 +88,8 @@ class KeyFile:
             ApiError: 401.
         """
         if self._digests and request.scope["path"] not in OPEN_ROUTES:
-            digest = hashlib.sha256(bearer(request).encode()).digest()
-            if not any(hmac.compare_digest(digest, each) for each in self._digests):
+            digests = [hashlib.sha256(key.encode()).digest() for key in keys_of(request)]
+            if not any(hmac.compare_digest(digest, each) for digest in digests for each in self._digests):
                 raise ApiError(401, UNAUTHORIZED, code="invalid_api_key")
         return None
 
@@ -133,10 +135,18 @@ class AccountKeys:
 
 
 def bearer(request: Request) -> str:
-    """The key of a request; empty where it has none. The tinker client sends `X-API-Key: tml-KEY`."""
+    """The key of a request, without the prefix of the tinker client; empty where it has none."""
+    return keys_of(request)[-1]
+
+
+def keys_of(request: Request) -> tuple[str, str]:
+    """The key of a request as it was sent, and without the prefix that the tinker client demands.
+
+    The tinker client sends `X-API-Key: tml-KEY`.
+    """
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     sent = key.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
-    return sent.removeprefix("tml-")
+    return sent, sent.removeprefix(CLIENT_PREFIX)
 
 
 def principal_of(request: Request) -> Principal | None:

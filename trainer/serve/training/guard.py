@@ -8,15 +8,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass
-from typing import Final, Protocol, final
+from typing import Protocol, final
 
 from starlette.requests import Request
 
-from trainer.serve.access import principal_of
+from trainer.serve.access import keys_of, principal_of
 from trainer.serve.api_errors import ApiError
-
-CLIENT_PREFIX: Final = "tml-"
-"""The tinker client sends only keys that begin with this; it may be put before a key of this server."""
 
 
 class TrainingGuard(Protocol):
@@ -84,11 +81,3 @@ class AccountGuard:
 
     async def leave(self, account: str, action: str, *, status: int, subject: str = "", tokens: int = 0) -> None:
         """Nothing is kept here."""
-
-
-def keys_of(request: Request) -> list[str]:
-    """The keys that a request may mean: as sent, and without the prefix that the tinker client demands."""
-    sent = request.headers.get("x-api-key", "")
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    given = [sent] + ([token] if kind.lower() == "bearer" else [])
-    return [key for each in given if each for key in (each, each.removeprefix(CLIENT_PREFIX))]
