@@ -6,9 +6,7 @@ OPTIONAL = {
     "lm_eval": "trainer/inference/harness_model.py",
     "verifiers": "trainer/environments/verifiers_harness.py",
 }
-TINKER = ("tests/integration/chaos_training_client.py", "tests/integration/tinker_smoke.py")
 collect_ignore = [
     "trainer/control/migrations/env.py",  # run by Alembic
-    *(() if find_spec("tinker") else TINKER),
     *(file for module, file in OPTIONAL.items() if find_spec(module) is None),
 ]

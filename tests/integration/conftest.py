@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from project import Project
 from tiny import tiny_model_dir
 
-collect_ignore = ["chaos"]
-"""Python's own hook lies there, and what starts workers by fork: nothing to import here."""
+collect_ignore = ["chaos", *([] if find_spec("tinker") else ["chaos_training_client.py", "tinker_smoke.py"])]
+"""Python's own hook, and what starts workers by fork; clients that run in an interpreter with tinker."""
 
 
 @pytest.fixture(scope="session")
