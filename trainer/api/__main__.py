@@ -23,6 +23,7 @@ from trainer.errors import TrainerError
 from trainer.files import make_directory
 from trainer.model.quiet import quiet_transformers
 from trainer.run.lock import hold
+from trainer.run.surroundings import end_with_parent
 
 SWITCH_S = 5e-4
 """How long the computing thread may keep the interpreter while the socket has something to do."""
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_transformers()
     sys.setswitchinterval(SWITCH_S)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the gateway, which ends this process
     directory: Path = arguments.directory
     try:
@@ -75,13 +76,6 @@ async def _serve(arguments: argparse.Namespace) -> None:
     server = Server(executor, arguments.socket, hello)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
     await server.serve()
-
-
-def _end_with_parent() -> None:
-    """End when standard input is closed: the gateway is gone."""
-    while os.read(0, 1 << 12):
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":

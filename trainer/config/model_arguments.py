@@ -87,7 +87,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--training-slots", type=int, default=8, metavar="N", help="models in memory at once")
     group.add_argument(
-        "--training-lease-s", type=float, default=120.0, metavar="S", help="a client silent for so long frees its slot"
+        "--training-lease-s",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="silence after which a client loses its slot",
     )
     group.add_argument(
         "--training-checkpoint-s", type=float, default=30.0, metavar="S", help="work that a crash may have to repeat"

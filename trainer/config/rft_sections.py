@@ -171,8 +171,8 @@ class RolloutSettings(Section):
     chunk_prompts: PositiveInt = 8
     """Prompts sampled together. Such a chunk is also the unit of the journal and of replay after a restart."""
     keep_steps: PositiveInt | None = None
-    """Rollouts of so many newest steps stay in the run directory; null keeps all. Rollouts that a resume may need stay
-    in any case: those since the oldest of the newest `keep_last` checkpoints. Older ones are compressed."""
+    """Number of newest steps whose rollouts stay in the run directory; null keeps all. Rollouts that a resume may need
+    stay in any case: those since the oldest of the newest `keep_last` checkpoints. Older ones are compressed."""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """With 1, the rollouts of each step but the first are drawn with the policy before the last step: a server draws
     them, and rewards are computed, while that step learns (docs/vllm.md). Needs `algorithm.mismatch_cap`."""

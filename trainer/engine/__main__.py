@@ -23,6 +23,7 @@ from trainer.engine.scheduler import Scheduler
 from trainer.engine.service import Service
 from trainer.errors import TrainerError
 from trainer.model.quiet import quiet_transformers
+from trainer.run.surroundings import end_with_parent
 
 LEAST_PAGES: Final = 16
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the gateway, which ends this process
     signal.signal(signal.SIGTERM, lambda *_: service.stop())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     service.run()
     os._exit(0)  # threads that load adapters or read the socket need no end
 
@@ -81,13 +82,6 @@ def _num_pages(page_bytes: int, fraction: float, tokens: int | None) -> int:
     if tokens is not None:
         return max(1, -(-tokens // PAGE))
     return max(LEAST_PAGES, int(psutil.virtual_memory().available * fraction) // page_bytes)
-
-
-def _end_with_parent() -> None:
-    """End when standard input is closed: the gateway is gone."""
-    while os.read(0, 1 << 12):
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+from trainer.managed.guardian import descendants
 from trainer.run.protocol import STACKS_SIGNAL
 
 
@@ -18,20 +18,6 @@ def handles_stacks_signal(pid: int) -> bool:
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1)
     return False
-
-
-def descendants(pid: int) -> list[int]:
-    """Child processes, their children, and so on; empty on systems without /proc."""
-    children = defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
-            children[int(parent)].append(int(stat.parent.name))
-    below, level = [], [pid]
-    while level:
-        level = [child for parent in level for child in children[parent]]
-        below += level
-    return below
 
 
 def kill_with_descendants(pid: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any, Final, Self, final
 
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, TrainerError
 from trainer.launch.local import launch_argv
-from trainer.launch.processes import descendants, handles_stacks_signal
+from trainer.launch.processes import handles_stacks_signal
+from trainer.managed.guardian import descendants
 from trainer.planning.plan import Plan
 from trainer.run.console import Console, tell
 from trainer.run.directory import RunDir

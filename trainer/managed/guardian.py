@@ -69,7 +69,7 @@ def _watch(process: subprocess.Popen[bytes], parent: int, grace_s: float) -> Non
 
 def _kill_descendants(process: subprocess.Popen[bytes]) -> None:
     """Kill until none is left: one may start another meanwhile."""
-    while below := _descendants(os.getpid()):
+    while below := descendants(os.getpid()):
         for pid in below:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -86,7 +86,7 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Child processes, their children, and so on."""
     children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):

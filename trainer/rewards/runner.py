@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, final
 from trainer.config.reward_place import JUDGE_NAMES
 from trainer.errors import RewardError
 from trainer.rewards.call_result import CallResult
-from trainer.rewards.choice import RewardChoice
+from trainer.rewards.choice import Named, RewardChoice
 from trainer.rewards.contract import Form
 from trainer.rewards.judges.open import Judging
 from trainer.rewards.judges.protocol import Item, Judge, PendingResults
@@ -36,7 +36,7 @@ class ClosedError(Exception):
     """The runner was closed while it scored."""
 
 
-class Spec(Protocol):
+class Spec(Named, Protocol):
     """The fields of a recipe's reward that the runner reads."""
 
     @property
@@ -50,14 +50,6 @@ class Spec(Protocol):
     @property
     def args(self) -> dict[str, Any]:
         """Keyword arguments of the function."""
-
-    @property
-    def name(self) -> str:
-        """Name in the metrics."""
-
-    @property
-    def every_row(self) -> bool:
-        """Whether it judges every row, whatever the row chooses."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""Completes what a process may lack: open standard streams, a home directory, a user name."""
+"""What surrounds a process: it completes standard streams, home and user name, and ends with who started it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ def complete_surroundings() -> None:
     """Call this first in a process; child processes inherit the result."""
     _open_streams()
     _name_user()
+
+
+def end_with_parent() -> None:
+    """End this process when its standard input is closed: who started it is gone. For a thread of its own."""
+    while os.read(0, 1 << 12):
+        pass
+    os._exit(0)
 
 
 def _open_streams() -> None:

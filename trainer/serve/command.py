@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import hashlib
 import ipaddress
-import logging
 import os
 import signal
 import sys
@@ -215,11 +214,10 @@ async def _listen(
     training: Training | None,
 ) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
-    import uvicorn
-
     from trainer.serve.app import make_app
     from trainer.serve.batch_api import BatchStore, running_batches
-    from trainer.serve.control import Control, WithoutContent
+    from trainer.serve.control import Control
+    from trainer.serve.listening import address, make_server
 
     control = Control(KeyFile(gateway.limits.api_key_digests)) if accounts is None else accounts.control
     keep_s = seconds_of(arguments.batch_keep, "--batch-keep")
@@ -227,17 +225,7 @@ async def _listen(
     app = make_app(gateway, store, control, None if training is None else training.front)
     if accounts is not None:
         accounts.add_routes(app)
-    logging.getLogger("uvicorn.error").addFilter(WithoutContent())
-    config = uvicorn.Config(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=arguments.drain_s,
-        **tls_settings(arguments),
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app, arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has ended
         signal.signal(number, lambda *_: None)
     ordinary = server.handle_exit
@@ -252,10 +240,9 @@ async def _listen(
         if training is not None:
             await training.process.start_with()
         names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
-        scheme = "http" if arguments.tls_cert is None else "https"
-        tell(f"{scheme}://{arguments.host}:{arguments.port}/v1 serves {names}")
+        tell(f"{address(arguments)}/v1 serves {names}")
         if training is not None:
-            tell(f"TINKER_BASE_URL={scheme}://{arguments.host}:{arguments.port} trains {gateway.models.base.name}")
+            tell(f"TINKER_BASE_URL={address(arguments)} trains {gateway.models.base.name}")
         if accounts is None and arguments.api_key_file is None:
             tell("without accounts: only this machine can connect, and everybody on it may")
         async with running_batches(store), AsyncExitStack() as stack:

@@ -159,8 +159,8 @@ class EngineClient:
             except LostError:
                 if attempt + 1 == ATTEMPTS or (drawn and not can_continue(sampling)):
                     raise ApiError(503, "the engine went away during this request; send it again", retry_s=1) from None
-                if len(drawn) >= sampling.max_tokens or (drawn and drawn[-1] in sampling.stop_ids):
-                    yield End("length" if drawn[-1] not in sampling.stop_ids else "stop")
+                if (end := untold_end(sampling, drawn)) is not None:
+                    yield end
                     return
 
     async def attempt(
@@ -222,6 +222,15 @@ def rest_of(sampling: Sampling, drawn: Sequence[int]) -> Sampling:
         return sampling
     left = sampling.max_tokens - len(drawn)
     return replace(sampling, max_tokens=left, first_position=sampling.first_position + len(drawn))
+
+
+def untold_end(sampling: Sampling, drawn: Sequence[int]) -> End | None:
+    """The end of a sequence whose engine was lost after its last token; None where tokens are left."""
+    if not drawn:
+        return None
+    if drawn[-1] in sampling.stop_ids:
+        return End("stop")
+    return End("length") if len(drawn) >= sampling.max_tokens else None
 
 
 def can_continue(sampling: Sampling) -> bool:

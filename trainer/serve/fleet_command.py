@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +13,6 @@ from trainer.control.core_dumps import forbid_core_dumps
 from trainer.control.prices import read_prices
 from trainer.errors import TrainerError
 from trainer.run.console import tell
-from trainer.serve.control import WithoutContent
-from trainer.serve.tls import tls_settings
 
 if TYPE_CHECKING:
     from trainer.serve.with_accounts import Accounts
@@ -33,25 +30,14 @@ def serve_deployments(arguments: argparse.Namespace, accounts: Accounts) -> int:
 
 
 async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: Path) -> int:
-    import uvicorn
-
     from trainer.serve.fleet import Fleet
     from trainer.serve.fleet_api import make_fleet_app
+    from trainer.serve.listening import address, make_server
 
     fleet = Fleet(accounts.store, accounts.meter, directory, read_prices(arguments.prices), arguments.region)
     app = make_fleet_app(fleet, accounts.store, accounts.control)
     accounts.add_routes(app)
-    logging.getLogger("uvicorn.error").addFilter(WithoutContent())
-    config = uvicorn.Config(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=arguments.drain_s,
-        **tls_settings(arguments),
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app, arguments)
     error: TrainerError | None = None
 
     async def carry_out() -> None:
@@ -64,8 +50,7 @@ async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: 
 
     async with accounts.counting():
         task: asyncio.Task[Any] = asyncio.create_task(carry_out())
-        scheme = "http" if arguments.tls_cert is None else "https"
-        tell(f"{scheme}://{arguments.host}:{arguments.port}/v1 serves the deployments of {accounts.store.shown}")
+        tell(f"{address(arguments)}/v1 serves the deployments of {accounts.store.shown}")
         try:
             await server.serve()
         finally:

@@ -16,7 +16,7 @@ from trainer.engine.protocol import Sampling
 from trainer.errors import LaunchError
 from trainer.run.console import tell
 from trainer.serve.api_errors import ApiError
-from trainer.serve.engine_client import End, EngineClient, LostError, Token, can_continue, rest_of
+from trainer.serve.engine_client import End, EngineClient, LostError, Token, can_continue, rest_of, untold_end
 
 ATTEMPTS: Final = 6
 """Replicas that a request is sent to, one after the other, as they are lost: one that kills them ends there."""
@@ -260,8 +260,8 @@ class ReplicaPool:
                 tell(f"replica {replica.number} was lost with a sequence of {len(drawn)} tokens, which goes on")
                 if drawn and not can_continue(sampling):
                     raise ApiError(503, "the replica was lost during this request; send it again", retry_s=1) from None
-                if drawn and (len(drawn) >= sampling.max_tokens or drawn[-1] in sampling.stop_ids):
-                    yield End("stop" if drawn[-1] in sampling.stop_ids else "length")
+                if (end := untold_end(sampling, drawn)) is not None:
+                    yield end
                     return
                 self.num_continued += 1
             finally:

@@ -24,7 +24,7 @@ from trainer.http import direct_client
 from trainer.managed.place import ServerPlace, accepts
 from trainer.serve.adapter_file import adapter_digest, refuse_not_finite
 from trainer.serve.api_errors import ApiError
-from trainer.serve.engine_client import End, Token
+from trainer.serve.engine_client import End, LostError, Token, can_continue, rest_of, untold_end
 
 ATTEMPTS: Final = 3
 """Servers that a request is sent to, one after the other."""
@@ -50,11 +50,6 @@ class _Version:
     label: str
     """Name and digest; its name in vLLM."""
     path: Path
-
-
-@final
-class _LostError(Exception):
-    """The server went away, or is about to."""
 
 
 @final
@@ -205,7 +200,7 @@ class VllmEngine:
         for attempt in range(ATTEMPTS):
             await self._wait_ready()
             try:
-                rest = _rest(sampling, len(drawn))
+                rest = rest_of(sampling, drawn)
                 async with aclosing(self._stream([*prompt, *drawn], rest, label or self._base)) as events:
                     async for event in events:
                         if isinstance(event, Token):
@@ -214,12 +209,12 @@ class VllmEngine:
                         else:
                             yield replace(event, version=label)
                 return
-            except (_LostError, httpx.RequestError):
-                if attempt + 1 == ATTEMPTS or (drawn and not _can_continue(sampling)):
+            except (LostError, httpx.RequestError):
+                if attempt + 1 == ATTEMPTS or (drawn and not can_continue(sampling)):
                     raise ApiError(503, "the engine went away during this request; send it again", retry_s=1) from None
                 await asyncio.sleep(DYING_S)
-                if len(drawn) >= sampling.max_tokens or (drawn and drawn[-1] in sampling.stop_ids):
-                    yield End("stop" if drawn[-1] in sampling.stop_ids else "length", version=label)
+                if (end := untold_end(sampling, drawn)) is not None:
+                    yield replace(end, version=label)
                     return
 
     async def _wait_ready(self) -> None:
@@ -236,7 +231,7 @@ class VllmEngine:
 
         Raises:
             ApiError: the server refuses it.
-            _LostError: the server is ending.
+            LostError: the server is ending.
         """
         body = request_body(prompt, sampling, model)
         if not body["stream"]:
@@ -254,7 +249,7 @@ class VllmEngine:
                     yield event
                     if isinstance(event, End):
                         return
-        raise _LostError
+        raise LostError
 
 
 async def _choices(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
@@ -277,7 +272,7 @@ def events_of(choice: Mapping[str, Any], prompt: Sequence[int], sampling: Sampli
         events += [Token(token, _report(logprobs, index, sampling.logprobs)) for index, token in enumerate(tokens)]
     reason = choice.get("finish_reason")
     if reason in ("abort", "error"):
-        raise _LostError
+        raise LostError
     if reason is not None:
         known = zip(prompt[1:], (choice.get("prompt_logprobs") or [None])[1:], strict=False)
         reports = tuple(_prompt_report(token, places, sampling.prompt_logprobs or 0) for token, places in known)
@@ -355,22 +350,9 @@ def as_lark(grammar: str) -> str:
     return f"%llguidance {{}}\nstart: %json {json.dumps(only['json_schema'])}"
 
 
-def _rest(sampling: Sampling, num_drawn: int) -> Sampling:
-    """What is left of a sequence of which some tokens are drawn; nothing is repeated of what its prompt reported."""
-    if not num_drawn:
-        return sampling
-    first = sampling.first_position + num_drawn
-    return replace(sampling, max_tokens=sampling.max_tokens - num_drawn, first_position=first)
-
-
-def _can_continue(sampling: Sampling) -> bool:
-    """Whether a sequence's state is its tokens alone: no grammar, no penalty that counts what was drawn."""
-    return sampling.grammar is None and not sampling.presence_penalty and not sampling.frequency_penalty
-
-
-def _refusal(status: int, content: bytes) -> ApiError | _LostError:
+def _refusal(status: int, content: bytes) -> ApiError | LostError:
     """What an error response means: the request is wrong, or the server is ending."""
-    return ApiError(status, _message(content)) if 400 <= status < 500 else _LostError()
+    return ApiError(status, _message(content)) if 400 <= status < 500 else LostError()
 
 
 def _message(content: bytes) -> str:
