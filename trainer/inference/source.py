@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from trainer.config.recipe import DataSettings, LoraSettings, ModelSettings
+from trainer.config.semantics import is_hub_name
 from trainer.errors import LaunchError, ModelError
 from trainer.export.choice import choose_weights
 from trainer.planning.plan import Plan
@@ -67,8 +68,8 @@ def find_source(target: str, *, best: bool = False, checkpoint: int | None = Non
     if (directory / "config.json").is_file():
         model = ModelSettings(path=target, compute_dtype=_dtype_of(directory))
         return ModelSource(directory.resolve().name, model, plain_data())
-    if not directory.exists() and target.count("/") == 1 and not target.startswith((".", "runs/")):
-        return ModelSource(target, ModelSettings(path=target), plain_data())  # a hub name
+    if is_hub_name(target) and not target.startswith("runs/"):
+        return ModelSource(target, ModelSettings(path=target), plain_data())
     raise LaunchError(
         f"{target}: no run, no adapter ({ADAPTER_CONFIG}) and no model (config.json). The runs: trainer runs"
     )
