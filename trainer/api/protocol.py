@@ -35,15 +35,17 @@ ResultKind: TypeAlias = Literal["pass", "json", "error"]
 class Refused(Exception):  # noqa: N818  (an answer, not a failure)
     """A request that is answered with an error."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, code: str | None = None, retry_s: int | None = None) -> None:
         """Keep what the client is told.
 
         Args:
             status: of HTTP.
             message: what is wrong, and the remedy.
+            code: a word for programs, such as the name of a limit.
+            retry_s: after how many seconds the client may try again.
         """
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.code, self.retry_s = status, message, code, retry_s
 
 
 def frame(head: Mapping[str, Any], body: bytes = b"") -> bytes:
