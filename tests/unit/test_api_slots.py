@@ -14,7 +14,8 @@ from tiny import VOCAB_SIZE, tiny_model_dir
 from trainer.api.datum import Datum
 from trainer.api.service import Service, TrainingModel, open_service
 from trainer.api.slots import Base, Slot, joined
-from trainer.api.states import newest_state, state_problem
+from trainer.api.states import newest_state
+from trainer.checkpoints.saved_state import state_problem
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import CheckpointError, DataError, ModelError, NumericalError, UserError
 from trainer.training.schedule import AdamParams

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import struct
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeAlias, final
 
+from trainer.checkpoints.saved_state import parts_of
+from trainer.errors import CheckpointError
+
 LENGTHS: Final = struct.Struct("<II")
 MAX_BODY: Final = 1 << 28
 """Bytes of the largest body."""
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names of saved states."""
-SCHEME: Final = "tinker://"
-FOLDERS: Final = ("weights", "sampler_weights")
-"""Of states to continue from, and of states to sample from; as in the protocol's paths."""
 ResultKind: TypeAlias = Literal["pass", "json", "error"]
 
 
@@ -79,7 +76,7 @@ def split_path(path: str) -> tuple[str, str, str]:
     Raises:
         Refused: it is none.
     """
-    parts = path.removeprefix(SCHEME).split("/")
-    if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in FOLDERS or not NAME.fullmatch(parts[2]):
-        raise Refused(400, f"{path}: not tinker://MODEL/{{{','.join(FOLDERS)}}}/NAME")
-    return parts[0], parts[1], parts[2]
+    try:
+        return parts_of(path)
+    except CheckpointError as error:
+        raise Refused(400, str(error)) from None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
 from trainer.api.executor import Executor
-from trainer.api.protocol import FOLDERS, Refused, frame, read_frame, split_path
+from trainer.api.protocol import Refused, frame, read_frame, split_path
 from trainer.api.requests import Request
-from trainer.api.states import StateSettings
+from trainer.checkpoints.saved_state import FOLDERS, StateSettings
 
 Reply: TypeAlias = "tuple[dict[str, Any], bytes]"
 WAIT_S: Final = 30.0
