@@ -171,7 +171,8 @@ def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch
             raise
         if is_batch:
             return asyncio.run(_run_batch(arguments, gateway, process))
-        training = start_training(arguments, gateway, base, Path(directory)) if arguments.training else None
+        meter = None if accounts is None else accounts.meter
+        training = start_training(arguments, gateway, base, Path(directory), meter) if arguments.training else None
         return asyncio.run(_listen(arguments, gateway, process, accounts, training))
 
 
