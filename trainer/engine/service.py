@@ -7,6 +7,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias, final
 
+import psutil
+
 from trainer.engine.adapters import AdapterVersion
 from trainer.engine.connections import Client, Connections
 from trainer.engine.grammar import Grammars
@@ -31,6 +33,7 @@ class Service:
         self._live: dict[Key, tuple[Client, LiveSequence]] = {}
         self._key_of: dict[LiveSequence, Key] = {}
         self._loaded: SimpleQueue[tuple[Client, str, AdapterVersion | str]] = SimpleQueue()
+        self._process = psutil.Process()
         self._is_stopping = False
 
     def run(self) -> None:
@@ -144,7 +147,10 @@ class Service:
 
     def _stats(self) -> dict[str, Any]:
         scheduler, pool = self._scheduler, self._scheduler.pool
+        times = self._process.cpu_times()
         return {
+            "memory_bytes": self._process.memory_info().rss,
+            "cpu_ms": round(1000 * (times.user + times.system)),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "live": len(self._live),

@@ -77,6 +77,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
         refuse_training(arguments)
     if arguments.deployments == (arguments.target is not None):
         raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
+    _refuse_backend(arguments)
     arguments.with_accounts |= arguments.deployments
     if arguments.with_accounts and arguments.api_key_file is not None:
         raise UserError("--with-accounts and --api-key-file exclude each other: `trainer keys create` makes keys")
@@ -94,6 +95,18 @@ def _refuse(arguments: argparse.Namespace) -> None:
         )
     tls_settings(arguments)
     seconds_of(arguments.batch_keep, "--batch-keep")
+
+
+def _refuse_backend(arguments: argparse.Namespace) -> None:
+    if arguments.backend == "ray" and not arguments.deployments:
+        raise UserError("--backend ray needs --deployments")
+    if arguments.backend == "ray" and arguments.region is not None:
+        raise UserError("--region is of the local backend; in Ray each node has its own: ray start --labels region=R")
+    if arguments.backend == "ray" and find_spec("ray") is None:
+        raise UserError("--backend ray needs ray: pip install 'tunesmith[ray]'")
+    if arguments.backend != "ray" and arguments.ray_address is not None:
+        raise UserError("--ray-address needs --backend ray")
+    arguments.region, arguments.ray_address = arguments.region or "local", arguments.ray_address or "auto"
 
 
 def _is_loopback(host: str) -> bool:
