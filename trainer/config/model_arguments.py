@@ -58,6 +58,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
     )
+    parser.add_argument(
+        "--traces", choices=("otlp", "console"), help="OpenTelemetry spans of requests, to OTEL_EXPORTER_OTLP_* or here"
+    )
     parser.add_argument("--batch-keep", default="30d", metavar="TIME", help="lifetime of files and batches")
     _add_training(parser)
 

@@ -134,13 +134,16 @@ class Service:
 
     def _step(self) -> None:
         result = self._scheduler.step()
-        tokens: dict[int, tuple[Client, list[Any]]] = {}
+        tokens: dict[int, tuple[Client, list[Any], dict[str, Any]]] = {}
         for sequence, token, report in result.tokens:
             key = self._key_of[sequence]
             client = self._live[key][0]
-            tokens.setdefault(id(client), (client, []))[1].append([sequence.id, token, report])
-        for client, drawn in tokens.values():
-            client.send({"tokens": drawn})
+            _, drawn, began = tokens.setdefault(id(client), (client, [], {}))
+            drawn.append([sequence.id, token, report])
+            if (times := sequence.begin()) is not None:
+                began[sequence.id] = times
+        for client, drawn, began in tokens.values():
+            client.send({"tokens": drawn, **({"began": began} if began else {})})
         for sequence, reason, error in result.ended:
             client, _ = self._live.pop(self._key_of.pop(sequence))
             client.send(_end(sequence, reason, error))

@@ -33,6 +33,7 @@ from trainer.serve.training.start import refuse_training, start_training
 if TYPE_CHECKING:
     from trainer.serve.batch import Progress
     from trainer.serve.gateway import Gateway
+    from trainer.serve.traces import Traces
     from trainer.serve.training.start import Training
     from trainer.serve.with_accounts import Accounts
 
@@ -178,7 +179,8 @@ def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch
         process = _engine(arguments, base, Path(directory), is_batch=is_batch)
         process.launch()
         try:
-            gateway = _gateway(arguments, base, adapters, process.client, keys)
+            traces = None if is_batch else _traces(arguments)
+            gateway = _gateway(arguments, base, adapters, process.client, keys, traces)
         except BaseException:
             asyncio.run(process.stop())
             raise
@@ -203,6 +205,7 @@ def _gateway(
     adapters: dict[str, ModelSource],
     client: Engine,
     keys: frozenset[bytes],
+    traces: Traces | None,
 ) -> Gateway:
     from trainer.serve.gateway import Gateway, Limits
     from trainer.serve.models import ServedModels
@@ -210,7 +213,13 @@ def _gateway(
     models = ServedModels(base, arguments.served_name or Path(base.model.path).name)
     for key, source in adapters.items():
         models.put(models.add(key, source))
-    return Gateway(models, client, Limits(arguments.max_queue, keys))
+    return Gateway(models, client, Limits(arguments.max_queue, keys), traces=traces)
+
+
+def _traces(arguments: argparse.Namespace) -> Traces | None:
+    from trainer.serve.listening import traces_of
+
+    return traces_of(arguments)
 
 
 def _paths(gateway: Gateway, training: Training | None = None) -> dict[str, str]:
@@ -238,6 +247,8 @@ async def _listen(
     app = make_app(gateway, store, control, None if training is None else training.front)
     if accounts is not None:
         accounts.add_routes(app)
+    if gateway.traces is not None:
+        gateway.traces.around(app)
     server = make_server(app, arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has ended
         signal.signal(number, lambda *_: None)
@@ -266,6 +277,8 @@ async def _listen(
         if training is not None:
             await training.process.stop()
         await process.stop()
+        if gateway.traces is not None:
+            gateway.traces.close()
     return 0 if server.started else 1
 
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Coroutine, Mapping, Sequence
 from time import monotonic
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from trainer.config.deployment_shape import DeploymentShape, find_deployment_shape
 from trainer.control.deployments import Deployment, Spec
@@ -18,6 +18,9 @@ from trainer.serve.gateway import Gateway, Limits, Metrics, served_source
 from trainer.serve.metering import BASE_SUFFIX
 from trainer.serve.models import ServedModels
 from trainer.serve.replicas import Replica, ReplicaPool
+
+if TYPE_CHECKING:
+    from trainer.serve.traces import Traces
 
 DRAIN_S: Final = 600.0
 """Longest time that a replica of an old version, or one too many, finishes requests."""
@@ -46,7 +49,9 @@ def shape_for(spec: Spec) -> DeploymentShape:
 class Version:
     """A model with its replicas."""
 
-    def __init__(self, name: str, spec: Spec, backend: Backend, metrics: Metrics) -> None:
+    def __init__(
+        self, name: str, spec: Spec, backend: Backend, metrics: Metrics, traces: Traces | None = None
+    ) -> None:
         """Read the tokenizer; takes a second.
 
         Args:
@@ -54,6 +59,7 @@ class Version:
             spec: what was asked for.
             backend: starts its engines.
             metrics: counters of the server.
+            traces: makes spans; None makes none.
 
         Raises:
             TrainerError: the model cannot be served.
@@ -71,7 +77,7 @@ class Version:
         self.model, self.device, self.devices = spec.model, shape.device_name, shape.devices
         self._backend, self._words = backend, words
         self.pool = ReplicaPool(lambda: backend.new(name, shape, spec.region, words), spec.max_wait_s)
-        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics)
+        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics, traces)
         if source.adapter is not None:
             self._add(name, spec.model)
         for addon, target in spec.addons.items():

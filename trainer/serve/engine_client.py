@@ -32,6 +32,8 @@ class Token:
     token: int
     report: dict[str, Any] | None
     """`logprob` and `top`, where they were asked for."""
+    began: tuple[float, float] | None = None
+    """Of the first token, where the engine says it: seconds of waiting there, and of its prompt."""
 
 
 @final
@@ -148,10 +150,11 @@ class EngineClient:
                 reply.set_result({"ok": False, "error": "the engine went away"})
 
     def _dispatch(self, message: dict[str, Any]) -> None:
+        began = dict(message.get("began", ()))
         for request, token, report in message.get("tokens", ()):
-            queue = self._queues.get(request)
+            queue, times = self._queues.get(request), began.pop(request, None)
             if queue is not None:
-                queue.put_nowait(Token(token, report))
+                queue.put_nowait(Token(token, report, times and tuple(times)))
         if "end" in message and (queue := self._queues.get(message["end"])) is not None:
             queue.put_nowait(_end_of(message))
         reply = self._replies.pop(message["reply"], None) if "reply" in message else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from time import monotonic
-from typing import Any, Final, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from trainer.control.audit import Actor
 from trainer.control.deployments import (
@@ -32,6 +32,9 @@ from trainer.serve.backend import Backend
 from trainer.serve.deployed import DRAIN_S, Deployed, Version
 from trainer.serve.gateway import Gateway, Metrics
 
+if TYPE_CHECKING:
+    from trainer.serve.traces import Traces
+
 TICK_S: Final = 0.2
 LEAD_S: Final = 2.0
 """Between two signs of life in the store."""
@@ -43,7 +46,7 @@ T = TypeVar("T")
 class Fleet:
     """All deployments of a store. Belongs to one event loop."""
 
-    def __init__(self, store: Store, meter: Meter, backend: Backend, prices: Prices) -> None:
+    def __init__(self, store: Store, meter: Meter, backend: Backend, prices: Prices, traces: Traces | None = None) -> None:
         """Begin without deployments; `run` takes them over.
 
         Args:
@@ -51,10 +54,12 @@ class Fleet:
             meter: counts the lifetime of replicas.
             backend: starts engines.
             prices: of devices.
+            traces: makes spans; None makes none.
         """
         self.live: dict[str, Deployed] = {}
         self.metrics = Metrics()
         self._store, self._meter, self._backend, self._prices = store, meter, backend, prices
+        self._traces = traces
         self._states: dict[str, Deployment] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._saved: dict[str, dict[str, Any]] = {}
@@ -82,7 +87,8 @@ class Fleet:
         if live.is_blocked:
             raise ApiError(429, f"the device-hours of {row.account} are used", code="device_hours", retry_s=3600)
         was_ready, begin = live.version.pool.is_ready, monotonic()
-        await live.version.pool.wait_ready()
+        with nullcontext() if self._traces is None else self._traces.span("replica wait", deployment=name):
+            await live.version.pool.wait_ready()
         self.metrics.by_model.wait_s.labels(name).observe(monotonic() - begin)
         return live.version.gateway, None if was_ready else live.cold_start
 
@@ -161,7 +167,7 @@ class Fleet:
         if old is not None:
             await old.close(0.0)
         try:
-            version = await asyncio.to_thread(Version, row.name, row.spec, self._backend, self.metrics)
+            version = await asyncio.to_thread(Version, row.name, row.spec, self._backend, self.metrics, self._traces)
         except TrainerError as error:
             await self._move(row.name, "fail", str(error), row.generation)
             return
@@ -183,7 +189,7 @@ class Fleet:
         if row.state in ("DEPLOYED", "SCALING"):
             await self._move(row.name, "update", "")
         try:
-            version = await asyncio.to_thread(Version, row.name, row.spec, self._backend, self.metrics)
+            version = await asyncio.to_thread(Version, row.name, row.spec, self._backend, self.metrics, self._traces)
             await live.update(version)
         except TrainerError as error:
             await self._revert(old, live, str(error))

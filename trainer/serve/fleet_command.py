@@ -48,12 +48,15 @@ async def _backend(arguments: argparse.Namespace, directory: Path) -> Backend:
 async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: Path) -> int:
     from trainer.serve.fleet import Fleet
     from trainer.serve.fleet_api import make_fleet_app
-    from trainer.serve.listening import address, make_server
+    from trainer.serve.listening import address, make_server, traces_of
 
+    traces = traces_of(arguments)
     backend = await _backend(arguments, directory)
-    fleet = Fleet(accounts.store, accounts.meter, backend, read_prices(arguments.prices))
+    fleet = Fleet(accounts.store, accounts.meter, backend, read_prices(arguments.prices), traces)
     app = make_fleet_app(fleet, accounts.store, accounts.control)
     accounts.add_routes(app)
+    if traces is not None:
+        traces.around(app)
     server = make_server(app, arguments)
     error: TrainerError | None = None
 
@@ -75,6 +78,8 @@ async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: 
             with suppress(asyncio.CancelledError):
                 await task
             await fleet.close(float(arguments.drain_s))
+            if traces is not None:
+                traces.close()
     if error is not None:
         raise error
     return 0 if server.started else 1
