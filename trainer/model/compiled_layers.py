@@ -22,12 +22,10 @@ from transformers import PreTrainedModel
 from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 from trainer.model.base_model import has_experts
-from trainer.model.batch import Batch
-from trainer.model.flex import MASK_BLOCK, FlexLayout, prepare_compiler
+from trainer.model.batch import Batch, padding_of
+from trainer.model.flex import FlexLayout, prepare_compiler
 from trainer.model.layout import PackedLayout
 
-MIN_TOKENS: Final = 2 * MASK_BLOCK
-"""A pack of a single block would be compiled apart."""
 CHECKPOINTING: Final = "forward_with_checkpointing"
 """Name of the function that transformers wraps around a layer's forward; it chooses whether to recompute it."""
 
@@ -71,7 +69,7 @@ class CompiledLayers:
                     f"the layers do not pass their window of {window:,} tokens to attention: longer sequences cannot "
                     f"be trained; set data.max_seq_tokens to {window}"
                 )
-        padding = max(MIN_TOKENS - batch.num_tokens, -batch.num_tokens % MASK_BLOCK)
+        padding = padding_of(batch.num_tokens)  # 0 for packs made for a GPU
         windows = {window for window, _ in self._first.block_masks}
         ids, positions = (nn.functional.pad(row, (0, padding)) for row in (batch.token_ids, batch.positions))
         return ids, positions, FlexLayout.of(batch.layout, windows, padding)
