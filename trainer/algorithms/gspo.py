@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.algorithms.kl import LOG_RATIO_BOUND
+from trainer.algorithms.normalize import sequence_sizes
 from trainer.algorithms.terms import PolicyLossTerms, PolicyTokens, is_clipped_pessimistically
 
 
@@ -25,7 +26,9 @@ def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float) -> PolicyLo
         clip_low: Lower bound of the completion's ratio, 1 - clip_low.
         clip_high: Upper bound of the completion's ratio, 1 + clip_high.
     """
-    log_ratio = sequence_means((tokens.logprobs - tokens.old_logprobs).detach(), tokens.sequence_ids)
+    log_ratio = sequence_means(
+        (tokens.logprobs - tokens.old_logprobs).detach(), tokens.sequence_ids, tokens.num_sequences
+    )
     log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = (log_ratio + (tokens.logprobs - tokens.logprobs.detach())).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -33,9 +36,9 @@ def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float) -> PolicyLo
     return PolicyLossTerms(-surrogate, is_clipped_pessimistically(ratio, tokens.advantages, clip_low, clip_high))
 
 
-def sequence_means(values: Tensor, sequence_ids: Tensor) -> Tensor:
+def sequence_means(values: Tensor, sequence_ids: Tensor, num_sequences: int | None = None) -> Tensor:
     """Return, for every token, the mean of `values` over its completion: [N]."""
-    num_tokens = torch.bincount(sequence_ids)
+    num_tokens = sequence_sizes(sequence_ids, num_sequences)
     # In float64: bounds are as narrow as 3e-4, and the order of a float32 sum could move a completion across one.
     sums = torch.zeros_like(num_tokens, dtype=torch.float64).index_add_(0, sequence_ids, values.double())
     return (sums[sequence_ids] / num_tokens[sequence_ids]).to(values.dtype)
