@@ -32,8 +32,8 @@ def main() -> None:
         if hasattr(module, "to_device"):
             module.to_device = lambda tensor, _device: tensor
     print(f"load {os.getloadavg()[0]:.1f}; milliseconds of CPU time")
+    device = torch.device("meta")
     for name, trees in _packs().items():
-        device = torch.device("meta")
         made = Batch.pack_trees(trees, device)
         mask = _milliseconds(lambda pack=made: pack.layout.coordinates())
         print(f"{name:32} pack {_milliseconds(lambda of=trees: Batch.pack_trees(of, device)):6.2f}, then {mask:.2f}")

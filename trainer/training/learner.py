@@ -45,8 +45,11 @@ class PackResult:
 
     @property
     def sums(self) -> Mapping[str, float]:
-        """Sums over the pack's trained tokens: `loss`, each metric of the loss, `entropy` if asked for, and `tokens`,
-        which is N; empty for a dummy batch. Reading them waits for a GPU."""
+        """Sums over the pack's trained tokens; empty for a dummy batch.
+
+        They are `loss`, each metric of the loss, `entropy` if asked for, and `tokens`, which is N. Reading them waits
+        for a GPU.
+        """
         return {} if self.measured is None else self.measured.read()
 
 
