@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.algorithms.kl import LOG_RATIO_BOUND
+from trainer.algorithms.normalize import sequence_sizes
 from trainer.algorithms.terms import PolicyLossTerms, PolicyTokens, is_clipped_pessimistically
 
 
@@ -26,7 +27,9 @@ def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float, in_ratio: T
         clip_high: Upper bound of the completion's ratio, 1 + clip_high.
         in_ratio: [N] bool, tokens that the mean is over, at least one of each completion; None is all.
     """
-    log_ratio = sequence_means((tokens.logprobs - tokens.old_logprobs).detach(), tokens.sequence_ids, in_ratio)
+    log_ratio = sequence_means(
+        (tokens.logprobs - tokens.old_logprobs).detach(), tokens.sequence_ids, tokens.num_sequences, in_ratio
+    )
     log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = (log_ratio + (tokens.logprobs - tokens.logprobs.detach())).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -34,20 +37,21 @@ def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float, in_ratio: T
     return PolicyLossTerms(-surrogate, is_clipped_pessimistically(ratio, tokens.advantages, clip_low, clip_high))
 
 
-def sequence_means(values: Tensor, sequence_ids: Tensor, chosen: Tensor | None = None) -> Tensor:
+def sequence_means(
+    values: Tensor, sequence_ids: Tensor, num_sequences: int | None = None, chosen: Tensor | None = None
+) -> Tensor:
     """Return, for every token, the mean of `values` over its completion: [N].
 
     Args:
         values: [N].
         sequence_ids: [N] completion of each token.
+        num_sequences: All ids are below it; None: found by reading them, which waits for a GPU.
         chosen: [N] bool, tokens that the mean is over, at least one of each completion; None is all.
     """
+    num_tokens, taken = sequence_sizes(sequence_ids, num_sequences), values.double()
     if chosen is not None:
-        counts = torch.zeros_like(sequence_ids).index_add_(0, sequence_ids, chosen.to(sequence_ids.dtype))
-        totals = torch.zeros_like(sequence_ids, dtype=torch.float64)
-        totals.index_add_(0, sequence_ids, torch.where(chosen, values.double(), 0.0))
-        return (totals[sequence_ids] / counts[sequence_ids]).to(values.dtype)
-    num_tokens = torch.bincount(sequence_ids)
+        num_tokens = torch.zeros_like(num_tokens).index_add_(0, sequence_ids, chosen.to(num_tokens.dtype))
+        taken = torch.where(chosen, taken, 0.0)
     # In float64: bounds are as narrow as 3e-4, and the order of a float32 sum could move a completion across one.
-    sums = torch.zeros_like(num_tokens, dtype=torch.float64).index_add_(0, sequence_ids, values.double())
+    sums = torch.zeros_like(num_tokens, dtype=torch.float64).index_add_(0, sequence_ids, taken)
     return (sums[sequence_ids] / num_tokens[sequence_ids]).to(values.dtype)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final, TypeVar, final
 
 import numpy as np
 import torch
 
 from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.model.flex import MASK_BLOCK
 from trainer.model.layout import PackedLayout
+from trainer.model.transfer import to_device
 
 T = TypeVar("T")
 
@@ -70,7 +73,8 @@ class LossInputs:
         """Join the inputs of sequences."""
 
         def joined(parts: Sequence[tuple[float, ...]]) -> torch.Tensor:
-            return torch.tensor([value for part in parts for value in part]).to(device)
+            values = np.fromiter(chain.from_iterable(parts), dtype=np.float32)
+            return to_device(torch.from_numpy(values), device)
 
         return cls(
             weights=joined([each.weights for each in inputs]),
@@ -113,7 +117,7 @@ class Batch:
     """
 
     token_ids: torch.Tensor
-    """[T] long."""
+    """[T] long; on a GPU followed by padding (`layout.padding`), which is counted in T."""
     positions: torch.Tensor
     """[T] long, from 0 in each sequence."""
     layout: PackedLayout
@@ -142,7 +146,12 @@ class Batch:
 
     @classmethod
     def pack(
-        cls, sequences: Sequence[TokenSequence], device: torch.device, *, adapters: Sequence[str] | None = None
+        cls,
+        sequences: Sequence[TokenSequence],
+        device: torch.device,
+        *,
+        adapters: Sequence[str] | None = None,
+        is_padded: bool | None = None,
     ) -> Batch:
         """Pack sequences in the order given; all have the same kind of inputs.
 
@@ -150,43 +159,63 @@ class Batch:
             sequences: at least one.
             device: where the tensors go.
             adapters: name of the adapter of each sequence; None: the active one for all.
+            is_padded: see `pack_trees`.
         """
-        return cls.pack_trees([Tree.of_one(sequence) for sequence in sequences], device, adapters=adapters)
+        trees = [Tree.of_one(sequence) for sequence in sequences]
+        return cls.pack_trees(trees, device, adapters=adapters, is_padded=is_padded)
 
     @classmethod
-    def pack_trees(cls, trees: Sequence[Tree], device: torch.device, *, adapters: Sequence[str] | None = None) -> Batch:
+    def pack_trees(
+        cls,
+        trees: Sequence[Tree],
+        device: torch.device,
+        *,
+        adapters: Sequence[str] | None = None,
+        is_padded: bool | None = None,
+    ) -> Batch:
         """Pack trees in the order given; the prefix of a tree is stored once.
 
         Args:
             trees: at least one.
             device: where the tensors go.
             adapters: name of the adapter of each tree; None: the active one for all.
+            is_padded: whether to pad to whole mask blocks (`padding_of`); None: on a GPU, unless there are adapters.
         """
-        token_ids: list[int] = []
+        token_ids: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
         scored: list[np.ndarray[Any, Any]] = []
         sequences = [sequence for tree in trees for sequence in tree.sequences]
         rollouts: dict[object, int] = {}
-        number = 0
+        number = total = 0
         for tree in trees:
-            trunk, prefix = len(token_ids), tree.prefix
-            token_ids += tree.sequences[0].token_ids[:prefix]
-            positions.append(np.arange(prefix))
-            for sequence in tree.sequences:
+            trunk, prefix = total, tree.prefix
+            for index, sequence in enumerate(tree.sequences):
+                ids = np.array(sequence.token_ids, dtype=np.int64)
+                if index == 0:
+                    token_ids.append(ids[:prefix])
+                    positions.append(np.arange(prefix))
+                    total += prefix
                 sequence_id = rollouts.setdefault(sequence.owner or number, len(rollouts))
                 number += 1
-                branch = len(token_ids) - prefix
-                token_ids += sequence.token_ids[prefix:]
-                positions.append(np.arange(prefix, len(sequence.token_ids)))
-                offsets = np.flatnonzero(sequence.loss_mask[1:])
+                branch = total - prefix
+                token_ids.append(ids[prefix:])
+                positions.append(np.arange(prefix, len(ids)))
+                total += len(ids) - prefix
+                offsets = np.flatnonzero(np.array(sequence.loss_mask[1:], dtype=bool))
                 places = offsets + np.where(offsets < prefix, trunk, branch)
-                targets = np.array(sequence.token_ids, dtype=np.int64)[offsets + 1]
-                scored.append(np.stack([places, targets, np.full_like(places, sequence_id)]))
-        scored_positions, targets, sequence_ids = torch.from_numpy(np.concatenate(scored, axis=1)).to(device)
+                scored.append(np.stack([places, ids[offsets + 1], np.full_like(places, sequence_id)]))
+        if is_padded is None:
+            is_padded = device.type != "cpu" and adapters is None
+        padding = padding_of(total) if is_padded else 0
+        of_tokens = np.zeros((2, total + padding), dtype=np.int64)
+        np.concatenate(token_ids, out=of_tokens[0, :total])
+        np.concatenate(positions, out=of_tokens[1, :total])
+        ids_and_positions = to_device(torch.from_numpy(of_tokens), device)
+        scored_positions, targets, sequence_ids = to_device(torch.from_numpy(np.concatenate(scored, axis=1)), device)
         return cls(
-            token_ids=torch.tensor(token_ids).to(device),
-            positions=torch.from_numpy(np.concatenate(positions)).to(device),
-            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters),
+            token_ids=ids_and_positions[0],
+            positions=ids_and_positions[1],
+            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters, padding),
             scored=scored_positions,
             targets=targets,
             sequence_ids=sequence_ids,
@@ -203,7 +232,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """T, trained or not."""
+        """T, trained or not, padding included."""
         return len(self.token_ids)
 
     @property
@@ -219,6 +248,17 @@ class Batch:
         return replace(self, inputs=inputs)
 
 
+def padding_of(num_tokens: int) -> int:
+    """Tokens that a pack on a GPU gets behind its own: to whole blocks of the attention mask, and at least two.
+
+    Kernels for whole blocks then suffice, and a pack of a single block would be compiled apart.
+
+    >>> padding_of(1), padding_of(256), padding_of(300)
+    (255, 0, 84)
+    """
+    return max(2 * MASK_BLOCK - num_tokens, -num_tokens % MASK_BLOCK)
+
+
 def _owners(lengths: Sequence[int], adapters: Sequence[str], device: torch.device) -> TokenOwners:
     """Positions of each adapter's tokens, from the adapter and the length of each part of a pack."""
     rows: dict[str, list[int]] = {}
@@ -226,7 +266,7 @@ def _owners(lengths: Sequence[int], adapters: Sequence[str], device: torch.devic
     for name, length in zip(adapters, lengths, strict=True):
         rows.setdefault(name, []).extend(range(start, start + length))
         start += length
-    return TokenOwners({name: torch.tensor(positions, device=device) for name, positions in rows.items()})
+    return TokenOwners({name: to_device(torch.tensor(positions), device) for name, positions in rows.items()})
 
 
 def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[TokenSequence]]:
