@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Final, final
 from unittest import mock
@@ -19,7 +20,11 @@ import torch
 import triton
 from lowering import Card, Program, pretended
 from torch._inductor.codecache import PyCodeCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.compiler import ASTSource
+
+from trainer.model import lora_product
 
 _KERNEL: Final = re.compile(r"(\w+) = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
 _STACK: Final = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -44,6 +49,12 @@ class Cubin:
     """Of `TENSOR_CORES`; empty if the kernel multiplies no matrices."""
 
 
+def _all_gradients(*arguments: Any) -> Any:
+    """The body of the operator trainer::lora_gradients."""
+    *tensors, scaling, needs_x = arguments
+    return lora_product._gradients(*tensors, scaling, (needs_x, True, True))
+
+
 def kernels_of(program: Program) -> list[tuple[str, str]]:
     """Name and source of each Triton kernel."""
     return [(name, source) for _, name, source in _KERNEL.findall(program.source)]
@@ -56,15 +67,16 @@ def load_kernel(name: str, source: str) -> Any:
 
 def cubins(program: Program, card: Card) -> list[Cubin]:
     """Compile every kernel of a program, in every configuration, to machine code of the card."""
-    found = []
+    return [cubin for name, source in kernels_of(program) for cubin in _cubins_of(name, source, card)]
+
+
+@cache
+def _cubins_of(name: str, source: str, card: Card) -> list[Cubin]:
     with pretended(card):
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
-        for name, source in kernels_of(program):
-            tuner = load_kernel(name, source)
-            for chosen in tuner.configs:
-                found.append(_cubin(name, tuner, chosen, card))
-    return found
+        tuner = load_kernel(name, source)
+        return [_cubin(name, tuner, chosen, card) for chosen in tuner.configs]
 
 
 def _cubin(name: str, tuner: Any, chosen: Any, card: Card) -> Cubin:
@@ -98,19 +110,26 @@ class Launch:
 
     name: str
     num_bytes: int
-    """Of its tensors, each once; twice what it reads and overwrites."""
+    """Of its tensors, each once; what a Triton kernel overwrites in place is read and written."""
     is_triton: bool
+    inner: tuple[Launch, ...] = ()
+    """What an operator of ours launches."""
+
+    @property
+    def num_kernels(self) -> int:
+        """Kernels that it launches."""
+        return len(self.inner) or 1
 
 
 RunKernel = Callable[[str, str, Sequence[Any]], None]
 
 
-def run_program(program: Program, arguments: Sequence[Any], run_kernel: RunKernel, device: str) -> Any:
+def run_program(program: Program, arguments: Sequence[Any] | None, run_kernel: RunKernel, device: str) -> Any:
     """Run a program's Python on tensors of another device than its own.
 
     Args:
         program: to run.
-        arguments: of its graph.
+        arguments: of its graph; None: tensors of the traced sizes.
         run_kernel: called with name, source and arguments of each Triton kernel.
         device: of the tensors that the program makes.
     """
@@ -122,13 +141,11 @@ def run_program(program: Program, arguments: Sequence[Any], run_kernel: RunKerne
 
         def wait(self, _scope: Any) -> None: ...
 
-    def empty(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+    def empty(size: Any, stride: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
-    source = program.source.replace("empty_strided_cuda = torch._C._dynamo.guards._empty_strided_cuda\n", "")
-    source = source.replace("async_compile = AsyncCompile()\n", "")
-    for line in re.findall(r"^from torch\._C import .*$|^from torch\._C\._dynamo\.guards import .*$", source, re.MULTILINE):
-        source = source.replace(line + "\n", "")
+    source = program.source.replace("async_compile = AsyncCompile()\n", "")
+    source = re.sub(r"^empty_strided_cuda = .*\n|^from torch\._C.* import .*\n", "", source, flags=re.MULTILINE)
     scope: dict[str, Any] = {
         "async_compile": Compiler(),
         "empty_strided_cuda": empty,
@@ -136,8 +153,54 @@ def run_program(program: Program, arguments: Sequence[Any], run_kernel: RunKerne
         "copy_if_misaligned": lambda tensor: tensor,
     }
     with (
-        mock.patch.object(torch.cuda, "_DeviceGuard", lambda _: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "set_device", lambda _: None),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "set_device"),
+        mock.patch("torch._dynamo.testing.rand_strided", empty),
     ):
-        exec(compile(source, program.kind, "exec"), scope)  # noqa: S102
-        return scope["call"](list(arguments))
+        exec(compile(source, program.kind, "exec"), scope)
+        return scope["call"](list(scope["get_args"]() if arguments is None else arguments))
+
+
+@final
+class _Noting(TorchDispatchMode):
+    """Notes every operator that is no view."""
+
+    OURS: Final = {"trainer::lora_product": lora_product._product, "trainer::lora_gradients": _all_gradients}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if not func.is_view and not name.startswith(("aten::empty", "aten::_unsafe_view", "aten::detach")):
+            tensors = {id(each): each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)}
+            inner = _Noting()
+            if name in self.OURS:
+                with inner:
+                    self.OURS[name](*args)
+            self.launches.append(Launch(name, sum(map(_size, tensors.values())), False, tuple(inner.launches)))
+        return result
+
+
+def launches_of(program: Program) -> list[Launch]:
+    """The launches of a program at the size that it was traced with."""
+    noting = _Noting()
+
+    def note(name: str, source: str, values: Sequence[Any]) -> None:
+        found = re.search(rf"^def {name}\((.*?)\):", source, re.MULTILINE)
+        assert found is not None
+        names = [each.split(":")[0].strip() for each in found[1].split(",")]
+        sizes = [
+            _size(value) * (2 if each.startswith("in_out") else 1) for each, value in zip(names, values, strict=False)
+        ]
+        noting.launches.append(Launch(name, sum(sizes), True))
+
+    with noting:
+        run_program(program, None, note, "meta")
+    return noting.launches
+
+
+def _size(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

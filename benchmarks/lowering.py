@@ -207,7 +207,7 @@ def _lower(graph: GraphModule, inputs: Sequence[Any], card: Card, options: dict[
         relabelling.graph(graph)
         with (
             mock.patch.object(GraphLowering, "compile_to_module", write),
-            mock.patch.object(compile_fx, "fake_tensor_prop", lambda *_, **__: mode),  # every node has its value
+            mock.patch.object(compile_fx, "fake_tensor_prop", return_value=mode),  # every node has its value
             config.patch({"fx_graph_cache": False}),
         ):
             compile_fx.compile_fx_inner(graph, [relabelling.value(each) for each in inputs], **options)
@@ -257,11 +257,13 @@ def flex_as_on_gpu() -> Iterator[None]:
     """Let FlexAttention take CPU tensors that require gradients, and keep what the backward pass needs, as on a GPU."""
     original = flex_attention_module._apply_kernel_options
 
+    def accept(*_: Any) -> None: ...
+
     def options(query: Any, key: Any, value: Any, return_lse: bool, given: Any, return_aux: Any = None) -> Any:
         return original(query, key, value, return_lse or torch.is_grad_enabled(), given, return_aux)
 
     with (
-        mock.patch.object(flex_attention_module, "_validate_device", lambda *_: None),
+        mock.patch.object(flex_attention_module, "_validate_device", accept),
         mock.patch.object(flex_attention_module, "_apply_kernel_options", options),
     ):
         yield
