@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import httpx
 import jsonschema
 import openai
+import psutil
 import pytest
 from adapter_files import adapter_dir
 from project import BIN, PATIENCE_S, Project
@@ -341,3 +342,33 @@ def test_keys_limits_and_the_end(adapted: Project) -> None:
         chunks = list(stream)  # drained, not cut
         assert chunks[-1].choices[0].finish_reason == "length"
         assert server.running.wait(60).code == 0
+
+
+def test_a_server_that_is_still_starting_ends_at_sigterm(shared: Project) -> None:
+    running = shared.start_trainer("serve", "model", "--port", "0")
+    gateway = psutil.Process(running.process.pid)
+    deadline = time.monotonic() + PATIENCE_S
+
+    def engines() -> list[psutil.Process]:
+        return [child for child in gateway.children() if "trainer.engine" in child.cmdline()]
+
+    def catches_sigterm() -> bool:
+        mask = re.search(r"^SigCgt:\t([0-9a-f]+)$", Path(f"/proc/{gateway.pid}/status").read_text(), re.MULTILINE)
+        assert mask is not None
+        return bool(int(mask.group(1), 16) >> (signal.SIGTERM - 1) & 1)
+
+    while not engines():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (engine,) = engines()
+    engine.suspend()  # it is not ready before the signal
+    while not catches_sigterm():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.signal(signal.SIGTERM)
+    time.sleep(0.2)
+    engine.resume()
+    done = running.wait()
+    assert done.code == 1, done.said
+    assert "stopped before it was ready" in done.stderr
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE

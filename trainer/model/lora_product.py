@@ -190,6 +190,18 @@ class Part(NamedTuple):
     """[n] positions of its tokens in the pack."""
     scaling: float
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Its rows of [T, ...]: a copy, or all of it, without a copy, where every token is its own.
+
+        Never a view of some rows: products of them could round otherwise, by their place in memory.
+        """
+        return whole if len(self.rows) == len(whole) else whole[self.rows]
+
+    def put(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Store rows that `of` gave, which were changed in place."""
+        if own is not whole:
+            whole[self.rows] = own
+
 
 @final
 class RoutedLoraProduct(torch.autograd.Function):
@@ -218,8 +230,8 @@ class RoutedLoraProduct(torch.autograd.Function):
         y = torch.nn.functional.linear(flat, weight, bias)
         inners = []
         for part, down, up in zip(parts, pairs[::2], pairs[1::2], strict=True):
-            inners.append(flat[part.rows] @ down.T)
-            y[part.rows] = y[part.rows].addmm_(inners[-1], up.T, alpha=part.scaling)
+            inners.append(part.of(flat) @ down.T)
+            part.put(y, part.of(y).addmm_(inners[-1], up.T, alpha=part.scaling))
         ctx.save_for_backward(flat, weight, *inners, *pairs)
         ctx.parts, ctx.shape = parts, x.shape
         return _shaped_as(y, x)
@@ -234,11 +246,11 @@ class RoutedLoraProduct(torch.autograd.Function):
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_pairs: list[torch.Tensor | None] = []
         for part, inner, down, up in zip(ctx.parts, inners, pairs[::2], pairs[1::2], strict=True):
-            own = grad[part.rows]
+            own = part.of(grad)
             grad_inner = (own @ up).mul_(part.scaling)
             if grad_x is not None:
-                grad_x[part.rows] = grad_x[part.rows].addmm_(grad_inner, down)
+                part.put(grad_x, part.of(grad_x).addmm_(grad_inner, down))
             needs_down, needs_up = ctx.needs_input_grad[4 + len(grad_pairs) : 6 + len(grad_pairs)]
-            grad_pairs.append(grad_inner.T @ flat[part.rows] if needs_down else None)
+            grad_pairs.append(grad_inner.T @ part.of(flat) if needs_down else None)
             grad_pairs.append((own.T @ inner).mul_(part.scaling) if needs_up else None)
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *grad_pairs

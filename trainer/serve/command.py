@@ -251,8 +251,15 @@ async def _listen(
     if gateway.traces is not None:
         gateway.traces.around(app)
     server = make_server(app, arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has ended
-        signal.signal(number, lambda *_: None)
+    loop, task, is_starting = asyncio.get_running_loop(), asyncio.current_task(), True
+    assert task is not None
+
+    def on_signal(*_: object) -> None:  # uvicorn raises the signal again when it has ended
+        if is_starting:
+            loop.call_soon_threadsafe(task.cancel)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     ordinary = server.handle_exit
 
     def handle_exit(number: int, frame: Any) -> None:
@@ -270,10 +277,14 @@ async def _listen(
             tell(f"TINKER_BASE_URL={address(arguments)} trains {gateway.models.base.name}")
         if accounts is None and arguments.api_key_file is None:
             tell("without accounts: only this machine can connect, and everybody on it may")
+        is_starting = False
         async with running_batches(store), AsyncExitStack() as stack:
             if accounts is not None:
                 await stack.enter_async_context(accounts.counting())
             await server.serve()
+    except asyncio.CancelledError:
+        tell("stopped before it was ready")
+        return 1
     finally:
         if training is not None:
             await training.process.stop()
