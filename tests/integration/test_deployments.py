@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from adapter_files import adapter_dir
-from deploying import Control, Load, is_replaced, pids
+from deploying import CHAT, Control, Load, is_replaced, pids
 from project import Project, wait_for
 from serving import serving
 from tiny import tiny_model_dir
@@ -94,6 +94,59 @@ def test_lost_replicas_an_update_and_more_replicas_fail_no_request(control: Cont
     said = control.server.running.err.read_text()
     assert "which goes on" in said
     control.delete("busy")
+
+
+@pytest.mark.heavy
+def test_used_device_hours_end_the_replicas_until_there_are_more(control: Control) -> None:
+    control.create("hourly", min_replicas=1, scale_to_zero_s=600)
+    first = control.text("hourly")
+    limits = {"limits": {"device_hours": 0.0001}}  # 0.36 s, which are used already
+    assert control.call("PUT", "/v1/quotas/admin", limits).status_code == 200
+    wait_for(lambda: control.ask("hourly").status_code == 429)
+    refused = control.ask("hourly")
+    assert (refused.json()["error"]["code"], refused.headers["retry-after"]) == ("device_hours", "3600")
+    assert pids(control.wait("hourly", "DEPLOYED", ready=0)) == []  # although its minimum is 1
+    assert control.call("PUT", "/v1/quotas/admin", {"limits": {"device_hours": None}}).status_code == 200
+    wait_for(lambda: control.ask("hourly").status_code == 200)
+    assert control.text("hourly") == first
+    control.delete("hourly")
+
+
+@pytest.mark.heavy
+def test_a_batch_wakes_its_deployments_and_goes_on_after_a_kill(project: Project) -> None:
+    lines = [
+        {"custom_id": f"{model}-{number}", "url": "/v1/chat/completions", "body": {"model": model, "messages": CHAT}}
+        for model in ("left", "right", "nobody")
+        for number in range(4)
+    ]
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with serving(project, "--deployments") as server:
+        first = Control(server, project, server.running.out.read_text().strip())
+        for name in ("left", "right"):
+            first.create(name, scale_to_zero_s=1)
+        for name in ("left", "right"):
+            first.wait(name, "DEPLOYED", ready=0)
+        client = server.client(first.key)
+        file = client.files.create(file=("in.jsonl", data), purpose="batch")
+        window, endpoint = "24h", "/v1/chat/completions"
+        batch = client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=window)  # type: ignore[arg-type]
+        server.running.signal(signal.SIGKILL)
+        server.running.process.wait()
+        client.close()
+    with serving(project, "--deployments") as server:
+        client = server.client(first.key)
+        wait_for(lambda: client.batches.retrieve(batch.id).status == "completed")
+        about = client.batches.retrieve(batch.id)
+        assert about.output_file_id is not None
+        assert about.error_file_id is not None
+        answered = [json.loads(line) for line in client.files.content(about.output_file_id).text.splitlines()]
+        failed = [json.loads(line) for line in client.files.content(about.error_file_id).text.splitlines()]
+        rows = Control(server, project, first.key).call("GET", "/v1/usage?by=model").json()["data"]
+        client.close()
+    assert sorted(each["custom_id"] for each in answered) == [line["custom_id"] for line in lines[:8]]
+    assert {each["response"]["status_code"] for each in failed} == {404}
+    assert len(failed) == 4
+    assert {row["model"] for row in rows} == {"left", "right"}
 
 
 @pytest.mark.heavy

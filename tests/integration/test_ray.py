@@ -88,14 +88,18 @@ def kill_a_node(control: Control, cluster: Cluster) -> None:
 
 
 def kill_the_placer(control: Control, cluster: Cluster) -> None:
-    children = psutil.Process(control.server.running.process.pid).children()
-    placer = next(child for child in children if "trainer.serve.ray_placer" in child.cmdline())
-    placer.kill()
+    """SIGKILL the process that speaks to Ray, and a replica, for which it is needed again at once."""
+    gateway = psutil.Process(control.server.running.process.pid)
+    for child in gateway.children():
+        if "trainer.serve.ray_placer" in child.cmdline():
+            child.kill()
+    kill_a_replica(control, cluster)
 
 
 def kill_the_head(control: Control, cluster: Cluster) -> None:
-    """SIGKILL the GCS, and start the head again as its supervisor would."""
+    """SIGKILL the GCS, and a replica; then start the head again as its supervisor would."""
     cluster.head.kill("gcs_server")
+    kill_a_replica(control, cluster)
     cluster.restart_head()
 
 

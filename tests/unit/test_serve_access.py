@@ -25,6 +25,7 @@ from trainer.control.store import Store
 from trainer.serve import command
 from trainer.serve.access import AccountKeys, scope_of
 from trainer.serve.app import make_app
+from trainer.serve.batch import only
 from trainer.serve.batch_api import BatchStore
 from trainer.serve.control import AuditRecorder, Control
 from trainer.serve.control_api import add_control
@@ -60,7 +61,7 @@ def store(place: Path) -> Store:
 def app(gateway: Gateway, store: Store, place: Path) -> FastAPI:
     cache, meter = KeyCache(store), Meter(store, Prices())
     control = Control(AccountKeys(cache), AuditRecorder(store), AccountMeter(meter))
-    made = make_app(gateway, BatchStore(gateway, place / "batches", control), control)
+    made = make_app(gateway, BatchStore(only(gateway), place / "batches", control), control)
     add_control(made, store, cache, meter)
 
     @made.get("/v1/usage/broken")
@@ -154,7 +155,7 @@ def test_keys_of_a_file_open_every_route(gateway: Gateway, place: Path) -> None:
     limited = Gateway(
         gateway.models, gateway.engine, Limits(api_key_digests=frozenset({hashlib.sha256(b"one").digest()}))
     )
-    app = make_app(limited, BatchStore(limited, place / "batches"))
+    app = make_app(limited, BatchStore(only(limited), place / "batches"))
     routes = [("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/ready"), ("GET", "/health")]
     assert [each.status_code for each in call(app, routes, {})] == [401, 401, 401, 200]
     assert [each.status_code for each in call(app, routes, {"Authorization": "Bearer one"})] == [200, 200, 503, 200]

@@ -31,13 +31,24 @@ CHAT_URL: Final = "/v1/chat/completions"
 TEXT_URL: Final = "/v1/completions"
 
 
-Admit: TypeAlias = Callable[[list[Job], int], Awaitable[Counted]]
-"""Counts the sequences of a request and the tokens of its prompts."""
+Admit: TypeAlias = Callable[[str, list[Job], int], Awaitable[Counted]]
+"""Counts the sequences of a request and the tokens of its prompts, for a base model or deployment."""
+Route: TypeAlias = Callable[[str], Awaitable[tuple[Gateway, str]]]
+"""Where what a request names as `model` is answered, and its name there."""
 
 
-async def admit_all(jobs: list[Job], prompt_tokens: int) -> Counted:
+async def admit_all(base: str, jobs: list[Job], prompt_tokens: int) -> Counted:
     """Let every request through."""
-    return await NoMeter().open(None, "", jobs, prompt_tokens)
+    return await NoMeter().open(None, base, jobs, prompt_tokens)
+
+
+def only(gateway: Gateway) -> Route:
+    """The route to one gateway, whatever the model."""
+
+    async def route(model: str) -> tuple[Gateway, str]:
+        return gateway, model
+
+    return route
 
 
 class BatchLine(BaseModel):
@@ -139,7 +150,7 @@ class BatchRun:
 
     def __init__(
         self,
-        gateway: Gateway,
+        route: Route,
         source: Path,
         output: Path,
         errors: Path,
@@ -150,7 +161,7 @@ class BatchRun:
         """Read the requests and what is finished.
 
         Args:
-            gateway: answers.
+            route: who answers.
             source: the input file.
             output: results are appended to it.
             errors: failures are appended to it.
@@ -160,7 +171,7 @@ class BatchRun:
         Raises:
             UserError: the input cannot be used.
         """
-        self._gateway, self._output, self._errors, self._model = gateway, output, errors, model
+        self._route, self._output, self._errors, self._model = route, output, errors, model
         self._admit = admit
         requests = read_batch(source)
         done, failed = finished(output), finished(errors)
@@ -204,21 +215,23 @@ class BatchRun:
             body = {"model": self._model, **request.line.body} if self._model else request.line.body
             if request.line.url == CHAT_URL:
                 chat = ChatRequest.model_validate(body)
-                jobs = self._gateway.chat_jobs(chat)
+                gateway, name = await self._route(chat.model)
+                jobs = gateway.chat_jobs(chat.model_copy(update={"model": name}))
                 answer = ChatAnswer(chat, jobs[0].served, jobs[0].reasoning)
             else:
                 text = CompletionRequest.model_validate(body)
-                jobs = self._gateway.completion_jobs(text)
+                gateway, name = await self._route(text.model)
+                jobs = gateway.completion_jobs(text.model_copy(update={"model": name}))
                 answer = TextAnswer(text, jobs[0].served)
         except ValidationError as error:
             raise validation_error(list(error.errors())) from None
-        return await self._run(answer, jobs)
+        return await self._run(gateway, answer, jobs)
 
-    async def _run(self, answer: ChatAnswer | TextAnswer, jobs: list[Job]) -> dict[str, Any]:
+    async def _run(self, gateway: Gateway, answer: ChatAnswer | TextAnswer, jobs: list[Job]) -> dict[str, Any]:
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs if job.sampling.sample == 0))
-        ticket = await self._admit(jobs, usage.prompt_tokens)
+        ticket = await self._admit(gateway.models.base.name, jobs, usage.prompt_tokens)
         try:
-            pieces = [piece async for piece in run_all(self._gateway.engine, jobs, usage)]
+            pieces = [piece async for piece in run_all(gateway.engine, jobs, usage)]
         finally:
             ticket.close(usage.completion_tokens)
         self.progress.prompt_tokens += usage.prompt_tokens

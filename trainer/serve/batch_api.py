@@ -21,10 +21,9 @@ from trainer.files import fsync_dir, write_atomically
 from trainer.run.console import tell
 from trainer.serve.access import Principal, principal_of
 from trainer.serve.api_errors import ApiError
-from trainer.serve.batch import BatchRun, finished
+from trainer.serve.batch import BatchRun, Route, finished
 from trainer.serve.choices import Job
 from trainer.serve.control import Control
-from trainer.serve.gateway import Gateway
 from trainer.serve.metering import Counted, open_patiently
 
 DEFAULT_KEEP_S: Final = 30 * 86400.0
@@ -46,17 +45,17 @@ class BatchStore:
     """Files and batches of a directory."""
 
     def __init__(
-        self, gateway: Gateway, root: Path, control: Control | None = None, *, keep_s: float = DEFAULT_KEEP_S
+        self, route: Route, root: Path, control: Control | None = None, *, keep_s: float = DEFAULT_KEEP_S
     ) -> None:
         """Use a directory, which is made where it is missing.
 
         Args:
-            gateway: answers.
+            route: who answers.
             root: the directory; only its owner can read it.
             control: records deletions and counts requests.
             keep_s: lifetime of files and batches.
         """
-        self._gateway, self.root, self._control, self._keep_s = gateway, root, control or Control(), keep_s
+        self._route, self.root, self._control, self._keep_s = route, root, control or Control(), keep_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -201,13 +200,12 @@ class BatchStore:
         owner = about.get("owner")
         principal = None if owner is None else Principal(owner, identity, frozenset({"inference"}))
 
-        async def admit(jobs: list[Job], prompt_tokens: int) -> Counted:
-            base = self._gateway.models.base.name
+        async def admit(base: str, jobs: list[Job], prompt_tokens: int) -> Counted:
             return await open_patiently(self._control.meter, principal, base, jobs, prompt_tokens)
 
         try:
             source = self.content(about["input_file_id"], None)
-            progress = await BatchRun(self._gateway, source, output, errors, admit=admit).run()
+            progress = await BatchRun(self._route, source, output, errors, admit=admit).run()
         except UserError as error:
             about |= {"status": "failed", "errors": {"object": "list", "data": [{"message": str(error)}]}}
         else:

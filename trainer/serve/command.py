@@ -238,13 +238,14 @@ async def _listen(
 ) -> int:
     """Serve; from the first signal on, new requests are refused and those in flight are finished."""
     from trainer.serve.app import make_app
+    from trainer.serve.batch import only
     from trainer.serve.batch_api import BatchStore, running_batches
     from trainer.serve.control import Control
     from trainer.serve.listening import address, make_server
 
     control = Control(KeyFile(gateway.limits.api_key_digests)) if accounts is None else accounts.control
     keep_s = seconds_of(arguments.batch_keep, "--batch-keep")
-    store = BatchStore(gateway, Path(arguments.batch_dir), control, keep_s=keep_s)
+    store = BatchStore(only(gateway), Path(arguments.batch_dir), control, keep_s=keep_s)
     app = make_app(gateway, store, control, None if training is None else training.front)
     if accounts is not None:
         accounts.add_routes(app)
@@ -296,14 +297,14 @@ async def _listen(
 
 async def _run_batch(arguments: argparse.Namespace, gateway: Gateway, process: EngineOwner) -> int:
     """Answer a file; the same command again goes on with it."""
-    from trainer.serve.batch import BatchRun
+    from trainer.serve.batch import BatchRun, only
 
     source = Path(arguments.requests)
     output = Path(arguments.out) if arguments.out else source.with_suffix(".out.jsonl")
     errors = output.with_suffix(".errors.jsonl")
     default = next(reversed([gateway.models.base.name, *gateway.models.adapters]))
     try:
-        run = BatchRun(gateway, source, output, errors, default)
+        run = BatchRun(only(gateway), source, output, errors, default)
         await process.start(lambda: _paths(gateway))
         progress = await run.run(_show)
     finally:

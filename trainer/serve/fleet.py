@@ -31,11 +31,14 @@ from trainer.serve.api_errors import ApiError
 from trainer.serve.backend import Backend
 from trainer.serve.deployed import DRAIN_S, Deployed, Version
 from trainer.serve.gateway import Gateway, Metrics
+from trainer.serve.models import SEPARATOR
 
 if TYPE_CHECKING:
     from trainer.serve.traces import Traces
 
 TICK_S: Final = 0.2
+PATIENT_S: Final = 1.0
+"""Before a batch looks again for a replica."""
 LEAD_S: Final = 2.0
 """Between two signs of life in the store."""
 BUSY: Final[frozenset[State]] = frozenset({"DEPLOYING", "SCALING"})
@@ -60,6 +63,8 @@ class Fleet:
         self.metrics = Metrics()
         self._store, self._meter, self._backend, self._prices = store, meter, backend, prices
         self._traces = traces
+        self.has_taken_over = asyncio.Event()
+        """Set once this process carries deployments out and knows them."""
         self._states: dict[str, Deployment] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._saved: dict[str, dict[str, Any]] = {}
@@ -92,6 +97,24 @@ class Fleet:
         self.metrics.by_model.wait_s.labels(name).observe(monotonic() - begin)
         return live.version.gateway, None if was_ready else live.cold_start
 
+    async def route(self, model: str) -> tuple[Gateway, str]:
+        """For batches: the gateway of `DEPLOYMENT` or `DEPLOYMENT#ADDON`, and the name there; waits until it is ready.
+
+        Raises:
+            ApiError: there is no such deployment, it failed, or its account has no device-hours.
+        """
+        await self.has_taken_over.wait()
+        name, _, addon = model.partition(SEPARATOR)
+        while True:
+            try:
+                gateway, _ = await self.of(name)
+            except ApiError as error:
+                if error.status != 503 or error.code == "deployment_failed":
+                    raise
+                await asyncio.sleep(PATIENT_S)
+            else:
+                return gateway, addon or name
+
     async def run(self) -> None:
         """Carry out what is asked for, until it is cancelled."""
         await self._wait_for_the_lead()
@@ -123,6 +146,7 @@ class Fleet:
             await self._check_device_hours()
         rows = await self._ask(lambda: list_deployments(self._store))
         self._states = {row.name: row for row in rows}
+        self.has_taken_over.set()
         self._count_replicas()
         for row in rows:
             if row.name not in self._working:

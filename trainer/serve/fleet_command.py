@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.control.core_dumps import forbid_core_dumps
+from trainer.control.durations import seconds_of
 from trainer.control.prices import read_prices
 from trainer.errors import TrainerError
 from trainer.run.console import tell
@@ -46,6 +47,7 @@ async def _backend(arguments: argparse.Namespace, directory: Path) -> Backend:
 
 
 async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: Path) -> int:
+    from trainer.serve.batch_api import BatchStore, add_batches, running_batches
     from trainer.serve.fleet import Fleet
     from trainer.serve.fleet_api import make_fleet_app
     from trainer.serve.listening import address, make_server, traces_of
@@ -53,7 +55,10 @@ async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: 
     traces = traces_of(arguments)
     backend = await _backend(arguments, directory)
     fleet = Fleet(accounts.store, accounts.meter, backend, read_prices(arguments.prices), traces)
+    keep_s = seconds_of(arguments.batch_keep, "--batch-keep")
+    batches = BatchStore(fleet.route, Path(arguments.batch_dir), accounts.control, keep_s=keep_s)
     app = make_fleet_app(fleet, accounts.store, accounts.control)
+    add_batches(app, batches)
     accounts.add_routes(app)
     if traces is not None:
         traces.around(app)
@@ -68,15 +73,21 @@ async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: 
             error = found
             server.should_exit = True
 
+    async def answer_batches() -> None:
+        await fleet.has_taken_over.wait()
+        async with running_batches(batches):
+            await asyncio.Event().wait()
+
     async with accounts.counting():
-        task: asyncio.Task[Any] = asyncio.create_task(carry_out())
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(answer_batches()), asyncio.create_task(carry_out())]
         tell(f"{address(arguments)}/v1 serves the deployments of {accounts.store.shown}")
         try:
             await server.serve()
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await fleet.close(float(arguments.drain_s))
             if traces is not None:
                 traces.close()
