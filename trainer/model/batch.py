@@ -25,11 +25,17 @@ class Tree:
 
     Prompt (1, 2, 3) with the completions (4, 5) and (6,): `prefix` is 3, `lengths` is (3, (2, 1)), and the pack holds
     1 2 3 4 5 6, 6 tokens instead of 9.
+
+    Where the prefix is the whole first sequence, others may continue a part of it. Three turns of a conversation, each
+    given the earlier turns without their reasoning: (1, 2, 7), (1, 2, 4, 3, 8) and (1, 2, 4, 3, 5, 6, 9). The last one
+    is the prefix, the others are branches behind 2 and 4 of its tokens: `forks` is (7, 2, 4).
     """
 
     sequences: tuple[TokenSequence, ...]
     prefix: int
-    """Number of tokens in the prefix; untrained, unless the tree has one sequence."""
+    """Number of tokens in the prefix; untrained, unless the tree has one sequence or `forks`."""
+    forks: tuple[int, ...] = ()
+    """How many tokens of the prefix each sequence continues; () where all continue all of it."""
 
     @classmethod
     def of_one(cls, sequence: TokenSequence) -> Tree:
@@ -39,8 +45,19 @@ class Tree:
     @property
     def lengths(self) -> tuple[int, tuple[int, ...]]:
         """Tokens of the prefix and of each branch."""
-        branches = (len(sequence.token_ids) - self.prefix for sequence in self.sequences)
+        branches = (len(each.token_ids) - fork for each, fork in zip(self.sequences, self.shared, strict=True))
         return self.prefix, tuple(length for length in branches if length)
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """How many tokens of the prefix each sequence continues."""
+        return self.forks or (self.prefix,) * len(self.sequences)
+
+    @property
+    def branch_forks(self) -> tuple[int, ...]:
+        """`shared` of the sequences that have tokens of their own, as in `lengths`."""
+        pairs = zip(self.sequences, self.shared, strict=True)
+        return tuple(fork for each, fork in pairs if len(each.token_ids) > fork)
 
     @property
     def num_tokens(self) -> int:
@@ -172,21 +189,23 @@ class Batch:
             trunk, prefix = len(token_ids), tree.prefix
             token_ids += tree.sequences[0].token_ids[:prefix]
             positions.append(np.arange(prefix))
-            for sequence in tree.sequences:
+            for sequence, fork in zip(tree.sequences, tree.shared, strict=True):
                 sequence_id = rollouts.setdefault(sequence.owner or number, len(rollouts))
                 number += 1
-                branch = len(token_ids) - prefix
-                token_ids += sequence.token_ids[prefix:]
-                positions.append(np.arange(prefix, len(sequence.token_ids)))
+                branch = len(token_ids) - fork
+                token_ids += sequence.token_ids[fork:]
+                positions.append(np.arange(fork, len(sequence.token_ids)))
                 offsets = np.flatnonzero(sequence.loss_mask[1:])
-                places = offsets + np.where(offsets < prefix, trunk, branch)
+                places = offsets + np.where(offsets < fork, trunk, branch)
                 targets = np.array(sequence.token_ids, dtype=np.int64)[offsets + 1]
                 scored.append(np.stack([places, targets, np.full_like(places, sequence_id)]))
         scored_positions, targets, sequence_ids = torch.from_numpy(np.concatenate(scored, axis=1)).to(device)
         return cls(
             token_ids=torch.tensor(token_ids).to(device),
             positions=torch.from_numpy(np.concatenate(positions)).to(device),
-            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters),
+            layout=PackedLayout.of_trees(
+                [tree.lengths for tree in trees], device, adapters, [tree.branch_forks for tree in trees]
+            ),
             scored=scored_positions,
             targets=targets,
             sequence_ids=sequence_ids,
@@ -291,6 +310,47 @@ def grow_trees(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
         grown[-1].append(sequence)
         used += length
     return [Tree(tuple(each), prefix) if len(each) > 1 else Tree.of_one(each[0]) for each in grown]
+
+
+def grow_forks(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
+    """Pack sequences that share beginnings of different lengths, trained tokens included, each tree within a budget.
+
+    Such are the sequences of one conversation whose chat template rewrites earlier turns: each was given the rewritten
+    ones, so it shares them with the later ones. The sequence that shares most with the others becomes the prefix of a
+    tree. Where that saves less than `MIN_SAVED_FRAC` of the tokens of `grow_trees`, those trees are taken.
+
+    Args:
+        sequences: of one rollout or row.
+        budget: maximum tokens of a tree.
+    """
+    plain = grow_trees(sequences, budget)
+    ids = [np.array(each.token_ids) for each in sequences]
+    left = list(range(len(sequences)))
+    trees: list[Tree] = []
+    while left:
+        shares = {
+            trunk: [(_num_shared(ids[trunk], ids[each]), each) for each in left if each != trunk] for trunk in left
+        }
+        totals = {trunk: (sum(fork for fork, _ in shares[trunk]), len(ids[trunk])) for trunk in left}
+        trunk = max(left, key=totals.__getitem__)
+        used, chosen, forks = len(ids[trunk]), [trunk], [len(ids[trunk])]
+        for fork, other in sorted(shares[trunk], reverse=True):
+            if fork and used + len(ids[other]) - fork <= budget:
+                used += len(ids[other]) - fork
+                chosen.append(other)
+                forks.append(fork)
+        left = [each for each in left if each not in chosen]
+        members = tuple(sequences[index] for index in chosen)
+        trees.append(Tree(members, forks[0], tuple(forks)) if len(members) > 1 else Tree.of_one(members[0]))
+    needed, otherwise = (sum(tree.num_tokens for tree in each) for each in (trees, plain))
+    return trees if otherwise - needed >= MIN_SAVED_FRAC * otherwise else plain
+
+
+def _num_shared(trunk: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
+    """Length of the common beginning; the last token of `other` is its own."""
+    length = min(len(trunk), len(other) - 1)
+    differs = np.flatnonzero(trunk[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 def _common_prefix(sequences: Sequence[TokenSequence]) -> int:

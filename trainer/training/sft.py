@@ -10,13 +10,14 @@ import torch
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.order import rows_of_step
 from trainer.data.token_table import TokenTable
-from trainer.model.batch import Batch, fill, split_evenly
+from trainer.model.batch import Batch, split_evenly
 from trainer.model.policy import Policy
 from trainer.training.attempt import Attempt
 from trainer.training.dropout import seed_dropout
 from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import probe_memory
 from trainer.training.metrics import Values
+from trainer.training.row_trees import plan_packs
 from trainer.training.sample_answers import SampleAnswers
 from trainer.training.schedule import adam_params
 from trainer.training.token_rows import open_rows
@@ -90,17 +91,18 @@ def _packs(attempt: Attempt, policy: Policy, rows: TokenTable, numbers: Sequence
         rows: read one micro-batch at a time.
         numbers: of the sequences.
     """
-    groups = fill(rows.lengths(numbers), policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
+    groups = plan_packs(rows, numbers, policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
     # Asked before the first pack: a rank that asks after its last one waits for ranks that wait for it in a gather.
     (num_dummies,) = attempt.world.num_dummies([len(groups)])
     for group in groups:
         attempt.stop.moved()
-        yield Batch.pack([rows.sequence(numbers[index]) for index in group], attempt.world.device)
+        yield Batch.pack_trees([tree.read(rows) for tree in group], attempt.world.device)
     for _ in range(num_dummies):
         yield Batch.dummy(attempt.world.device)
 
 
 def _of_rank(attempt: Attempt, rows: TokenTable, numbers: Sequence[int]) -> list[int]:
-    """The sequences that this rank computes, balanced by tokens."""
-    parts = split_evenly(rows.lengths(numbers), attempt.world.size)
-    return [numbers[index] for index in parts[attempt.world.rank]]
+    """The sequences that this rank computes, balanced by tokens; those of a row stay together."""
+    units = rows.by_row(numbers)
+    parts = split_evenly([sum(rows.lengths(unit)) for unit in units], attempt.world.size)
+    return [number for index in parts[attempt.world.rank] for number in units[index]]
