@@ -18,7 +18,8 @@ import torch
 
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.model import batch, layout
-from trainer.model.batch import Batch, Tree
+from trainer.model.batch import Batch
+from trainer.model.trees import Tree
 
 TOKENS = 16_384
 VOCAB = 150_000

@@ -2,7 +2,7 @@
 
 A small part of the quickstart's rows, so that there are several epochs and the memory of `refill` is used.
 
-    .venv/bin/python benchmarks/refill.py [--seeds 0 1 2] [--steps 16]
+    .venv/bin/python benchmarks/refill.py [--seeds 0 1 2] [--steps 10]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 OUT: Final = ROOT / "benchmarks" / "results" / "refill.json"
 TARGETS: Final = (0.4, 0.6, 0.8)
-NUM_TRAIN: Final = 48
+NUM_TRAIN: Final = 24
 NUM_HELD_OUT: Final = 44
 
 
@@ -36,7 +36,7 @@ def recipe(name: str, seed: int, steps: int, *, refill: bool) -> dict[str, Any]:
         "steps": steps,
         "optimizer": {"learning_rate": 3e-4, "schedule": "constant"},
         "algorithm": {"name": "grpo", "kl_coef": 0.0, "normalizer": "token"},
-        "rollout": {"group_size": 8, "max_completion_tokens": 24, "eval_samples": 2, "refill": refill},
+        "rollout": {"group_size": 8, "max_completion_tokens": 24, "eval_samples": 1, "refill": refill},
         "rewards": [{"use": "last_number"}],
         "eval_interval": 2,
         "shape": "cpu",
@@ -73,7 +73,7 @@ def main() -> None:
     """Train and print one line per seed and kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory(prefix="refill-") as directory:

@@ -15,9 +15,10 @@ from trainer.distributed.world import World
 from trainer.errors import ModelError
 from trainer.model.adapters import RUN_ADAPTER, Adapters
 from trainer.model.base_model import load_base
-from trainer.model.batch import Batch, Tree
+from trainer.model.batch import Batch
 from trainer.model.lora_linear import Routing
 from trainer.model.policy import Policy, load_policy
+from trainer.model.trees import Tree
 from trainer.training.learner import Learner
 
 CPU = torch.device("cpu")

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.algorithms.normalize import sequence_sizes
 from trainer.data.tokens import TokenInputs, TokenSequence
-from trainer.model.batch import Batch, Tree, grow_trees, padding_of
+from trainer.model.batch import Batch, padding_of
 from trainer.model.policy import Policy
+from trainer.model.trees import Tree, grow_trees
 from trainer.training.learner import Learner
 from trainer.training.losses import PolicyLoss, sft_loss
 from trainer.training.schedule import AdamParams
@@ -169,7 +170,7 @@ def test_padding_belongs_to_no_sequence_in_the_mask_of_a_gpu(monkeypatch):
     assert on_gpu.layout.buckets == ()
     assert on_gpu.layout.made_coordinates is not None
     assert torch.equal(on_gpu.layout.coordinates(), on_cpu.layout.coordinates())
-    tree, _, position = on_cpu.layout.coordinates()
+    tree, _, _, position = on_cpu.layout.coordinates()
     assert tree.bincount().tolist() == [30, 7, 12, 256 - 49]
     assert position[49:].tolist() == list(range(207))
 
@@ -203,7 +204,7 @@ def test_learner_and_packs_use_no_other_copy_to_a_device(monkeypatch):
     monkeypatch.setattr("trainer.model.layout.to_device", count)
     monkeypatch.setattr("trainer.model.batch.to_device", count)
     pack = Batch.pack(rows_of((30, 7)), torch.device("meta"))
-    assert moved == [(2, 256), (3, 35), (3, 256), (35,), (0,), (0,)]
+    assert moved == [(2, 256), (3, 35), (4, 256), (35,), (0,), (0,)]
     held = [pack.token_ids, pack.positions, pack.scored, pack.targets, pack.sequence_ids, pack.inputs.weights]
     assert all(tensor.device.type == "meta" for tensor in held)
 

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, final
@@ -199,6 +200,12 @@ class TokenTable:
     def sequences_of(self, rows: Collection[int]) -> list[int]:
         """Numbers of the sequences of some rows, in their order; a row has more than one where turns are rewritten."""
         return [number for row in rows for number in range(self._first(self._row_ends, row), int(self._row_ends[row]))]
+
+    def by_row(self, sequences: Sequence[int]) -> list[list[int]]:
+        """Numbers of sequences, those of the same row together where they follow each other."""
+        rows = np.searchsorted(self._row_ends, sequences, side="right").tolist()
+        pairs = zip(rows, sequences, strict=True)
+        return [[number for _, number in of_row] for _, of_row in groupby(pairs, key=lambda pair: pair[0])]
 
     def lengths(self, sequences: Sequence[int]) -> list[int]:
         """Tokens of each of some sequences."""

@@ -129,7 +129,10 @@ def _bucketed(
     for bucket, padded in zip(layout.buckets, zip(*rows, strict=True), strict=True):
         q, k, v = (tensor.transpose(1, 2) for tensor in padded)
         if bucket.prefix is not None:
-            before = rows[1][bucket.prefix].transpose(1, 2), rows[2][bucket.prefix].transpose(1, 2)
+            before = (
+                rows[1][bucket.prefix][:, : bucket.fork].transpose(1, 2),
+                rows[2][bucket.prefix][:, : bucket.fork].transpose(1, 2),
+            )
             outputs.append(eager_attention(q, k, v, before, options).transpose(1, 2))
             continue
         longest = q.shape[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Final, TypeVar, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -14,42 +14,9 @@ from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.model.flex import MASK_BLOCK
 from trainer.model.layout import PackedLayout
 from trainer.model.transfer import to_device
+from trainer.model.trees import Tree
 
 T = TypeVar("T")
-
-MIN_SAVED_FRAC: Final = 0.05
-"""Sequences are packed as a tree only if it saves this fraction of their tokens; its attention takes two parts."""
-
-
-@final
-@dataclass(frozen=True)
-class Tree:
-    """Sequences with a common prefix, which is packed once.
-
-    Prompt (1, 2, 3) with the completions (4, 5) and (6,): `prefix` is 3, `lengths` is (3, (2, 1)), and the pack holds
-    1 2 3 4 5 6, 6 tokens instead of 9.
-    """
-
-    sequences: tuple[TokenSequence, ...]
-    prefix: int
-    """Number of tokens in the prefix; untrained, unless the tree has one sequence."""
-
-    @classmethod
-    def of_one(cls, sequence: TokenSequence) -> Tree:
-        """A tree of one sequence: all of it is prefix."""
-        return cls((sequence,), len(sequence.token_ids))
-
-    @property
-    def lengths(self) -> tuple[int, tuple[int, ...]]:
-        """Tokens of the prefix and of each branch."""
-        branches = (len(sequence.token_ids) - self.prefix for sequence in self.sequences)
-        return self.prefix, tuple(length for length in branches if length)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in a pack."""
-        prefix, branches = self.lengths
-        return prefix + sum(branches)
 
 
 @final
@@ -189,7 +156,7 @@ class Batch:
         number = total = 0
         for tree in trees:
             trunk, prefix = total, tree.prefix
-            for index, sequence in enumerate(tree.sequences):
+            for index, (sequence, fork) in enumerate(zip(tree.sequences, tree.shared, strict=True)):
                 ids = np.array(sequence.token_ids, dtype=np.int64)
                 if index == 0:
                     token_ids.append(ids[:prefix])
@@ -197,12 +164,12 @@ class Batch:
                     total += prefix
                 sequence_id = rollouts.setdefault(sequence.owner or number, len(rollouts))
                 number += 1
-                branch = total - prefix
-                token_ids.append(ids[prefix:])
-                positions.append(np.arange(prefix, len(ids)))
-                total += len(ids) - prefix
+                branch = total - fork
+                token_ids.append(ids[fork:])
+                positions.append(np.arange(fork, len(ids)))
+                total += len(ids) - fork
                 offsets = np.flatnonzero(np.array(sequence.loss_mask[1:], dtype=bool))
-                places = offsets + np.where(offsets < prefix, trunk, branch)
+                places = offsets + np.where(offsets < fork, trunk, branch)
                 scored.append(np.stack([places, ids[offsets + 1], np.full_like(places, sequence_id)]))
         if is_padded is None:
             is_padded = device.type != "cpu" and adapters is None
@@ -212,10 +179,11 @@ class Batch:
         np.concatenate(positions, out=of_tokens[1, :total])
         ids_and_positions = to_device(torch.from_numpy(of_tokens), device)
         scored_positions, targets, sequence_ids = to_device(torch.from_numpy(np.concatenate(scored, axis=1)), device)
+        lengths, forks = [tree.lengths for tree in trees], [tree.branch_forks for tree in trees]
         return cls(
             token_ids=ids_and_positions[0],
             positions=ids_and_positions[1],
-            layout=PackedLayout.of_trees([tree.lengths for tree in trees], device, adapters, padding),
+            layout=PackedLayout.of_trees(lengths, device, adapters, padding=padding, forks=forks),
             scored=scored_positions,
             targets=targets,
             sequence_ids=sequence_ids,
@@ -305,43 +273,6 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
         bins[-1].append(index)
         used += sizes[index]
     return bins
-
-
-def grow_trees(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
-    """Pack sequences with a common prefix as trees, each within a budget of tokens.
-
-    Where a tree would save less than `MIN_SAVED_FRAC`, each sequence becomes a tree of its own.
-
-    Args:
-        sequences: such as the completions of a prompt; trained tokens are not shared.
-        budget: maximum tokens of a tree.
-    """
-    prefix = _common_prefix(sequences)
-    total = sum(len(sequence.token_ids) for sequence in sequences)
-    if prefix * (len(sequences) - 1) < MIN_SAVED_FRAC * total:
-        return [Tree.of_one(sequence) for sequence in sequences]
-    longest_first = sorted(sequences, key=lambda sequence: -len(sequence.token_ids))
-    grown: list[list[TokenSequence]] = [[]]
-    used = prefix
-    for sequence in longest_first:
-        length = len(sequence.token_ids) - prefix
-        if grown[-1] and used + length > budget:
-            grown.append([])
-            used = prefix
-        grown[-1].append(sequence)
-        used += length
-    return [Tree(tuple(each), prefix) if len(each) > 1 else Tree.of_one(each[0]) for each in grown]
-
-
-def _common_prefix(sequences: Sequence[TokenSequence]) -> int:
-    """Length of the common prefix; it ends before the first trained token and before the last token of a sequence."""
-    first = sequences[0]
-    longest = min((*sequence.loss_mask, True).index(True) for sequence in sequences)
-    longest = min(longest, *(len(sequence.token_ids) - 1 for sequence in sequences))
-    are_equal = (
-        all(sequence.token_ids[index] == first.token_ids[index] for sequence in sequences) for index in range(longest)
-    )
-    return next((index for index, is_equal in enumerate(are_equal) if not is_equal), longest)
 
 
 def split_evenly(sizes: Sequence[int], num_parts: int) -> list[list[int]]:

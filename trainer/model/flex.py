@@ -101,14 +101,16 @@ def block_mask_of(layout: PackedLayout, window: int | None, padding: int = 0) ->
     """
     if (window, padding) not in layout.block_masks:
         # Cloned: a view's offset would be compiled into the kernel.
-        tree, branch, position = (row.clone() for row in layout.coordinates(padding))
+        tree, branch, fork, position = (row.clone() for row in layout.coordinates(padding))
+        has_forks = bool(layout.forks)
 
         def is_visible(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             is_near = position[q] - position[k] < window if window is not None else q >= k
-            is_behind = (branch[k] == 0) | (branch[q] == branch[k])
+            is_behind = (branch[k] == 0) & (position[k] < fork[q]) if has_forks else branch[k] == 0
+            is_behind = is_behind | (branch[q] == branch[k])
             return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
 
-        some, full = _visible_blocks(tree, branch, window)
+        some, full = _visible_blocks(tree, branch, window, has_forks=has_forks)
         made: BlockMask = BlockMask.from_kv_blocks(
             *_by_row(some & ~full), *_by_row(full), MASK_BLOCK, is_visible, (len(tree), len(tree))
         )
@@ -116,12 +118,14 @@ def block_mask_of(layout: PackedLayout, window: int | None, padding: int = 0) ->
     return layout.block_masks[window, padding]
 
 
-def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _visible_blocks(
+    tree: torch.Tensor, branch: torch.Tensor, window: int | None, *, has_forks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, B] bool of query and key blocks: whether any query attends to any key, and whether all attend to all.
 
     Prefixes and branches are numbered in the order of the pack. A key before the query block is visible if it belongs
-    to the same part (prefix or branch) as the first query, or to that query's prefix. With a window, blocks of branches
-    are always treated as partly visible.
+    to the same part (prefix or branch) as the first query, or to that query's prefix. With a window, or branches that
+    continue a part of their prefix, blocks of prefixes are always treated as partly visible to branches.
     """
     total = len(tree)
     part = torch.stack([tree, branch]).diff(dim=1, prepend=tree.new_full((2, 1), -1)).ne(0).any(0).cumsum(0)
@@ -133,10 +137,14 @@ def _visible_blocks(tree: torch.Tensor, branch: torch.Tensor, window: int | None
     key_begin, key_end = part[first][None, :], part[last][None, :]
     is_near = is_past if window is None else first[:, None] - last[None, :] < window
     some = is_past & (begin == key_end) & is_near
-    some |= is_past & (key_begin <= trunk) & (trunk <= key_end) & ((trunk != begin) | is_near)
+    sees_trunk = (trunk != begin) | is_near
+    if has_forks:  # a branch in the query block may continue a part of the prefix that is far from its end
+        sees_trunk |= begin != end
+    some |= is_past & (key_begin <= trunk) & (trunk <= key_end) & sees_trunk
     is_whole = end == key_begin
     if window is None:
-        is_whole |= (key_begin == trunk) & (key_end == trunk) & (tree[first] == tree[last])[:, None]
+        if not has_forks:
+            is_whole |= (key_begin == trunk) & (key_end == trunk) & (tree[first] == tree[last])[:, None]
     else:
         is_whole &= last[:, None] - first[None, :] < window
     full = is_past & is_whole

@@ -41,6 +41,8 @@ class Bucket:
     """[m] flat indices of the padding cells."""
     prefix: int | None = None
     """Index of the bucket whose single row is the prefix of every row of this one; None if there is no prefix."""
+    fork: int | None = None
+    """How many of the prefix's tokens the rows continue; None: all."""
 
 
 @final
@@ -50,7 +52,8 @@ class PackedLayout:
 
     Two sequences of 4 and 3 tokens: `trees` is ((4, ()), (3, ())), `max_len` 4, one bucket of 2 rows. A prompt of 4
     with completions of 3 and 2 tokens: ((4, (3, 2)),), `max_len` 7, one bucket for the prompt and one for the
-    completions; the pack has 9 tokens.
+    completions; the pack has 9 tokens. Where the second one continues the first 2 tokens of the prompt only, `forks` is
+    ((4, 2),), and it has a bucket of its own.
     """
 
     trees: tuple[tuple[int, tuple[int, ...]], ...]
@@ -69,6 +72,8 @@ class PackedLayout:
     """GPU only: cache by window and tokens of padding, filled by the first layer that needs it."""
     hidden_windows: set[int] = field(default_factory=set, compare=False, repr=False)
     """Windows of layers that do not pass theirs to attention; filled by a forward pass."""
+    forks: tuple[tuple[int, ...], ...] = ()
+    """Of each tree, how many tokens of the prefix each branch continues; () where all branches continue all of it."""
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
@@ -81,7 +86,9 @@ class PackedLayout:
         trees: Sequence[tuple[int, Sequence[int]]],
         device: torch.device,
         owners: Sequence[str] | None = None,
+        *,
         padding: int = 0,
+        forks: Sequence[Sequence[int]] | None = None,
     ) -> PackedLayout:
         """The layout of trees, in the order of the pack.
 
@@ -91,21 +98,29 @@ class PackedLayout:
             owners: of each tree; trees of different owners share no bucket, so that the padding of a tree, and with it
                 the rounding of its attention, does not depend on other owners. None: all have the same owner.
             padding: tokens behind them that attend to themselves only.
+            forks: of each tree, how many tokens of the prefix each branch continues. None: all of them.
         """
         numbered = tuple((prefix, tuple(branches)) for prefix, branches in trees)
-        longest = max(prefix + max(branches, default=0) for prefix, branches in trees)
+        ends = tuple((prefix,) * len(branches) for prefix, branches in numbered)
+        forked = ends if forks is None else tuple(map(tuple, forks))
+        kept = () if forked == ends else forked
+        longest = max(
+            max([prefix, *(fork + length for fork, length in zip(of_tree, branches, strict=True))])
+            for (prefix, branches), of_tree in zip(numbered, forked, strict=True)
+        )
         if device.type != "cpu":
             order = torch.empty(0, dtype=torch.long, device=device)
-            return cls(numbered, longest, (), order, padding, to_device(_coordinates(numbered, padding), device))
+            made = to_device(_coordinates(numbered, forked, padding), device)
+            return cls(numbered, longest, (), order, padding, made, forks=kept)
         start = 0
         plain: dict[str, list[tuple[int, int]]] = {}
-        branched: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
-        for (prefix, branches), owner in zip(trees, owners or [""] * len(trees), strict=True):
+        branched: list[tuple[tuple[int, int], dict[int, list[tuple[int, int]]]]] = []
+        for (prefix, branches), of_tree, owner in zip(numbered, forked, owners or [""] * len(trees), strict=True):
             trunk = (start, prefix)
             start += prefix
-            spans = []
-            for length in branches:
-                spans.append((start, length))
+            spans: dict[int, list[tuple[int, int]]] = {}
+            for fork, length in zip(of_tree, branches, strict=True):
+                spans.setdefault(fork, []).append((start, length))
                 start += length
             if spans:
                 branched.append((trunk, spans))
@@ -117,9 +132,11 @@ class PackedLayout:
         for trunk, spans in branched:
             index = len(buckets)
             buckets.append(_bucket([trunk], device))
-            buckets += [_bucket(group, device, prefix=index) for group in _of_similar_length(spans)]
+            for fork, of_fork in spans.items():
+                at = None if fork == trunk[1] else fork
+                buckets += [_bucket(group, device, index, at) for group in _of_similar_length(of_fork)]
         order = torch.argsort(torch.cat([bucket.gather.flatten()[bucket.cells] for bucket in buckets]))
-        return cls(numbered, longest, tuple(buckets), order, padding)
+        return cls(numbered, longest, tuple(buckets), order, padding, forks=kept)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -127,26 +144,30 @@ class PackedLayout:
         return sum(prefix + sum(branches) for prefix, branches in self.trees) + self.padding
 
     def coordinates(self, padding: int = 0) -> torch.Tensor:
-        """[3, T + padding]: the tree, the branch (0 is the prefix) and the position in its sequence of each token.
+        """[4, T + padding]: the tree, the branch (0 is the prefix), its fork and the position in it of each token.
 
         Args:
             padding: further tokens behind the pack; all padding is a tree of its own.
         """
         if self.made_coordinates is not None and not padding:
             return self.made_coordinates
-        return _coordinates(self.trees, self.padding + padding).to(self.order.device)
+        forks = self.forks or tuple((prefix,) * len(branches) for prefix, branches in self.trees)
+        return _coordinates(self.trees, forks, self.padding + padding).to(self.order.device)
 
 
-def _coordinates(trees: Sequence[tuple[int, tuple[int, ...]]], padding: int) -> torch.Tensor:
+def _coordinates(
+    trees: Sequence[tuple[int, tuple[int, ...]]], forks: Sequence[tuple[int, ...]], padding: int
+) -> torch.Tensor:
     """`PackedLayout.coordinates`, on the CPU."""
+    padded, of_trees = ([*trees, (padding, ())], [*forks, ()]) if padding else (trees, forks)
     parts = [
-        (length, tree, branch, prefix if branch else 0)
-        for tree, (prefix, branches) in enumerate([*trees, (padding, ())] if padding else trees)
-        for branch, length in enumerate((prefix, *branches))
+        (length, tree, branch, fork, fork)
+        for tree, ((prefix, branches), of_tree) in enumerate(zip(padded, of_trees, strict=True))
+        for branch, (length, fork) in enumerate(zip((prefix, *branches), (0, *of_tree), strict=True))
     ]
     lengths, *of_parts = np.array(parts, dtype=np.int64).T
     of_tokens = np.repeat(np.stack(of_parts), lengths, axis=1)
-    of_tokens[2] += np.arange(len(of_tokens[2])) - np.repeat(lengths.cumsum() - lengths, lengths)
+    of_tokens[3] += np.arange(len(of_tokens[3])) - np.repeat(lengths.cumsum() - lengths, lengths)
     return torch.from_numpy(of_tokens)
 
 
@@ -161,14 +182,16 @@ def _of_similar_length(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int,
     return groups
 
 
-def _bucket(spans: Sequence[tuple[int, int]], device: torch.device, prefix: int | None = None) -> Bucket:
+def _bucket(
+    spans: Sequence[tuple[int, int]], device: torch.device, prefix: int | None = None, fork: int | None = None
+) -> Bucket:
     begin = torch.tensor([start for start, _ in spans])[:, None]
     length = torch.tensor([length for _, length in spans])[:, None]
     offset = torch.arange(spans[0][1])[None, :]
     real = offset < length
     gather = begin + offset * real
     cells, padding = (flags.flatten().nonzero().squeeze(1).to(device) for flags in (real, ~real))
-    return Bucket(gather.to(device), cells, padding, prefix)
+    return Bucket(gather.to(device), cells, padding, prefix, fork)
 
 
 @final

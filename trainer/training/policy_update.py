@@ -12,8 +12,9 @@ from trainer.algorithms import ResolvedAlgorithm, denominator
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
-from trainer.model.batch import Batch, Tree, grow_trees, unit_batches
+from trainer.model.batch import Batch, unit_batches
 from trainer.model.policy import Reference, score
+from trainer.model.trees import Tree, grow_forks, grow_trees
 from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner, PackResult, Update
 from trainer.training.losses import PolicyLoss
@@ -182,7 +183,7 @@ def _units(sequences: Sequence[TokenSequence], budget: int) -> list[list[Tree]]:
     split = {each.owner for each in sequences if each.owner is not None}
     alone = [each for each in sequences if each.owner is None]
     units = [[tree] for tree in grow_trees(alone, budget)] if alone else []
-    return units + [grow_trees([each for each in sequences if each.owner == owner], budget) for owner in sorted(split)]
+    return units + [grow_forks([each for each in sequences if each.owner == owner], budget) for owner in sorted(split)]
 
 
 def _sequences(group: Group, algorithm: ResolvedAlgorithm, number: int) -> list[TokenSequence]:

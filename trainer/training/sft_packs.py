@@ -11,8 +11,9 @@ from trainer.config.recipe import SFTRecipe
 from trainer.data.order import rows_of_step
 from trainer.data.token_table import TokenTable
 from trainer.distributed.world import World
-from trainer.model.batch import Batch, fill, split_evenly
+from trainer.model.batch import Batch, split_evenly
 from trainer.training.prefetch import Prefetched, prefetched
+from trainer.training.row_trees import plan_packs
 
 
 @final
@@ -89,11 +90,11 @@ class StepPacks:
             chosen = rows_of_step(recipe.seed, number, recipe.rows_per_step, rows.num_rows, self._excluded)
             sequences = rows.sequences_of(chosen)
             own = of_rank(rows, sequences, self._world)
-            groups = fill(rows.lengths(own), self._budget)
+            groups = plan_packs(rows, own, self._budget)
             denominator = sum(sum(rows.sequence(each).inputs.weights) for each in own)
             yield Step(sum(rows.lengths(sequences)), denominator, len(groups))
             for group in groups:
-                yield Batch.pack([rows.sequence(own[index]) for index in group], self._world.device)
+                yield Batch.pack_trees([tree.read(rows) for tree in group], self._world.device)
 
 
 def held_out_packs(rows: TokenTable, world: World, budget: int, moved: Callable[[], None]) -> Iterator[Batch]:
@@ -106,22 +107,23 @@ def held_out_packs(rows: TokenTable, world: World, budget: int, moved: Callable[
         moved: called before each pack.
     """
     own = of_rank(rows, range(rows.counts.num_sequences), world)
-    groups = fill(rows.lengths(own), budget)
+    groups = plan_packs(rows, own, budget)
     (num_dummies,) = world.num_dummies([len(groups)])
     for group in groups:
         moved()
-        yield Batch.pack([rows.sequence(own[index]) for index in group], world.device)
+        yield Batch.pack_trees([tree.read(rows) for tree in group], world.device)
     for _ in range(num_dummies):
         yield Batch.dummy(world.device)
 
 
 def of_rank(rows: TokenTable, sequences: Sequence[int], world: World) -> list[int]:
-    """The sequences that this rank computes, balanced by tokens.
+    """The sequences that this rank computes, balanced by tokens; those of a row stay together.
 
     Args:
         rows: have their lengths.
         sequences: of all ranks.
         world: the ranks.
     """
-    parts = split_evenly(rows.lengths(sequences), world.size)
-    return [sequences[index] for index in parts[world.rank]]
+    units = rows.by_row(sequences)
+    parts = split_evenly([sum(rows.lengths(unit)) for unit in units], world.size)
+    return [number for index in parts[world.rank] for number in units[index]]
