@@ -55,9 +55,8 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
     if facts is None:
         return None
     is_limit_for_it = recipe.lora is not None or recipe.optimizer.name == "adamw"  # limits assume moments in float32
-    if is_limit_for_it and base_bytes(recipe, facts) > limit.max_params_b * 1e9 * compute_bytes_of(
-        recipe
-    ):  # 4-bit weights count less
+    most = limit.max_params_b * 1e9 * compute_bytes_of(recipe)
+    if is_limit_for_it and base_bytes(recipe, facts) > most:  # 4-bit weights count less
         return f"supports models up to {limit.max_params_b:g} B parameters for {kind} ({limit.basis})"
     memory = estimate_memory(recipe, shape, facts)
     if not memory.fits:
