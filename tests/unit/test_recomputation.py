@@ -29,7 +29,7 @@ TOKENS = 256
 
 def compiled_policy(model_dir: Path, lora: LoraSettings | None, *, is_selective: bool) -> Policy:
     """Compiled; the first pass, which is not, is over."""
-    policy = make_policy(model_dir, lora)
+    policy = make_policy(model_dir, lora, checkpointing=is_selective)  # as `load_policy` makes it
     policy.compile_layers(graphs_of()[1], is_selective=is_selective)
     gradients(policy, make_pack(PACKS[0]))
     return policy
@@ -65,6 +65,9 @@ def test_selective_checkpointing_keeps_products_and_attention_only(tmp_path, kin
     assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
     assert ours.compiled is not None
     assert ours.compiled.problem is None
+
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pack).logprobs, plain(pack).logprobs, rtol=1e-5, atol=1e-6)
 
     facts = facts_of(model_dir)
     micro = Pass(facts, [TOKENS], TOKENS - 1, 4, 4 if lora else None, is_cpu=False)
