@@ -1,6 +1,6 @@
 """One product for q, k and v, and one for gate and up: the values and gradients of each layer's own product.
 
-The compiler's path is traced on CPU tensors, as in test_compiled_layers.py.
+The compiler's path is traced on CPU tensors, as in test_compiled_layers.py, whose tests use groups too.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def assert_close(ours: Any, theirs: Any) -> None:
         )
 
 
+@pytest.mark.heavy
 def test_compiled_layers_compute_what_they_did(tmp_path):
     """qwen2: q, k and v have biases. The base weights are views, so that neither memory nor a name changes."""
     model_dir = tiny_model_dir(tmp_path / "model", "qwen2", head_dim=16)
