@@ -26,3 +26,10 @@ def treacherous(completion, row):
         case "nan":
             return float("nan")
     return 1.0 + len(completion)
+
+
+def hard_or_easy(completion, row):
+    """Every third prompt can be answered differently; of the others one is always and one never right."""
+    time.sleep(float(os.environ.get("SLOW_S", "0")))
+    kind = row.index % 3
+    return float(kind == 1) if kind else sum(map(ord, completion)) % 97 / 96

@@ -12,8 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from project import Project, wait_for
+from project import Project, Run, wait_for
 from rft_project import RECIPE, journal, prepare, rollouts, run_here
+
+from trainer.commands.certificate import compare_runs
+from trainer.commands.cli import main
+from trainer.run.directory import RunDir
 
 # A random model draws no stop token, but soon a letter: its turns end there.
 ECHO: dict[str, Any] = {
@@ -85,6 +89,51 @@ def test_a_run_killed_in_the_middle_of_a_turn_ends_with_equal_bits(asks, whole):
     killed = run_here(asks, "killed", **ECHO)
     assert without_seconds(journal(killed)) == without_seconds(journal(whole))
     assert killed.adapter() == whole.adapter()
+
+
+@pytest.mark.heavy
+def test_verify_resume_of_a_run_with_environment_and_tools_is_equal(asks):
+    """Real kills of the process tree: while saving, between chunks of conversations, while learning."""
+    changes = {
+        "model": {"path": "model", "compute_dtype": "float32", "chat_template": "hermes"},
+        "data": {"train": "asks.jsonl", "max_seq_tokens": 1024},
+        "rollout": ECHO["rollout"] | {"tools": ["guessing.py:double"], "chunk_prompts": 1, "max_completion_tokens": 40},
+        "steps": 6,
+    }
+    file = asks.recipe("verified.yaml", **{**RECIPE, **ECHO, **changes, "name": "verified"})
+    done = asks.trainer("verify-resume", file, "--kills", "3", "--json")
+    assert done.code == 0, done.said
+    certificate = json.loads(done.stdout)
+    assert certificate["equal"] is True
+    assert [kill["phase"] for kill in certificate["kills"]] == ["saving", "sampling", "training"]
+    assert 0 < certificate["tokens_sampled_twice"] < certificate["tokens_sampled"]
+    (home,) = (asks.root / "runs").glob("verified.verify-*")
+    turns = [len(each["conversation"]["turns"]) for each in rollouts(Run(home / "interrupted"), 0)]
+    assert max(turns) > 1
+
+
+def test_verify_resume_refuses_an_environment_that_is_not_called_deterministic(asks, monkeypatch, capsys):
+    rollout = {name: value for name, value in ECHO["rollout"].items() if name != "deterministic"}
+    file = asks.recipe("undecided.yaml", **{**RECIPE, **ECHO, "name": "undecided", "rollout": rollout})
+    monkeypatch.chdir(asks.root)
+    assert main(["verify-resume", file]) == 2
+    assert "set `rollout.deterministic: true`" in capsys.readouterr().err
+
+
+def test_what_a_kill_between_chunks_leaves_goes_on_to_runs_that_verify_resume_calls_equal(asks, whole):
+    """Checkpoint of step 2, one of the two chunks of step 3: the conversations of the other are played again."""
+    run = run_here(asks, "cut", **ECHO)
+    assert run.checkpoints() == [2, 3]
+    shutil.rmtree(run.newest_checkpoint())
+    _, lost = sorted((run.root / "rollouts" / "step-000002").iterdir())
+    lost.unlink()
+    (run.root / "outcome.json").unlink()
+    resumed = run_here(asks, "cut", **ECHO)
+    assert len(resumed.attempts()) == 2
+    found = compare_runs(RunDir(whole.root), RunDir(resumed.root))
+    assert found["equal"], found["problems"]
+    assert 0 < found["tokens_sampled_twice"] < found["tokens_sampled"]
+    assert without_seconds(journal(resumed)) == without_seconds(journal(whole))
 
 
 def test_environments_killed_within_a_turn_are_played_again_with_equal_bits(asks, whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -17,13 +18,18 @@ from rft_project import NO_EVALUATION, prepare, rollouts, run_here
 from serving import Server, serving
 
 from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.config.rft_sections import RewardSpec
 from trainer.data.chat import load_tokenizer
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
 from trainer.model.policy import Policy, load_policy
+from trainer.rewards.judges.open import Judging
+from trainer.rewards.judges.protocol import Surroundings
+from trainer.rewards.runner import RewardRunner, Scored
 from trainer.sampling.sampler import SampleRequest, SamplingParams
 from trainer.sampling.served import ServedSampler
 from trainer.sampling.server_client import SamplerError, ServerClient
+from trainer.types import Row
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 REQUESTS = [SampleRequest((40, 41, 42, 43), row, 3) for row in range(4)]
@@ -32,6 +38,8 @@ REQUESTS = [SampleRequest((40, 41, 42, 43), row, 3) for row in range(4)]
 @pytest.fixture(scope="module")
 def project(shared: Project) -> Project:
     prepare(shared)
+    config = shared.root / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))  # for the judge
     adapter_dir(shared.root / "theirs", shared.root / "model", rank=4, seed=1)
     return shared
 
@@ -176,3 +184,56 @@ def test_a_run_trains_through_a_server_that_serves_others_too(server, project):
     assert metrics[-1]["train/ref_kld"] > 0
     assert all(len(rollouts(run, step)) == 24 for step in range(5))
     assert len({str(each) for each in answers}) == 1
+
+
+def judged(server: Server, project: Project, said: list[str], **changes: Any) -> tuple[list[Scored], list[Any]]:
+    """Scores of three texts by the tiny model behind the server, and the answers that were kept."""
+    quote = load_tokenizer(ModelSettings(path=str(project.root / "model"))).encode('"')[0]
+    args = {
+        "url": f"{server.url}/v1",
+        "model": "model",
+        "rubric": "Short is good.",
+        "max_tokens": 600,
+        "temperature": 1.0,
+        "concurrency": 2,
+        "extra_body": {"seed": 3, "logit_bias": {str(quote): 6}},  # a random model ends no sentence by itself
+        "on_outage": "fail",
+        **changes,
+    }
+    around = Surroundings(said.append, lambda: None)
+    cache = project.root / f"judge-{len(list(project.root.glob('judge-*')))}"
+    row = Row({"prompt": "Say it."}, "rows.jsonl", 1)
+    with RewardRunner(
+        [RewardSpec(use="llm_judge", args=args)], base_dir=project.root, judging=Judging(cache, around)
+    ) as runner:
+        scores = runner.score([(text, row) for text in ("one", "two", "three")], [3])
+    lines = [json.loads(line) for file in cache.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    return scores, [line["answer"] for line in lines if "answer" in line]
+
+
+@pytest.mark.parametrize("compare", ["single", "group", "pairs"])
+def test_a_judge_behind_the_server_answers_in_the_form_that_it_is_asked_for(
+    server: Server, project: Project, compare: str
+) -> None:
+    """No repair is allowed, so what is scored was valid under the schema at once."""
+    said: list[str] = []
+    scores, answers = judged(server, project, said, compare=compare, opponents=1, num_repairs=0)
+    assert [each.failure for each in scores] == [None] * 3
+    assert said == [], "the server knows response_format"
+    found = [each.reward for each in scores]
+    if compare == "single":
+        assert sorted(found) == sorted(answer["score"] / 10 for answer in answers)
+    elif compare == "group":
+        (answer,) = answers
+        assert found == [score / 10 for score in answer["scores"]]
+    else:
+        assert len(answers) == 6, "three pairs in both orders"
+        assert sum(found) == pytest.approx(1.5), "each comparison gives one point to share"
+    assert all(isinstance(answer["reason"], str) for answer in answers)
+
+
+def test_an_answer_that_is_cut_is_a_failure_that_says_so(server: Server, project: Project) -> None:
+    scores, answers = judged(server, project, [], num_repairs=0, max_tokens=4)
+    assert [each.reward for each in scores] == [None] * 3
+    assert all("it was cut off at `max_tokens`" in (each.failure or "") for each in scores)
+    assert answers == []

@@ -2,93 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
-from plans import rft_plan
+from played import WORLD, played
 from prompt_writer import FORGETFUL, STOP, ids, writer
 
-from trainer.config.recipe import RFTRecipe
-from trainer.distributed.preemption import StopFlag
-from trainer.distributed.world import World
-from trainer.environments.pool import EnvironmentPool
-from trainer.rewards.runner import RewardRunner
 from trainer.training.conversation_metrics import conversation_metrics
-from trainer.training.conversations import ConversationSampler
-from trainer.training.group_sampler import GroupRequest, Prompt
-from trainer.training.open_groups import environment_settings
-from trainer.training.rollouts import sampling_params
-from trainer.types import Completion, Group, Rollout, Row
-
-WORLD = World(rank=0, size=1, device=torch.device("cpu"))
-GAME = '''
-import os
-from trainer.environments.contract import Observation, Start
-
-class Game:
-    """Plays as many turns as the row says; samples of odd seed pass first."""
-
-    def reset(self, row, *, seed):
-        self.row, self.left = row, row["turns"]
-        return Start([{"role": "user", "content": "go"}])
-
-    def step(self, turn):
-        self.left -= 1
-        if self.row.get("dies") == turn.number:
-            os._exit(1)
-        done = self.left == 0
-        return Observation([{"role": "user", "content": "more"}], done=done, reward=0.25, parts={"seen": 1.0})
-
-class Compared(Game):
-    @staticmethod
-    def group_rewards(rollouts):
-        return [float(index) for index, _ in enumerate(rollouts)]
-
-def count(completion, row):
-    return float(len(row["conversation"]))
-'''
-
-
-class ScriptedSampler:
-    """Says the script's text in every turn, and records what it was asked."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.asked: list[list[tuple[int, int, int]]] = []
-
-    def publish(self, policy: Any, version: int) -> None:
-        raise AssertionError("the loop publishes")
-
-    def sample(self, requests: Any, params: Any) -> list[list[Completion]]:
-        self.asked.append([(request.row, request.first_sample, request.turn) for request in requests])
-        drawn = (*ids(writer(), self.text), STOP)
-        assert all(request.num_samples == 1 for request in requests)
-        return [[Completion(drawn, (-0.5,) * len(drawn), "stop", 4, self.text)] for _ in requests]
-
-
-@contextmanager
-def played(tmp_path: Path, text: str, template: str | None = None, **rollout: Any) -> Iterator[Any]:
-    (tmp_path / "game.py").write_text(GAME)
-    settings = {"environment": f"{tmp_path}/game.py:Game", "max_completion_tokens": 16, **rollout}
-    fields = {"name": "a", "method": "rft", "model": {"path": "m"}, "data": {"train": "r.jsonl", "max_seq_tokens": 256}}
-    rewards = [{"use": f"{tmp_path}/game.py:count", "weight": 0.5}]
-    plan = rft_plan(RFTRecipe.model_validate({**fields, "rewards": rewards, "rollout": settings}))
-    sampler = ScriptedSampler(text)
-    with (
-        RewardRunner(plan.recipe.reward_functions, base_dir=tmp_path) as runner,
-        EnvironmentPool(environment_settings(plan)) as pool,
-    ):
-        params = sampling_params(plan.recipe, plan.recipe.rollout, frozenset({STOP}))
-        groups = ConversationSampler(sampler, runner, params, WORLD, StopFlag(), pool, writer(template), plan)
-
-        def play(*rows: dict[str, Any]) -> list[Group]:
-            requests = [GroupRequest(Prompt(Row(row, index=index), ()), 2) for index, row in enumerate(rows)]
-            return groups.submit(requests, params).result()
-
-        yield sampler, play
+from trainer.types import Rollout
 
 
 def test_rounds_have_all_live_rollouts_in_their_order(tmp_path):

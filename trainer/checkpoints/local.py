@@ -11,10 +11,10 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -44,6 +44,8 @@ class TrainState:
 
     step: int
     counters: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Further state, the same on all ranks, by the name of its file in the checkpoint."""
 
 
 @final
@@ -161,6 +163,8 @@ class Checkpoints:
         staging.mkdir()
 
     def _commit(self, staging: Path, target: Path, state: TrainState) -> None:
+        for name, text in state.texts.items():
+            (staging / name).write_text(text)
         files = [file for file in sorted(staging.iterdir()) if file.name != MANIFEST]
         inventory = Inventory(state.step, self.identity_hash, {file.name: FileDigest.of(file) for file in files})
         for file in files:
@@ -171,14 +175,18 @@ class Checkpoints:
         staging.rename(target)
         fsync_dir(target.parent)
 
-    def load_newest(self, tensors: Mapping[str, torch.Tensor]) -> TrainState | None:
+    def load_newest(self, tensors: Mapping[str, torch.Tensor], texts: Collection[str] = ()) -> TrainState | None:
         """Load the newest valid checkpoint into the given tensors; every rank calls this.
 
         Damaged checkpoints are renamed, with a warning. The placement of the tensors and the number of ranks may differ
         from those of the save.
 
+        Args:
+            tensors: to load into.
+            texts: names of further state to read, where the checkpoint has it.
+
         Returns:
-            Its step and counters; None if there is no valid checkpoint.
+            Its step, counters and texts; None if there is no valid checkpoint.
 
         Raises:
             CheckpointError: the files are undamaged and yet DCP cannot read them.
@@ -187,6 +195,8 @@ class Checkpoints:
         newest: tuple[Path, TrainState] | None = None
         if self.world.is_main:
             newest = self._newest_local_or_mirrored(tensors)
+            if newest is not None:
+                newest = newest[0], replace(newest[1], texts=_texts(newest[0], texts))
         newest = self.world.from_main(newest)
         if newest is None:
             return None
@@ -243,6 +253,11 @@ class Checkpoints:
         for step in older[: -self.recipe.keep_last]:
             if step != keep and step not in self.uploader.held() and not (every and step % every == 0):
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
+
+
+def _texts(directory: Path, names: Collection[str]) -> dict[str, str]:
+    """The texts of a verified checkpoint, where it has them."""
+    return {name: (directory / name).read_text() for name in names if (directory / name).exists()}
 
 
 def _unused_name(directory: Path) -> Path:

@@ -177,7 +177,8 @@ class RolloutSettings(Section):
     """With 1, the rollouts of each step but the first are drawn with the policy before the last step: a server draws
     them, and rewards are computed, while that step learns (docs/vllm.md). Needs `algorithm.mismatch_cap`."""
     refill: bool = False
-    """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full."""
+    """Replace groups whose rewards are all equal by sampling further prompts, until the batch is full. Prompts whose
+    rollouts earned different rewards in earlier steps are drawn first (docs/algorithms.md)."""
     max_refill_rounds: PositiveInt = 4
     """Maximum number of extra sampling rounds per step with `refill`."""
     eval_samples: PositiveInt = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
@@ -17,7 +16,7 @@ from trainer.data.forms import Conversation, read_conversation, read_plain_text,
 from trainer.data.joining import Joiner, TokenizedTurn
 from trainer.data.lost_text import LostText
 from trainer.data.stop_tokens import embedding_rows, stop_token_ids
-from trainer.data.template import ChatTemplate, apply_override
+from trainer.data.template import ChatTemplate, apply_override, opened_thinking
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.data.turns import TrainedTurn, render, trained_indices, trained_turn
 from trainer.errors import DataError, ModelError
@@ -25,7 +24,6 @@ from trainer.types import Row
 
 ENCODE_ROWS = 256
 """Rows tokenized by one call."""
-PREFILLED: Final = re.compile(r"<think>\s*\Z")
 PREFILLED_TOKENS: Final = 16
 """Last tokens of a prompt among which a pre-filled `<think>` lies; in small vocabularies it has seven."""
 
@@ -182,8 +180,7 @@ class ChatEncoder:
             prompt_ids: of a prompt, up to where the model goes on.
         """
         end = self.tokenizer.decode(list(prompt_ids[-PREFILLED_TOKENS:]), skip_special_tokens=False)
-        found = PREFILLED.search(str(end))
-        return found[0] if found is not None else ""
+        return opened_thinking(str(end))
 
     def _prompt_ids(self, row: Row) -> tuple[int, ...]:
         text = self.prepare_prompt(row)[0]

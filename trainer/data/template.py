@@ -24,6 +24,7 @@ REMEDY: Final = (
 MARKERS: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CLOCK: Final = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 
+PREFILLED: Final = re.compile(r"<think>\s*\Z")
 PROBE: Final = "zqprobe"
 Messages = Sequence[Mapping[str, Any]]
 
@@ -148,3 +149,16 @@ def _at_date(template: str, day: date) -> str:
             f"would give other tokens tomorrow. {REMEDY}"
         )
     return text
+
+
+def opened_thinking(prompt: str) -> str:
+    r"""The thinking that a prompt opens for the answer, such as `<think>` (DeepSeek R1, Qwen3.5); empty if none.
+
+    >>> opened_thinking("Hi<|im_start|>assistant\n<think>\n"), opened_thinking("<think>\n\n</think>\n\n")
+    ('<think>\n', '')
+
+    Args:
+        prompt: its text, or the end of it.
+    """
+    found = PREFILLED.search(prompt)
+    return found[0] if found is not None else ""

@@ -64,18 +64,22 @@ class PresentRollouts:
     def __init__(self, rollouts: Rollouts, publish: Publish) -> None:
         """Keep both."""
         self._rollouts, self._publish = rollouts, publish
+        self._drawn: StepRollouts | None = None
 
     def of_step(self, step: int) -> StepRollouts:
         """Publish, then draw."""
         self._publish(step)
-        return self._rollouts.of_step(step)
+        self._drawn = self._rollouts.of_step(step)
+        return self._drawn
 
     def settle(self) -> None:
-        """Nothing is open."""
+        """Remember for `refill` what the step has shown."""
+        assert self._drawn is not None, "a step was drawn"
+        self._rollouts.remember(self._drawn)
 
-    def measured(self, _drawn: StepRollouts) -> Values:
-        """Nothing."""
-        return {}
+    def measured(self, drawn: StepRollouts) -> Values:
+        """Those of `refill`."""
+        return self._rollouts.measured(drawn)
 
 
 @final

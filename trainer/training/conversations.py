@@ -9,94 +9,28 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, final
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
 
 from trainer.config.rft_sections import ENVIRONMENT_REWARD, RewardSpec, RolloutSettings
 from trainer.data.forms import read_conversation
 from trainer.data.next_prompt import PromptWriter, TokenizedPrompt
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
-from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool, OpenEnvironment
+from trainer.environments.pool import EnvironmentDiedError, EnvironmentPool
 from trainer.environments.tool_calls import ParsedTurn, parse_turn
 from trainer.errors import DataError
-from trainer.model.turn_cache import TurnCache
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.call_result import CallResult
 from trainer.rewards.runner import RewardRunner, Scored, Scoring, weigh
-from trainer.sampling.sampler import Sampler, SampleRequest, SamplingParams
+from trainer.sampling.sampler import Sampler, SamplingParams
 from trainer.training.group_sampler import GroupRequest, scored_groups
+from trainer.training.live_rollout import LiveRollout, SequenceInProgress
 from trainer.training.tool_template import refuse_template_without_tools
 from trainer.types import (
-    Completion,
-    Conversation,
-    DrawnSequence,
     Group,
-    Rollout,
-    Row,
-    StopReason,
     ToolCall,
-    TurnSpan,
 )
-
-CONVERSATION: Final = "conversation"
-"""Field under which rewards find the messages of a rollout in its row."""
-
-
-@final
-@dataclass
-class _Sequence:
-    """A token sequence in progress."""
-
-    ids: list[int]
-    mask: list[bool]
-    logprobs: list[float] = field(default_factory=list)
-
-    def extend(self, ids: Sequence[int], *, drawn: bool) -> None:
-        self.ids += ids
-        self.mask += [drawn] * len(ids)
-
-    def frozen(self) -> DrawnSequence:
-        return DrawnSequence(tuple(self.ids), tuple(self.mask), tuple(self.logprobs))
-
-
-@final
-@dataclass
-class _Live:
-    """A rollout in progress."""
-
-    row: Row
-    sample: int
-    remote: OpenEnvironment
-    began: float = field(default_factory=time.monotonic)
-    messages: list[Mapping[str, Any]] = field(default_factory=list)
-    tools: tuple[Mapping[str, Any], ...] = ()
-    num_prompt: int = 0
-    prompt_text: str = ""
-    sequences: list[_Sequence] = field(default_factory=list)
-    turns: list[TurnSpan] = field(default_factory=list)
-    drawn: tuple[int, ...] = ()
-    """Ids of the last turn."""
-    text: str = ""
-    parsed: ParsedTurn = field(default_factory=lambda: ParsedTurn({}))
-    """The last turn as a message and calls."""
-    reward: float | None = None
-    parts: dict[str, float] = field(default_factory=dict)
-    stop: StopReason | None = None
-    failure: str | None = None
-    version: int = 0
-    cache: TurnCache = field(default_factory=TurnCache)
-    """What the local sampler has read of the last sequence."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(each.ids) for each in self.sequences)
-
-    def request(self, turn: int) -> SampleRequest:
-        return SampleRequest(tuple(self.sequences[-1].ids), self.row.index, 1, self.sample, turn, self.cache)
-
-    def die(self, error: Exception | str) -> None:
-        self.stop, self.failure = "environment_died", f"environment on {self.row}: {error}"
 
 
 @final
@@ -155,7 +89,7 @@ class ConversationSampler:
             params: how to sample them.
         """
         lives = [
-            _Live(request.prompt.row, request.first_sample + number, self.pool.open())
+            LiveRollout(request.prompt.row, request.first_sample + number, self.pool.open())
             for request in requests
             for number in range(request.num_samples)
         ]
@@ -175,7 +109,7 @@ class ConversationSampler:
         finally:
             self.pool.map(lambda live: live.remote.close(), lives)
 
-    def _reset(self, live: _Live, params: SamplingParams) -> None:
+    def _reset(self, live: LiveRollout, params: SamplingParams) -> None:
         messages: Sequence[Mapping[str, Any]] = ()
         if self.settings.environment is None:
             messages = read_conversation(live.row, self.plan.recipe.data, with_completion=False).messages
@@ -187,7 +121,7 @@ class ConversationSampler:
         live.messages, live.tools = list(start["messages"]), tuple(start["tools"])
         live.num_prompt = len(live.messages)
 
-    def _begin(self, live: _Live) -> None:
+    def _begin(self, live: LiveRollout) -> None:
         if live.stop is None:
             if live.tools:  # of the recipe, or of the environment's `Start`
                 refuse_template_without_tools(self.writer.template, self.writer.arguments)
@@ -202,7 +136,7 @@ class ConversationSampler:
                     "(rollout.max_tokens, data.max_seq_tokens)"
                 )
 
-    def _prompt(self, live: _Live) -> TokenizedPrompt | None:
+    def _prompt(self, live: LiveRollout) -> TokenizedPrompt | None:
         """The prompt of the next turn; None, and a failed rollout, where the chat template refuses the messages."""
         try:
             return self.writer.first(live.messages, live.tools, str(live.row))
@@ -210,18 +144,18 @@ class ConversationSampler:
             live.die(error)
             return None
 
-    def _new_sequence(self, live: _Live, prompt: TokenizedPrompt) -> None:
+    def _new_sequence(self, live: LiveRollout, prompt: TokenizedPrompt) -> None:
         live.prompt_text = prompt.text
-        live.sequences.append(_Sequence(list(prompt.token_ids), [False] * len(prompt.token_ids)))
+        live.sequences.append(SequenceInProgress(list(prompt.token_ids), [False] * len(prompt.token_ids)))
 
-    def _has_room(self, live: _Live) -> bool:
+    def _has_room(self, live: LiveRollout) -> bool:
         return live.num_tokens + self.settings.max_completion_tokens <= self.max_tokens
 
-    def _round(self, lives: Sequence[_Live], params: SamplingParams, turn: int) -> None:
+    def _round(self, lives: Sequence[LiveRollout], params: SamplingParams, turn: int) -> None:
         """Draw one turn of each rollout, and let its environment answer."""
         drawn = self.sampler.sample([live.request(turn) for live in lives], params)
         for live, (completion,) in zip(lives, drawn, strict=True):
-            _take(live, completion, turn)
+            live.take(completion, turn)
             live.parsed = self._parsed(live)
             live.messages.append(live.parsed.message)
         observed = self.pool.map(lambda live: self._observe(live), lives)
@@ -231,12 +165,12 @@ class ConversationSampler:
             if live.stop is not None:
                 live.cache.clear()
 
-    def _parsed(self, live: _Live) -> ParsedTurn:
+    def _parsed(self, live: LiveRollout) -> ParsedTurn:
         """The last turn; where no tools were offered, all of it is text."""
-        text = self.writer.raw_text(live.drawn)
+        text = live.prefilled + self.writer.raw_text(live.drawn)
         return parse_turn(text) if live.tools else ParsedTurn({"role": "assistant", "content": text})
 
-    def _observe(self, live: _Live) -> tuple[dict[str, Any], float] | None:
+    def _observe(self, live: LiveRollout) -> tuple[dict[str, Any], float] | None:
         span = live.turns[-1]
         if span.finish == "length":
             live.stop = "length"
@@ -256,7 +190,7 @@ class ConversationSampler:
             live.die(error)
             return None
 
-    def _continue(self, live: _Live, observation: Mapping[str, Any], seconds: float) -> None:
+    def _continue(self, live: LiveRollout, observation: Mapping[str, Any], seconds: float) -> None:
         """Record an observation, and write the next prompt or end the rollout."""
         calls = tuple(ToolCall(**call) for call in observation["calls"])
         reward = observation["reward"]
@@ -278,7 +212,7 @@ class ConversationSampler:
         else:
             self._extend(live)
 
-    def _extend(self, live: _Live) -> None:
+    def _extend(self, live: LiveRollout) -> None:
         prompt = self._prompt(live)
         if prompt is None:
             return
@@ -289,17 +223,17 @@ class ConversationSampler:
             live.sequences[-1].extend(tail, drawn=False)
             live.prompt_text = prompt.text
         if not self._has_room(live):
-            _forget_undrawn(live)
+            live.forget_undrawn()
             live.stop = "max_tokens"
 
-    def _compare(self, group: Sequence[_Live]) -> None:
+    def _compare(self, group: Sequence[LiveRollout]) -> None:
         """Add the environment's `group_rewards` to the rollouts of a group; if it dies, they all fail."""
         alive = [live for live in group if live.failure is None]
         if not alive:
             return
         remote = self.pool.open()
         try:
-            values = remote.compare([_compared(live) for live in alive])
+            values = remote.compare([live.compared() for live in alive])
         except EnvironmentDiedError as error:
             for live in alive:
                 live.failure = f"environment on {live.row}: {error}"
@@ -311,23 +245,21 @@ class ConversationSampler:
                 live.reward = (live.reward or 0.0) + value
                 live.parts["group"] = value
 
-    def _finish(self, requests: Sequence[GroupRequest], lives: Sequence[_Live]) -> PendingConversations:
+    def _finish(self, requests: Sequence[GroupRequest], lives: Sequence[LiveRollout]) -> PendingConversations:
         remaining = iter(lives)
         groups, results = [], []
         for request in requests:
             of_group = [next(remaining) for _ in range(request.num_samples)]
-            groups.append(Group(request.prompt.row, tuple(map(_rollout, of_group))))
+            groups.append(Group(request.prompt.row, tuple(live.rollout() for live in of_group)))
             results += [self._own_result(live) for live in of_group]
         recipe = self.plan.recipe
         named = [spec for spec in recipe.rewards if spec.use == ENVIRONMENT_REWARD]
         own = named[0] if named else RewardSpec(use=ENVIRONMENT_REWARD)
-        items = [
-            (rollout.text, _row_with_messages(group.row, rollout)) for group in groups for rollout in group.rollouts
-        ]
-        scoring = self.rewards.submit(items, [len(group.rollouts) for group in groups])
+        judged = [live.judged() for live in lives]
+        scoring = self.rewards.submit(judged, [len(group.rollouts) for group in groups])
         return PendingConversations(tuple(groups), tuple(results), (own, *recipe.reward_functions), scoring)
 
-    def _own_result(self, live: _Live) -> CallResult:
+    def _own_result(self, live: LiveRollout) -> CallResult:
         """The environment's reward. A rollout that ended before it gave one earned 0, else it would be left out."""
         is_cut = self.settings.environment is not None and live.stop not in ("done", "environment_died")
         reward = 0.0 if live.reward is None and is_cut else live.reward
@@ -348,51 +280,3 @@ def rollout_seed(params: SamplingParams, row: int, sample: int) -> int:
     """
     text = f"environment:{params.seed}:{params.step}:{row}:{sample}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
-
-
-def _compared(live: _Live) -> dict[str, Any]:
-    """A rollout as `group_rewards` gets it."""
-    row = {"fields": dict(live.row.fields), "file": live.row.file, "line": live.row.line, "index": live.row.index}
-    return {"row": row, "messages": live.messages, "reward": live.reward, "stop": live.stop}
-
-
-def _take(live: _Live, completion: Completion, turn: int) -> None:
-    """Append a drawn turn to the rollout's last sequence."""
-    sequence = live.sequences[-1]
-    begin = len(sequence.ids)
-    sequence.extend(completion.token_ids, drawn=True)
-    sequence.logprobs += completion.logprobs
-    live.drawn, live.text, live.version = completion.token_ids, completion.text, completion.policy_version
-    live.turns.append(TurnSpan(turn, len(live.sequences) - 1, begin, len(sequence.ids), completion.finish_reason))
-
-
-def _forget_undrawn(live: _Live) -> None:
-    """Remove what follows the last drawn token: a prompt that nothing answers."""
-    last = live.sequences[-1]
-    if not any(last.mask):
-        live.sequences.pop()
-        return
-    end = len(last.mask) - last.mask[::-1].index(True)
-    del last.ids[end:], last.mask[end:]
-
-
-def _rollout(live: _Live) -> Rollout:
-    first, *later = [sequence.frozen() for sequence in live.sequences] or [DrawnSequence((), (), ())]
-    stop = live.stop or "done"
-    is_cut = stop in ("length", "max_tokens")
-    return Rollout(
-        token_ids=first.token_ids,
-        loss_mask=first.loss_mask,
-        sampler_logprobs=first.sampler_logprobs,
-        finish_reason="length" if is_cut else "stop",
-        policy_version=live.version,
-        text=live.text,
-        conversation=Conversation(
-            tuple(live.messages), live.num_prompt, tuple(live.turns), stop, tuple(later), live.tools
-        ),
-    )
-
-
-def _row_with_messages(row: Row, rollout: Rollout) -> Row:
-    assert rollout.conversation is not None
-    return replace(row, fields={**row.fields, CONVERSATION: list(rollout.conversation.messages)})

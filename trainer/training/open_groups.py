@@ -18,8 +18,9 @@ from trainer.planning.plan import RFTPlan
 from trainer.rewards.runner import RewardRunner
 from trainer.sampling.sampler import Sampler, SamplingParams
 from trainer.training.attempt import Attempt
-from trainer.training.conversations import CONVERSATION, ConversationSampler
+from trainer.training.conversations import ConversationSampler
 from trainer.training.group_sampler import Groups, GroupSampler, Prompt
+from trainer.training.live_rollout import CONVERSATION
 from trainer.training.tool_template import refuse_template_without_tools
 from trainer.types import Row
 

@@ -27,6 +27,7 @@ from trainer.training.judge_calls import judge_metrics, open_judging
 from trainer.training.memory_preflight import probe_memory, probe_sampling
 from trainer.training.metrics import Values
 from trainer.training.open_groups import make_prompt, open_groups
+from trainer.training.refill_memory import open_memory
 from trainer.training.rollouts import Rollouts, sampling_params, summarize
 
 
@@ -48,8 +49,10 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         held_out = _prompts(attempt, plan, encoder, recipe.data.eval, recipe.data.eval_rows)
     learner = attempt.open_learner()
     policy = learner.policy
-    is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
-    reference = Reference(policy, plan.algorithm.reference, is_fresh=is_fresh)
+    reference = Reference(
+        policy, plan.algorithm.reference, is_fresh=recipe.lora is not None and recipe.lora.warm_start is None
+    )
+    memory = open_memory(rollout, attempt.saver, attempt.say)
     attempt.resume(learner)
     probe_memory(learner, plan, reference)
     with ExitStack() as stack:
@@ -71,7 +74,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         params = sampling_params(recipe, rollout, encoder.stop_ids)
         probe_sampling(sampler, params, plan, policy, world, attempt.run)
         groups = open_groups(stack, plan, encoder, sampler, params, rewards, attempt)
-        rollouts = Rollouts(plan, prompts, groups, attempt.run)
+        rollouts = Rollouts(plan, prompts, groups, attempt.run, memory)
         keep_last = recipe.keep_last if world.is_main else None
         upkeep = stack.enter_context(closing(JournalUpkeep(attempt.run, keep_last, rollout.keep_steps, attempt.say)))
         source = stack.enter_context(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from trainer.sampling.sampler import SamplingParams
 from trainer.training.conversation_metrics import conversation_metrics
 from trainer.training.group_sampler import GroupRequest, Groups, Pending, Prompt
 from trainer.training.prompt_record import journal_prompt
+from trainer.training.refill_memory import RefillMemory, spread
 from trainer.types import Group, Rollout
 
 T = TypeVar("T")
@@ -72,7 +73,14 @@ class OpenChunk:
 class Rollouts:
     """Samples and scores the groups of each step, chunk by chunk."""
 
-    def __init__(self, plan: RFTPlan, prompts: Sequence[Prompt], sampler: Groups, run: RunDir) -> None:
+    def __init__(
+        self,
+        plan: RFTPlan,
+        prompts: Sequence[Prompt],
+        sampler: Groups,
+        run: RunDir,
+        memory: RefillMemory | None = None,
+    ) -> None:
         """Prepare to sample; nothing is drawn yet.
 
         Args:
@@ -80,12 +88,15 @@ class Rollouts:
             prompts: every row of the training data, by its index.
             sampler: draws and scores groups.
             run: where the journal is.
+            memory: of earlier steps, which orders the prompts of `refill`; None: it begins here.
         """
         algorithm = plan.algorithm
         self.estimator = algorithm.advantage
+        self.is_masked = algorithm.overlong == "mask"
         self.overlong_reward = algorithm.overlong_reward if algorithm.overlong == "punish" else None
         self.recipe, self.settings, self.prompts = plan.recipe, plan.recipe.rollout, prompts
         self.sampler, self.run = sampler, run
+        self.memory = RefillMemory() if memory is None else memory
         self.environment = environment_digests(plan.recipe, Path(plan.recipe_dir)) or None
         self.world, self.stop = sampler.world, sampler.stop
         bad_sources = self.world.from_main(run.read_excluded())
@@ -124,17 +135,53 @@ class Rollouts:
         return StepRollouts(tuple(kept.values()), positions, tuple(sampled), num_replayed)
 
     def candidates(self, step: int) -> Iterator[Candidate]:
-        """The step's own rows, then every other row in an order that is a function of (seed, step)."""
+        """The step's own rows, then every other row: those first that are likely to have a signal.
+
+        The order is a function of seed, step and what the memory holds of earlier steps.
+        """
         own = rows_of_step(self.recipe.seed, step, self.recipe.rows_per_step, len(self.prompts), self.excluded)
         unavailable = set(own) | self.excluded
-        others = epoch_order(self.recipe.seed, -1 - step, len(self.prompts))
         size = self.settings.group_size
         num_earlier: Counter[int] = Counter()
-        rows = chain(own, (index for index in others if index not in unavailable))
+        rows = chain(own, self._spare_rows(step, unavailable))
         for position, index in enumerate(rows):
             first_sample = num_earlier[index] * size  # a row that comes twice gets other noise the second time
             yield Candidate(GroupRequest(self.prompts[index], size, first_sample), position)
             num_earlier[index] += 1
+
+    def _spare_rows(self, step: int, unavailable: Collection[int]) -> Iterator[int]:
+        """Every other row; nothing is computed before the first one is asked for."""
+        others = epoch_order(self.recipe.seed, -1 - step, len(self.prompts))
+        places = {self.prompts[index].row.index: index for index in others if index not in unavailable}
+        yield from map(places.__getitem__, self.memory.order(places))
+
+    def remember(self, drawn: StepRollouts) -> None:
+        """Take the rewards of a step into the memory that `refill` uses; after its updates, so that a retry is alike.
+
+        Args:
+            drawn: of a step, on this rank.
+        """
+        if self.settings.refill:
+            mine = [(group.row.index, value) for group in drawn.sampled if (value := spread(group)) is not None]
+            self.memory.observe(sorted(each for of_rank in self.world.gather(mine) for each in of_rank))
+
+    def measured(self, drawn: StepRollouts) -> dict[str, float]:
+        """With `refill`: the share of the drawn tokens whose rollouts have an advantage and are trained.
+
+        Args:
+            drawn: of a step, on this rank.
+        """
+        if not self.settings.refill:
+            return {}
+        teaching = sum(
+            rollout.num_drawn
+            for group in drawn.groups
+            for rollout in group.rollouts
+            if rollout.advantage and not (self.is_masked and rollout.finish_reason == "length")
+        )
+        every = sum(rollout.num_drawn for group in drawn.sampled for rollout in group.rollouts)
+        total, sampled = self.world.sum_of([float(teaching), float(every)])
+        return {"rollout/gradient_token_frac": total / max(1.0, sampled)}
 
     def _round(self, step: int, first_chunk: int, chunks: Sequence[Sequence[Candidate]]) -> tuple[list[Group], int]:
         """Replay or sample this rank's chunks; one chunk is scored while the next is sampled.

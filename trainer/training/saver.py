@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Protocol, final
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,16 @@ from trainer.training.position import Position
 
 CLOSE_S: Final = 60.0
 """How long a failed attempt waits for a pending save, and for a pending upload."""
+
+
+class TextState(Protocol):
+    """State outside the learner, which is saved with each checkpoint."""
+
+    def dump(self) -> str:
+        """As text, the same on all ranks."""
+
+    def restore(self, text: str | None) -> None:
+        """Continue from what `dump` gave; None: the checkpoint has none."""
 
 
 @final
@@ -61,6 +71,8 @@ class Saver:
         self.checkpoints = Checkpoints(run, plan.recipe, plan.identity_hash, world, attempt, self.uploader)
         self.saved_step: int | None = None
         """Step of the newest checkpoint; None if there is none."""
+        self.texts: dict[str, TextState] = {}
+        """By the name of its file in a checkpoint; set before `load`."""
         self._measured: Values = {}
 
     def load(self, learner: Learner) -> int | None:
@@ -69,9 +81,11 @@ class Saver:
         Returns:
             Its step; None if there is no checkpoint.
         """
-        state = self.checkpoints.load_newest(learner.state_tensors())
+        state = self.checkpoints.load_newest(learner.state_tensors(), self.texts)
         if state is None:
             return None
+        for name, text_state in self.texts.items():
+            text_state.restore(state.texts.get(name))
         learner.restore(updates=int(state.counters.get("updates", 0)))
         self.saved_step = state.step
         return state.step
@@ -91,7 +105,8 @@ class Saver:
             self.collect(wait=True)
             if self.saved_step == self.position.step:
                 return
-            state = TrainState(self.position.step, {"updates": learner.updates})
+            texts = {name: text_state.dump() for name, text_state in self.texts.items()}
+            state = TrainState(self.position.step, {"updates": learner.updates}, texts)
             best = best_value(self.run.comparable_metrics()) if self.world.is_main else None
             self.checkpoints.begin(state, learner.state_tensors(), keep=None if best is None else best.step)
             self._measured["perf/save_s"] = time.perf_counter() - start
