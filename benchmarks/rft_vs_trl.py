@@ -21,6 +21,7 @@ import common
 import torch
 from machine import conditions
 from peft import LoraConfig
+from sides import serve
 from step_times import StepTimes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -143,6 +144,17 @@ class Trl:
         return list(zip(self.times.seconds, [entry["completions/mean_length"] * batch for entry in logs], strict=True))
 
 
+def serve_side(arguments: argparse.Namespace) -> None:
+    """Answer with seconds and completion tokens of each step of one side; see sides.py."""
+    with tempfile.TemporaryDirectory() as name:
+        runner = (Ours if arguments.serve == "ours" else Trl)(arguments, Path(name))
+        try:
+            serve(conditions(), lambda: {"steps": runner.run(arguments.steps)})
+        finally:
+            if isinstance(runner, Ours):
+                runner.rewards.close()
+
+
 def main() -> None:
     """Alternate, and write results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,8 +165,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", default="benchmarks/results/rft_vs_trl")
+    parser.add_argument("--serve", choices=["ours", "trl"], help="measure one side when told to; see sides.py")
     arguments = parser.parse_args()
     common.quiet()
+    if arguments.serve is not None:
+        serve_side(arguments)
+        return
     with tempfile.TemporaryDirectory() as name:
         ours, theirs = Ours(arguments, Path(name)), Trl(arguments, Path(name))
         found: dict[str, list[tuple[float, float]]] = {Ours.name: [], Trl.name: []}

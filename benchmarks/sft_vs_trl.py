@@ -21,6 +21,7 @@ import common
 import torch
 from machine import conditions
 from peft import LoraConfig
+from sides import serve
 from step_times import StepTimes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -110,8 +111,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", default="benchmarks/results/sft_vs_trl")
+    parser.add_argument("--serve", choices=["ours", "trl"], help="measure one side when told to; see sides.py")
     arguments = parser.parse_args()
     common.quiet()
+    if arguments.serve is not None:
+        serve_side(arguments)
+        return
     ours = Ours(arguments.steps)
     rates: dict[str, list[float]] = {ours.name: []}
     failed: dict[str, str] = {}
@@ -131,6 +136,28 @@ def main() -> None:
                 rates.setdefault(runner.name, []).append(sum(ours.tokens) / sum(seconds))
                 print(f"{runner.name}: {rates[runner.name][-1]:.0f} tokens/s", flush=True)
     report(Path(arguments.out), rates, failed, arguments)
+
+
+def serve_side(arguments: argparse.Namespace) -> None:
+    """Answer with tokens/s of one side, of TRL those of each setting that runs here; see sides.py."""
+    ours = Ours(arguments.steps)
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        runners: list[Ours | Trl] = [ours]
+        if arguments.serve == "trl":
+            runners = []
+            for name, settings in SETTINGS.items():
+                try:
+                    runners.append(Trl(name, arguments.steps, folder, **settings))
+                    runners[-1].run()
+                except Exception as error:  # a setting that does not run here is reported, not hidden
+                    failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                    runners = [runner for runner in runners if runner.name != name]
+
+        def measure() -> dict[str, Any]:
+            return {runner.name: sum(ours.tokens) / sum(runner.run()) for runner in runners}
+
+        serve({**conditions(), "did_not_run": failed}, measure)
 
 
 def report(out: Path, rates: dict[str, list[float]], failed: dict[str, str], arguments: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def gradient_of(model_dir, plan: RFTPlan, groups: list[Group]) -> tuple[dict[str
     """The gradient of one update, read from AdamW's first moment, which is a tenth of it after the first step."""
     learner = make_learner(model_dir, plan)
     values = run_step(learner, plan, groups)
-    moments = {name: 10 * learner.optimizer.state[master]["exp_avg"] for name, master in learner.masters.items()}
+    moments = {name: 10 * learner.optimizer.made.state[master]["exp_avg"] for name, master in learner.masters.items()}
     return moments, values
 
 

@@ -174,7 +174,7 @@ def test_the_gradient_is_clipped_to_the_norm_and_reported_before(model_dir):
     assert step(clipped, [make_rows()], max_grad_norm=1e-3)["grad_norm"] == norm
     # After one step Adam's first moment is 0.1 times the gradient.
     for learner, wanted in ((free, norm), (clipped, 1e-3)):
-        moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
+        moments = [state["exp_avg"] for state in learner.optimizer.made.state.values()]
         assert 10 * math.sqrt(sum(float(moment.square().sum()) for moment in moments)) == pytest.approx(
             wanted, rel=1e-4
         )

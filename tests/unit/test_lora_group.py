@@ -1,6 +1,6 @@
 """One product for q, k and v, and one for gate and up: the values and gradients of each layer's own product.
 
-The compiler's path is traced on CPU tensors, as in test_compiled_layers.py.
+The compiler's path is traced on CPU tensors, as in test_compiled_layers.py, whose tests use groups too.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def assert_close(ours: Any, theirs: Any) -> None:
         )
 
 
+@pytest.mark.heavy
 def test_compiled_layers_compute_what_they_did(tmp_path):
     """qwen2: q, k and v have biases. The base weights are views, so that neither memory nor a name changes."""
     model_dir = tiny_model_dir(tmp_path / "model", "qwen2", head_dim=16)
@@ -163,6 +164,12 @@ def test_compiled_layers_compute_what_they_did(tmp_path):
     assert names_of(policy, policy.compiled.groups) == [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]
     assert policy.compiled.problem is None
     assert len(graphs) == 1, "two layers share a graph"
+    shapes = [node.meta["example_value"].shape for node in graphs[0].graph.nodes if node.op == "placeholder"
+              and isinstance(node.meta.get("example_value"), torch.Tensor)]  # fmt: skip
+    widths = {group.weight.shape[0] for group in policy.compiled.groups}
+    joined = [shape for shape in shapes if len(shape) == 2 and shape[0] in widths]
+    assert len(joined) == 2
+    assert all(isinstance(size, int) for shape in joined for size in shape), "weights have one shape"
 
     pack = make_pack(PACKS[1])
     expected = gradients(plain, pack)

@@ -94,8 +94,8 @@ def test_short_sequences_keep_their_scores_on_a_cpu_only():
 
 def test_checkpointing_keeps_one_block_and_inputs():
     micro = Pass(FACTS, [400], 400, 2, 4, is_cpu=True)
-    assert micro.kept(is_checkpointed=True) == 3 * 400 * 100 * 2
-    plain, checkpointed = micro.moments(is_checkpointed=False), micro.moments(is_checkpointed=True)
+    assert micro.kept(recomputed=True) == 3 * 400 * 100 * 2
+    plain, checkpointed = micro.moments(recomputed=False), micro.moments(recomputed=True)
     assert checkpointed["backward of a block"] - plain["backward of a block"] == micro.block()
 
 
@@ -103,7 +103,7 @@ def test_a_tied_head_waits_with_its_gradient():
     tied = Pass(FACTS, [400], 8, 2, None, is_cpu=True)
     untied = Pass(ModelFacts(**{**FACTS.__dict__, "is_tied": False}), [400], 8, 2, None, is_cpu=True)
     last = "backward of the last norm"
-    assert tied.moments(is_checkpointed=False)[last] - untied.moments(is_checkpointed=False)[last] == 1000 * 100 * 2
+    assert tied.moments(recomputed=False)[last] - untied.moments(recomputed=False)[last] == 1000 * 100 * 2
 
 
 def test_checkpoint_copies_are_in_the_hosts_memory():

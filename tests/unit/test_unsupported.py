@@ -32,6 +32,7 @@ from trainer.sampling.choose_decoder import choose_decoder
 from trainer.sampling.sampler import SamplingParams
 from trainer.sampling.served import _refuse_truncation, _refuse_unservable
 from trainer.sampling.server_client import ServerClient
+from trainer.training.optimizers import make_optimizer
 from trainer.training.tool_template import refuse_template_without_tools
 
 CPU = torch.device("cpu")
@@ -77,6 +78,10 @@ def shard_four_bits() -> None:
     policy = policy_of(LoraSettings(rank=2))
     policy.causal_lm.is_quantized = True  # what transformers sets after loading with bitsandbytes
     policy.shard(DeviceMesh("cpu", [0], _init_backend=False, _rank=0), CPU)
+
+
+def shard_eight_bit_moments() -> None:
+    make_optimizer([], "adamw_8bit", is_sharded=True)
 
 
 def adapt_the_head() -> None:
@@ -161,6 +166,13 @@ CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
         {},
         shard_four_bits,
         unsupported.SHARDED_QUANTIZATION,
+    ),
+    (
+        SFT,
+        ["lora=null", "optimizer.name=adamw_8bit", "shape=h100x8"],
+        {},
+        shard_eight_bit_moments,
+        unsupported.EIGHT_BIT_SHARDED,
     ),
     (SFT, ["lora.target_modules=[q_proj, lm_head]"], {}, adapt_the_head, unsupported.HEAD_ADAPTER),
     (

@@ -136,7 +136,7 @@ def load_state(slot: Slot, directory: Path, *, optimizer: bool) -> Manifest:
         for name, tensor in wanted.items():
             own[name].copy_(tensor)
     if not optimizer:
-        learner.optimizer.state.clear()
+        learner.optimizer.clear()
     learner.restore(updates=int(manifest.counters.get("updates", 0)) if optimizer else 0)
     return manifest
 

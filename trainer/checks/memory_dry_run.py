@@ -133,6 +133,8 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         raise ShapeError(f"{plan.shape.name}: a sharded model is only estimated, not measured; omit --memory")
     if plan.recipe.model.quantization is not None:
         raise ModelError("model.quantization: a model in 4 bits is only estimated, not measured; omit --memory")
+    if plan.recipe.model.gradient_checkpointing == "selective":
+        raise ModelError("model.gradient_checkpointing: selective is only estimated, not measured; omit --memory")
     begin, recipe = time.perf_counter(), plan.recipe
     lengths = longest_pack(recipe, plan.shape)
     if plan.shape.device == "cuda":  # GPU kernels never keep scores; on the CPU only sequences above this length do not
@@ -144,7 +146,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         materialize_fake(policy)
         batch = _faked(real, fake)
         weights = storages.now
-        learner = Learner(policy, World(0, 1, CPU))
+        learner = Learner(policy, World(0, 1, CPU), optimizer=recipe.optimizer.name)
         learner.state_tensors()
         is_fresh = recipe.lora is not None and recipe.lora.warm_start is None
         reference = None

@@ -9,6 +9,7 @@ from trainer.config.devices import KnownDevice
 from trainer.config.load import known_devices
 from trainer.config.shape import TrainingShape
 from trainer.errors import RecipeError
+from trainer.planning.fit import has_compiled_layers
 from trainer.planning.plan import Plan, model_facts
 from trainer.planning.roofline import StepCost, step_cost
 
@@ -33,8 +34,6 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
     if facts is None:
         raise RecipeError(["--cost: the sizes of the model are unknown; its config.json must be at model.path"])
     tokens = shape.micro_batch_tokens
-    is_compiled = recipe.model.compile_layers and recipe.model.quantization is None and facts.num_experts == 1
-    is_compiled = is_compiled and shape.sharding == "none"
     costs = {
         documents: step_cost(
             facts,
@@ -42,8 +41,8 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
             [tokens // documents] * documents,
             int(SCORED_FRAC * tokens),
             is_lora=recipe.lora is not None,
-            is_compiled=is_compiled and (recipe.lora is None or not (recipe.lora.dora or recipe.lora.dropout)),
-            is_checkpointed=recipe.model.gradient_checkpointing,
+            is_compiled=has_compiled_layers(recipe, shape, facts),
+            recomputed=recipe.model.gradient_checkpointing,
         )
         for documents in DOCUMENTS
     }

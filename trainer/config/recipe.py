@@ -41,8 +41,13 @@ class ModelSettings(Section):
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and activations in the forward and backward pass. Trained parameters and optimizer state are
     always float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about one third slower, much less memory."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass: about one third slower, much less memory. `selective` keeps the
+    results of products and attention and recomputes norms, rotary embeddings and activation functions: about half of
+    the memory at little cost. It needs compiled layers (`compile_layers`), so a GPU shape without sharding."""
+    activation_offload: bool = False
+    """With `gradient_checkpointing: true` on a GPU, keep the inputs of layers in host memory until the backward pass,
+    for sequences that do not fit otherwise. Every layer's input crosses the bus twice in each pass."""
     compile_layers: bool = True
     """On a GPU, compile the decoder layers with torch.compile; the first steps take about a minute longer. Layers with
     experts, 4-bit weights, DoRA or dropout are never compiled."""
@@ -155,9 +160,15 @@ class DataSettings(Section):
         return {**data, "train": {**given, "part": "train"}, "eval": {**given, "part": "eval"}}
 
 
+OptimizerName = Literal["adamw", "adamw_8bit"]
+
+
 class OptimizerSettings(Section):
     """AdamW (arXiv:1711.05101) and its learning-rate schedule."""
 
+    name: OptimizerName = "adamw"
+    """`adamw_8bit` keeps both moments in 8 bits (arXiv:2110.02861): 2 bytes a trained parameter instead of 8. Other
+    numbers than `adamw`. Requires the package extra `qlora`; not for sharded full-parameter training."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

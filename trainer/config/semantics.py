@@ -21,6 +21,7 @@ from trainer.config.turn_settings import turn_findings
 from trainer.config.unsupported import (
     HEAD_ADAPTER,
     HEAD_NAME,
+    OFFLOAD_KEEPS,
     SERVED_NOWHERE,
     VLLM_DORA,
     VLLM_FULL,
@@ -178,6 +179,11 @@ def _model(recipe: Recipe) -> list[Finding]:
     findings = _hub_model(recipe) if is_hub_name(model.path) else _model_directory(directory)
     if model.quantization is not None and recipe.lora is None:
         findings.append(Finding(("model", "quantization"), "4-bit weights cannot be trained; set `lora`, or remove it"))
+    if model.activation_offload and model.gradient_checkpointing is not True:
+        findings.append(Finding(("model", "activation_offload"), OFFLOAD_KEEPS))
+    if recipe.optimizer.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        text = "bitsandbytes is missing here, without which the run ends; pip install 'tunesmith[qlora]'"
+        findings.append(Finding(("optimizer", "name"), text, is_error=False))
     template = model.chat_template
     if template is not None and template not in BUILTIN_TEMPLATES and not Path(template).is_file():
         text = f"no such file: {template}; built-in templates are {', '.join(BUILTIN_TEMPLATES)}"

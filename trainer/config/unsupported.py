@@ -49,6 +49,24 @@ SHARDED_QUANTIZATION: Final = (
     "without sharding"
 )
 """Of a shape."""
+EIGHT_BIT_SHARDED: Final = (
+    "shards the trained parameters, which is not supported for moments in 8 bits: set optimizer.name to adamw, use "
+    "LoRA, or a shape without sharding"
+)
+"""Of a shape."""
+EIGHT_BIT_MISSING: Final = (
+    "optimizer.name: adamw_8bit needs bitsandbytes; install the extra: pip install 'tunesmith[qlora]'"
+)
+SELECTIVE_UNCOMPILED: Final = (
+    "recomputes only in compiled layers, which are on GPU shapes without sharding and have no experts, 4-bit weights, "
+    "DoRA or dropout, with model.compile_layers on: set model.gradient_checkpointing to true"
+)
+"""Of `model.gradient_checkpointing: selective`."""
+OFFLOAD_KEEPS: Final = (
+    "moves what gradient checkpointing keeps: set `gradient_checkpointing: true`, or remove activation_offload"
+)
+OFFLOAD_CPU: Final = "has its activations in host memory: remove model.activation_offload, or use a GPU shape"
+"""Of a shape."""
 FULL_EXPERTS: Final = "full-parameter training of mixture-of-experts models needs a router loss; use LoRA"
 ATTENTION_DROPOUT: Final = "attention dropout is not supported; set attention_dropout to 0 in the model's config.json"
 SELECTED_KEYS: Final = (

@@ -27,6 +27,7 @@ def load_trained(plan: Plan, weights: Weights) -> Policy:
     """
     recipe = plan.recipe
     plain = {"compute_dtype": "float32", "quantization": None, "gradient_checkpointing": False}
+    plain |= {"activation_offload": False}
     model = recipe.model.model_copy(update=plain)
     if recipe.lora is None and not weights.is_checkpoint:
         return load_policy(model.model_copy(update={"path": str(weights.directory)}), None, recipe.seed, CPU)

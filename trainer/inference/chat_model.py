@@ -9,6 +9,7 @@ from typing import Any, Final, final
 
 import torch
 
+from trainer.config.recipe import ModelSettings
 from trainer.data.chat import ChatEncoder, load_tokenizer
 from trainer.data.forms import read_conversation
 from trainer.errors import DataError, ModelError
@@ -135,7 +136,7 @@ def _load_policy(source: ModelSource, device: torch.device) -> Policy:
         base = load_base(source.model, device)
         use_fused_norms(base)
         return Policy(base, None, source.model.path)  # nothing is trained, so mixtures of experts are fine too
-    policy = load_policy(source.model, source.lora, 0, device)
+    policy = load_policy(_untrained(source.model), source.lora, 0, device)
     assert policy.adapters is not None, "it was loaded with one"
     saved = policy.adapters.load_tensors(RUN_ADAPTER, source.adapter)
     with torch.no_grad():
@@ -144,9 +145,14 @@ def _load_policy(source: ModelSource, device: torch.device) -> Policy:
     return policy
 
 
+def _untrained(model: ModelSettings) -> ModelSettings:
+    """The settings without those of a backward pass, which the device here may not support."""
+    return model.model_copy(update={"gradient_checkpointing": False, "activation_offload": False})
+
+
 def _of_checkpoint(source: ModelSource, checkpoint: Path, device: torch.device) -> Policy:
     """The policy with the masters of a checkpoint, rounded to the dtype in which it computes."""
-    policy = load_policy(source.model, source.lora, 0, device)
+    policy = load_policy(_untrained(source.model), source.lora, 0, device)
     parameters = policy.trained_parameters()
     masters = {name: torch.empty(value.shape, dtype=torch.float32) for name, value in parameters.items()}
     read_masters(checkpoint, masters)

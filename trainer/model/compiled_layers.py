@@ -17,6 +17,7 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings
@@ -27,6 +28,13 @@ from trainer.model.flex import FlexLayout, prepare_compiler
 from trainer.model.layout import PackedLayout
 from trainer.model.lora_group import GroupSearch, ProductGroup
 
+KEPT: Final = frozenset(
+    {
+        *("trainer.lora_product.default", "trainer.lora_group.default", "flex_attention"),
+        *("aten.mm.default", "aten.addmm.default"),
+    }
+)
+"""Operators whose results selective checkpointing keeps: products and attention."""
 CHECKPOINTING: Final = "forward_with_checkpointing"
 """Name of the function that transformers wraps around a layer's forward; it chooses whether to recompute it."""
 
@@ -35,14 +43,22 @@ CHECKPOINTING: Final = "forward_with_checkpointing"
 class CompiledLayers:
     """The decoder layers of a model, compiled for packs of one adapter."""
 
-    def __init__(self, causal_lm: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        backend: str | Callable[..., Any] = "inductor",
+        *,
+        is_selective: bool = False,
+    ) -> None:
         """Prepare the layers; they are compiled when they first receive a `FlexLayout`.
 
         Args:
             causal_lm: with packed attention.
             backend: of torch.compile.
+            is_selective: recompute everything but products and attention in the backward pass.
         """
         prepare_compiler()
+        self.is_selective = is_selective
         names = set(causal_lm._no_split_modules or ())
         self.layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
         self.problem: str | None = None
@@ -95,13 +111,18 @@ class CompiledLayers:
         forward = type(layer).forward
         is_wrapped = forward.__code__.co_name == CHECKPOINTING
         inner = MethodType(forward.__wrapped__ if is_wrapped else forward, layer)
-        compiled = torch.compile(inner, fullgraph=True, dynamic=True, backend=backend)
+        compiled = torch.compile(
+            partial(_selectively, inner) if self.is_selective else inner,
+            fullgraph=True,
+            dynamic=True,
+            backend=backend,
+        )
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.problem is not None or not isinstance(kwargs.get("packed"), FlexLayout):
                 return layer._call_impl(*args, **kwargs)
             try:
-                if is_wrapped and layer.gradient_checkpointing and layer.training:
+                if is_wrapped and layer.gradient_checkpointing and layer.training and not self.is_selective:
                     return layer._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
                 return compiled(*args, **kwargs)
             except TorchDynamoException as error:
@@ -110,6 +131,16 @@ class CompiledLayers:
                 return layer._call_impl(*args, **kwargs)
 
         return call
+
+
+def _selectively(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, of which the backward pass has the results of `KEPT` and recomputes all others."""
+    context_fn = partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(partial(inner, **kwargs), *args, use_reentrant=False, context_fn=context_fn)
+
+
+def _keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(operator) in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _with_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,8 @@ def prepare_compiler() -> None:
     torch._dynamo.config.specialize_float = True
     # Windows, short packs, with and without gradient: more variants than the default.
     torch._dynamo.config.recompile_limit = 64
+    # A layer's adapters hand on products within its forward (lora_group.py); a recomputation must not do that again.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 def block_mask_of(layout: PackedLayout, window: int | None, padding: int = 0) -> BlockMask:

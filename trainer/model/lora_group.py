@@ -155,6 +155,9 @@ class ProductGroup:
         """[sum of out_i, in]; the layers' own weights are views of it."""
         biases = [member.base_layer.bias for member in members]
         self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
+        for tensor in (self.weight, self.bias):  # as the compiler takes parameters: their shapes never change
+            if tensor is not None:
+                torch._dynamo.mark_static(tensor)
         sizes = [member.base_layer.weight.shape[0] for member in members]
         for index, (member, part) in enumerate(zip(members, self.weight.split(sizes), strict=True)):
             member.base_layer.weight.data = part

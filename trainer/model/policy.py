@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.config.unsupported import FULL_EXPERTS, SHARDED_QUANTIZATION
+from trainer.config.unsupported import FULL_EXPERTS, SELECTIVE_UNCOMPILED, SHARDED_QUANTIZATION
 from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
 from trainer.errors import ModelError
 from trainer.model.adapted_layers import beside_language_part, without_adapter
@@ -25,6 +25,7 @@ from trainer.model.batch import Batch
 from trainer.model.compiled_layers import CompiledLayers, is_compilable
 from trainer.model.lm_head import tile_rows, tiled_logprobs
 from trainer.model.lora_linear import Routing
+from trainer.model.offload import Offload
 from trainer.model.own_forward import reset_rotary, use_own_attention
 from trainer.model.rms_norm import use_fused_norms
 from trainer.model.saved_model import save_model
@@ -61,6 +62,8 @@ class Policy(nn.Module):
         """Why each pass has one sequence, by the model's own attention; None: sequences are packed."""
         self.compiled: CompiledLayers | None = None
         """On a GPU; None: layers run uncompiled."""
+        self.offload: Offload | None = None
+        """Keeps inputs of layers in host memory; None: they stay where they are."""
         self.logit_transform = logit_transform(causal_lm)
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
@@ -89,15 +92,21 @@ class Policy(nn.Module):
             if self.separate_reason is None:
                 plain = batch.token_ids, batch.positions, batch.layout
                 ids, positions, layout = plain if self.compiled is None else self.compiled.input_of(batch)
-                output = self.causal_lm.base_model(
-                    input_ids=ids[None], position_ids=positions[None], use_cache=False, packed=layout
-                )
+                with self._offloading():
+                    output = self.causal_lm.base_model(
+                        input_ids=ids[None], position_ids=positions[None], use_cache=False, packed=layout
+                    )
             else:
                 _refuse_split(batch, self.separate_reason)
                 reset_rotary(self.causal_lm)
                 own = batch.token_ids[: batch.num_tokens - batch.layout.padding]
-                output = self.causal_lm.base_model(input_ids=own[None], use_cache=False)
+                with self._offloading():
+                    output = self.causal_lm.base_model(input_ids=own[None], use_cache=False)
         return output.last_hidden_state[0].index_select(0, batch.scored)
+
+    def _offloading(self) -> AbstractContextManager[Any]:
+        is_used = self.offload is not None and self.training and torch.is_grad_enabled()
+        return self.offload.of_pass() if self.offload is not None and is_used else nullcontext()
 
     @torch.no_grad()
     def score_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,16 +134,19 @@ class Policy(nn.Module):
         self.separate_reason = reason
         self._run_uncompiled()
 
-    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor", *, is_selective: bool = False) -> None:
         """Compile the decoder layers, which a GPU needs: uncompiled, a third of its step is elementwise kernels.
 
         Args:
             backend: of torch.compile.
+            is_selective: recompute everything but products and attention in the backward pass.
         """
-        self.compiled = CompiledLayers(self.causal_lm, backend)
+        self.compiled = CompiledLayers(self.causal_lm, backend, is_selective=is_selective)
 
     def _run_uncompiled(self) -> None:
         if self.compiled is not None:
+            if self.compiled.is_selective:
+                raise ModelError(f"model.gradient_checkpointing: selective {SELECTIVE_UNCOMPILED}")
             self.compiled.remove()
             self.compiled = None
 
@@ -343,10 +355,15 @@ def _policy(
     causal_lm: PreTrainedModel, adapters: Adapters | None, model: ModelSettings, lora: LoraSettings | None
 ) -> Policy:
     policy = Policy(causal_lm, adapters, model.path)
+    if model.activation_offload:
+        policy.offload = Offload(causal_lm.config.get_text_config().hidden_size)
+    is_selective = model.gradient_checkpointing == "selective"
     if causal_lm.config._attn_implementation != PACKED_ATTENTION:
         policy.run_separately(f"{causal_lm.config.model_type} chooses its attention by itself")
     elif model.compile_layers and policy.device.type == "cuda" and is_compilable(causal_lm, lora):
-        policy.compile_layers()
+        policy.compile_layers(is_selective=is_selective)
+    if is_selective and policy.compiled is None:
+        raise ModelError(f"model.gradient_checkpointing: selective {SELECTIVE_UNCOMPILED}")
     return policy
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Literal, final
 
 from trainer.planning.model_facts import OUTPUT_NORMS, ModelFacts
 
@@ -20,6 +20,10 @@ TILE_CELLS: Final = 256 * 49_152
 GPU_TILE_ROWS: Final = 1024
 CPU_BLOCK_ROWS: Final = 32
 """Sizes of the LM head's tiles; as in `trainer.model.lm_head`."""
+
+
+Recomputed = bool | Literal["selective"]
+"""Of gradient checkpointing: nothing, everything, or all but products and attention."""
 
 
 @final
@@ -45,28 +49,49 @@ class Pass:
         """T, the tokens of all sequences."""
         return sum(self.lengths)
 
-    def kept(self, *, is_checkpointed: bool) -> float:
-        """Return the bytes that all blocks keep until the backward pass."""
+    def kept(self, *, recomputed: Recomputed) -> float:
+        """Return the bytes that all blocks keep until the backward pass.
+
+        Args:
+            recomputed: what is computed again there.
+        """
         facts, c = self.facts, self.compute_bytes
-        if is_checkpointed:
+        if recomputed is True:
             return float(facts.layers * self.tokens * facts.hidden * c)
+        if recomputed == "selective":
+            return facts.layers * self._selected()
         first_norm = (
             0 if self.rank is None else self.tokens * facts.hidden * self._norm_input()
         )  # its input needs no gradient
         return facts.layers * self.block() - first_norm
 
-    def moments(self, *, is_checkpointed: bool) -> dict[str, float]:
-        """Return the transient bytes at each candidate peak, in addition to `kept`."""
+    def moments(self, *, recomputed: Recomputed) -> dict[str, float]:
+        """Return the transient bytes at each candidate peak, in addition to `kept`.
+
+        Args:
+            recomputed: what is computed again in the backward pass.
+        """
+        again = {False: 0.0, True: self.block(), "selective": max(0.0, self.block() - self._selected())}[recomputed]
         return {
             "head": self._head(),
             "backward of the last norm": self._last_norm(),
-            "backward of a block": self._block_backward() + (self.block() if is_checkpointed else 0.0),
+            "backward of a block": self._block_backward() + again,
         }
 
     def block(self) -> float:
         """Return the bytes that one block keeps."""
         per_token = self._norms() + self._attention() + self._mlp() + self._adapters()
         return self.tokens * per_token + self._scores() + self._adapted_experts()
+
+    def _selected(self) -> float:
+        """Bytes that one block keeps with selective checkpointing: results of products and attention, and its input.
+
+        The block's input and the output of the attention's last product; queries, keys and values before their norms
+        and the rotary embedding; the attention's output and its statistics; gate and up.
+        """
+        facts, c = self.facts, self.compute_bytes
+        values = 2 * facts.hidden + 2 * (facts.query_width + facts.key_width) + 2 * facts.intermediate
+        return self.tokens * float(values * c + facts.heads * STATISTICS_BYTES + self._adapters())
 
     def _norms(self) -> int:
         """A norm keeps its input, and the following linear layer keeps the output of the norm.

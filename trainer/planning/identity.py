@@ -59,6 +59,8 @@ def make_identity(recipe: Recipe, algorithm: ResolvedAlgorithm | None) -> dict[s
         algorithm: The resolved algorithm; None for sft.
     """
     fields = recipe.model_dump(include={"method", "seed", "lora", "rows_per_step", "optimizer"})
+    if fields["optimizer"]["name"] == "adamw":
+        del fields["optimizer"]["name"]  # the first version did not have it
     fields |= {"algorithm": None, "rollout": None, "rewards": []}  # sft has them too: their absence is hashed
     if isinstance(recipe, RFTRecipe) and algorithm is not None:
         fields["algorithm"] = algorithm_values(algorithm)

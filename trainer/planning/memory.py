@@ -147,7 +147,7 @@ def _trained_state(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> d
     """Masters (none if the parameters are float32 themselves), gradient sums, both moments and the reference."""
     c, trained = compute_bytes_of(recipe), _num_trained(recipe, shape, facts)
     parts = {"masters": trained * 4} if c < 4 else {}
-    parts |= {"gradients": trained * 4, "optimizer": trained * 8}
+    parts |= {"gradients": trained * 4, "optimizer": trained * moment_bytes(recipe)}
     if isinstance(recipe, RFTRecipe):
         is_warm = recipe.lora is not None and recipe.lora.warm_start is not None
         is_kept = recipe.lora is None or (is_warm and recipe.algorithm.reference == "initial")
@@ -155,9 +155,18 @@ def _trained_state(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> d
     return parts
 
 
+def moment_bytes(recipe: Recipe) -> float:
+    """Return the bytes of both moments of a trained parameter; in 8 bits each block of 256 has a float32 scale.
+
+    bitsandbytes keeps the moments of parameters below 4,096 values in float32, which is not counted.
+    """
+    return 2 * (1 + 4 / 256) if recipe.optimizer.name == "adamw_8bit" else 8.0
+
+
 def _checkpoint_copies(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
     """Masters and moments in host memory, which a thread writes while training continues."""
-    return {"copies for checkpoints": _num_trained(recipe, shape, facts) * 12} if recipe.dcp_save_interval else {}
+    copied = _num_trained(recipe, shape, facts) * (4 + moment_bytes(recipe))
+    return {"copies for checkpoints": copied} if recipe.dcp_save_interval else {}
 
 
 def _sampler_copies(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:
@@ -194,11 +203,14 @@ def learning_pass(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> Pa
 
 def _learning(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:
     micro = learning_pass(recipe, shape, facts)
-    is_checkpointed = recipe.model.gradient_checkpointing
-    name = "activations (checkpointed)" if is_checkpointed else "activations"
-    moments = micro.moments(is_checkpointed=is_checkpointed)
+    recomputed = recipe.model.gradient_checkpointing
+    name = {False: "activations", True: "activations (checkpointed)", "selective": "activations (selected)"}[recomputed]
+    moments = micro.moments(recomputed=recomputed)
     last = max(moments, key=lambda moment: moments[moment])
-    return {name: micro.kept(is_checkpointed=is_checkpointed), last: moments[last]}
+    kept = micro.kept(recomputed=recomputed)
+    if recipe.model.activation_offload:  # the inputs of the layer that runs and of the next one
+        name, kept = "activations (in host memory)", 2 * kept / facts.layers
+    return {name: kept, last: moments[last]}
 
 
 def _sampling(recipe: RFTRecipe, shape: TrainingShape, facts: ModelFacts) -> dict[str, float]:

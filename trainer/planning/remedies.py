@@ -152,9 +152,9 @@ def _on_other_shapes(start: Remedy, shapes: Sequence[TrainingShape]) -> Iterator
 
 
 def checkpointed(start: Remedy) -> Remedy | None:
-    """Return the recipe with gradient checkpointing; None if it has it."""
+    """Return the recipe with gradient checkpointing of all activations; None if it has it."""
     model = start.recipe.model
-    if model.gradient_checkpointing:
+    if model.gradient_checkpointing is True:
         return None
     changed = model.model_copy(update={"gradient_checkpointing": True})
     return start.with_recipe("`model.gradient_checkpointing: true`", start.recipe.model_copy(update={"model": changed}))

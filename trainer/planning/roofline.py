@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Literal, final
 
 from trainer.config.devices import KnownDevice
 from trainer.planning.model_facts import ModelFacts
@@ -79,7 +79,7 @@ def step_cost(
     *,
     is_lora: bool,
     is_compiled: bool,
-    is_checkpointed: bool = False,
+    recomputed: bool | Literal["selective"] = False,
 ) -> StepCost:
     """Predict a micro-batch.
 
@@ -90,23 +90,25 @@ def step_cost(
         num_scored: tokens with a loss.
         is_lora: whether an adapter is trained; otherwise every parameter.
         is_compiled: whether decoder layers are compiled.
-        is_checkpointed: whether layers are computed a second time in the backward pass.
+        recomputed: whether layers are computed a second time in the backward pass; selectively: without products and
+            attention.
     """
     tokens, peak, bandwidth = sum(lengths), device.bf16_tflops * 1e12, device.bandwidth_gbps * 1e9 * BANDWIDTH_FRAC
     passes = 2 if is_lora else 3
     block = 2.0 * facts.active_block_params * tokens
     head = 2.0 * facts.vocab * facts.hidden * num_scored
     attention = 2.0 * facts.layers * facts.query_width * sum(length * length for length in lengths)
-    again = 1 if is_checkpointed else 0
+    again = 1 if recomputed is True else 0
     short = SHORT_ATTENTION[0] * tokens / len(lengths) / SHORT_ATTENTION[1]
     elementwise = facts.layers * _elementwise_bytes(facts, tokens) * (1.0 if is_compiled else UNCOMPILED)
     thin = facts.layers * _thin_bytes(facts, tokens) if is_lora else 0.0
     extra = 1 + again / 3
+    elementwise_extra = 4 / 3 if recomputed else 1.0
     parts = {
         "products": _range((passes + again) * block, PRODUCT_FRAC, peak),
         "head": _range(passes * head, PRODUCT_FRAC, peak),
         "attention": _range((3.5 + again) * attention, (min(short, ATTENTION_FRAC / 1.5), ATTENTION_FRAC), peak),
-        "elementwise": (elementwise * extra / bandwidth,) * 2,
+        "elementwise": (elementwise * elementwise_extra / bandwidth,) * 2,
         "adapters": (thin * extra / bandwidth / THIN_FRAC,) * 2,
         "head statistics": (3 * num_scored * facts.vocab * BYTES / bandwidth,) * 2,
     }

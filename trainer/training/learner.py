@@ -18,6 +18,7 @@ from typing import Final, final
 import torch
 
 from trainer.algorithms import LossTerms
+from trainer.config.recipe import OptimizerName
 from trainer.distributed.sharding import is_sharded, local_of, placed_like, whole_of
 from trainer.distributed.world import World
 from trainer.errors import PreemptedError
@@ -25,6 +26,7 @@ from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Scores
 from trainer.training.measured import Measured, PackSums
+from trainer.training.optimizers import make_optimizer
 from trainer.training.schedule import AdamParams
 
 Loss = Callable[[Scores, Batch], LossTerms]
@@ -76,6 +78,7 @@ class Learner:
         is_urgent: Callable[[], bool] = lambda: False,
         *,
         adapter: str = RUN_ADAPTER,
+        optimizer: OptimizerName = "adamw",
     ) -> None:
         """Take over the trained parameters.
 
@@ -84,6 +87,10 @@ class Learner:
             world: the ranks.
             is_urgent: checked before each micro-batch; once it is true, the update is abandoned.
             adapter: the adapter to train; with full parameters there is none.
+            optimizer: its kind.
+
+        Raises:
+            ModelError: this kind of optimizer cannot be used here.
         """
         self.policy = policy
         self.world = world
@@ -106,10 +113,7 @@ class Learner:
             else:
                 is_master = parameter is self.masters[name]
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(shaped, is_master=is_master))
-        decayed = [master for master in self.masters.values() if master.ndim >= 2]
-        plain = [master for master in self.masters.values() if master.ndim < 2]
-        groups = [{"params": decayed, "is_decayed": True}, {"params": plain, "is_decayed": False}]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+        self.optimizer = make_optimizer(self.masters.values(), optimizer, is_sharded=self.is_sharded)
         self._updates = 0
         self._sums: dict[str, float] = {}
         self._measured = Measured()
@@ -128,6 +132,7 @@ class Learner:
             updates: made until the checkpoint.
         """
         self._updates = updates
+        self.optimizer.restore(updates)
         self.refresh()
 
     def forward_backward(
@@ -240,18 +245,12 @@ class Learner:
             return Update(metrics, rows)
         if adam.max_grad_norm is not None and norm > adam.max_grad_norm:
             self._gradient.mul_(adam.max_grad_norm / norm)
-        self._step(adam)
+        self.optimizer.step(adam)
         self.discard()
         self.refresh()
         self._updates += 1
         means = {name: total / tokens for name, total in totals.items()}
         return Update({"loss": loss, "grad_norm": norm, "learning_rate": adam.learning_rate, "tokens": tokens, **means})
-
-    def _step(self, adam: AdamParams) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"], group["betas"], group["eps"] = adam.learning_rate, (adam.beta1, adam.beta2), adam.epsilon
-            group["weight_decay"] = adam.weight_decay if group["is_decayed"] else 0.0
-        self.optimizer.step()
 
     def _offending_rows(self) -> tuple[str, ...]:
         """The rows of all ranks whose loss is not finite; all rows of the update where there are none."""
@@ -277,12 +276,8 @@ class Learner:
         """The state of masters and optimizer, as tensors that a load may write into."""
         tensors = {}
         for name, master in self.masters.items():
-            state = self.optimizer.state[master]
-            if not state:  # AdamW creates it at the first update
-                state["step"] = torch.zeros((), device=master.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
             tensors[MASTER_PREFIX + name] = placed_like(master.detach(), self.parameters[name])
-            for key, value in state.items():
+            for key, value in self.optimizer.state_of(master).items():
                 is_part = value.shape == master.shape and key != "step"
                 tensors[f"optimizer/{name}/{key}"] = placed_like(value, self.parameters[name]) if is_part else value
         return tensors

@@ -47,7 +47,8 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         raise ModelError(f"data.max_seq_tokens: {rotary}")
     verify_packing(policy, world.device, recipe.data.max_seq_tokens)
     # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
-    learner = Learner(policy, world, _never if is_sharded else stop.is_urgent)
+    is_urgent = _never if is_sharded else stop.is_urgent
+    learner = Learner(policy, world, is_urgent, optimizer=recipe.optimizer.name)
     warm_start(lora, policy, learner.masters)
     if checkpoint is not None:
         read_masters(checkpoint, learner.masters)
