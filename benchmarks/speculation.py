@@ -1,7 +1,7 @@
 """Speculative decoding by prompt look-up, one client: JSON that repeats its prompt, and prose that does not.
 
     python benchmarks/speculation.py --model models/SmolLM2-135M-Instruct [--rounds 3] [--tokens 200]
-        [--dtype bfloat16] [--only json,prose]
+        [--dtype bfloat16] [--only json,prose] [--draft-model DIR]
 
 The engine itself with and without proposals, in turn; tokens per CPU-second of the steps, steps, and whether the tokens
 are equal. Prints one JSON document.
@@ -19,6 +19,7 @@ from typing import Any
 
 from trainer.config.recipe import ModelSettings
 from trainer.data.chat import load_tokenizer
+from trainer.engine.draft import Drafter
 from trainer.engine.model import EngineModel
 from trainer.engine.protocol import Sampling
 from trainer.engine.scheduler import Counters, Scheduler
@@ -63,12 +64,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--only", default="json,prose")
+    parser.add_argument("--draft-model", help="proposes where prompt look-up finds nothing")
     arguments = parser.parse_args()
     settings = ModelSettings(path=arguments.model, compute_dtype=arguments.dtype)
     tokenizer, model = load_tokenizer(settings), EngineModel(settings, 8)
 
+    draft = None
+    if arguments.draft_model is not None:
+        draft = EngineModel(ModelSettings(path=arguments.draft_model, compute_dtype=arguments.dtype), 1)
+
     def run(ids: list[int], temperature: float, *, speculates: bool) -> tuple[list[int], float, Counters]:
-        scheduler = Scheduler(model, model.pool(64), speculates=speculates)
+        drafter = None if draft is None else Drafter(draft, 64, model.vocab_size)
+        scheduler = Scheduler(model, model.pool(64), speculates=speculates, drafter=drafter)
         how = Sampling(
             max_tokens=arguments.tokens, seed=1, temperature=temperature, stop_ids=(int(tokenizer.eos_token_id),)
         )

@@ -372,3 +372,18 @@ def test_a_server_that_is_still_starting_ends_at_sigterm(shared: Project) -> Non
     assert done.code == 1, done.said
     assert "stopped before it was ready" in done.stderr
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.heavy
+def test_a_draft_model_changes_no_answer(shared: Project) -> None:
+    refused = shared.trainer("serve", "model", "--draft-model", "model", "--speculation", "off")
+    assert (refused.code, "--draft-model proposes tokens" in refused.stderr) == (2, True)
+    answers = []
+    for options in ((), ("--draft-model", "model")):
+        with serving(shared, "model", *options, "--kv-cache-tokens", "4096") as server, server.client() as client:
+            found = [ask(client, temperature=1, seed=seed, max_tokens=30, extra_body={"ignore_eos": True})
+                     for seed in range(3)]  # fmt: skip
+            answers.append([each.choices[0].message.content for each in found])
+            stats = server.stats()
+        assert (stats["accepted_tokens"] > 30) == bool(options)
+    assert answers[0] == answers[1]

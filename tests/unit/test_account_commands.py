@@ -72,7 +72,7 @@ def test_quotas_and_use_are_shown_together(said: Said, directory: Path) -> None:
         {"limit": "tokens_per_minute", "model": "m", "value": "100", "used": None},
     ]
     lines = said("usage", "team", "--by", "account,model,addon,day").splitlines()
-    assert lines[1].split() == ["team", "m", "a", "2026-11-26", "2", "30", "4", "1.5", "0.0", "1"]
+    assert lines[1].split() == ["team", "m", "a", "2026-11-26", "2", "30", "4", "0", "1.5", "0.0", "1"]
 
 
 def test_the_audit_log_is_listed_exported_verified_and_pruned(said: Said, directory: Path) -> None:

@@ -19,7 +19,8 @@ import torch
 from raw_training import pass_body, step_data
 from tiny import tiny_model_dir
 
-from trainer.api.executor import Executor, Limits
+from trainer.api.executor import Executor
+from trainer.api.limits import Limits
 from trainer.api.journal import Journal
 from trainer.api.protocol import Refused
 from trainer.api.requests import Request

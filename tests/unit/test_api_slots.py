@@ -51,7 +51,7 @@ def data_of(loss: str, seed: int = 0, lengths: tuple[int, ...] = (17, 40, 9)) ->
         if loss == "cross_entropy":
             inputs = {"weights": random.random(length)}
         if loss == "gspo":
-            inputs["sequence_ratio_mask"] = [0.0] * 3 + [1.0] * (length - 3)
+            inputs["sequence_ratio_mask"] = np.repeat([0.0, 1.0], [3, length - 3])
         data.append(Datum.of(tokens, target_tokens=targets, **inputs))
     return data
 

@@ -278,7 +278,7 @@ def test_proposals_that_are_wrong_become_rare() -> None:
         proposed = lookup.propose((1, 2, 3), drawn, 8)
         if proposed:
             asked += 1
-            lookup.learn(len(proposed), 0)
+            lookup.pace.learn(len(proposed), 0)
         drawn += [1, 2] if number % 2 else [9]
     assert 3 < asked < 15
 

@@ -143,6 +143,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculation", choices=("prompt", "off"), default="prompt", help="propose tokens that followed the same words"
     )
+    parser.add_argument(
+        "--draft-model", metavar="MODEL", help="a smaller model with the same tokenizer, which proposes tokens"
+    )
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="sequences in flight; then 429")
 
 

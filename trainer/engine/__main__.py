@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config.recipe import ModelSettings
 from trainer.data.chat import load_tokenizer
 from trainer.data.stop_tokens import stop_token_ids
 from trainer.engine.connections import Connections, Listening
+from trainer.engine.draft import Drafter, check_vocabularies, num_draft_pages
 from trainer.engine.grammar import Grammars
 from trainer.engine.handshake import SECRET_VARIABLE
 from trainer.engine.model import EngineModel
 from trainer.engine.pages import PAGE
-from trainer.engine.scheduler import Scheduler
+from trainer.engine.scheduler import SPECULATION_ROWS, Scheduler
 from trainer.engine.service import Service
 from trainer.errors import TrainerError
 from trainer.model.quiet import quiet_transformers
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--speculation", choices=("prompt", "off"), default="prompt")
+    parser.add_argument("--draft-model", help="settings of a smaller model as JSON, which proposes tokens")
     parser.add_argument("--max-adapter-rank", type=int, default=128)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,11 +81,24 @@ def _service(arguments: argparse.Namespace) -> Service:
         max_rows=arguments.max_rows,
         chunk_tokens=arguments.chunk_tokens,
         speculates=arguments.speculation == "prompt",
+        drafter=None if arguments.draft_model is None else _drafter(arguments.draft_model, model, tokenizer, pages),
     )
     grammars = Grammars(tokenizer, model.vocab_size, sorted(stop_token_ids(tokenizer, settings.path)))
     secret = os.environ.pop(SECRET_VARIABLE, "")
     listening = Listening(arguments.socket, arguments.tcp_handle, secret, arguments.orphan_s)
     return Service(model, scheduler, grammars, Connections(listening, hello))
+
+
+def _drafter(given: str, model: EngineModel, tokenizer: PreTrainedTokenizerBase, pages: int) -> Drafter:
+    """The draft model.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another tokenizer.
+    """
+    settings = ModelSettings.model_validate_json(given)
+    check_vocabularies(load_tokenizer(settings).get_vocab(), tokenizer.get_vocab(), settings.path)
+    small = EngineModel(settings, 1)
+    return Drafter(small, num_draft_pages(small, SPECULATION_ROWS, pages), model.vocab_size)
 
 
 def _num_pages(page_bytes: int, fraction: float, tokens: int | None) -> int:

@@ -11,6 +11,7 @@ from typing import Final, final
 import torch
 
 from trainer.engine.attention import Segment
+from trainer.engine.draft import Drafter
 from trainer.engine.draw import Drawn, Report, draw, reported, scaled
 from trainer.engine.model import EngineModel, StepRow
 from trainer.engine.pages import PAGE, PagePool, prefix_keys
@@ -61,6 +62,7 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         chunk_tokens: int = CHUNK_TOKENS,
         speculates: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         """Begin without sequences.
 
@@ -69,9 +71,10 @@ class Scheduler:
             pool: the budget of keys and values.
             max_rows: sequences that run together.
             chunk_tokens: tokens of prompts in a step.
-            speculates: whether tokens are proposed by prompt look-up where few sequences run.
+            speculates: whether tokens are proposed where few sequences run: by prompt look-up, then by the drafter.
+            drafter: a smaller model; None proposes by prompt look-up alone.
         """
-        self._speculates = speculates
+        self._speculates, self._drafter = speculates, drafter
         self._model, self.pool = model, pool
         self._max_rows, self._chunk_tokens = max_rows, chunk_tokens
         self.waiting: deque[LiveSequence] = deque()
@@ -151,7 +154,7 @@ class Scheduler:
                     going_on.append((sequence, part))
                 elif proposed:
                     accepted = num_drawn + is_equal
-                    sequence.lookup.learn(len(proposed), accepted)
+                    sequence.pace.learn(len(proposed), accepted)
                     self.counters.accepted_tokens += accepted
                     sequence.proposed = []
             ready, num_drawn = going_on, num_drawn + 1
@@ -210,14 +213,14 @@ class Scheduler:
 
     def _rows(self) -> list[tuple[LiveSequence, StepRow]]:
         """The sequences of the next step, those of one adapter together, and their tokens."""
-        budget = self._chunk_tokens
+        budget, proposals = self._chunk_tokens, self._proposals()
         chosen: list[tuple[LiveSequence, int]] = []
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # it gave its pages to another one
             if sequence.num_missing == 1 and sequence.drawn:
                 if self._make_room(sequence):
-                    self._propose(sequence)
+                    self._propose(sequence, proposals.get(sequence, []))
                     chosen.append((sequence, 1 + len(sequence.proposed)))
             elif budget > 0:
                 count = min(sequence.num_missing, budget)
@@ -242,12 +245,24 @@ class Scheduler:
                 return False
         return True
 
-    def _propose(self, sequence: LiveSequence) -> None:
+    def _proposals(self) -> dict[LiveSequence, list[int]]:
+        """Tokens that may follow the last one of each running sequence."""
+        if not self._speculates or len(self.running) > SPECULATION_ROWS:
+            return {}
+        found: dict[LiveSequence, list[int]] = {}
+        for sequence in self.running:
+            if sequence.num_missing == 1 and sequence.drawn:
+                found[sequence] = sequence.lookup.propose(sequence.prompt, sequence.drawn, sequence.num_left - 1)
+                sequence.pace = sequence.lookup.pace
+        if self._drafter is not None:
+            drafted = self._drafter.propose([sequence for sequence, tokens in found.items() if not tokens])
+            for sequence, tokens in drafted.items():
+                found[sequence], sequence.pace = tokens, sequence.draft_pace
+        return found
+
+    def _propose(self, sequence: LiveSequence, found: list[int]) -> None:
         """Propose tokens behind the last one, as far as there are more free pages than sequences that may need one."""
         sequence.proposed = []
-        if not self._speculates or len(self.running) > SPECULATION_ROWS:
-            return
-        found = sequence.lookup.propose(sequence.prompt, sequence.drawn, sequence.num_left - 1)
         while sequence.pages_for(sequence.length + len(found)):
             page = self.pool.take() if self.pool.num_available > len(self.running) else None
             if page is None:
@@ -307,6 +322,8 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_stored, sequence.proposed = [], 0, []
+        if self._drafter is not None:
+            self._drafter.forget(sequence)
 
 
 def _row(sequence: LiveSequence, count: int) -> StepRow:

@@ -13,7 +13,7 @@ import torch
 from trainer.engine.adapters import AdapterVersion
 from trainer.engine.pages import PAGE
 from trainer.engine.protocol import Sampling
-from trainer.engine.speculate import PromptLookup
+from trainer.engine.speculate import Pace, PromptLookup
 from trainer.sampling import noise
 
 ROOT: bytes = b"base"
@@ -53,7 +53,9 @@ class LiveSequence:
         sampling = self.sampling
         self.noise_key = int(noise.row_keys(sampling.seed, 0, [0], [sampling.sample], torch.device("cpu"))[0])
         self.counts: Counter[int] = Counter()
-        self.lookup = PromptLookup()
+        self.lookup, self.draft_pace = PromptLookup(), Pace()
+        self.pace = self.draft_pace
+        """Of whatever made the present proposal."""
         self.proposed: list[int] = []
         """Tokens that the present step computes behind the last one."""
 

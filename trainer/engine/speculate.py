@@ -1,4 +1,6 @@
-"""Speculative decoding by prompt look-up: tokens that followed the same words before are proposed (arXiv:2304.04487).
+"""Speculative decoding: tokens that may come next are proposed, and computed together.
+
+Prompt look-up proposes those that followed the same words before (arXiv:2304.04487); `draft` those of a smaller model.
 
 The model computes the next token and the proposed ones in one step. Each token is then drawn as always, with the noise
 of its position; while a draw equals the proposal, the next one of the step is valid too. So the tokens are those of
@@ -21,6 +23,41 @@ LONGEST_PAUSE: Final = 32
 
 
 @final
+class Pace:
+    """How many tokens one kind of proposal has, and when none is made, by what became of earlier ones."""
+
+    def __init__(self) -> None:
+        """Begin with the first length."""
+        self.size = FIRST
+        self._pause = self._next_pause = 0
+
+    def rests(self) -> bool:
+        """Whether to propose nothing in this step, because proposals were wrong lately."""
+        if self._pause:
+            self._pause -= 1
+            return True
+        return False
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Adapt the length of proposals to what became of one.
+
+        Args:
+            proposed: its tokens.
+            accepted: those that were drawn.
+        """
+        if accepted == proposed:
+            self.size = min(MOST, 2 * self.size)
+        elif accepted:
+            self.size = max(2, min(self.size, accepted + 1))
+        if accepted:
+            self._next_pause = 0
+        else:
+            self.size = FIRST
+            self._next_pause = min(LONGEST_PAUSE, max(1, 2 * self._next_pause))
+            self._pause = self._next_pause
+
+
+@final
 class PromptLookup:
     """Proposes the tokens of one sequence."""
 
@@ -29,8 +66,7 @@ class PromptLookup:
         self._ids: list[int] = []
         self._num_indexed = 0
         self._ends: dict[tuple[int, ...], int] = {}
-        self._size = FIRST
-        self._pause = self._next_pause = 0
+        self.pace = Pace()
 
     def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
         """Tokens that may come next; none where nothing was found, or where proposals were wrong lately.
@@ -40,8 +76,7 @@ class PromptLookup:
             drawn: so far.
             most: the longest proposal.
         """
-        if self._pause:
-            self._pause -= 1
+        if self.pace.rests():
             return []
         self._ids += drawn[len(self._ids) - len(prompt) :] if self._ids else [*prompt, *drawn]
         ids = self._ids
@@ -53,23 +88,5 @@ class PromptLookup:
         for size in SIZES:
             earlier = self._ends.get(tuple(ids[-size:])) if len(ids) > size else None
             if earlier is not None:  # a text that repeats itself goes on so
-                return list(islice(cycle(ids[earlier:]), min(most, self._size)))
+                return list(islice(cycle(ids[earlier:]), min(most, self.pace.size)))
         return []
-
-    def learn(self, proposed: int, accepted: int) -> None:
-        """Adapt the length of proposals to what became of one.
-
-        Args:
-            proposed: its tokens.
-            accepted: those that were drawn.
-        """
-        if accepted == proposed:
-            self._size = min(MOST, 2 * self._size)
-        elif accepted:
-            self._size = max(2, min(self._size, accepted + 1))
-        if accepted:
-            self._next_pause = 0
-        else:
-            self._size = FIRST
-            self._next_pause = min(LONGEST_PAUSE, max(1, 2 * self._next_pause))
-            self._pause = self._next_pause

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from trainer.config.model_arguments import add_batch_arguments, add_serve_arguments
+from trainer.config.recipe import ModelSettings
 from trainer.control.core_dumps import forbid_core_dumps
 from trainer.control.durations import seconds_of
 from trainer.errors import TrainerError, UserError
@@ -79,6 +80,8 @@ def _refuse(arguments: argparse.Namespace) -> None:
     if arguments.deployments == (arguments.target is not None):
         raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
     _refuse_backend(arguments)
+    if arguments.deployments and arguments.draft_model is not None:
+        raise UserError("--draft-model goes with one MODEL; it does not go with --deployments")
     arguments.with_accounts |= arguments.deployments
     if arguments.with_accounts and arguments.api_key_file is not None:
         raise UserError("--with-accounts and --api-key-file exclude each other: `trainer keys create` makes keys")
@@ -165,6 +168,11 @@ def _engine_arguments(arguments: argparse.Namespace, base: ModelSource) -> list[
     words += ["--max-rows", str(arguments.max_rows), "--chunk-tokens", str(arguments.chunk_tokens)]
     words += ["--max-adapter-rank", str(arguments.max_adapter_rank), "--speculation", arguments.speculation]
     words += ["--kv-cache-fraction", str(arguments.kv_cache_fraction)]
+    if arguments.draft_model is not None:
+        if arguments.speculation == "off":
+            raise UserError("--draft-model proposes tokens; it does not go with --speculation off")
+        draft = ModelSettings(path=arguments.draft_model, compute_dtype=base.model.compute_dtype)
+        words += ["--draft-model", draft.model_dump_json()]
     if arguments.kv_cache_tokens is not None:
         words += ["--kv-cache-tokens", str(arguments.kv_cache_tokens)]
     return words

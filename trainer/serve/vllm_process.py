@@ -21,7 +21,7 @@ from trainer.serve.vllm_engine import URL, VllmEngine
 
 BASE: Final = "base"
 """Name of the base model in vLLM; clients never see it."""
-EMBEDDED_ONLY: Final = {"kv_cache_fraction": 0.1, "kv_cache_tokens": None, "chunk_tokens": 256}
+EMBEDDED_ONLY: Final = {"kv_cache_fraction": 0.1, "kv_cache_tokens": None, "chunk_tokens": 256, "draft_model": None}
 """Arguments of the embedded engine, with their defaults."""
 OPTIONS: Final = ("--structured-outputs-config", '{"backend": "guidance"}')
 """The gateway's grammars are llguidance's."""
