@@ -16,6 +16,7 @@ from project import Project, wait_for
 from serving import serving
 from tiny import tiny_model_dir
 
+
 @pytest.fixture(scope="module")
 def control(shared: Project) -> Iterator[Control]:
     adapter_dir(shared.root / "first", shared.root / "model", rank=4, seed=1)

@@ -17,7 +17,7 @@ from trainer.engine.connections import Connections, Listening
 from trainer.engine.handshake import HandshakeError
 from trainer.engine.protocol import Sampling
 from trainer.serve import engine_client
-from trainer.serve.engine_client import Address, EngineClient, End, LostError, Token
+from trainer.serve.engine_client import Address, End, EngineClient, LostError, Token
 from trainer.serve.ray_actor import ReplicaActor
 
 

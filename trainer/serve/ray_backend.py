@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
 from typing import Any, Final, final
 
 from trainer.config.deployment_shape import DeploymentShape
