@@ -147,7 +147,7 @@ class EngineClient:
         replies, self._replies = list(self._replies.values()), {}
         for reply in replies:
             if not reply.done():
-                reply.set_result({"ok": False, "error": "the engine went away"})
+                reply.set_result({"ok": False, "error": "the engine went away", "is_lost": True})
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         began = dict(message.get("began", ()))
