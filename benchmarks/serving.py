@@ -214,7 +214,8 @@ def serve(arguments: argparse.Namespace, *more: str) -> tuple[subprocess.Popen[b
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = [str(BIN / "trainer"), "serve", arguments.model, "--port", str(port), *more]
-    for name in ("one", "two"):
+    names = ("one", "two") if arguments.adapter else ()
+    for name in names:
         words += ["--adapter", f"{name}={arguments.adapter}"]
     process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     url = f"http://127.0.0.1:{port}"
@@ -227,7 +228,7 @@ def serve(arguments: argparse.Namespace, *more: str) -> tuple[subprocess.Popen[b
         except httpx.TransportError:
             time.sleep(0.2)
     base = next(each["id"] for each in httpx.get(f"{url}/v1/models").json()["data"] if each["parent"] is None)
-    return process, Side("tunesmith", url, process.pid, base, ("one", "two"))
+    return process, Side("tunesmith", url, process.pid, base, names)
 
 
 def main() -> None:

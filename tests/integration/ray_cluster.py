@@ -34,6 +34,7 @@ class Node:
     region: str
     cpus: int
     process: subprocess.Popen[bytes]
+    log: Path
 
     def child(self, name: str) -> int:
         """Process id of `raylet` or `gcs_server`."""
@@ -75,7 +76,7 @@ class Cluster:
     def add(self, region: str, cpus: int) -> Node:
         """Start a node and wait until it is part of the cluster."""
         words = [f"--address={self.address}", f"--num-cpus={cpus}", f"--labels=region={region}", *OWN_PORTS]
-        node = Node(region, cpus, start(self.root, self.pythonpath, *words))
+        node = Node(region, cpus, *start(self.root, self.pythonpath, *words))
         self.nodes.append(node)
         wait_for(lambda: has_started(node))
         return node
@@ -87,14 +88,15 @@ class Cluster:
 
     def restart_head(self) -> None:
         """Start the head again, on the same port and with what its GCS kept on disk."""
+        # `ray start` refuses an address that living processes of this machine name, and our other raylets do
+        (self.root / "ray_current_cluster").unlink(missing_ok=True)
         self.head = start_head(self.root, self.pythonpath, self.port)
 
 
 def has_started(node: Node) -> bool:
-    assert node.process.poll() is None, "ray start ended"
-    with suppress(StopIteration, psutil.Error):
-        return bool(node.child("raylet"))
-    return False
+    """Whether it is part of the cluster."""
+    assert node.process.poll() is None, node.log.read_text()
+    return "Ray runtime started" in node.log.read_text()
 
 
 def own_address() -> str:
@@ -113,7 +115,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(root: Path, pythonpath: Path, *words: str) -> subprocess.Popen[bytes]:
+def start(root: Path, pythonpath: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(pythonpath),
@@ -123,16 +125,17 @@ def start(root: Path, pythonpath: Path, *words: str) -> subprocess.Popen[bytes]:
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(root / "gcs"),
     }
-    with (root / "ray.log").open("ab") as log:
-        return subprocess.Popen(
-            [str(BIN / "ray"), "start", *words], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    handle, name = tempfile.mkstemp(prefix="start-", suffix=".log", dir=root)
+    with os.fdopen(handle, "wb") as log:
+        command = [str(BIN / "ray"), "start", *words]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return process, Path(name)
 
 
 def start_head(root: Path, pythonpath: Path, port: int) -> Node:
     words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={root}"]
     words += [f"--ray-client-server-port={free_port()}", *OWN_PORTS]
-    head = Node("", 0, start(root, pythonpath, *words))
+    head = Node("", 0, *start(root, pythonpath, *words))
     wait_for(lambda: has_started(head))
     return head
 

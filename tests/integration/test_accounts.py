@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
+import os
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import openai
+import psutil
 import pytest
 from adapter_files import adapter_dir
 from project import Project, wait_for
@@ -65,7 +71,8 @@ def served(shared: Project) -> Iterator[Served]:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "model"}))
     (shared.root / "prices.yaml").write_text(PRICES)
     arguments = ("model", "--adapter", "first=first", "--with-accounts", "--prices", "prices.yaml")
-    with serving(shared, *arguments, "--kv-cache-tokens", "8192", "--batch-dir", "batches") as server:
+    arguments += ("--kv-cache-tokens", "8192", "--batch-dir", "batches", "--traces", "console")
+    with serving(shared, *arguments) as server:
         served = Served(server, shared, server.running.out.read_text().strip())
         yield served
         for client in served.clients:
@@ -224,7 +231,7 @@ def test_files_have_an_owner_a_lifetime_and_are_deleted(served: Served) -> None:
 
 
 def test_no_prompt_and_no_completion_is_kept_anywhere(served: Served) -> None:
-    canary = "zyxwvcanary"
+    canary = f"zyx{secrets.token_hex(6)}"
     key = served.account("private")
     text = served.ask(key, messages=[{"role": "user", "content": canary}], max_tokens=40, temperature=1, seed=5)
     completion = text.choices[0].message.content
@@ -250,12 +257,47 @@ def test_no_prompt_and_no_completion_is_kept_anywhere(served: Served) -> None:
     for process in (engine, *engine.parents()[:1]):
         assert process.rlimit(resource.RLIMIT_CORE) == (1, 1)  # no core dumps, not even piped ones
     needles = [canary.encode(), completion[:12].encode()]
+    said = served.server.running.err
+    wait_for(lambda: said.read_text().count('"name": "decode"') >= 2)  # spans of both answers are written
     assert [name for name, words in kept.items() if any(needle in words.encode() for needle in needles)] == []
     written = [*served.project.root.rglob("*"), *Path("/tmp").glob("trainer-serve-*/**/*")]
     files = [file for file in written if file.is_file() and "model" not in file.parts]
     assert len(files) > 5
     assert any(file.name == "store.sqlite" for file in files)
     assert [file for file in files if any(needle in file.read_bytes() for needle in needles)] == []
+
+
+@pytest.mark.heavy
+def test_no_word_of_a_request_is_on_any_writable_disk(served: Served) -> None:
+    """The canary is random, so that neither this file nor another test has it."""
+    canary, begin = f"zyx{secrets.token_hex(8)}", time.time()
+    key = served.account("nowhere")
+    served.ask(key, messages=[{"role": "user", "content": canary}])
+    list(served.ask(key, messages=[{"role": "user", "content": canary}], stream=True))
+    time.sleep(6)  # spans are written every 5 s
+    assert written_with(canary.encode(), begin) == []
+    probe = served.project.root / "probe.txt"
+    probe.write_bytes(b"x" * 5000 + canary.encode())
+    assert written_with(canary.encode(), begin) == [probe]  # what the search would find
+
+
+def written_with(needle: bytes, begin: float) -> list[Path]:
+    """Files of every writable disk that changed since a time and have the bytes."""
+    found: set[Path] = set()
+    disks = [Path(each.mountpoint) for each in psutil.disk_partitions() if "rw" in each.opts.split(",")]
+    for disk in {Path("/"), Path("/dev/shm"), *disks}:
+        for root, folders, names in os.walk(disk):
+            if root in ("/proc", "/sys", "/dev"):
+                folders.clear()
+            for file in (Path(root, name) for name in names):
+                with suppress(OSError, ValueError):  # gone, or emptied, meanwhile
+                    about = file.lstat()
+                    if not stat.S_ISREG(about.st_mode) or about.st_mtime < begin - 1 or not about.st_size:
+                        continue
+                    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                        if content.find(needle) >= 0:
+                            found.add(file)
+    return sorted(found)
 
 
 def test_while_the_store_is_down_known_keys_serve_and_the_control_plane_is_503(served: Served) -> None:

@@ -123,14 +123,14 @@ def test_kills_fail_no_request_and_break_no_stream(
             control.wait("busy", "DEPLOYED", ready=2)
         count = load.num_whole
         wait_for(lambda: load.num_whole >= count + 4)
-    print(f"{kill.__name__}: {KILLS} kills, {load.num_whole} streams, {len(load.problems)} problems {load.problems[:3]}")
+    print(
+        f"{kill.__name__}: {KILLS} kills, {load.num_whole} streams, {len(load.problems)} problems {load.problems[:3]}"
+    )
     assert load.problems == []
     control.delete("busy")
 
 
-def test_the_next_control_process_finds_the_replicas_of_one_that_was_killed(
-    project: Project, cluster: Cluster
-) -> None:
+def test_the_next_control_process_finds_the_replicas_of_one_that_was_killed(project: Project, cluster: Cluster) -> None:
     arguments = ("--deployments", "--backend", "ray", "--ray-address", cluster.address)
     with serving(project, *arguments) as server:
         first = Control(server, project, server.running.out.read_text().strip())

@@ -25,11 +25,11 @@ SAMPLING = Sampling(max_tokens=3, seed=0)
 class Slow:
     """An engine that lets a sequence wait for 30 ms, reads for 60 ms and draws two tokens, 40 ms apart."""
 
-    hello: dict[str, Any] = {"window": 8, "vocab": 8}
     is_ready, num_live = True, 0
 
     def __init__(self, began: tuple[float, float] | None = (0.03, 0.06), error: Exception | None = None) -> None:
         self._began, self._error = began, error
+        self.hello: dict[str, Any] = {"window": 8, "vocab": 8}
 
     async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         return {"ok": True}

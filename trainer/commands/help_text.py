@@ -60,6 +60,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "trainer serve my_run                             OpenAI's API on 127.0.0.1:8000",
         "trainer serve my_run --adapter b=other_run       several adapters of one base",
         "trainer serve my_run --engine vllm               vLLM behind the same API, for GPUs",
+        "trainer serve --deployments --backend ray        deployments on the nodes of a Ray cluster",
         "trainer serve models/base --training             tinker clients train on it (docs/training_api.md)",
     ),
     "batch": ("trainer batch create requests.jsonl --model my_run --out answers.jsonl",),

@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="model settings as JSON")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket", type=Path, help="Unix socket")
-    where.add_argument("--tcp-handle", type=int, help=f"file descriptor that listens; the secret is in {SECRET_VARIABLE}")
+    where.add_argument(
+        "--tcp-handle", type=int, help=f"file descriptor that listens; the secret is in {SECRET_VARIABLE}"
+    )
     parser.add_argument("--orphan-s", type=float, default=float("inf"), help="end without a client for this long")
     parser.add_argument("--kv-cache-fraction", type=float, default=0.1, help="of the memory that is available")
     parser.add_argument("--kv-cache-tokens", type=int, help="instead of the fraction")

@@ -12,7 +12,7 @@ One JSON object a line, over a Unix socket, or over TCP after a handshake (`hand
 The engine sends a line for each step, and one for each request that ends or is answered:
 
     {"tokens": [["a1", 19, null], ["a2", 7, {"logprob": -0.5, "top": [[7, -0.5]]}]]}
-    {"tokens": [["a3", 4, null]], "began": {"a3": [0.2, 0.05]}}       with a first token: seconds of waiting and of its prompt
+    {"tokens": [["a3", 4, null]], "began": {"a3": [0.2, 0.05]}}      with a first token: seconds of waiting, of reading
     {"end": "a1", "reason": "stop", "prompt_tokens": 2, "cached_tokens": 0, "version": "sums@3f2a"}
     {"reply": "b1", "ok": true, ...} or {"reply": "b1", "ok": false, "error": "..."}
 """

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from trainer.distributed.world import World
 from trainer.errors import LaunchError
 from trainer.managed.place import ServerPlace
 from trainer.managed.run_servers import RunServers
-from trainer.model.policy import Policy
 from trainer.planning.plan import RFTPlan
 from trainer.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.distributed.world import World
+    from trainer.model.policy import Policy
 
 
 @contextmanager

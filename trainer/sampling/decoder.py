@@ -12,20 +12,21 @@ so a small adapter would be lost, and the sampler would draw from the base model
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from trainer.model.layout import CachedLayout
-from trainer.model.policy import Policy
 from trainer.model.turn_cache import TurnCache
 from trainer.sampling.rows import PackedRows, Rows
+
+if TYPE_CHECKING:
+    from trainer.model.policy import Policy
 
 
 class Decoder(Protocol):
@@ -58,7 +59,7 @@ class DecodingLinear(nn.Module):
         super().__init__()
         # tuples, so that these are not registered as submodules: their parameters belong to the policy
         self._bases = tuple(_base(source) for source in sources)
-        self._adapters = tuple(source if isinstance(source, peft.tuners.lora.Linear) else None for source in sources)
+        self._adapters = tuple(source if isinstance(source, _lora_linear()) else None for source in sources)
         weight = self._bases[0].weight
         self._is_packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_bf16_products()
         if self._is_packed:  # resolved overloads: resolving them at each of 361 calls per token took 3 ms
@@ -169,13 +170,13 @@ class CopiedDecoder:
                 layer = DecodingLinear([child])
                 setattr(module, name, layer)
                 self._linears.append(layer)
-            elif not isinstance(child, BaseTunerLayer):  # other PEFT layers need their own base layer
+            elif not isinstance(child, _tuner_layer()):  # other PEFT layers need their own base layer
                 self._replace(child)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether it computes W x + b, or W x + b + s B (A x) with an adapter; DoRA, for instance, computes more."""
-    if not isinstance(module, peft.tuners.lora.Linear):
+    if not isinstance(module, _lora_linear()):
         return type(module) is nn.Linear
     names = module.active_adapters
     is_plain = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]
@@ -183,7 +184,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def _base(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, peft.tuners.lora.Linear) else module
+    return module.get_base_layer() if isinstance(module, _lora_linear()) else module
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -193,3 +194,13 @@ def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _has_bf16_products() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _lora_linear() -> Any:
+    """PEFT's linear layer with LoRA; where nobody imported PEFT, which takes a second, no module is one."""
+    return sys.modules["peft"].tuners.lora.Linear if "peft" in sys.modules else ()
+
+
+def _tuner_layer() -> Any:
+    """PEFT's layers of any kind."""
+    return sys.modules["peft"].tuners.tuners_utils.BaseTunerLayer if "peft" in sys.modules else ()

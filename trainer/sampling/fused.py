@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, final
 
 import torch
 from torch import nn
@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import packed_attention
 from trainer.model.layout import CachedLayout
-from trainer.model.policy import Policy
 from trainer.model.turn_cache import TurnCache
 from trainer.sampling.decoder import DecodingLinear, is_plain_linear
 from trainer.sampling.rows import PackedRows, Rows
+
+if TYPE_CHECKING:
+    from trainer.model.policy import Policy
 
 FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose layers compute the formula above; only Qwen3 has the inner norm."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from transformers import Cache
 
 from trainer.model.own_forward import reset_rotary, use_own_attention
-from trainer.model.policy import Policy
 from trainer.model.turn_cache import TurnCache
+
+if TYPE_CHECKING:
+    from trainer.model.policy import Policy
 
 CACHES: Final = ("past_key_values", "cache_params")
 """Names under which models return their cache, and take it."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.model.policy import Policy
 from trainer.model.turn_cache import TurnCache
 from trainer.types import Completion
+
+if TYPE_CHECKING:
+    from trainer.model.policy import Policy
 
 
 @final

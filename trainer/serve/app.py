@@ -122,11 +122,11 @@ def _add_status(app: FastAPI, gateway: Gateway, training: TrainingFront | None) 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         served = [gateway.models.base, *gateway.models.adapters.values()]
-        return {"object": "list", "data": [_model(gateway, each.name) for each in served]}
+        return {"object": "list", "data": [model_card(gateway, each.name) for each in served]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        return _model(gateway, gateway.models.find(name).name)
+        return model_card(gateway, gateway.models.find(name).name)
 
 
 def _gauges(part: str, stats: Mapping[str, Any]) -> str:
@@ -137,7 +137,8 @@ def _gauges(part: str, stats: Mapping[str, Any]) -> str:
     )
 
 
-def _model(gateway: Gateway, name: str) -> dict[str, Any]:
+def model_card(gateway: Gateway, name: str) -> dict[str, Any]:
+    """A model as OpenAI describes it."""
     served = gateway.models.find(name)
     parent = None if served.adapter is None else gateway.models.base.name
     card = {"id": name, "object": "model", "created": served.created, "owned_by": "tunesmith", "parent": parent}

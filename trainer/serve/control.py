@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.control.store import Store
 
 RECORDED: Final = (
-    ("POST", re.compile(r"/v1/(load|unload)_lora_adapter"), "adapters"),
+    ("POST", re.compile(r"(/deployments/[^/]+)?/v1/(load|unload)_lora_adapter"), "adapters"),
     ("DELETE", re.compile(r"/v1/files/.*"), "files"),
     ("POST", re.compile(r"/api/v1/(create_session|create_model|load_weights|save_\w+|finish|delete\w*)"), "training"),
 )

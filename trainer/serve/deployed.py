@@ -49,9 +49,7 @@ def shape_for(spec: Spec) -> DeploymentShape:
 class Version:
     """A model with its replicas."""
 
-    def __init__(
-        self, name: str, spec: Spec, backend: Backend, metrics: Metrics, traces: Traces | None = None
-    ) -> None:
+    def __init__(self, name: str, spec: Spec, backend: Backend, metrics: Metrics, traces: Traces | None = None) -> None:
         """Read the tokenizer; takes a second.
 
         Args:

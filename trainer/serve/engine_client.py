@@ -21,7 +21,7 @@ READY_S: Final = 120.0
 PING_S: Final = 2.0
 """Between two signs of life of an engine on another machine."""
 SILENT_S: Final = 15.0
-"""An engine on another machine that said nothing for this long is lost: a machine without power closes no connection."""
+"""An engine on another machine that is silent for this long is lost: without power it closes no connection."""
 
 
 @final
@@ -147,7 +147,7 @@ class EngineClient:
         replies, self._replies = list(self._replies.values()), {}
         for reply in replies:
             if not reply.done():
-                reply.set_result({"ok": False, "error": "the engine went away"})
+                reply.set_result({"ok": False, "error": "the engine went away", "is_lost": True})
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         began = dict(message.get("began", ()))

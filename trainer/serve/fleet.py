@@ -49,7 +49,9 @@ T = TypeVar("T")
 class Fleet:
     """All deployments of a store. Belongs to one event loop."""
 
-    def __init__(self, store: Store, meter: Meter, backend: Backend, prices: Prices, traces: Traces | None = None) -> None:
+    def __init__(
+        self, store: Store, meter: Meter, backend: Backend, prices: Prices, traces: Traces | None = None
+    ) -> None:
         """Begin without deployments; `run` takes them over.
 
         Args:

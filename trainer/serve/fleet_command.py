@@ -49,6 +49,7 @@ async def _backend(arguments: argparse.Namespace, directory: Path) -> Backend:
 async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: Path) -> int:
     from trainer.serve.batch_api import BatchStore, add_batches, running_batches
     from trainer.serve.fleet import Fleet
+    from trainer.serve.fleet_address import add_addresses
     from trainer.serve.fleet_api import make_fleet_app
     from trainer.serve.listening import address, make_server, traces_of
 
@@ -59,6 +60,7 @@ async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: 
     batches = BatchStore(fleet.route, Path(arguments.batch_dir), accounts.control, keep_s=keep_s)
     app = make_fleet_app(fleet, accounts.store, accounts.control)
     add_batches(app, batches)
+    add_addresses(app, fleet)
     accounts.add_routes(app)
     if traces is not None:
         traces.around(app)

@@ -1,7 +1,7 @@
 """`python -m trainer.serve.ray_placer`: the only process that speaks Ray; places, finds and ends replicas.
 
-Ray ends a process that uses it when the cluster's head is away for a minute, so it is not the gateway's. One JSON object
-a line on standard input, and one reply each on standard output, in any order:
+Ray ends a process that uses it when the cluster's head is away for a minute, so it is not the gateway's. One JSON
+object a line on standard input, and one reply each on standard output, in any order:
 
     {"id": 1, "op": "place", "name": "orders-3f2a", "words": [...], "region": "eu", "cpus": 1, "gpus": 0, ...}
     {"id": 2, "op": "find", "name": "orders-3f2a"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from itertools import count
 from time import monotonic
@@ -18,6 +18,8 @@ from trainer.serve.engine_client import End, EngineClient, LostError, Token, can
 
 ATTEMPTS: Final = 6
 """Replicas that a request is sent to, one after the other, as they are lost: one that kills them ends there."""
+NOT_LOADED: Final = "not loaded yet"
+"""Version of an adapter while no replica is ready: the next one loads it."""
 _NUMBERS: Final = count(1)
 
 
@@ -48,11 +50,11 @@ class Replica:
         """Whether its process went away after it was ready."""
         return self._connection is not None and self._connection.done()
 
-    async def start(self, adapters: dict[str, str]) -> None:
+    async def start(self, adapters: Mapping[str, str]) -> None:
         """Start it and wait until it has drawn a token.
 
         Args:
-            adapters: path by name, loaded before the first request.
+            adapters: path by name, loaded before the first request; may change meanwhile.
 
         Raises:
             LaunchError: it ended, or refuses an adapter.
@@ -62,18 +64,31 @@ class Replica:
         placed = monotonic()
         self._connection = await self.host.connect(self.client)
         loaded = monotonic()
-        for name, path in adapters.items():
-            reply = await self.client.ask("load", name=name, path=path)
-            if not reply["ok"]:
-                raise LaunchError(f"addon {name}: {reply['error']}")
+        has = await self._load(adapters, {})
         try:
             async for _ in self.client.attempt([0], Sampling(max_tokens=1, seed=0), None):
                 pass
         except (LostError, ApiError) as error:
             raise LaunchError(f"the engine did not draw its first token: {str(error) or 'it went away'}") from None
-        self.client.set_ready()
+        await self._load(adapters, has)
+        self.client.set_ready()  # nothing is awaited since the last look at the adapters
         parts = {"place": placed - self.begun, "load": loaded - placed, "warm": monotonic() - loaded}
         self.cold_start = {name: round(seconds, 3) for name, seconds in parts.items()}
+
+    async def _load(self, wanted: Mapping[str, str], has: dict[str, str]) -> dict[str, str]:
+        """Load what is wanted, also what is asked for while it loads; returns what it has."""
+        while has != wanted:
+            for name, path in list(wanted.items()):
+                if has.get(name) == path:
+                    continue
+                reply = await self.client.ask("load", name=name, path=path)
+                if not reply["ok"]:
+                    raise LaunchError(f"addon {name}: {reply['error']}")
+                has[name] = path
+            for name in set(has) - set(wanted):
+                await self.client.ask("unload", name=name)
+                del has[name]
+        return has
 
     async def stop(self, drain_s: float) -> None:
         """End it, after the requests in flight.
@@ -142,7 +157,7 @@ class ReplicaPool:
             NoPlaceError: there is no room for it now.
         """
         try:
-            await replica.start(dict(self.adapters))
+            await replica.start(self.adapters)
         except BaseException as error:
             was_unwanted = replica.is_draining and isinstance(error, Exception)
             await self.stop(replica, 0.0)
@@ -180,18 +195,22 @@ class ReplicaPool:
 
     async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         """`load`, `unload` or `stats` of all replicas; sums where they are numbers."""
+        old = self.adapters.get(fields.get("name", ""))
         if op == "load":
             self.adapters[fields["name"]] = fields["path"]
         if op == "unload":
             self.adapters.pop(fields["name"], None)
         ready = [replica.client for replica in self.replicas if replica.is_ready]
         replies = await asyncio.gather(*(client.ask(op, **fields) for client in ready))
+        replies = [reply for reply in replies if not reply.get("is_lost")]  # the one in its place has it
         wrong = next((reply for reply in replies if not reply["ok"]), None)
         if wrong is not None:
             if op == "load":
                 self.adapters.pop(fields["name"], None)
+                if old is not None:
+                    self.adapters[fields["name"]] = old
             return wrong
-        merged: dict[str, Any] = {"ok": True, "version": "not loaded yet"}
+        merged: dict[str, Any] = {"ok": True, "version": NOT_LOADED}
         for reply in replies:
             for name, value in reply.items():
                 is_number = isinstance(value, int) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 """OpenTelemetry spans of requests: request > wait for a replica, queue, prefill, decode. Imported only with `--traces`.
 
-Attributes are numbers, route templates and names of deployments: no word of a prompt or a completion, no exception text.
-A `traceparent` header of the client is the parent of its request.
+Attributes are numbers, route templates and names of deployments: no word of a prompt or a completion, no text of an
+exception. A `traceparent` header of the client is the parent of its request.
 """
 
 from __future__ import annotations
