@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.config.load import load_shape
+from trainer.config.load import find_shape
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
@@ -27,6 +27,7 @@ from trainer.training.learner import Learner
 from trainer.training.losses import sft_loss
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is already registered as pytree node:UserWarning")
 FACTORS = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
 """Times (n - 1) / n of the whole tensor that a rank receives: an all-reduce is a reduce-scatter and a gather."""
 
@@ -41,7 +42,8 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "c10d" and name in FACTORS:
-            ranks = next(each.size() for each in args if hasattr(each, "size") and not isinstance(each, torch.Tensor))
+            group = next(each for each in args if isinstance(each, torch.ScriptObject))
+            ranks = distributed.ProcessGroup.unbox(group).size()
             sizes = [each.numel() * each.element_size() for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
             self.received[name, ranks] += FACTORS[name] * max(sizes) * (ranks - 1) // ranks
         return func(*args, **(kwargs or {}))
@@ -72,7 +74,7 @@ def make_pack() -> Batch:
 @pytest.mark.parametrize(("ranks", "name"), [(8, "h100x8"), (16, "h100x16"), (16, "h100x16_hsdp")], indirect=["ranks"])
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
-    shape = load_shape(name)
+    shape = find_shape(name)
     policy = sharded_policy(LoraSettings(rank=16) if is_lora else None, ranks, shape.num_shards)
     learner = Learner(policy, World(0, ranks, CPU, mesh=None))
     params = sum(value.numel() for name, value in policy.named_parameters() if "lora_" not in name)

@@ -20,7 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 RECORDED: Final = ROOT / "benchmarks" / "results" / "lowering_sm_90.json"
 TOLERANCE: Final = {"float32": 5e-6, "float16": 3e-3}
 SHARED_BYTES: Final = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-INTERPRETED: Final = ("plain", "window", "cap", "sinks", "tree", "unpadded", "short")
+INTERPRETED: Final = ("plain", "window", "cap", "sinks", "tree", "unpadded", "short", "changing")
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1"
@@ -85,6 +85,19 @@ def test_all_forms_of_attention_compute_what_the_cpu_computes(dtype):
 
 
 @pytest.mark.heavy
+def test_inference_mode_runs_the_kernels_of_no_grad():
+    code = (
+        "import torch; from geometries import GEOMETRIES, programs_of; from lowered_kernels import kernels_of\n"
+        "from lowering import CARDS\n"
+        "modes = torch.no_grad, torch.inference_mode\n"
+        "ours = [programs_of(GEOMETRIES[1], CARDS['sm_90'], contexts=[mode]) for mode in modes]\n"
+        "assert [len(each) for each in ours] == [1, 1]\n"
+        "assert kernels_of(ours[0][0]) == kernels_of(ours[1][0])"
+    )
+    run("-c", code)
+
+
+@pytest.mark.heavy
 def test_a_layer_computes_what_the_cpu_computes():
     """With its norms, rotary embedding, gate and adapters, in the kernels of the GPU; all gradients."""
     for name, differences in interpreted("layer.llama", "layer.qwen3", "layer.gemma2", "layer.llama.full").items():
@@ -110,7 +123,7 @@ def test_large_and_small_heads_fit_other_cards(tmp_path, card, name):
 def test_layers_keep_their_budget_of_kernels_and_bytes(tmp_path):
     """Budgets of 7 + 7 Triton kernels, and 1.85 and 2.95 GB for a layer of Llama-3.1-8B with 4,096 tokens.
 
-    The forward pass takes 1.94 GB as long as q, k and v, and gate and up, each read their input: see docs/performance.md.
+    The forward pass takes 1.94 GB as long as each of q, k, v, gate and up reads its input (docs/performance.md).
     """
     rows = lowered(tmp_path, "--parts", "layers", "--only", "LoRA")
     found = {(row["of"], row["pass"]): row for row in rows if "launches" in row}

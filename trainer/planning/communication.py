@@ -29,8 +29,8 @@ class Exchanged:
     """Gradients of full parameters, summed over the ranks of a copy, in each micro-batch."""
     summed_between_copies: float
     """The same between the copies of the model, in each micro-batch."""
-    adapters: float
-    """Gradients of adapters, which every rank holds whole, in each optimizer step."""
+    per_step: float
+    """Gradients of what every rank holds whole, such as an adapter, in each optimizer step."""
 
     @property
     def per_micro_batch(self) -> float:
