@@ -90,3 +90,7 @@ def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
     assert counting.received["_allgather_base_", shards] == pytest.approx(said.gathered)
     assert counting.received["_reduce_scatter_base_", shards] == pytest.approx(said.scattered)
     assert counting.received["allreduce_", ranks // shards] == pytest.approx(said.summed_between_copies)
+    if is_lora:
+        with Counting() as counting:  # as optim_step does, once
+            learner.world.sum_in_place(learner._gradient)
+        assert counting.received["allreduce_", ranks] == pytest.approx(said.per_step)
