@@ -6,7 +6,8 @@ Policy, compiled layers and masks are those of training, on fake tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, final
 from unittest import mock
@@ -87,8 +88,28 @@ def pack_of(lengths: Sequence[int]) -> Batch:
     for length in lengths:
         prompt = length // 4
         trained = (False,) * prompt + (True,) * (length - prompt)
-        rows.append(TokenSequence((1,) * length, trained, TokenInputs(weights=(1.0,) * (length - prompt))))
+        tokens = tuple(7 * index % 61 + 1 for index in range(length))
+        rows.append(TokenSequence(tokens, trained, TokenInputs(weights=(1.0,) * (length - prompt))))
     return Batch.pack(rows, CPU)
+
+
+@contextmanager
+def first_pass_as_on_gpu(*, computed: bool = True) -> Iterator[None]:
+    """Let attention on the CPU make the block mask of the pack, as the uncompiled pass on a GPU does.
+
+    Args:
+        computed: whether it computes its result too.
+    """
+    on_cpu = attention._bucketed
+
+    def with_mask(query: Any, key: Any, value: Any, layout: Any, options: Any) -> Any:
+        block_mask_of(layout, options.window)
+        if computed:
+            return on_cpu(query, key, value, layout, options)
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+    with mock.patch.object(attention, "_bucketed", with_mask):
+        yield
 
 
 def lowered_layer(
@@ -107,14 +128,10 @@ def lowered_layer(
     kept: list[Program] = []
     first = pack_of([512])
 
-    def with_mask(query: torch.Tensor, _key: Any, value: torch.Tensor, layout: Any, options: Any) -> torch.Tensor:
-        block_mask_of(layout, options.window)  # the first pass on a GPU makes it
-        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-
     batch, policy = pack_of(lengths), empty_policy(layer, lora)
     with (
         flex_as_on_gpu(),
-        mock.patch.object(attention, "_bucketed", with_mask),
+        first_pass_as_on_gpu(computed=False),
         FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
     ):
         materialize_fake(policy)

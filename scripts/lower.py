@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,17 +25,17 @@ VOCABULARIES: Final = ((128_256, None), (151_936, None), (262_144, None), (256_0
 Rows = Iterator[dict[str, Any]]
 
 
-def attention_rows(card: Any, only: str) -> Rows:
-    """The kernels of each geometry: forward, backward, without gradient and in inference mode."""
+def attention_rows(card: Any, only: Sequence[str]) -> Rows:
+    """The kernels of each geometry: forward, backward and without gradient."""
     from geometries import GEOMETRIES, programs_of
 
     for geometry in GEOMETRIES:
-        if only in geometry.name:
+        if any(words in geometry.name for words in only):
             for program in programs_of(geometry, card):
                 yield from kernel_rows(geometry.name, program, card)
 
 
-def layer_rows(card: Any, only: str) -> Rows:
+def layer_rows(card: Any, only: Sequence[str]) -> Rows:
     """The kernels of decoder layers with LoRA of rank 16 and with full parameters, 4 documents of 1,024 tokens."""
     from lowered_layers import LAYERS, foreign_addmms, lowered_layer
 
@@ -43,7 +43,7 @@ def layer_rows(card: Any, only: str) -> Rows:
 
     for name, layer in LAYERS.items():
         for kind, lora in (("LoRA", LoraSettings(rank=16)), ("full", None)):
-            if only not in f"{name} {kind}":
+            if not any(words in f"{name} {kind}" for words in only):
                 continue
             programs, launches = lowered_layer(layer, lora, [1024] * 4, card)
             for program, launched in zip(programs, launches, strict=True):
@@ -58,14 +58,14 @@ def layer_rows(card: Any, only: str) -> Rows:
                 }
 
 
-def head_rows(card: Any, only: str) -> Rows:
+def head_rows(card: Any, only: Sequence[str]) -> Rows:
     """The kernels of the head's statistics."""
     from lowered_layers import lowered_statistics
 
     for vocab, softcap in VOCABULARIES:
         for with_entropy in (False, True):
             name = f"head {vocab}{' cap' if softcap else ''}{' entropy' if with_entropy else ''}"
-            if only in name:
+            if any(words in name for words in only):
                 program = lowered_statistics(vocab, card, softcap=softcap, with_entropy=with_entropy)
                 yield from kernel_rows(name, program, card)
 
@@ -87,8 +87,8 @@ def table_lines(rows: list[dict[str, Any]], card_name: str, card: Any) -> list[s
         f"# Kernels compiled for {card_name}",
         "",
         f"`scripts/lower --card {card_name}`, without a GPU: Inductor of torch and {TRITON}, down to machine code.",
-        f"A thread block can have {card.shared_bytes:,} bytes of shared memory. Spilled: bytes of registers that a thread",
-        "stores to local memory. Nothing here was run or timed.",
+        f"A thread block can have {card.shared_bytes:,} bytes of shared memory. Spilled: bytes that a thread keeps in",
+        "local memory for want of registers. Nothing here was run or timed.",
         "",
         "| attention | pass | warps | shared bytes | registers | spilled bytes |",
         "|---|---|---:|---:|---:|---:|",
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/lower", description=__doc__)
     parser.add_argument("--card", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--only", default="", help="words in the name of a geometry, layer or head")
+    parser.add_argument("--only", nargs="+", default=[""], help="words in the names of geometries, layers or heads")
     parser.add_argument("--out", type=Path, help="Markdown; standard output without it")
     parser.add_argument("--json", type=Path, help="the rows as JSON")
     arguments = parser.parse_args(argv)
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.json is not None:  # each time, so that an interrupted call leaves what it found
                 arguments.json.write_text("[\n" + ",\n".join(json.dumps(each) for each in rows) + "\n]\n")
     if not rows:
-        parser.error(f"--only {arguments.only!r}: nothing has these words in its name")
+        parser.error(f"--only {' '.join(arguments.only)}: nothing has these words in its name")
     text = "\n".join(table_lines(rows, arguments.card, card))
     if arguments.out is not None:
         arguments.out.write_text(text)

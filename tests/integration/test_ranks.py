@@ -132,6 +132,19 @@ def test_rank_without_rows_under_accelerate(project: Project) -> None:
     assert_close(run, project.run("single"), range(7))
 
 
+@pytest.mark.heavy
+def test_two_ranks_of_a_base_in_4_bits_equal_one(project: Project) -> None:
+    pytest.importorskip("bitsandbytes")
+    bits = {"steps": 6, "model__quantization": "nf4", "model__compute_dtype": "float32"}
+    project.recipe("bits.yaml", **RECIPE | bits)
+    alone = project.worker("bits.yaml", "--name", "bits_alone")
+    both = project.trainer("train", "bits.yaml", "--shape", "cpu2.yaml", "--name", "bits_both")
+    assert (alone.code, both.code) == (0, 0), alone.said + both.said
+    run = project.run("bits_both")
+    assert run.attempts()[0]["ranks"] == 2
+    assert_close(run, project.run("bits_alone"), range(7))
+
+
 def test_wrong_number_of_ranks_is_refused_with_both_numbers(project: Project) -> None:
     """With --cpu accelerate silently starts one process, whatever --num_processes says."""
     argv = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]

@@ -153,3 +153,24 @@ def test_dropout_dora_and_experts_stay_uncompiled(tmp_path):
     assert not is_compilable(model, LoraSettings(dora=True))
     experts = load_base(ModelSettings(path=str(tiny_model_dir(tmp_path / "experts", "mixtral"))), CPU)
     assert not is_compilable(experts, LoraSettings())
+
+
+def test_five_graphs_at_most_over_every_mode_and_number_of_blocks(tmp_path):
+    """With gradient, without, in inference mode, without adapter; packs of one block, as many as heads, and others."""
+    policy = make_policy(tiny_model_dir(tmp_path / "model", "qwen3", head_dim=16), LoraSettings(rank=4))
+    graphs, backend = graphs_of()
+    policy.compile_layers(backend)
+    torch._dynamo.utils.counters.clear()
+    one, as_key_heads, as_heads = (100,), (200, 56), (300, 212)
+    packs = [PACKS[0], one, as_key_heads, as_heads, (90, 270)]
+    for lengths in packs:
+        gradients(policy, make_pack(lengths))
+    assert len(graphs) == 1
+    for context in (torch.no_grad(), torch.inference_mode(), policy.adapter_off()):
+        with context, torch.no_grad():
+            for lengths in packs:
+                policy(make_pack(lengths))
+    assert len(graphs) <= 5
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert policy.compiled is not None
+    assert policy.compiled.problem is None

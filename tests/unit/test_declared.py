@@ -46,7 +46,7 @@ OURS = {"trainer", "chaos", *ELSEWHERE, *MODULES}
 """The package, and the modules that tests and tools import from beside themselves."""
 OPTIONAL_EXTRAS = (
     "accounts", "math", "s3", "qlora", "evals", "serve", "training", "tensorboard", "trackio", "mlflow", "mcp", "ray",
-    "otel",
+    "otel", "lowering",
 )  # fmt: skip
 SHARED = {"google": "protobuf", "opentelemetry": "opentelemetry-sdk"}
 """Distributions of modules whose first name several distributions share."""

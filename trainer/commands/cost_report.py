@@ -9,6 +9,7 @@ from trainer.config.devices import KnownDevice
 from trainer.config.load import known_devices
 from trainer.config.shape import TrainingShape
 from trainer.errors import RecipeError
+from trainer.planning.communication import Exchanged, exchanged
 from trainer.planning.fit import has_compiled_layers
 from trainer.planning.plan import Plan, model_facts
 from trainer.planning.roofline import StepCost, step_cost
@@ -46,6 +47,7 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         )
         for documents in DOCUMENTS
     }
+    adapter = None if recipe.lora is None else facts.lora_params(recipe.lora)
     rows = [["documents per pack", "ms per micro-batch", "tokens/s per GPU", "MFU (4N)", "MFU with attention"]]
     rows += [[str(documents), *_figures(cost)] for documents, cost in costs.items()]
     parts = costs[DOCUMENTS[1]]
@@ -61,7 +63,7 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         "",
         f"With {DOCUMENTS[1]} documents:",
         *table_lines(by_part, width=width),
-        *_communication(shape, device, facts.params * 2),
+        *_communication(shape, device, exchanged(shape, facts.params, adapter)),
     ]
 
 
@@ -80,17 +82,28 @@ def _milliseconds(pair: tuple[float, float]) -> str:
     return fast if fast == slow else f"{fast} to {slow}"
 
 
-def _communication(shape: TrainingShape, device: KnownDevice, weight_bytes: float) -> list[str]:
-    """Gathering of sharded weights; it overlaps with computing."""
-    shards = shape.num_shards
-    if shards == 1:
+def _communication(shape: TrainingShape, device: KnownDevice, said: Exchanged) -> list[str]:
+    """What a rank receives from others; in a sharded model it overlaps with computing."""
+    if shape.num_ranks == 1:
         return []
-    received = 2 * weight_bytes * (shards - 1) / shards
+    lines = [""]
     rate = device.nvlink_gbps / 2 * 1e9
-    time = f", {received / rate * 1e3:,.0f} ms at {rate / 1e9:g} GB/s, beside the computing" if rate else ""
-    if shards > shape.ranks_per_node:
-        time = ", partly from other machines: `sharding: node` gathers inside each machine"
-    return ["", f"Sharded weights: each GPU receives {received / 1e9:.1f} GB per micro-batch{time}."]
+    if said.per_micro_batch:
+        parts = {"parameters": said.gathered, "gradients": said.scattered + said.summed_between_copies}
+        amounts = " and ".join(f"{value / 1e9:.1f} GB of {name}" for name, value in parts.items() if value)
+        time = (
+            f", {said.per_micro_batch / rate * 1e3:,.0f} ms at {rate / 1e9:g} GB/s, beside the computing"
+            if rate
+            else ""
+        )
+        if shape.num_shards > shape.ranks_per_node:
+            time = ", partly from other machines: `sharding: node` gathers inside each machine"
+        elif said.summed_between_copies:
+            time = f", {said.summed_between_copies / 1e9:.1f} GB of it from other machines"
+        lines.append(f"Sharded weights: each GPU receives {amounts} per micro-batch{time}.")
+    if said.per_step:
+        lines.append(f"Gradients: each GPU receives {said.per_step / 1e9:.2f} GB per step, after its last micro-batch.")
+    return lines
 
 
 def _device_of(shape: TrainingShape) -> KnownDevice:

@@ -24,12 +24,16 @@ BANDWIDTH_FRAC: Final = 0.84
 """Of the data sheet: 2.8 TB/s of an H100."""
 THIN_FRAC: Final = 0.6
 """Of that: products of rank 16."""
-UNCOMPILED: Final = 3.2
+ELEMENTWISE_PASSES: Final = 2.5
+"""Forward and backward elementwise traffic of a compiled layer over that of its forward pass alone: 0.74 and 1.11 GB
+were counted in the kernels of a layer of Llama-3.1-8B (benchmarks/results/lowering_sm_90.md)."""
+UNCOMPILED: Final = 3.84
 """Times the elementwise traffic of compiled layers: 52 + 94 kernels a layer instead of 7 + 7."""
 LAUNCH_S: Final = (10e-6, 28e-6)
 """Host time of a kernel launch, Python included; 28 us were measured where the host was the limit."""
-LAUNCHES: Final = {True: 80, False: 250}
-"""Per layer, forward and backward, compiled or not; 250 were counted, 80 are 14 kernels and the adapters' products."""
+LAUNCHES: Final = {True: 84, False: 250}
+"""Per layer, forward and backward, compiled or not; counted: 84 are 14 Triton kernels and 70 of the adapters' products
+(benchmarks/results/lowering_sm_90.md)."""
 BETWEEN_S: Final = (0.01, 0.04)
 """Between two steps the device waits for the next pack and for the norm of the gradient."""
 BYTES: Final = 2
@@ -132,14 +136,14 @@ def _range(flops: float, fractions: tuple[float, float], peak: float) -> tuple[f
 
 
 def _elementwise_bytes(facts: ModelFacts, tokens: int) -> float:
-    """Bytes of a block's norms, rotary embedding, gate and residuals, compiled; the backward pass takes twice as many.
+    """Bytes of a block's norms, rotary embedding, gate and residuals, compiled.
 
     Forward: two norms (4 H), two residual sums (5 H), rotary (2 (q + k)), gate (3 I).
     """
     width = facts.intermediate * facts.active_experts + facts.shared_intermediate
     inner_norms = 2 * (facts.query_width + facts.key_width) if facts.has_inner_norms else 0
     forward = 9 * facts.hidden + 2 * (facts.query_width + facts.key_width) + inner_norms + 3 * width
-    return 3.0 * forward * tokens * BYTES
+    return ELEMENTWISE_PASSES * forward * tokens * BYTES
 
 
 def _thin_bytes(facts: ModelFacts, tokens: int) -> float:

@@ -1,0 +1,96 @@
+"""What ranks of a sharded model exchange, counted without ranks: torch's `fake` process group moves nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCAB_SIZE, tiny_model
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainer.config.load import find_shape
+from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.distributed.world import World
+from trainer.model import attention
+from trainer.model.batch import Batch
+from trainer.model.policy import Policy, make_policy
+from trainer.planning.communication import exchanged
+from trainer.training.learner import Learner
+from trainer.training.losses import sft_loss
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is already registered as pytree node:UserWarning")
+FACTORS = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
+"""Times (n - 1) / n of the whole tensor that a rank receives: an all-reduce is a reduce-scatter and a gather."""
+
+
+class Counting(TorchDispatchMode):
+    """Bytes that this rank receives, by operation and number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and name in FACTORS:
+            group = next(each for each in args if isinstance(each, torch.ScriptObject))
+            ranks = distributed.ProcessGroup.unbox(group).size()
+            sizes = [each.numel() * each.element_size() for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+            self.received[name, ranks] += FACTORS[name] * max(sizes) * (ranks - 1) // ranks
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield request.param
+    distributed.destroy_process_group()
+
+
+def sharded_policy(lora: LoraSettings | None, ranks: int, shards: int) -> Policy:
+    attention.register()
+    model = tiny_model("llama", attn_implementation=attention.PACKED_ATTENTION, hidden_size=64, num_hidden_layers=3)
+    policy = make_policy(model.bfloat16().requires_grad_(False), ModelSettings(path="none"), lora, 0)
+    sizes, names = ((ranks,), ("ranks",)) if shards == ranks else ((ranks // shards, shards), ("copies", "shards"))
+    policy.shard(init_device_mesh("cpu", sizes, mesh_dim_names=names), CPU)
+    return policy
+
+
+def make_pack() -> Batch:
+    tokens = tuple(range(3, 43))
+    assert max(tokens) < VOCAB_SIZE
+    return Batch.pack([TokenSequence(tokens, (False,) + (True,) * 39, TokenInputs(weights=(1.0,) * 39))], CPU)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(8, "h100x8"), (16, "h100x16"), (16, "h100x16_hsdp")], indirect=["ranks"])
+@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
+def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
+    shape = find_shape(name)
+    policy = sharded_policy(LoraSettings(rank=16) if is_lora else None, ranks, shape.num_shards)
+    learner = Learner(policy, World(0, ranks, CPU, mesh=None))
+    params = sum(value.numel() for name, value in policy.named_parameters() if "lora_" not in name)
+    adapter = sum(value.numel() for value in policy.trained_parameters().values()) if is_lora else None
+    with Counting() as counting:
+        learner.forward_backward(make_pack(), sft_loss)
+    first = dict(counting.received)
+    with Counting() as counting:
+        learner.forward_backward(make_pack(), sft_loss)
+    assert dict(counting.received) == first, "each micro-batch gathers again"
+    said = exchanged(shape, params, adapter)
+    shards = shape.num_shards
+    assert counting.received["_allgather_base_", shards] == pytest.approx(said.gathered)
+    assert counting.received["_reduce_scatter_base_", shards] == pytest.approx(said.scattered)
+    assert counting.received["allreduce_", ranks // shards] == pytest.approx(said.summed_between_copies)
+    if is_lora:
+        with Counting() as counting:  # as optim_step does, once
+            learner.world.sum_in_place(learner._gradient)
+        assert counting.received["allreduce_", ranks] == pytest.approx(said.per_step)
