@@ -35,8 +35,7 @@ def test_rows_of_one_sequence_are_packed_as_before(tmp_path):
     numbers = [2, 0, 3, 1]
     packs = [Batch.pack_trees([tree.read(rows) for tree in pack], CPU) for pack in plan_packs(rows, numbers, 45)]
     before = [
-        Batch.pack([rows.sequence(numbers[index]) for index in group], CPU)
-        for group in fill(rows.lengths(numbers), 45)
+        Batch.pack([rows.sequence(numbers[index]) for index in group], CPU) for group in fill(rows.lengths(numbers), 45)
     ]
     assert len(packs) == len(before) == 2
     for ours, theirs in zip(packs, before, strict=True):
