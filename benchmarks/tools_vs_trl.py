@@ -3,7 +3,7 @@
     python benchmarks/tools_vs_trl.py [--prompts 4] [--group 8] [--rounds 2] [--steps 2] [--warm-up 16]
 
 Both alternate in one process. A short SFT warm-up makes SmolLM2 call the calculator, else there are no second turns.
-Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1 without KL penalty. We let the tool run in a
+Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1, without KL penalty. Our tool runs in a
 process per rollout, TRL in its own. CPU seconds include those of child processes.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_forks import conversation
+from rewritten import conversation
 
 from trainer.data.token_table import EncodedChunk, TableWriter, TokenTable
 from trainer.data.tokens import TokenInputs, TokenSequence
