@@ -103,7 +103,7 @@ def colocated(tmp_path: Path, servers: list[Server]) -> ColocatedSampler:
 
 
 def test_servers_sleep_while_the_policy_learns_and_wake_before_a_publish(tmp_path, servers):
-    sampler = colocated(tmp_path, servers)
+    sampler: Any = colocated(tmp_path, servers)
     for step in range(2):
         sampler.publish(None, step)
         sampler.sample([], None)
@@ -115,14 +115,14 @@ def test_servers_sleep_while_the_policy_learns_and_wake_before_a_publish(tmp_pat
 
 
 def test_nothing_is_drawn_from_a_sleeping_server(tmp_path, servers):
-    sampler = colocated(tmp_path, servers)
+    sampler: Any = colocated(tmp_path, servers)
     sampler.rest()
     with pytest.raises(AssertionError, match="publish before sampling"):
         sampler.sample([], None)
 
 
 def test_a_server_that_is_started_again_while_the_others_sleep_sleeps_too(tmp_path, servers):
-    sampler = colocated(tmp_path, servers)
+    sampler: Any = colocated(tmp_path, servers)
     sampler.rest()
     again = Server(tmp_path / "again.sock")
     sampler.restored(tmp_path / "again.sock")

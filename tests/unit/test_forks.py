@@ -102,7 +102,7 @@ def test_a_forked_tree_gives_the_loss_and_gradients_of_its_sequences(tmp_path, a
     assert loss == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     for name, gradient in our_gradients.items():
-        largest = max(1.0, gradient.abs().max())
+        largest = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(gradient, their_gradients[name], rtol=0, atol=tolerance * largest)
 
 
