@@ -2,8 +2,8 @@
 
     python benchmarks/tools_vs_trl.py [--prompts 4] [--group 8] [--rounds 2] [--steps 2] [--warm-up 16]
 
-Both alternate in one process. A short SFT warm-up makes SmolLM2 call the calculator, or there would be no second turns.
-Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1 without KL penalty. We let the tool run in a
+Both alternate in one process. A short SFT warm-up makes SmolLM2 call the calculator, else there are no second turns.
+Both train LoRA of rank 16 on all linear layers in bfloat16 at temperature 1, without KL penalty. Our tool runs in a
 process per rollout, TRL in its own. CPU seconds include those of child processes.
 """
 
@@ -58,7 +58,8 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 ROWS = ROOT / "datasets" / "calculator_rft_train.jsonl"
 TOOL = ROOT / "recipes" / "environments" / "calculator.py"
 SPEC = importlib.util.find_spec("trl")
-assert SPEC is not None and SPEC.origin is not None
+assert SPEC is not None
+assert SPEC.origin is not None
 TEMPLATE = Path(SPEC.origin).parent / "chat_templates" / "qwen2_5.jinja"
 """One that both know; its tokens are in SmolLM2's vocabulary."""
 CPU = torch.device("cpu")
@@ -193,7 +194,8 @@ class Trl:
             args=GRPOConfig(
                 output_dir=str(folder), report_to="none", use_cpu=True, bf16=True, max_steps=arguments.steps,
                 per_device_train_batch_size=in_all, num_generations=arguments.group,
-                max_completion_length=MAX_TURNS * TURN_TOKENS + RESULT_TOKENS, max_tool_calling_iterations=MAX_TURNS - 1,
+                max_completion_length=MAX_TURNS * TURN_TOKENS + RESULT_TOKENS,
+                max_tool_calling_iterations=MAX_TURNS - 1,
                 temperature=1.0, beta=0.0, learning_rate=1e-5, logging_steps=1, save_strategy="no", disable_tqdm=True,
                 gradient_checkpointing=False,
             ),
@@ -256,7 +258,8 @@ def main() -> None:
         f"{arguments.prompts} questions x {arguments.group} rollouts, two turns of at most {TURN_TOKENS} tokens.",
         f"{env['processor']}, {env['threads']} threads, torch {env['torch']}, TRL {env['trl']}; {env['date']}; load "
         f"{load:.1f}. Medians of {arguments.rounds * arguments.steps} steps.\n",
-        "| | wall s/step | CPU s/step | completion tokens | calls per rollout | reward |\n|---|---:|---:|---:|---:|---:|",
+        "| | wall s/step | CPU s/step | completion tokens | calls per rollout | reward |",
+        "|---|---:|---:|---:|---:|---:|",
         *(
             f"| {name} | {each['wall_s']:.1f} | {each['cpu_s']:.1f} | {each['tokens']:.0f} | {each['calls']:.2f} "
             f"| {each['reward']:.2f} |"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from groups import CPU, perturb
+from rewritten import conversation
 from tiny import VOCAB_SIZE, tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.data.tokens import TokenSequence
 from trainer.model import attention, flex
 from trainer.model.batch import Batch
 from trainer.model.eager_attention import AttentionOptions
@@ -21,38 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 TREES = ((40, (5, 9, 3)), (9, ()), (20, (3, 1)))
 FORKS = ((12, 30, 12), (), (20, 20))
-
-
-def conversation(
-    turns: int, *, prompt: int = 11, thought: int = 6, answer: int = 4, keeps: int = 0, owner: tuple[int, int] = (0, 1)
-) -> list[TokenSequence]:
-    """A sequence per turn: what was asked and answered before, then thinking and answer of the turn, which are trained.
-
-    Args:
-        turns: how many.
-        prompt: tokens of each question.
-        thought: tokens of thinking, which later sequences lack.
-        answer: tokens of each answer.
-        keeps: this many first turns have no thinking, so that later sequences repeat their trained tokens.
-        owner: of the rollout.
-    """
-    generator = torch.Generator().manual_seed(turns)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
-
-    history: tuple[int, ...] = ()
-    made = []
-    for turn in range(turns):
-        history += ids(prompt)
-        said = ids(answer)
-        drawn = (ids(thought) if turn >= keeps else ()) + said
-        mask = (False,) * len(history) + (True,) * len(drawn)
-        numbers = tuple((0.1 * torch.arange(1, len(drawn) + 1)).tolist())
-        inputs = TokenInputs(weights=numbers, advantages=numbers, sampler_logprobs=numbers)
-        made.append(TokenSequence(history + drawn, mask, inputs, "row", owner))
-        history += said
-    return made
 
 
 def test_the_last_turn_is_the_prefix_and_earlier_ones_are_its_branches():
@@ -134,7 +103,7 @@ def test_a_forked_tree_gives_the_loss_and_gradients_of_its_sequences(tmp_path, a
     assert loss == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     for name, gradient in our_gradients.items():
-        largest = max(1.0, gradient.abs().max())
+        largest = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(gradient, their_gradients[name], rtol=0, atol=tolerance * largest)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import trl
@@ -51,13 +51,18 @@ def test_thinking_that_the_template_drops_at_the_next_user_turn_begins_a_new_seq
 
 
 def test_a_tool_result_extends_the_turn_whose_thinking_the_template_keeps(tmp_path):
-    tools = {"environment": None, "tools": [f"{tmp_path}/game.py:add"]}
-    settings = {"reward": "opened", "max_seq_tokens": ROOM, "max_completion_tokens": 64}
-    with played(tmp_path, [CALL, ANSWER], thinking_with_calls(), **settings, **tools) as (_, play):
+    rollout: dict[str, Any] = {
+        "environment": None,
+        "tools": [f"{tmp_path}/game.py:add"],
+        "max_completion_tokens": 64,
+        "reward": "opened",
+        "max_seq_tokens": ROOM,
+    }
+    with played(tmp_path, [CALL, ANSWER], thinking_with_calls(), **rollout) as (_, play):
         (group,) = play({"prompt": "what is 8 + 90?"})
-    rollout = group.rollouts[0]
-    assert rollout.rewards["opened"] == 1.0
-    (sequence,) = rollout.sequences
+    played_one = group.rollouts[0]
+    assert played_one.rewards["opened"] == 1.0
+    (sequence,) = played_one.sequences
     call, answer = ((*ids(writer(), text), STOP) for text in (CALL, ANSWER))
     drawn = [token for token, flag in zip(sequence.token_ids, sequence.loss_mask, strict=True) if flag]
     assert drawn == [*call, *answer]
@@ -66,7 +71,7 @@ def test_a_tool_result_extends_the_turn_whose_thinking_the_template_keeps(tmp_pa
         f"<|im_start|>assistant\n<think>\n{CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n98\n</tool_response>"
         f"<|im_end|>\n<|im_start|>assistant\n<think>\n{ANSWER}<|im_end|>"
     )
-    (first, second) = rollout.conversation.turns
+    (first, second) = played_one.conversation.turns
     assert [call.status for call in first.calls] == ["ok"]
     assert second.calls == ()
 

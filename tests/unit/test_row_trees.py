@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_forks import conversation
+from rewritten import conversation
 
 from trainer.data.token_table import EncodedChunk, TableWriter, TokenTable
 from trainer.data.tokens import TokenInputs, TokenSequence
@@ -50,6 +50,7 @@ def test_the_sequences_of_a_row_share_what_they_repeat(tmp_path):
     rows = table(tmp_path, [1, 4, 2])
     numbers = rows.sequences_of([0, 1, 2])
     assert rows.by_row(numbers) == [[0], [1, 2, 3, 4], [5, 6]]
+    assert rows.by_row([0, 0, 5, 6, 5, 6]) == [[0], [0], [5, 6], [5, 6]], "a row that comes twice in a step"
     trees = [tree for pack in plan_packs(rows, numbers, 1000) for tree in pack]
     assert sorted(number for tree in trees for number in tree.numbers) == numbers, "each once"
     assert [set(tree.numbers) for tree in trees] == [{1, 2, 3, 4}, {5, 6}, {0}]

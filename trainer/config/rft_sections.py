@@ -135,6 +135,12 @@ class VllmSettings(Section):
     `vllm_gpus`."""
     max_model_tokens: PositiveInt | None = None
     """Longest prompt with its completion that the servers take; `data.max_seq_tokens` by default."""
+    placement: Literal["reserved", "colocated"] = "reserved"
+    """`reserved` puts the servers on the shape's `vllm_gpus`; `colocated` on the GPUs that train, where they sleep
+    while the policy learns (docs/vllm.md)."""
+    gpu_memory_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """With `colocated`: part of a GPU's memory that a server takes while it draws; weights, optimizer and the server's
+    own weights and cache share the GPU then."""
     start_timeout_s: PositiveFloat = 900.0
     """How long a server may take to load the model, at the start and when it is started again."""
     arguments: list[str] = Field(default_factory=list)
@@ -228,6 +234,11 @@ class RolloutSettings(Section):
     def is_managed(self) -> bool:
         """Whether the run starts the servers on which it samples."""
         return self.sampler == "vllm" and self.vllm_url is None
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether the servers share their devices with training."""
+        return self.is_managed and self.vllm.placement == "colocated"
 
     @property
     def drawn_token_limit(self) -> int:

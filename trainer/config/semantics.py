@@ -39,6 +39,8 @@ STORAGE: Final = (*BUCKETS, "hf", "sftp", "ssh", "smb", "webdav", "webhdfs", "hd
 
 TRACKERS: Final = ("tensorboard", "trackio", "mlflow")
 """Fields of `logging` that need the package, and the extra, of the same name."""
+OWN_FLAGS: Final = ("--gpu-memory-utilization", "--enable-sleep-mode")
+"""Arguments of vLLM that `placement: colocated` sets."""
 HIGH_LEARNING_RATE: Final = 0.01
 HIGH_WEIGHT_DECAY: Final = 1.0
 MANY_EPOCHS: Final = 100.0
@@ -336,7 +338,7 @@ def _rollout(recipe: RFTRecipe) -> list[Finding]:
             f"data.max_seq_tokens ({recipe.data.max_seq_tokens:,})"
         )
         findings.append(Finding(("rollout", "max_completion_tokens"), text))
-    return findings + _stale(recipe) + (_served(recipe) if rollout.sampler != "local" else [])
+    return findings + _stale(recipe) + _colocated(recipe) + (_served(recipe) if rollout.sampler != "local" else [])
 
 
 def _stale(recipe: RFTRecipe) -> list[Finding]:
@@ -350,6 +352,23 @@ def _stale(recipe: RFTRecipe) -> list[Finding]:
         problems.append("contradicts `rollout.refill`, which draws again when the rewards of a step are known")
     if rollout.has_turns:
         problems.append("is not supported with `rollout.environment` or `rollout.tools`")
+    return [Finding(place, text) for text in problems]
+
+
+def _colocated(recipe: RFTRecipe) -> list[Finding]:
+    rollout, vllm = recipe.rollout, recipe.rollout.vllm
+    place = ("rollout", "vllm", "placement")
+    if vllm.placement != "colocated":
+        has_no_effect = "gpu_memory_frac" in vllm.model_fields_set
+        text = "has no effect without `placement: colocated`: see `rollout.vllm.arguments`"
+        return [Finding(("rollout", "vllm", "gpu_memory_frac"), text)] if has_no_effect else []
+    problems = []
+    if not rollout.is_managed:
+        problems.append("needs servers that the run starts: `rollout.sampler: vllm` without `vllm_url`")
+    if rollout.staleness:
+        problems.append("contradicts `rollout.staleness`: the servers sleep while the policy learns, and draw nothing")
+    owned = [flag for flag in OWN_FLAGS if any(each.split("=")[0] == flag for each in vllm.arguments)]
+    problems += [f"sets `{flag}` itself: remove it from `rollout.vllm.arguments`" for flag in owned]
     return [Finding(place, text) for text in problems]
 
 

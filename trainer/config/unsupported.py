@@ -33,6 +33,13 @@ VLLM_DEVICES: Final = (
     "reserves no devices for vLLM (vllm_gpus): name a server with rollout.vllm_url, or use a shape that reserves some"
 )
 """Of a shape."""
+VLLM_ASLEEP_CPU: Final = "vLLM on CPUs cannot sleep: rollout.vllm.placement: colocated needs GPUs"
+"""Of a shape."""
+VLLM_BESIDE: Final = (
+    "reserves devices for vLLM (vllm_gpus), which rollout.vllm.placement: colocated would leave idle: use a shape "
+    "without them, or placement: reserved"
+)
+"""Of a shape."""
 VLLM_QUANTIZATION: Final = (
     "the run starts no vLLM server with quantized weights: remove it, name a server with rollout.vllm_url, or set "
     "rollout.sampler to local"

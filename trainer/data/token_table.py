@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, final
@@ -202,10 +201,15 @@ class TokenTable:
         return [number for row in rows for number in range(self._first(self._row_ends, row), int(self._row_ends[row]))]
 
     def by_row(self, sequences: Sequence[int]) -> list[list[int]]:
-        """Numbers of sequences, those of the same row together where they follow each other."""
-        rows = np.searchsorted(self._row_ends, sequences, side="right").tolist()
-        pairs = zip(rows, sequences, strict=True)
-        return [[number for _, number in of_row] for _, of_row in groupby(pairs, key=lambda pair: pair[0])]
+        """Numbers of sequences, those of one row together; a row that comes twice counts twice."""
+        units: list[list[int]] = []
+        for number in sequences:
+            before = units[-1][-1] if units else None
+            if before == number - 1 and self._row_of(before) == self._row_of(number):
+                units[-1].append(number)
+            else:
+                units.append([number])
+        return units
 
     def lengths(self, sequences: Sequence[int]) -> list[int]:
         """Tokens of each of some sequences."""
@@ -216,7 +220,7 @@ class TokenTable:
         part = slice(self._first(self._ends, number), int(self._ends[number]))
         loss_mask = tuple(self._loss_mask[part].tolist())
         weights = (float(self._weights[number]),) * sum(loss_mask[1:])
-        row = int(np.searchsorted(self._row_ends, number, side="right"))
+        row = self._row_of(number)
         return TokenSequence(
             tuple(self._token_ids[part].tolist()), loss_mask, TokenInputs(weights=weights), self._source(row)
         )
@@ -230,6 +234,9 @@ class TokenTable:
         if file in self._names and line.isdigit():
             number = self._names.index(file)
             yield from np.flatnonzero((self._lines == int(line)) & (self._files == number)).tolist()
+
+    def _row_of(self, number: int) -> int:
+        return int(np.searchsorted(self._row_ends, number, side="right"))
 
     def _source(self, row: int) -> str:
         return f"{self._names[int(self._files[row])]}:{int(self._lines[row])}"

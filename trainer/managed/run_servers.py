@@ -11,7 +11,14 @@ from typing import Final, Self, final
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import TrainingShape
-from trainer.config.unsupported import VLLM_DEVICES, VLLM_FULL_SHARDED, VLLM_MACHINES, VLLM_QUANTIZATION
+from trainer.config.unsupported import (
+    VLLM_ASLEEP_CPU,
+    VLLM_BESIDE,
+    VLLM_DEVICES,
+    VLLM_FULL_SHARDED,
+    VLLM_MACHINES,
+    VLLM_QUANTIZATION,
+)
 from trainer.errors import LaunchError
 from trainer.managed.place import ServerPlace
 from trainer.managed.server import ManagedServer, ServerCommand
@@ -44,15 +51,18 @@ def refuse_unmanageable(recipe: Recipe, shape: TrainingShape) -> VllmPython | No
         return None
     if shape.nodes > 1:
         raise LaunchError(f"shape {shape.name}: {VLLM_MACHINES}")
-    if shape.device == "cuda" and not shape.vllm_gpus:
+    if recipe.rollout.is_colocated and shape.device == "cpu":
+        raise LaunchError(f"shape {shape.name}: {VLLM_ASLEEP_CPU}")
+    if recipe.rollout.is_colocated and shape.vllm_gpus:
+        raise LaunchError(f"shape {shape.name} {VLLM_BESIDE}")
+    num_devices = num_server_devices(recipe, shape)
+    if shape.device == "cuda" and not num_devices:
         raise LaunchError(f"shape {shape.name} {VLLM_DEVICES}")
     if recipe.lora is None and shape.sharding == "full" and shape.num_ranks > 1:
         raise LaunchError(f"shape {shape.name}: {VLLM_FULL_SHARDED}")
     replicas = recipe.rollout.vllm.replicas
-    if shape.device == "cuda" and shape.vllm_gpus % replicas:
-        raise LaunchError(
-            f"rollout.vllm.replicas: {replicas} do not divide the {shape.vllm_gpus} devices of {shape.name}"
-        )
+    if shape.device == "cuda" and num_devices % replicas:
+        raise LaunchError(f"rollout.vllm.replicas: {replicas} do not divide the {num_devices} devices of {shape.name}")
     if recipe.model.quantization is not None:
         raise LaunchError(f"model.quantization: {VLLM_QUANTIZATION}")
     python = look_at(find_python(recipe.rollout.vllm.python or shape.vllm_python))
@@ -60,6 +70,11 @@ def refuse_unmanageable(recipe: Recipe, shape: TrainingShape) -> VllmPython | No
         built = "CPUs" if python.is_cpu else "GPUs"
         raise LaunchError(f"{python.path} has a vLLM for {built}; shape {shape.name} trains on {shape.device}")
     return python
+
+
+def num_server_devices(recipe: RFTRecipe, shape: TrainingShape) -> int:
+    """On how many devices of the shape the servers run; 0 on a CPU."""
+    return shape.gpus if recipe.rollout.is_colocated else shape.vllm_gpus
 
 
 @final
@@ -84,7 +99,7 @@ class RunServers:
         assert python is not None, "the recipe asks for servers"
         settings, self._say = recipe.rollout.vllm, say
         self.directory = Path(tempfile.mkdtemp(prefix="tunesmith-vllm-"))  # mode 0700
-        devices = reserved_devices(shape.vllm_gpus, shape.gpus)
+        devices = reserved_devices(num_server_devices(recipe, shape), shape.gpus)
         self.servers = []
         for number, part in enumerate(split_devices(devices, settings.replicas)):
             options = _options(recipe, part)
@@ -146,6 +161,7 @@ def _options(recipe: RFTRecipe, devices: tuple[str, ...]) -> VllmOptions:
         devices=devices,
         max_adapter_rank=recipe.lora.rank if recipe.lora is not None else None,
         reloads_weights=recipe.lora is None,
+        colocated_frac=rollout.vllm.gpu_memory_frac if rollout.is_colocated else None,
         revision=model.revision,
         trusts_remote_code=model.trust_remote_code,
         extra=tuple(rollout.vllm.arguments),

@@ -62,6 +62,9 @@ class VllmOptions:
     """None serves no adapters."""
     max_adapters: int = 2
     """Adapters that one batch may mix; a publish needs two, the old one and the new one."""
+    colocated_frac: float | None = None
+    """Part of a device's memory that it takes while awake, where it sleeps at times; needs the same routes as below.
+    None: it does not sleep."""
     reloads_weights: bool = False
     """Whether all weights can be replaced at run time; needs the routes of vLLM's development mode."""
     logprobs_mode: str = "processed_logprobs"
@@ -131,6 +134,8 @@ def vllm_argv(python: Path, options: VllmOptions, socket: Path) -> list[str]:
     if options.max_adapter_rank is not None:
         argv += ["--enable-lora", "--max-lora-rank", str(servable_rank(options.max_adapter_rank))]
         argv += ["--max-loras", str(options.max_adapters)]
+    if options.colocated_frac is not None:
+        argv += ["--enable-sleep-mode", "--gpu-memory-utilization", f"{options.colocated_frac:g}"]
     if len(options.devices) > 1:
         argv += ["--tensor-parallel-size", str(len(options.devices))]
     if not options.devices:
@@ -153,7 +158,7 @@ def vllm_environment(options: VllmOptions) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": "",  # modules of this environment are of other versions
     }
-    if options.reloads_weights:
+    if options.reloads_weights or options.colocated_frac is not None:
         variables["VLLM_SERVER_DEV_MODE"] = "1"
     if options.devices:
         return variables | {"CUDA_VISIBLE_DEVICES": ",".join(options.devices)}

@@ -26,6 +26,7 @@ NF4_BYTES: Final = 0.5 + 4 / 64
 """Bytes per weight in 4 bits, with a float32 scale for each block of 64."""
 FUSED_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types that the local sampler decodes with fused matrix products on a CPU; as in `trainer.sampling.fused`."""
+BESIDE: Final = "vLLM on this device"
 FIRST_ROOM: Final = 64
 """Initial capacity in tokens of a row of the KV cache, doubled when full; as in `trainer.model.kv_cache`."""
 
@@ -80,11 +81,14 @@ def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> 
     phases = {"learning": _learning(recipe, shape, facts)}
     if isinstance(recipe, RFTRecipe) and recipe.rollout.sampler == "local":
         phases["sampling"] = _sampling(recipe, shape, facts)
+    asleep, awake = _beside(recipe, shape)
+    if awake:
+        phases = {"learning": phases["learning"] | {BESIDE: asleep}, "sampling": {BESIDE: awake}}
     sizes = {name: sum(parts.values()) / GIB for name, parts in phases.items()}
     largest = max(sizes, key=lambda name: sizes[name])
     process = {"process": PROCESS_GIB[shape.device]}
     parts = {name: size / GIB for name, size in (always | phases[largest]).items()}
-    parts["fragmentation"] = FRAGMENTATION_FRAC * sum(parts.values())
+    parts["fragmentation"] = FRAGMENTATION_FRAC * (sum(parts.values()) - parts.get(BESIDE, 0.0))
     parts |= {"kernels": KERNELS_GIB} if is_cpu and compute_bytes_of(recipe) == 2 else {}
     parts |= process
     loading = _loading(recipe, facts) | process if is_cpu else process
@@ -96,6 +100,16 @@ def estimate_memory(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> 
         state_gib=sum(state.values()) / GIB,
         other_gib=sum(parts.values()) - sum((weights | state).values()) / GIB - sizes[largest],
     )
+
+
+def _beside(recipe: Recipe, shape: TrainingShape) -> tuple[float, float]:
+    """Bytes of a vLLM server on the same device: asleep, where its process remains, and awake; 0 without one.
+
+    That a sleeping server keeps no more than the context of its process is vLLM's word; it was not measured.
+    """
+    if not isinstance(recipe, RFTRecipe) or not recipe.rollout.is_colocated or shape.device != "cuda":
+        return 0.0, 0.0
+    return PROCESS_GIB["cuda"] * GIB, recipe.rollout.vllm.gpu_memory_frac * shape.gpu_memory_gib * GIB
 
 
 def _loading(recipe: Recipe, facts: ModelFacts) -> dict[str, float]:

@@ -53,6 +53,7 @@ def open_sampler(
             say(sampler.note)
         yield sampler
         return
+    from trainer.sampling.colocated import ColocatedSampler, release_cached
     from trainer.sampling.served import ServedSampler, request_timeout_s
     from trainer.sampling.server_client import ServerClient
 
@@ -66,15 +67,21 @@ def open_sampler(
             return
         opened: list[ServedSampler] = []
 
+        colocated: list[ColocatedSampler] = []
+
         def restore(socket: Path) -> None:
             for sampler in opened:
                 sampler.restore(socket)
+            for sleeper in colocated:
+                sleeper.restored(socket)
 
         def start() -> Path:
             servers = stack.enter_context(RunServers(recipe, plan.shape, server_log, say))
             servers.wait(restore)
             return servers.directory
 
+        if rollout.is_colocated:
+            release_cached(world)
         directory, problem = world.on_main(start, (LaunchError,))
         if problem is not None or directory is None:
             raise LaunchError(problem)
@@ -87,4 +94,8 @@ def open_sampler(
                 clients, tokenizer, world, name=recipe.name, exchange_dir=directory, request_timeout_s=timeout_s
             )
         )
-        yield opened[0]
+        if not rollout.is_colocated:
+            yield opened[0]
+            return
+        colocated.append(ColocatedSampler(opened[0], clients, world))
+        yield colocated[0]

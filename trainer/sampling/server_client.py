@@ -254,6 +254,21 @@ class ServerClient:
         self._call("/collective_rpc", body, timeout_s)
         self._call("/reset_prefix_cache", {}, CALL_TIMEOUT_S)
 
+    def set_sleeping(self, is_sleeping: bool, *, timeout_s: float) -> None:
+        """Let the server give its device's memory back, its weights waiting in host memory, or take it again.
+
+        Args:
+            is_sleeping: what it is to be; if it is so already, nothing happens.
+            timeout_s: of the call.
+
+        Raises:
+            SamplerError: it is not so afterwards.
+        """
+        self._call("/sleep?level=1" if is_sleeping else "/wake_up", {}, timeout_s)
+        reply = _parsed(self._call("/is_sleeping", None, CALL_TIMEOUT_S).content, self.url)
+        if reply.get("is_sleeping") is not is_sleeping:
+            raise SamplerError(f"{self.url} was told to {'sleep' if is_sleeping else 'wake up'} and says: {reply}")
+
     def unload_adapter(self, name: str, *, tries: int = 6) -> None:
         """Unload an adapter; one that is not loaded is no error."""
         try:

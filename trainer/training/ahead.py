@@ -34,7 +34,7 @@ class RolloutSource(Protocol):
 
 @contextmanager
 def rollout_source(
-    rollouts: Rollouts, publish: Publish, steps: int, say: Callable[[str], None]
+    rollouts: Rollouts, publish: Publish, steps: int, say: Callable[[str], None], rest: Callable[[], None]
 ) -> Iterator[RolloutSource]:
     """The source that `rollout.staleness` asks for.
 
@@ -43,9 +43,10 @@ def rollout_source(
         publish: called before anything is drawn.
         steps: of the run.
         say: tells the user what cannot be replayed.
+        rest: called when a step is drawn, before the policy learns.
     """
     if not rollouts.settings.staleness:
-        yield PresentRollouts(rollouts, publish)
+        yield PresentRollouts(rollouts, publish, rest)
         return
     if rollouts.settings.sampler == "local":  # it draws with the weights that learn, so not beside the learner
         yield RolloutsAhead(rollouts, publish, steps, say, None)
@@ -61,15 +62,16 @@ def rollout_source(
 class PresentRollouts:
     """Every step is drawn with the policy that it trains."""
 
-    def __init__(self, rollouts: Rollouts, publish: Publish) -> None:
-        """Keep both."""
-        self._rollouts, self._publish = rollouts, publish
+    def __init__(self, rollouts: Rollouts, publish: Publish, rest: Callable[[], None]) -> None:
+        """Keep them."""
+        self._rollouts, self._publish, self._rest = rollouts, publish, rest
         self._drawn: StepRollouts | None = None
 
     def of_step(self, step: int) -> StepRollouts:
-        """Publish, then draw."""
+        """Publish, draw, then let the sampler rest."""
         self._publish(step)
         self._drawn = self._rollouts.of_step(step)
+        self._rest()
         return self._drawn
 
     def settle(self) -> None:

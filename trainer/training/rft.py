@@ -18,6 +18,7 @@ from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.rewards.runner import RewardRunner
 from trainer.run.journal_upkeep import JournalUpkeep
 from trainer.sampling import open_sampler
+from trainer.sampling.colocated import rest
 from trainer.training import policy_update
 from trainer.training.ahead import rollout_source
 from trainer.training.attempt import Attempt
@@ -78,7 +79,7 @@ def train(attempt: Attempt, plan: RFTPlan) -> None:
         keep_last = recipe.keep_last if world.is_main else None
         upkeep = stack.enter_context(closing(JournalUpkeep(attempt.run, keep_last, rollout.keep_steps, attempt.say)))
         source = stack.enter_context(
-            rollout_source(rollouts, partial(sampler.publish, policy), plan.steps, attempt.say)
+            rollout_source(rollouts, partial(sampler.publish, policy), plan.steps, attempt.say, partial(rest, sampler))
         )
         evaluation = RewardEvaluation(held_out, groups, EvaluationSettings.of(recipe))
 
