@@ -5,84 +5,19 @@ The GPU's path is traced here on CPU tensors: the compiler's back end runs its g
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, tiny_model_dir
+from compiled import CPU, PACKS, gpu_path, gradients, graphs_of, make_pack, make_policy
+from tiny import tiny_model_dir
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.tokens import TokenInputs, TokenSequence
-from trainer.model import attention, flex
 from trainer.model.base_model import load_base
-from trainer.model.batch import Batch
 from trainer.model.compiled_layers import is_compilable
-from trainer.model.policy import Policy, load_policy
 
-CPU = torch.device("cpu")
+__all__ = ["gpu_path"]
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-PACKS = [(40, 7), (200, 90, 30), (12,), (140, 150, 61, 9)]
-
-
-@pytest.fixture(autouse=True)
-def gpu_path(monkeypatch):
-    """Compiled layers attend as on a GPU, which torch does on a CPU but for its check of devices."""
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    on_cpu = attention._bucketed
-
-    def with_mask(query, key, value, layout, options):
-        flex.block_mask_of(layout, options.window)  # the first pass on a GPU makes it
-        return on_cpu(query, key, value, layout, options)
-
-    monkeypatch.setattr(attention, "_bucketed", with_mask)
-    yield
-    torch._dynamo.reset()
-
-
-def graphs_of() -> tuple[list[Any], Any]:
-    from torch._dynamo.backends.debugging import aot_eager
-
-    graphs: list[Any] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    return graphs, keep
-
-
-def make_policy(model_dir: Path, lora: LoraSettings | None, *, checkpointing: bool = False) -> Policy:
-    policy = load_policy(
-        ModelSettings(path=str(model_dir), compute_dtype="float32", gradient_checkpointing=checkpointing), lora, 0, CPU
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.trained_parameters().items():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
-
-
-def make_pack(lengths: tuple[int, ...]) -> Batch:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    rows = []
-    for length in lengths:
-        tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
-        rows.append(
-            TokenSequence(tokens, (False,) + (True,) * (length - 1), TokenInputs(weights=(1.0,) * (length - 1)))
-        )
-    return Batch.pack(rows, CPU)
-
-
-def gradients(policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    policy.train()
-    scores = policy(batch)
-    parameters = policy.trained_parameters()
-    found = torch.autograd.grad(scores.logprobs.sum(), list(parameters.values()))
-    policy.eval()
-    return scores.logprobs.detach(), dict(zip(parameters, found, strict=True))
 
 
 @pytest.mark.parametrize(

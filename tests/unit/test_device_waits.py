@@ -52,7 +52,12 @@ class _Waits(TorchDispatchMode):
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     mode, read = _Waits(), torch.Tensor.tolist
     with monkeypatch.context() as patch, mode:
-        patch.setattr(torch.Tensor, "tolist", lambda tensor: mode.found.append("tolist") or read(tensor))
+
+        def counted(tensor: torch.Tensor) -> Any:
+            mode.found.append("tolist")
+            return read(tensor)
+
+        patch.setattr(torch.Tensor, "tolist", counted)
         yield mode.found
 
 

@@ -35,8 +35,9 @@ def test_an_error_of_the_thread_is_raised_where_its_item_is_needed():
 
     items = Prefetched(broken())
     assert next(items) == 1
-    with pytest.raises(ValueError, match="row 2 is damaged"):
-        next(items)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 2 is damaged"):
+            next(items)
 
 
 def test_no_more_items_are_made_ahead_than_said():

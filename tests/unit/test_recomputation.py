@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import PACKS, gpu_path, gradients, graphs_of, make_pack, make_policy
 from small_recipe import SFT, write_small
-from test_compiled_layers import PACKS, gpu_path, gradients, graphs_of, make_pack, make_policy  # noqa: F401
 from tiny import tiny_model_dir
 
 from trainer.config.load import find_shape, load_recipe
@@ -22,6 +22,7 @@ from trainer.planning.fit import misfit
 from trainer.planning.memory import estimate_memory
 from trainer.planning.model_facts import ModelFacts, find_model_facts
 
+__all__ = ["gpu_path"]
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 CPU = torch.device("cpu")
 TOKENS = 256
@@ -40,7 +41,12 @@ def kept_bytes(policy: Policy) -> int:
     own = {value.untyped_storage().data_ptr() for value in policy.causal_lm.parameters()}
     held: list[torch.Tensor] = []
     policy.train()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda each: each):
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda each: each):
         output = policy._hidden(make_pack((TOKENS,)))
     del output
     storages = {each.untyped_storage().data_ptr(): each for each in held if TOKENS in each.shape}

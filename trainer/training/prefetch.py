@@ -59,14 +59,12 @@ class Prefetched(Generic[T]):
 
         Raises:
             StopIteration: there are no more.
+            Exception: what the thread raised when it made the item.
         """
         item = self._queue.get()
-        if isinstance(item, _Failed):
-            self._is_closed.set()
-            raise item.error
-        if isinstance(item, _End):
-            self._queue.put(item)
-            raise StopIteration
+        if isinstance(item, _Failed | _End):
+            self._queue.put(item)  # for whoever asks again
+            raise item.error if isinstance(item, _Failed) else StopIteration
         return item
 
     def close(self) -> None:

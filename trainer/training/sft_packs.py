@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import final
 
-from trainer.config.recipe import SFTRecipe
+from trainer.config.recipe import Recipe
 from trainer.data.order import rows_of_step
 from trainer.data.token_table import TokenTable
 from trainer.distributed.world import World
@@ -38,7 +38,7 @@ class StepPacks:
     """
 
     def __init__(
-        self, recipe: SFTRecipe, rows: TokenTable, world: World, budget: int, *, steps: range, excluded: Collection[int]
+        self, recipe: Recipe, rows: TokenTable, world: World, budget: int, *, steps: range, excluded: Collection[int]
     ) -> None:
         """Begin with the first step.
 
