@@ -32,7 +32,10 @@ from trainer.serve.tls import tls_settings
 from trainer.serve.training.start import refuse_training, start_training
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from trainer.serve.batch import Progress
+    from trainer.serve.batch_api import BatchStore
     from trainer.serve.gateway import Gateway
     from trainer.serve.traces import Traces
     from trainer.serve.training.start import Training
@@ -237,19 +240,14 @@ def _paths(gateway: Gateway, training: Training | None = None) -> dict[str, str]
     return {**{each.name: str(each.path) for each in gateway.models.adapters.values()}, **sampled}
 
 
-async def _listen(
-    arguments: argparse.Namespace,
-    gateway: Gateway,
-    process: EngineOwner,
-    accounts: Accounts | None,
-    training: Training | None,
-) -> int:
-    """Serve; from the first signal on, new requests are refused and those in flight are finished."""
+def _app(
+    arguments: argparse.Namespace, gateway: Gateway, accounts: Accounts | None, training: Training | None
+) -> tuple[FastAPI, BatchStore]:
+    """The routes, and the batches that they make."""
     from trainer.serve.app import make_app
     from trainer.serve.batch import only
-    from trainer.serve.batch_api import BatchStore, running_batches
+    from trainer.serve.batch_api import BatchStore
     from trainer.serve.control import Control
-    from trainer.serve.listening import address, make_server
 
     control = Control(KeyFile(gateway.limits.api_key_digests)) if accounts is None else accounts.control
     keep_s = seconds_of(arguments.batch_keep, "--batch-keep")
@@ -259,6 +257,34 @@ async def _listen(
         accounts.add_routes(app)
     if gateway.traces is not None:
         gateway.traces.around(app)
+    return app, store
+
+
+def _tell_ready(
+    arguments: argparse.Namespace, gateway: Gateway, accounts: Accounts | None, training: Training | None
+) -> None:
+    from trainer.serve.listening import address
+
+    names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
+    tell(f"{address(arguments)}/v1 serves {names}")
+    if training is not None:
+        tell(f"TINKER_BASE_URL={address(arguments)} trains {gateway.models.base.name}")
+    if accounts is None and arguments.api_key_file is None:
+        tell("without accounts: only this machine can connect, and everybody on it may")
+
+
+async def _listen(
+    arguments: argparse.Namespace,
+    gateway: Gateway,
+    process: EngineOwner,
+    accounts: Accounts | None,
+    training: Training | None,
+) -> int:
+    """Serve; from the first signal on, new requests are refused and those in flight are finished."""
+    from trainer.serve.batch_api import running_batches
+    from trainer.serve.listening import make_server
+
+    app, store = _app(arguments, gateway, accounts, training)
     server = make_server(app, arguments)
     loop, task, is_starting = asyncio.get_running_loop(), asyncio.current_task(), True
     assert task is not None
@@ -280,12 +306,7 @@ async def _listen(
         await process.start(lambda: _paths(gateway, training))
         if training is not None:
             await training.process.start_with()
-        names = ", ".join([gateway.models.base.name, *gateway.models.adapters])
-        tell(f"{address(arguments)}/v1 serves {names}")
-        if training is not None:
-            tell(f"TINKER_BASE_URL={address(arguments)} trains {gateway.models.base.name}")
-        if accounts is None and arguments.api_key_file is None:
-            tell("without accounts: only this machine can connect, and everybody on it may")
+        _tell_ready(arguments, gateway, accounts, training)
         is_starting = False
         async with running_batches(store), AsyncExitStack() as stack:
             if accounts is not None:
