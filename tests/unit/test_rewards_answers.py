@@ -24,8 +24,8 @@ def test_thinking_holds_no_answer(reward, completion, score):
 
 
 def test_exact_match_reads_accents_in_either_form():
-    assert exact_match("cafe\u0301", {"answer": "caf\u00e9"}) == 1.0
-    assert exact_match("cafe", {"answer": "caf\u00e9"}) == 0.0
+    assert exact_match("cafe\u0301", Row({"answer": "caf\u00e9"})) == 1.0
+    assert exact_match("cafe", Row({"answer": "caf\u00e9"})) == 0.0
 
 
 @pytest.mark.parametrize("answer", [True, ["yes", False], "", " \n", ["Paris", ""]])
