@@ -121,7 +121,7 @@ def test_layers_keep_their_budget_of_kernels_and_bytes(tmp_path):
 
     The forward pass takes 1.94 GB as long as each of q, k, v, gate and up reads its input (docs/performance.md).
     """
-    rows = lowered(tmp_path, "--parts", "layers", "--only", "LoRA")
+    rows = lowered(tmp_path, "--parts", "layers", "--only", "Llama-3.1-8B LoRA")
     found = {(row["of"], row["pass"]): row for row in rows if "launches" in row}
     assert all(row["foreign_addmms"] == 0 for row in found.values())
     llama = {kind: found["Llama-3.1-8B LoRA", kind] for kind in ("forward", "backward", "inference")}
