@@ -216,7 +216,7 @@ def layer_differences(model_type: str, lora: LoraSettings | None) -> dict[str, f
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    distance = float((found.float() - wanted).abs().max() / wanted.abs().max())
+    distance = float((found.detach().float() - wanted.detach()).abs().max() / wanted.detach().abs().max())
     return distance if math.isfinite(distance) else math.inf  # max() would lose a NaN
 
 
@@ -229,6 +229,7 @@ def main() -> None:
             found[case] = layer_differences(rest[0], None if rest[1:] else LoraSettings(rank=4))
         else:
             found[case] = attention_differences(kind, getattr(torch, rest[0]))
+        sys.stderr.write(f"{case}: {max(found[case].values()):.1e}\n")
     sys.stdout.write(json.dumps(found) + "\n")
 
 

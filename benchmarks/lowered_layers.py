@@ -58,11 +58,6 @@ LAYERS: Final = {
         {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
          "vocab_size": 1024},
     ),
-    "Gemma-2-2B": Layer(
-        "gemma2",
-        {"hidden_size": 2304, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-         "intermediate_size": 9216, "vocab_size": 1024, "layer_types": ["full_attention"]},
-    ),
 }  # fmt: skip
 """One layer each; a vocabulary of 1,024, because embedding and head are no part of it."""
 
