@@ -20,8 +20,8 @@ from raw_training import pass_body, step_data
 from tiny import tiny_model_dir
 
 from trainer.api.executor import Executor
-from trainer.api.limits import Limits
 from trainer.api.journal import Journal
+from trainer.api.limits import Limits
 from trainer.api.protocol import Refused
 from trainer.api.requests import Request
 from trainer.api.slots import Base
