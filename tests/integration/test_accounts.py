@@ -71,8 +71,8 @@ def served(shared: Project) -> Iterator[Served]:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "model"}))
     (shared.root / "prices.yaml").write_text(PRICES)
     arguments = ("model", "--adapter", "first=first", "--with-accounts", "--prices", "prices.yaml")
-    arguments += ("--kv-cache-tokens", "8192", "--batch-dir", "batches", "--traces", "console")
-    with serving(shared, *arguments) as server:
+    more = ("--kv-cache-tokens", "8192", "--batch-dir", "batches", "--traces", "console")
+    with serving(shared, *arguments, *more) as server:
         served = Served(server, shared, server.running.out.read_text().strip())
         yield served
         for client in served.clients:

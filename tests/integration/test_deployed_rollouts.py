@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from typing import Any
 
 import pytest
 from deploying import Control, pids
@@ -36,8 +37,9 @@ def test_a_run_rolls_out_on_two_replicas_and_its_journal_replays_to_the_same_bit
         killer = threading.Thread(target=kill)
         killer.start()
         url = f"{server.url}/deployments/policy"
-        rollout = {"rollout__sampler": "served", "rollout__server_url": url, "rollout__max_completion_tokens": 40}
-        run = run_here(project, "deployed", **NO_EVALUATION, **rollout)
+        rollout: dict[str, Any] = {"rollout__sampler": "served", "rollout__server_url": url}
+        longer: dict[str, Any] = {"rollout__max_completion_tokens": 40, "data__max_seq_tokens": 256}
+        run = run_here(project, "deployed", **NO_EVALUATION, **rollout, **longer)
         killer.join()
         metrics, values, adapter, written = run.metrics(), run.values(), run.adapter(), journal(run)
         assert killed == before[:1]

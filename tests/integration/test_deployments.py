@@ -90,6 +90,7 @@ def test_lost_replicas_an_update_and_more_replicas_fail_no_request(control: Cont
         control.wait("busy", "DEPLOYED", ready=2)
         count = load.num_whole
         wait_for(lambda: load.num_whole >= count + 4)
+    print(f"10 kills and an update: {load.num_whole} streams, {len(load.problems)} problems {load.problems[:3]}")
     assert load.problems == []
     assert control.text("busy") != before  # the other model answers
     said = control.server.running.err.read_text()

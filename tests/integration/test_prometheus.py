@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from deploying import Control
 from project import Project, wait_for
 from serving import serving
-from test_deployments import Control
 
 pytestmark = pytest.mark.heavy
 DASHBOARD: Final = Path(__file__).parents[2] / "configs" / "grafana" / "tunesmith.json"

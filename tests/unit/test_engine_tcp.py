@@ -117,7 +117,7 @@ def test_an_actor_starts_an_engine_that_answers_and_ends_without_clients(tmp_pat
         client = EngineClient()
         connection = await client.connect_tcp(address, "secret", 100)
         client.set_ready()
-        events = [event async for event in client.attempt([5, 6], Sampling(max_tokens=3, seed=0), None)]
+        events: list[object] = [event async for event in client.attempt([5, 6], Sampling(max_tokens=3, seed=0), None)]
         stats = await client.ask("stats")
         assert stats["memory_bytes"] > 1e7
         client.disconnect()
