@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.compiler import ASTSource
 
-from trainer.model import lora_product
+from trainer.model import lora_group, lora_product
 
 _KERNEL: Final = re.compile(r"(\w+) = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
 _STACK: Final = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -165,7 +165,12 @@ def run_program(program: Program, arguments: Sequence[Any] | None, run_kernel: R
 class _Noting(TorchDispatchMode):
     """Notes every operator that is no view."""
 
-    OURS: Final = {"trainer::lora_product": lora_product._product, "trainer::lora_gradients": _all_gradients}
+    OURS: Final = {
+        "trainer::lora_product": lora_product._product,
+        "trainer::lora_gradients": _all_gradients,
+        "trainer::lora_group": lora_group._product,
+        "trainer::lora_group_gradients": lora_group._gradients,
+    }
 
     def __init__(self) -> None:
         super().__init__()

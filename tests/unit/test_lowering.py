@@ -1,7 +1,7 @@
 """What a GPU would run, without a GPU: kernels fit the card, and compute what the CPU computes.
 
-scripts/lower compiles down to machine code; Triton's interpreter runs small sizes. Both need Triton, which is no
-dependency here: it comes with torch for GPUs.
+scripts/lower compiles down to machine code; Triton's interpreter runs small sizes. Both need Triton, which comes with
+torch for GPUs; scripts/setup_triton puts it beside a torch for CPUs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ TOLERANCE: Final = {"float32": 5e-6, "float16": 3e-3}
 SHARED_BYTES: Final = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 INTERPRETED: Final = ("plain", "window", "cap", "sinks", "tree", "unpadded", "short", "changing")
 
+TRITON: Final = ROOT / ".venv-triton"
+"""Beside the environment, where nothing else finds it."""
+
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1"
+    not TRITON.is_dir() and importlib.util.find_spec("triton") is None, reason="needs Triton: scripts/setup_triton"
 )
 
 
 def run(*command: str, **variables: str) -> str:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), str(TRITON), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

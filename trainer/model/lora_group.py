@@ -213,7 +213,8 @@ class GroupSearch:
 
     def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
-        self._seen.setdefault(id(module), []).append((x.data_ptr(), tuple(x.shape), x.stride()))
+        memory = (x.untyped_storage()._cdata, x.storage_offset())  # fake tensors, as in scripts/lower, have no address
+        self._seen.setdefault(id(module), []).append((*memory, tuple(x.shape), x.stride()))
 
     def cancel(self) -> None:
         """Stop watching."""
