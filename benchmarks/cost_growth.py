@@ -22,8 +22,9 @@ from machine import conditions
 from trainer.config.recipe import LoraSettings, ModelSettings, OptimizerSettings
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
-from trainer.model.batch import Batch, Tree, grow_trees, micro_batches, tree_batches
+from trainer.model.batch import Batch, Tree, micro_batches, tree_batches
 from trainer.model.policy import load_policy
+from trainer.model.trees import grow_trees
 from trainer.training.learner import Learner
 from trainer.training.losses import sft_loss
 from trainer.training.schedule import AdamParams

@@ -32,7 +32,7 @@ PROGRAMS: Final = (
     "hf",
     "tensorboard",
 )
-BLOCK: Final = re.compile(r"(?:^|\n\n)((?: {4}[^\n]*(?:\n|$))+)|```(\w*)[^\n]*\n(.*?)```", re.DOTALL)
+BLOCK: Final = re.compile(r"(?:^|\n\n)((?: {4}[^\n]*(?:\n|$)|\n(?= {4}))+)|```(\w*)[^\n]*\n(.*?)```", re.DOTALL)
 SPAN: Final = re.compile(r"`([^`\n]+)`")
 COMMENT: Final = re.compile(r"\s+#\s.*|\s{2,}.*")
 PLACEHOLDERS: Final = (

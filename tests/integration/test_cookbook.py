@@ -120,7 +120,7 @@ def test_sl_loop_learns_and_resumes_where_it_was_killed(place: Path, server: Ser
     assert again[-1][1] < again[0][1]
 
 
-@pytest.mark.parametrize("loss", ["importance_sampling", "cispo"])
+@pytest.mark.parametrize("loss", ["importance_sampling", "cispo", "gspo"])
 def test_rl_loop_runs(place: Path, server: Server, loss: str) -> None:
     log = place / f"rl-{loss}"
     run(place, server, "rl_loop", model_name=MODEL, log_path=log, batch_size=4, group_size=4, lora_rank=4,

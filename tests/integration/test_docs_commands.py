@@ -72,6 +72,7 @@ NOT_RUN: Final = {
     "trainer train recipes/rft_calculator.yaml": "as above",
     "trainer train recipes/sft_guess.yaml": "as above",
     "trainer train recipes/rft_guess.yaml": "as above",
+    "trainer train recipes/rft_sql_agent_qwen3_8b_h100x8_vllm2.yaml": "needs eight GPUs; test_recipes.py cuts it",
 }
 """Beginnings of commands that are not run, and why."""
 KILLS: Final = "trainer verify-resume"

@@ -338,7 +338,7 @@ def test_the_tinker_client_uses_every_endpoint(server, undisturbed, tmp_path) ->
     assert said["losses"] == undisturbed
     assert said["update"]["updates"] == STEPS
     assert said["forward"] == said["resumed"] == said["fresh"]
-    assert sorted(said["policy"]) == ["cispo", "importance_sampling", "ppo"]
+    assert sorted(said["policy"]) == ["cispo", "gspo", "importance_sampling", "ppo"]
     assert len({metrics["loss:sum"] for metrics in said["policy"].values()}) > 1
     assert "loss_fn 'dro' is not one of" in said["unknown"]
     assert "nothing was updated" in said["after"]

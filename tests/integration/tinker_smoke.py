@@ -57,7 +57,7 @@ fresh = service.create_training_client_from_state(path).result()
 said["fresh"] = fresh.forward(rows, "cross_entropy").result().metrics["loss:sum"]
 model.load_state(path).result()
 said["policy"] = {}
-for loss in ("importance_sampling", "ppo", "cispo"):
+for loss in ("importance_sampling", "ppo", "cispo", "gspo"):
     policy = []
     for row in steps[0]:
         count = len(row["tokens"])
@@ -65,6 +65,7 @@ for loss in ("importance_sampling", "ppo", "cispo"):
             "target_tokens": row["inputs"]["target_tokens"],
             "logprobs": [-5.0] * count,
             "advantages": [0.1] * count,
+            **({"sequence_ratio_mask": [1.0] * count} if loss == "gspo" else {}),
         }
         policy.append(datum({"tokens": row["tokens"], "inputs": inputs}))
     said["policy"][loss] = model.forward_backward(policy, loss).result().metrics

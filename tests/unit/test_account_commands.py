@@ -95,7 +95,7 @@ def test_the_audit_log_is_listed_exported_verified_and_pruned(said: Said, direct
 def test_mistakes_say_what_to_change(said: Said) -> None:
     said("account", "create", "team")
     for words, message in (
-        (("keys", "create", "nobody"), "no account 'nobody'; `trainer account list` lists them"),
+        (("keys", "create", "nobody"), "no account 'nobody'; `trainer account create nobody` makes it"),
         (("keys", "create", "team", "--scope", "root"), "scopes root: there are inference, training, admin, metrics"),
         (("keys", "create", "team", "--expires", "soon"), "--expires soon: write a duration as 90s, 5m, 12h or 30d"),
         (("quota", "set", "team", "credit"), "credit: write LIMIT=VALUE"),

@@ -14,7 +14,8 @@ from tiny import VOCAB_SIZE, tiny_model_dir
 from trainer.api.datum import Datum
 from trainer.api.service import Service, TrainingModel, open_service
 from trainer.api.slots import Base, Slot, joined
-from trainer.api.states import newest_state, state_problem
+from trainer.api.states import newest_state
+from trainer.checkpoints.saved_state import state_problem
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.errors import CheckpointError, DataError, ModelError, NumericalError, UserError
 from trainer.training.schedule import AdamParams
@@ -26,6 +27,7 @@ TENANTS = {
     "ppo": LoraSettings(rank=8, alpha=8.0),
     "cispo": LoraSettings(rank=2, target_modules=["gate_proj", "o_proj"]),
     "importance_sampling": LoraSettings(rank=16, target_modules=["k_proj"]),
+    "gspo": LoraSettings(rank=3),
 }
 """Of each loss one tenant, with another rank and other layers."""
 
@@ -48,6 +50,8 @@ def data_of(loss: str, seed: int = 0, lengths: tuple[int, ...] = (17, 40, 9)) ->
         inputs = {"logprobs": -5 - random.random(length), "advantages": random.normal(size=length)}
         if loss == "cross_entropy":
             inputs = {"weights": random.random(length)}
+        if loss == "gspo":
+            inputs["sequence_ratio_mask"] = [0.0] * 3 + [1.0] * (length - 3)
         data.append(Datum.of(tokens, target_tokens=targets, **inputs))
     return data
 
@@ -122,17 +126,21 @@ def test_losses_are_the_protocol_s_formulas(service, loss) -> None:
                 terms.append(-own * inputs["weights"])
                 continue
             ratio, advantages = (own - inputs["logprobs"]).exp(), inputs["advantages"]
+            if loss == "gspo":  # the mean is over marked tokens, and all tokens carry it
+                mean = (own.detach() - inputs["logprobs"])[3:].mean()
+                ratio = (mean + own - own.detach()).exp()
             clipped = ratio.clamp(0.9, 1.1)
             terms.append(
                 {
                     "importance_sampling": -ratio * advantages,
                     "ppo": -torch.minimum(ratio * advantages, clipped * advantages),
                     "cispo": -clipped.detach() * advantages * own,
+                    "gspo": -torch.minimum(ratio * advantages, clipped * advantages),
                 }[loss]
             )
         return torch.cat(terms).sum(), {}
 
-    bounds = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1} if loss in {"ppo", "cispo"} else None
+    bounds = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1} if loss in {"ppo", "cispo", "gspo"} else None
     terms, gradients = slope(service, loss, bounds)
     model = service.create(rank=4, seed=3)
     result = model.forward_backward(data_of(loss), formula)
@@ -255,12 +263,15 @@ def test_data_that_cannot_be_trained_on_are_refused_by_index(service, datum, say
 
 def test_other_mistakes_are_refused(service) -> None:
     model = service.create(rank=2)
-    with pytest.raises(UserError, match="loss_fn 'dro' is not one of cross_entropy, importance_sampling, ppo, cispo"):
+    with pytest.raises(UserError, match="'dro' is not one of cross_entropy, importance_sampling, ppo, cispo, gspo;"):
         model.forward_backward(data_of("ppo"), "dro")
     with pytest.raises(UserError, match="cross_entropy does not take beta; it takes none"):
         model.forward(data_of("cross_entropy"), "cross_entropy", {"beta": 1.0})
     with pytest.raises(UserError, match="clip_low_threshold = 'x' is not a finite number"):
         model.forward(data_of("ppo"), "ppo", {"clip_low_threshold": "x"})
+    unmarked = Datum.of(GOOD.tokens, **INPUTS, sequence_ratio_mask=[0.0] * 17)
+    with pytest.raises(DataError, match="datum 0: sequence_ratio_mask marks no token"):
+        model.forward([unmarked], "gspo")
     with pytest.raises(DataError, match="no data"):
         model.forward([])
     with pytest.raises(ModelError, match="target_modules"):

@@ -137,7 +137,7 @@ def test_a_changed_request_is_read_or_refused(changes: list[tuple[int, int]], cu
     st.binary(max_size=40),
     st.integers(-1, 6),
     st.sampled_from([*LOSS_INPUTS, "dro", ""]),
-    st.sampled_from(["target_tokens", "weights", "logprobs", "advantages", "x"]),
+    st.sampled_from(["target_tokens", "weights", "logprobs", "advantages", "sequence_ratio_mask", "x"]),
 )
 def test_any_tensor_is_read_or_refused(shape, data, kind, loss, name) -> None:
     request = message(loss_fn=loss)
@@ -214,5 +214,5 @@ def test_results_are_kept_once_and_states_are_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_loss_is_named() -> None:
-    with pytest.raises(UserError, match="'gspo' is not one of"):
-        loss_inputs_of("gspo")
+    with pytest.raises(UserError, match="'stable_reinforce' is not one of"):
+        loss_inputs_of("stable_reinforce")

@@ -19,7 +19,7 @@ from trainer.config.load import find_shape, load_recipe
 from trainer.planning.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "wandb", "numpy")
+HEAVY = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "wandb", "numpy", "httpx")
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def test_the_migrations_make_the_declared_tables_and_only_the_owner_reads_them(t
 def test_a_store_of_a_newer_program_is_refused(store: Store) -> None:
     with store.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(StoreError, match="revision 9999, written by a newer tunesmith; this one knows 0001: upgrade"):
+    with pytest.raises(StoreError, match="revision 9999, written by a newer tunesmith; this one knows 0002: upgrade"):
         Store(f"sqlite:///{store.file}").open()
 
 
@@ -180,6 +180,7 @@ def test_use_is_added_up_and_grouped(store: Store) -> None:
     add_usage(store, [one, one])
     add_usage(store, [one, other, Used("2026-11-26", "rest", "m", "", requests=1, cost=1)])
     sums = {"requests": 4, "prompt_tokens": 50, "completion_tokens": 20, "device_us": 28, "replica_us": 0, "cost": 500}
+    sums["training_tokens"] = 0
     assert usage_by(store, ["account"], account="team") == [{"account": "team"} | sums]
     assert [(row["day"], row["addon"], row["cost"]) for row in usage_by(store, ["day", "addon"])] == [
         ("2026-11-25", "a", 300),

@@ -45,9 +45,10 @@ MODULES = {file.stem for folder in FOLDERS[1:] for file in (ROOT / folder).rglob
 OURS = {"trainer", "chaos", *ELSEWHERE, *MODULES}
 """The package, and the modules that tests and tools import from beside themselves."""
 OPTIONAL_EXTRAS = (
-    "accounts", "math", "s3", "qlora", "evals", "serve", "training", "tensorboard", "trackio", "mlflow", "mcp",
+    "accounts", "math", "s3", "qlora", "evals", "serve", "training", "tensorboard", "trackio", "mlflow", "mcp", "ray",
+    "otel",
 )  # fmt: skip
-SHARED = {"google": "protobuf"}
+SHARED = {"google": "protobuf", "opentelemetry": "opentelemetry-sdk"}
 """Distributions of modules whose first name several distributions share."""
 NAMED_OTHERWISE = {"mlflow": "mlflow-skinny"}
 """Distributions that need not be installed here, by the module that they bring."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model_dir
 
-from trainer.api.states import state_problem
+from trainer.checkpoints.saved_state import state_problem
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training_api.md").read_text(encoding="utf-8")
 LOOPS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))

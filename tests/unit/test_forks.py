@@ -11,10 +11,11 @@ from tiny import VOCAB_SIZE, tiny_model_dir
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.model import attention, flex
-from trainer.model.batch import MIN_SAVED_FRAC, Batch, grow_forks, grow_trees
+from trainer.model.batch import Batch
 from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import PackedLayout
 from trainer.model.policy import load_policy
+from trainer.model.trees import MIN_SAVED_FRAC, grow_forks, grow_trees
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"  # PEFT's own patterns
@@ -109,7 +110,7 @@ def test_a_forked_tree_gives_the_loss_and_gradients_of_its_sequences(tmp_path, a
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("window", [None, 8])
 def test_the_gpu_path_sees_the_same_forks(window):
-    layout = PackedLayout.of_trees(TREES, CPU, None, FORKS)
+    layout = PackedLayout.of_trees(TREES, CPU, forks=FORKS)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 4, layout.num_tokens, 16, generator=generator) for _ in range(3))
     form = AttentionOptions(0.25, window, None, None)
@@ -130,7 +131,7 @@ def test_the_gpu_path_sees_the_same_forks(window):
 )
 def test_blocks_of_the_gpu_mask_leave_no_cell_out(trees, forks, window):
     """Blocks that are passed over hold nothing that is seen, and blocks taken whole hold nothing that is not."""
-    mask = flex.block_mask_of(PackedLayout.of_trees(trees, CPU, None, forks), window)
+    mask = flex.block_mask_of(PackedLayout.of_trees(trees, CPU, forks=forks), window)
     total = sum(prefix + sum(branches) for prefix, branches in trees)
     place = torch.arange(total)
     assert mask.full_kv_indices is not None

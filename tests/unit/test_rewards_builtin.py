@@ -134,6 +134,31 @@ def test_an_answer_without_number_is_an_error_and_no_zero():
         last_number("5", Row({"answer": "five"}, "rows.jsonl", 3))
 
 
+@pytest.mark.parametrize("reward", [last_number, exact_match])
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("<think>\n4\n</think>\n5", 0.0),
+        ("<think>\n5\n</think>\n4", 1.0),
+        ("it is 5</think>4", 1.0),  # the template wrote the opening
+        ("<think>\nit is\n4", 0.0),  # cut off
+    ],
+)
+def test_thinking_holds_no_answer(reward, completion, score):
+    assert reward(completion, {"answer": "4"}) == score
+
+
+def test_exact_match_reads_accents_in_either_form():
+    assert exact_match("cafe\u0301", {"answer": "caf\u00e9"}) == 1.0
+    assert exact_match("cafe", {"answer": "caf\u00e9"}) == 0.0
+
+
+@pytest.mark.parametrize("answer", [True, ["yes", False], "", " \n", ["Paris", ""]])
+def test_exact_match_refuses_answers_that_mean_something_else(answer):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: answer is"):
+        exact_match("True", Row({"answer": answer}, "rows.jsonl", 3))
+
+
 def test_exact_match_forgives_space_only():
     assert exact_match(" New \n York ", {"answer": "New York"}) == 1.0
     assert exact_match("NewYork", {"answer": "New York"}) == 0.0
@@ -256,6 +281,9 @@ def test_soft_overlong_of_the_paper():
         (r"\boxed{4} wait, \boxed{3}", "4", 0.0),
         (r"\boxed{4} wait, \boxed{\frac{1}{2}}", "1/2", 1.0),
         ("", "4", 0.0),
+        (r"<think>\boxed{4}</think> \boxed{5}", "4", 0.0),
+        (r"<think>\boxed{5}</think> \boxed{4}", "4", 1.0),
+        (r"<think>so \boxed{4}", "4", 0.0),
     ],
 )
 def test_math_verify_compares_expressions(completion, answer, reward):

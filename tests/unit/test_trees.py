@@ -12,10 +12,11 @@ from tiny import VOCAB_SIZE, tiny_model_dir
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenSequence
 from trainer.model import attention, flex
-from trainer.model.batch import Batch, Tree, grow_trees, tree_batches
+from trainer.model.batch import Batch, Tree, tree_batches
 from trainer.model.eager_attention import AttentionOptions
 from trainer.model.layout import PackedLayout
 from trainer.model.policy import load_policy
+from trainer.model.trees import grow_trees
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"  # PEFT's own patterns

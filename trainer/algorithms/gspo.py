@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 from trainer.algorithms.kl import LOG_RATIO_BOUND
+from trainer.algorithms.normalize import sequence_sizes
 from trainer.algorithms.terms import PolicyLossTerms, PolicyTokens, is_clipped_pessimistically
 
 
-def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float) -> PolicyLossTerms:
+def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float, in_ratio: Tensor | None = None) -> PolicyLossTerms:
     """Return the GSPO loss of every trained token.
 
     Args:
         tokens: Logprobs, advantages and completion of each token; completions must be whole.
         clip_low: Lower bound of the completion's ratio, 1 - clip_low.
         clip_high: Upper bound of the completion's ratio, 1 + clip_high.
+        in_ratio: [N] bool, tokens that the mean is over, at least one of each completion; None is all.
     """
-    log_ratio = sequence_means((tokens.logprobs - tokens.old_logprobs).detach(), tokens.sequence_ids)
+    log_ratio = sequence_means(
+        (tokens.logprobs - tokens.old_logprobs).detach(), tokens.sequence_ids, tokens.num_sequences, in_ratio
+    )
     log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = (log_ratio + (tokens.logprobs - tokens.logprobs.detach())).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -33,9 +37,21 @@ def gspo(tokens: PolicyTokens, *, clip_low: float, clip_high: float) -> PolicyLo
     return PolicyLossTerms(-surrogate, is_clipped_pessimistically(ratio, tokens.advantages, clip_low, clip_high))
 
 
-def sequence_means(values: Tensor, sequence_ids: Tensor) -> Tensor:
-    """Return, for every token, the mean of `values` over its completion: [N]."""
-    num_tokens = torch.bincount(sequence_ids)
+def sequence_means(
+    values: Tensor, sequence_ids: Tensor, num_sequences: int | None = None, chosen: Tensor | None = None
+) -> Tensor:
+    """Return, for every token, the mean of `values` over its completion: [N].
+
+    Args:
+        values: [N].
+        sequence_ids: [N] completion of each token.
+        num_sequences: All ids are below it; None: found by reading them, which waits for a GPU.
+        chosen: [N] bool, tokens that the mean is over, at least one of each completion; None is all.
+    """
+    num_tokens, taken = sequence_sizes(sequence_ids, num_sequences), values.double()
+    if chosen is not None:
+        num_tokens = torch.zeros_like(num_tokens).index_add_(0, sequence_ids, chosen.to(num_tokens.dtype))
+        taken = torch.where(chosen, taken, 0.0)
     # In float64: bounds are as narrow as 3e-4, and the order of a float32 sum could move a completion across one.
-    sums = torch.zeros_like(num_tokens, dtype=torch.float64).index_add_(0, sequence_ids, values.double())
+    sums = torch.zeros_like(num_tokens, dtype=torch.float64).index_add_(0, sequence_ids, taken)
     return (sums[sequence_ids] / num_tokens[sequence_ids]).to(values.dtype)

@@ -21,16 +21,29 @@ from torch import Tensor
 from trainer.config.presets import Normalizer
 
 
-def token_weights(normalizer: Normalizer, sequence_ids: Tensor) -> Tensor:
+def token_weights(normalizer: Normalizer, sequence_ids: Tensor, num_sequences: int | None = None) -> Tensor:
     """Return the weight of every token, [N] float32.
 
     Args:
         normalizer: What to average over.
         sequence_ids: [N] completion of each token, from 0; completions must be whole.
+        num_sequences: All ids are below it; None: found by reading them, which waits for a GPU.
     """
     if normalizer == "sequence":
-        return torch.bincount(sequence_ids)[sequence_ids].float().reciprocal()
+        return sequence_sizes(sequence_ids, num_sequences)[sequence_ids].float().reciprocal()
     return torch.ones_like(sequence_ids, dtype=torch.float32)
+
+
+def sequence_sizes(sequence_ids: Tensor, num_sequences: int | None = None) -> Tensor:
+    """Return the tokens of each completion, long.
+
+    Args:
+        sequence_ids: [N] completion of each token, from 0.
+        num_sequences: All ids are below it; None: found by reading them, which waits for a GPU.
+    """
+    if num_sequences is None:
+        return torch.bincount(sequence_ids)
+    return sequence_ids.new_zeros(num_sequences).scatter_add_(0, sequence_ids, torch.ones_like(sequence_ids))
 
 
 def denominator(normalizer: Normalizer, *, num_tokens: int, num_sequences: int, max_completion_tokens: int) -> int:

@@ -34,6 +34,8 @@ class PolicyTokens:
     """Long, from 0: the completion of each token. All tokens of a completion are in one call."""
     sampler_weights: Tensor | None = None
     """Factor of the policy loss, see `mismatch`; None is 1."""
+    num_sequences: int | None = None
+    """All `sequence_ids` are below it; None: found by reading them, which waits for a GPU."""
 
     def __post_init__(self) -> None:
         tensors = [self.logprobs, self.old_logprobs, self.ref_logprobs, self.advantages, self.sequence_ids]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.api.executor import Executor, Limits
+from trainer.api.executor import Executor
+from trainer.api.limits import Limits
 from trainer.api.server import Server
 from trainer.api.slots import Base
 from trainer.api.store import Store

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias, final
 import numpy as np
 import numpy.typing as npt
 
+from trainer.config.presets import PRESETS
 from trainer.errors import DataError, UserError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -17,8 +18,17 @@ TARGETS: Final = "target_tokens"
 WEIGHTS: Final = "weights"
 LOGPROBS: Final = "logprobs"
 ADVANTAGES: Final = "advantages"
+RATIO_MASK: Final = "sequence_ratio_mask"
 CLIP: Final[Mapping[str, float]] = MappingProxyType({"clip_low_threshold": 0.8, "clip_high_threshold": 1.2})
 """Bounds of the ratio policy / sampler, with the defaults of the protocol."""
+
+GSPO_CLIP: Final[Mapping[str, float]] = MappingProxyType(
+    {
+        "clip_low_threshold": 1 - PRESETS["gspo"].clip_low,
+        "clip_high_threshold": 1 + PRESETS["gspo"].clip_high,
+    }
+)
+"""The same of `gspo`: those of its paper and of recipes, since they bound the mean over a sequence."""
 
 
 @final
@@ -37,6 +47,7 @@ LOSS_INPUTS: Final[Mapping[str, LossInputsOf]] = {
     "importance_sampling": LossInputsOf(frozenset({TARGETS, LOGPROBS, ADVANTAGES}), config={}),
     "ppo": LossInputsOf(frozenset({TARGETS, LOGPROBS, ADVANTAGES})),
     "cispo": LossInputsOf(frozenset({TARGETS, LOGPROBS, ADVANTAGES})),
+    "gspo": LossInputsOf(frozenset({TARGETS, LOGPROBS, ADVANTAGES, RATIO_MASK}), config=GSPO_CLIP),
 }
 """The losses by name; see `losses` for the formulas."""
 
@@ -132,6 +143,8 @@ def check_data(data: Sequence[Datum], inputs: LossInputsOf, loss: str, *, vocab:
                 _check_tokens(where, name, values, vocab)
             elif not np.isfinite(values).all():
                 raise DataError(f"{where}: {name}[{int(np.flatnonzero(~np.isfinite(values))[0])}] is not finite")
+            elif name == RATIO_MASK and not values.any():
+                raise DataError(f"{where}: {name} marks no token; mark those that were sampled with 1")
 
 
 def _check_tokens(where: str, name: str, ids: Array, vocab: int) -> None:

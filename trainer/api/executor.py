@@ -13,11 +13,11 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final, final
 
+from trainer.api.limits import Limits, check_count
 from trainer.api.protocol import Refused, ResultKind, request_id
 from trainer.api.requests import Request, failure
 from trainer.api.sessions import Sessions
@@ -37,22 +37,6 @@ GATHER_FRAC: Final = 0.25
 """The same as a fraction of the last pass."""
 AHEAD: Final = 4096
 """How far a request's number may be ahead of the next in order."""
-
-
-@final
-@dataclass(frozen=True)
-class Limits:
-    """Of one executor."""
-
-    slots: int = 8
-    """Models in memory."""
-    lease_s: float = 120.0
-    """Time without a sign of its client after which a model is saved and its slot freed."""
-    max_rank: int = 128
-    checkpoint_s: float = 30.0
-    """Seconds of work after which a checkpoint is written: what a crash costs."""
-    journal_bytes: int = 1 << 26
-    """The same in bytes of requests."""
 
 
 @final
@@ -111,7 +95,7 @@ class Executor:
 
     def create(
         self, owner: str, session: str, number: int, lora: Mapping[str, Any], begin: Mapping[str, Any] | None,
-        metadata: Any,
+        metadata: Any, most_models: int | None = None,
     ) -> str:  # fmt: skip
         """Accept the creation of a model; returns the id of the request. The same again returns the same id.
 
@@ -122,6 +106,7 @@ class Executor:
             lora: rank, seed, and which layers.
             begin: path of a state, and whether to take its optimizer; None begins anew.
             metadata: of the client.
+            most_models: that the owner may train at once; None is any number.
 
         Raises:
             Refused: it cannot be created.
@@ -144,12 +129,31 @@ class Executor:
         }
         with self._lock:
             if model not in self.tenants:
+                check_count(self._models_of(owner, self._is_open), most_models)
                 self.tenants[model] = Tenant(self.base, self.store, self.store.create_model(model, document), state)
                 self._lock.notify_all()
         return request_id(model, 0)
 
-    def submit(self, owner: str, model: str, request: Request) -> Tenant:
+    def _is_open(self, tenant: Tenant) -> bool:
+        """Whether a model's client may still use it: it counts among the models that an account trains at once."""
+        session = tenant.session
+        is_here = time.monotonic() - session.seen <= self.limits.lease_s
+        return not tenant.is_broken and not session.is_finished and (is_here or tenant.slot is not None)
+
+    def _models_of(self, owner: str, counts: Callable[[Tenant], bool]) -> int:
+        return sum(each.session.owner == owner and counts(each) for each in self.tenants.values())
+
+    def submit(self, owner: str, model: str, request: Request, most_models: int | None = None) -> tuple[Tenant, bool]:
         """Accept a request: it is in the journal, but perhaps not on disk yet; see `Journal.sync`.
+
+        Args:
+            owner: account.
+            model: its model.
+            request: what to do.
+            most_models: that the owner may train at once; one whose slot was freed is not taken up beyond it.
+
+        Returns:
+            The model, and whether the request came for the first time.
 
         Raises:
             Refused: the model is unknown, or the number cannot be.
@@ -161,14 +165,17 @@ class Executor:
         with self._lock:
             if request.kind not in KINDS or not 1 <= request.seq <= tenant.next_seq + AHEAD + len(tenant.pending):
                 raise Refused(400, f"request {request.seq} of model {model}: no such kind, or too far ahead")
+            if tenant.slot is None and tenant.is_created and not tenant.pending:
+                check_count(self._models_of(owner, lambda each: each.slot is not None or each.has_work), most_models)
             known = tenant.files.request(request.seq)
             if known is not None and known.head["digest"] != digest:
                 raise Refused(400, f"request {request.seq} of model {model} was another one; numbers are used once")
-            if known is None and tenant.files.result(request.seq) is None:
+            is_new = known is None and tenant.files.result(request.seq) is None
+            if is_new:
                 tenant.files.requests.append({"seq": request.seq, "kind": request.kind, "digest": digest}, request.body)
                 tenant.pending[request.seq] = request
                 self._lock.notify_all()
-        return tenant
+        return tenant, is_new
 
     async def wait(self, owner: str, request: str, timeout_s: float) -> tuple[str, str | None, bytes]:
         """State (`done`, `pending`, `paused`), kind and body of a result.

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import struct
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeAlias, final
 
+from trainer.checkpoints.saved_state import parts_of
+from trainer.errors import CheckpointError
+
 LENGTHS: Final = struct.Struct("<II")
 MAX_BODY: Final = 1 << 28
 """Bytes of the largest body."""
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names of saved states."""
-SCHEME: Final = "tinker://"
-FOLDERS: Final = ("weights", "sampler_weights")
-"""Of states to continue from, and of states to sample from; as in the protocol's paths."""
 ResultKind: TypeAlias = Literal["pass", "json", "error"]
 
 
@@ -35,15 +32,17 @@ ResultKind: TypeAlias = Literal["pass", "json", "error"]
 class Refused(Exception):  # noqa: N818  (an answer, not a failure)
     """A request that is answered with an error."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, code: str | None = None, retry_s: int | None = None) -> None:
         """Keep what the client is told.
 
         Args:
             status: of HTTP.
             message: what is wrong, and the remedy.
+            code: a word for programs, such as the name of a limit.
+            retry_s: after how many seconds the client may try again.
         """
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.code, self.retry_s = status, message, code, retry_s
 
 
 def frame(head: Mapping[str, Any], body: bytes = b"") -> bytes:
@@ -77,7 +76,7 @@ def split_path(path: str) -> tuple[str, str, str]:
     Raises:
         Refused: it is none.
     """
-    parts = path.removeprefix(SCHEME).split("/")
-    if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in FOLDERS or not NAME.fullmatch(parts[2]):
-        raise Refused(400, f"{path}: not tinker://MODEL/{{{','.join(FOLDERS)}}}/NAME")
-    return parts[0], parts[1], parts[2]
+    try:
+        return parts_of(path)
+    except CheckpointError as error:
+        raise Refused(400, str(error)) from None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
 from trainer.api.executor import Executor
-from trainer.api.protocol import FOLDERS, Refused, frame, read_frame, split_path
+from trainer.api.protocol import Refused, frame, read_frame, split_path
 from trainer.api.requests import Request
-from trainer.api.states import StateSettings
+from trainer.checkpoints.saved_state import FOLDERS, StateSettings
 
 Reply: TypeAlias = "tuple[dict[str, Any], bytes]"
 WAIT_S: Final = 30.0
@@ -72,7 +72,8 @@ class Server:
             reply, content = await operation(head, body)
             message = frame({"id": head["id"], "ok": True, **reply}, content)
         except Refused as error:
-            message = frame({"id": head["id"], "ok": False, "status": error.status, "error": error.message})
+            said = {"status": error.status, "error": error.message, "code": error.code, "retry_s": error.retry_s}
+            message = frame({"id": head["id"], "ok": False, **said})
         except (OSError, KeyError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {error}"
             message = frame({"id": head["id"], "ok": False, "status": 500, "error": text})
@@ -82,9 +83,9 @@ class Server:
     async def _do_submit(self, head: dict[str, Any], body: bytes) -> Reply:
         """Begin at once, and acknowledge when the request is on disk."""
         request = Request(int(head["seq"]), str(head["kind"]), body)
-        tenant = self.executor.submit(head["owner"], head["model"], request)
+        tenant, is_new = self.executor.submit(head["owner"], head["model"], request, head.get("most_models"))
         await asyncio.to_thread(tenant.files.requests.sync)
-        return {}, b""
+        return {"is_new": is_new}, b""
 
     async def _do_wait(self, head: dict[str, Any], _body: bytes) -> Reply:
         timeout_s = min(WAIT_S, float(head["timeout_s"]))
@@ -106,7 +107,7 @@ class Server:
     async def _do_create(self, head: dict[str, Any], _body: bytes) -> Reply:
         request = await asyncio.to_thread(
             self.executor.create, head["owner"], head["session"], int(head["number"]), head["lora"], head["begin"],
-            head.get("user_metadata"),
+            head.get("user_metadata"), head.get("most_models"),
         )  # fmt: skip
         return {"request": request}, b""
 

@@ -49,7 +49,7 @@ class TrainingModel:
 
         Args:
             data: the examples.
-            loss: `cross_entropy`, `importance_sampling`, `ppo` or `cispo`.
+            loss: `cross_entropy`, `importance_sampling`, `ppo`, `cispo` or `gspo`.
             config: numbers of the loss, over their defaults.
 
         Raises:

@@ -10,8 +10,8 @@ from typing import Any, final
 
 from trainer.api.protocol import Refused, split_path
 from trainer.api.slots import Base
-from trainer.api.states import StateSettings, state_problem
 from trainer.api.store import SessionState, Store
+from trainer.checkpoints.saved_state import StateSettings, state_problem
 from trainer.config.recipe import LoraSettings
 from trainer.errors import CheckpointError, TrainerError
 

@@ -261,9 +261,14 @@ def _pack(data: Sequence[Datum], names: Sequence[str], device: torch.device) -> 
     ]
     batch = Batch.pack(sequences, device, adapters=names)
     targets = torch.from_numpy(np.concatenate([datum.inputs[TARGETS] for datum in data])).to(device)
+    ids = _sequence_ids(data, device)
+    return replace(batch, scored=torch.arange(len(targets), device=device), targets=targets, sequence_ids=ids)
+
+
+def _sequence_ids(data: Sequence[Datum], device: torch.device) -> torch.Tensor:
+    """[N] datum of each token of a pack."""
     lengths = torch.tensor([datum.num_tokens for datum in data])
-    sequence_ids = torch.repeat_interleave(torch.arange(len(data)), lengths).to(device)
-    return replace(batch, scored=torch.arange(len(targets), device=device), targets=targets, sequence_ids=sequence_ids)
+    return torch.repeat_interleave(torch.arange(len(data)), lengths).to(device)
 
 
 def _terms(part: MicroBatch, logprobs: torch.Tensor) -> LossTerms:
@@ -271,7 +276,7 @@ def _terms(part: MicroBatch, logprobs: torch.Tensor) -> LossTerms:
         name: torch.from_numpy(np.concatenate([_input(datum, name) for datum in part.data])).to(logprobs.device)
         for name in {name for datum in part.data for name in datum.inputs} - {TARGETS}
     }
-    return loss_terms(part.loss, logprobs, inputs, part.config)
+    return loss_terms(part.loss, logprobs, inputs, part.config, _sequence_ids(part.data, logprobs.device))
 
 
 def _input(datum: Datum, name: str) -> Array:

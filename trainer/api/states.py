@@ -8,74 +8,24 @@ A sampler state is the same without DCP files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 
 from trainer.api.slots import Base, Slot
-from trainer.checkpoints.manifest import MANIFEST, FileDigest, Manifest
+from trainer.checkpoints.manifest import MANIFEST, Manifest
+from trainer.checkpoints.saved_state import STATE_FILE, StateSettings, identity_of, state_problem
 from trainer.checkpoints.single import read_tensors, write_manifest, write_tensors
 from trainer.config.recipe import LoraSettings
 from trainer.errors import CheckpointError, TrainerError
 from trainer.files import replaced_directory, write_atomically
 from trainer.model.adapters import RUN_ADAPTER
 from trainer.training.learner import MASTER_PREFIX
-
-STATE_FILE: Final = "state.json"
-
-
-@final
-@dataclass(frozen=True)
-class StateSettings:
-    """What state.json says."""
-
-    base: str
-    """Digest of the base model."""
-    model: str
-    """Path of the base model."""
-    lora: LoraSettings
-    updates: int
-    has_optimizer: bool
-
-    @classmethod
-    def read(cls, directory: Path) -> StateSettings:
-        """Of a state.
-
-        Raises:
-            CheckpointError: it is no state, or a damaged one.
-        """
-        try:
-            raw = json.loads((directory / STATE_FILE).read_bytes())
-            return cls(
-                str(raw["base"]),
-                str(raw["model"]),
-                LoraSettings.model_validate(raw["lora"]),
-                int(raw["updates"]),
-                bool(raw["has_optimizer"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{directory}: no state of the training API ({type(error).__name__})") from None
-
-    def identity(self) -> str:
-        """Hash of what the tensors belong to."""
-        return identity_of(self.base, self.lora)
-
-
-def identity_of(base: str, lora: LoraSettings) -> str:
-    """Hash of base and adapter: states with equal hashes have the same tensors.
-
-    Args:
-        base: digest of the base model.
-        lora: of the adapter.
-    """
-    document = json.dumps({"kind": "api", "base": base, "lora": lora.model_dump()}, sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def save_state(
@@ -199,22 +149,6 @@ def slot_from(base: Base, directory: Path, *, optimizer: bool) -> tuple[Slot, Ma
     except TrainerError:
         base.close(slot)
         raise
-
-
-def state_problem(directory: Path) -> str | None:
-    """Why a saved state or sampler state cannot be used: a missing or damaged file; None where all is well."""
-    try:
-        settings = StateSettings.read(directory)
-        manifest = Manifest.parse((directory / MANIFEST).read_bytes())
-    except (CheckpointError, OSError, ValueError) as error:
-        return str(error)
-    if manifest.inventory.identity_hash != settings.identity():
-        return f"{directory}: {STATE_FILE} was changed"
-    for name, digest in manifest.inventory.files.items():
-        file = directory / name
-        if not file.is_file() or FileDigest.of(file) != digest:
-            return f"{file}: missing or damaged"
-    return None
 
 
 def state_counter(directory: Path, name: str) -> float | None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from trainer.api.journal import Journal, Record
-from trainer.api.protocol import FOLDERS, NAME, SCHEME, Refused, ResultKind
+from trainer.api.protocol import Refused, ResultKind
+from trainer.checkpoints.saved_state import FOLDERS, NAME, SCHEME
 from trainer.files import make_directory, write_atomically
 
 KEPT_RESULTS: Final = 512

@@ -120,6 +120,15 @@ def read_pass_head(body: bytes) -> tuple[str, int]:
     return message.model_id, message.seq_id
 
 
+def count_tokens(body: bytes) -> int:
+    """Tokens that the model reads in a request's data; 0 where the request is malformed, which its result will say."""
+    try:
+        message = _parsed("PassRequest", body)
+    except DataError:
+        return 0
+    return sum(len(chunk.text.tokens) for datum in message.data for chunk in datum.input) // 4
+
+
 def write_pass(outputs: Mapping[str, Sequence[Array]], metrics: Mapping[str, float]) -> bytes:
     """Encode a result.
 

@@ -141,7 +141,7 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
     policy = _on_meta(plan, config)
     storages = LiveStorages()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, storages, _OneForNumbers():
-        _materialize_fake(policy)
+        materialize_fake(policy)
         batch = _faked(real, fake)
         weights = storages.now
         learner = Learner(policy, World(0, 1, CPU))
@@ -174,7 +174,7 @@ def _on_meta(plan: Plan, config: PretrainedConfig) -> Policy:
         torch.set_default_dtype(before)
 
 
-def _materialize_fake(policy: nn.Module) -> None:
+def materialize_fake(policy: nn.Module) -> None:
     """Replace meta tensors by fake CPU tensors; shared parameters stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in policy.modules():

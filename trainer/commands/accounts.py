@@ -78,7 +78,7 @@ def quota(arguments: argparse.Namespace) -> int:
     store = _open(arguments)
     from trainer.control.quotas import quotas_of, set_quota
     from trainer.control.state import local_actor
-    from trainer.control.usage import device_seconds, spent
+    from trainer.control.usage import device_seconds, spent, today, trained
 
     if arguments.action == "set":
         changes: dict[str, str | None] = {}
@@ -94,6 +94,7 @@ def quota(arguments: argparse.Namespace) -> int:
     used = {
         "credit": amount(spent(store, arguments.account)),
         "device_hours": f"{device_seconds(store, arguments.account) / 3600:.4f}",
+        "training_tokens_per_day": str(trained(store, arguments.account, today())),
     }
     found = quotas_of(store, arguments.account)
     rows = [(each.limit, each.model, each.shown, used.get(each.limit, "")) for each in found]
@@ -116,13 +117,14 @@ def usage(arguments: argparse.Namespace) -> int:
             f"{row['requests']:,}",
             f"{row['prompt_tokens']:,}",
             f"{row['completion_tokens']:,}",
+            f"{row['training_tokens']:,}",
             f"{row['device_us'] / 1e6:,.1f}",
             f"{row['replica_us'] / 1e6:,.1f}",
             amount(row["cost"]),
         )
         for row in found
     ]
-    head = (*groups, "requests", "tokens in", "tokens out", "device s", "replica s", "cost")
+    head = (*groups, "requests", "tokens in", "tokens out", "trained", "device s", "replica s", "cost")
     documents = [{**row, "cost": amount(row["cost"])} for row in found]
     _show(arguments, documents, head, rows)
     return 0

@@ -122,7 +122,8 @@ def _row(deployment: Deployment) -> tuple[str, ...]:
     replicas = deployment.status.get("replicas", [])
     ready, spec = sum(each["is_ready"] for each in replicas), deployment.spec
     count = f"{ready} ({spec.min_replicas} to {spec.max_replicas})"
-    return (deployment.name, deployment.state, count, spec.model, spec.shape, spec.region, deployment.problem)
+    problem = deployment.problem or deployment.status.get("problem", "")  # of replicas that have no place yet
+    return (deployment.name, deployment.state, count, spec.model, spec.shape, spec.region, problem)
 
 
 def _lines(deployment: Deployment) -> list[str]:

@@ -15,7 +15,6 @@ from trainer.config.unsupported import NO_TOOLS
 from trainer.data.forms import read_conversation, read_plain_text
 from trainer.data.sources import read_rows
 from trainer.errors import DataError, LaunchError, RewardError
-from trainer.managed.run_servers import refuse_unmanageable
 from trainer.planning.module_names import module_names, target_problems
 from trainer.rewards.row_checks import refuse_unscorable_rows
 from trainer.types import Row
@@ -53,6 +52,10 @@ def server_problems(recipe: Recipe, shape: TrainingShape) -> list[str]:
         recipe: A valid recipe.
         shape: On which it would run.
     """
+    if not isinstance(recipe, RFTRecipe) or not recipe.rollout.is_managed:
+        return []
+    from trainer.managed.run_servers import refuse_unmanageable  # httpx, which costs a fifth of `check`
+
     try:
         refuse_unmanageable(recipe, shape)
     except LaunchError as error:

@@ -40,6 +40,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "export": (
         "trainer export my_run --merge",
         "trainer export my_run --merge --gguf q8_0 --ollama",
+        "trainer export states/sft --merge --out merged      a saved state of the training API",
         "trainer export my_run --checkpoint 40 --push me/my-model",
     ),
     "chat": (

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from trainer.checkpoints.saved_state import find_state
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, LaunchError
 from trainer.launch.local import refuse_many_machines
 from trainer.launch.restarts import supervise
@@ -67,8 +68,9 @@ def _run_and_plan(arguments: argparse.Namespace) -> tuple[RunDir, Plan]:
 
 def export(arguments: argparse.Namespace) -> int:
     """Run the exporter in a process of its own, which imports torch."""
-    run = find_run(arguments.target)
-    argv = [sys.executable, "-m", "trainer.export", str(run.root)]
+    state = find_state(arguments.target)
+    where = find_run(arguments.target).root if state is None else state
+    argv = [sys.executable, "-m", "trainer.export", str(where)]
     for flag in ("merge", "best", "ollama", "public"):
         argv += [f"--{flag}"] if getattr(arguments, flag) else []
     for option in ("checkpoint", "gguf", "converter", "intended_use", "push", "out"):

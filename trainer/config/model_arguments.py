@@ -58,6 +58,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-dir", default="runs/.batches", metavar="DIR", help="files of /v1/files and /v1/batches"
     )
+    parser.add_argument(
+        "--traces", choices=("otlp", "console"), help="OpenTelemetry spans of requests, to OTEL_EXPORTER_OTLP_* or here"
+    )
     parser.add_argument("--batch-keep", default="30d", metavar="TIME", help="lifetime of files and batches")
     _add_training(parser)
 
@@ -67,7 +70,11 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--with-accounts", action="store_true", help="keys, limits, use and audit log in a store")
     parser.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql://...; or TRAINER_STORE")
     parser.add_argument("--deployments", action="store_true", help="serve what `trainer deploy` made, not one MODEL")
-    parser.add_argument("--region", default="local", metavar="R", help="of this machine, with --deployments")
+    parser.add_argument("--region", metavar="R", help="of this machine, with --deployments; `local` when left out")
+    parser.add_argument(
+        "--backend", choices=("local", "ray"), default="local", help="with --deployments: where replicas run"
+    )
+    parser.add_argument("--ray-address", metavar="HOST:PORT", help="--backend ray: the cluster; `auto` when left out")
     parser.add_argument("--prices", metavar="FILE", help="price table in YAML, for credit")
     parser.add_argument("--tls-cert", metavar="PEM", help="answer HTTPS with this certificate")
     parser.add_argument("--tls-key", metavar="PEM", help="its private key")

@@ -82,4 +82,6 @@ def need_account(connection: Connection, name: str) -> None:
         AccountError: it does not.
     """
     if connection.execute(select(ACCOUNTS.c.name).where(ACCOUNTS.c.name == name)).first() is None:
-        raise AccountError(f"no account {name!r}; `trainer account list` lists them")
+        raise AccountError(
+            f"no account {name!r}; `trainer account create {name}` makes it, `trainer account list` lists the others"
+        )

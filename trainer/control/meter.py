@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Final, final
 
 from trainer.control.accounts import list_accounts
 from trainer.control.limiter import Limiter, OverLimitError, Permit
 from trainer.control.prices import Prices, amount
-from trainer.control.quotas import ALL, quotas_of
+from trainer.control.quotas import ALL, TRAINING, quotas_of
 from trainer.control.store import Store, StoreDownError
-from trainer.control.usage import SUMS, Used, add_usage, spent, today
+from trainer.control.usage import SUMS, Used, add_usage, spent, today, trained
 
 FLUSH_S: Final = 0.5
 """A server that is killed loses the use of at most this time; of requests in flight, all."""
@@ -23,6 +25,7 @@ FRESH_S: Final = 2.0
 """For this long limits and credit are not read again."""
 CACHE_S: Final = 30.0
 """For this long they are used while the store is down."""
+TOKENS_PER_DAY, TRAINING_MODELS = TRAINING
 RETRY_CREDIT_S: Final = 3600
 """Retry-After of an account without credit: somebody must add some."""
 
@@ -36,10 +39,17 @@ class _Policy:
     limits: dict[str, dict[str, int]]
     spent: int
     is_disabled: bool
+    day: str
+    trained: int
+    """Tokens of the training API on that day."""
 
     @property
     def credit(self) -> int | None:
         return self.limits.get(ALL, {}).get("credit")
+
+    def trained_on(self, day: str) -> int:
+        """Training tokens of a day; a new day begins with none."""
+        return self.trained if self.day == day else 0
 
 
 @final
@@ -111,6 +121,26 @@ class Ticket:
 
 
 @final
+@dataclass
+class TrainingTicket:
+    """A pass of the training API that was let through; to be closed once."""
+
+    meter: Meter
+    account: str
+    model: str
+    tokens: int
+    day: str
+
+    def close(self, *, is_counted: bool) -> None:
+        """Count the pass, or give its tokens back.
+
+        Args:
+            is_counted: whether it was accepted, and for the first time.
+        """
+        self.meter._close_training(self, is_counted=is_counted)
+
+
+@final
 class Meter:
     """Belongs to one event loop. Limits hold for this server; credit is shared by all that use the store."""
 
@@ -127,6 +157,8 @@ class Meter:
         self._pending: dict[tuple[str, str, str, str], Used] = {}
         self._unspent: defaultdict[str, int] = defaultdict(int)
         """Cost that is not yet part of `spent` of a policy, or reserved by requests in flight."""
+        self._untrained: defaultdict[tuple[str, str], int] = defaultdict(int)
+        """The same for training tokens, by account and day."""
         self._lock = asyncio.Lock()
 
     async def open(
@@ -180,6 +212,44 @@ class Meter:
             )
         )
 
+    async def train(self, account: str, model: str, tokens: int) -> TrainingTicket:
+        """Let a pass of the training API through.
+
+        Args:
+            account: of its key.
+            model: the base model's name.
+            tokens: of its data.
+
+        Raises:
+            OverLimitError: with the limit that is reached; nothing is counted.
+            StoreDownError: limits are not known, or too old.
+        """
+        policy, now = await self._policy(account), datetime.now(UTC)
+        day = today()
+        most = policy.limits.get(ALL, {}).get(TOKENS_PER_DAY)
+        used = policy.trained_on(day) + self._untrained[account, day]
+        if most is not None and used + tokens > most:
+            text = f"{used:,} of {most:,} training tokens of {day} (UTC) are used; this request has {tokens:,}"
+            tomorrow = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+            wait = None if tokens > most else max(1, math.ceil((tomorrow - now).total_seconds()))
+            raise OverLimitError(TOKENS_PER_DAY, text, wait)
+        self._untrained[account, day] += tokens
+        return TrainingTicket(self, account, model, tokens, day)
+
+    def _close_training(self, ticket: TrainingTicket, *, is_counted: bool) -> None:
+        if is_counted:
+            self.add(Used(ticket.day, ticket.account, ticket.model, "", requests=1, training_tokens=ticket.tokens))
+        else:
+            self._untrained[ticket.account, ticket.day] -= ticket.tokens
+
+    async def most_training_models(self, account: str) -> int | None:
+        """How many models an account may train at once; None is any number.
+
+        Raises:
+            StoreDownError: limits are not known, or too old.
+        """
+        return (await self._policy(account)).limits.get(ALL, {}).get(TRAINING_MODELS)
+
     def add(self, used: Used) -> None:
         """Add to the sums that are stored next."""
         key = (used.day, used.account, used.model, used.addon)
@@ -214,7 +284,9 @@ class Meter:
         is_disabled = any(each.name == account and each.is_disabled for each in list_accounts(self._store))
         for quota in quotas_of(self._store, account):
             limits.setdefault(quota.model, {})[quota.limit] = quota.value
-        return _Policy(monotonic(), limits, spent(self._store, account), is_disabled)
+        day = today()
+        used = trained(self._store, account, day)
+        return _Policy(monotonic(), limits, spent(self._store, account), is_disabled, day, used)
 
     async def flush(self) -> int:
         """Store what was counted; returns the number of requests that are not stored because the store is down."""
@@ -230,9 +302,14 @@ class Meter:
                 return sum(used.requests for used in self._pending.values())
             for used in batch.values():
                 self._unspent[used.account] -= used.cost
+                left = self._untrained.pop((used.account, used.day), 0) - used.training_tokens
+                if left:
+                    self._untrained[used.account, used.day] = left
                 policy = self._policies.get(used.account)
                 if policy is not None:
-                    self._policies[used.account] = replace(policy, spent=policy.spent + used.cost)
+                    on_day = policy.trained + (used.training_tokens if used.day == policy.day else 0)
+                    policy = replace(policy, spent=policy.spent + used.cost, trained=on_day)
+                    self._policies[used.account] = policy
             return 0
 
     async def run(self) -> None:

@@ -19,7 +19,8 @@ from trainer.control.tables import QUOTAS
 ALL: Final = "*"
 """All models of an account together."""
 COUNTS: Final = ("requests_per_minute", "tokens_per_minute", "concurrent_requests")
-WHOLE: Final = ("replicas", "device_hours", "credit")
+TRAINING: Final = ("training_tokens_per_day", "training_models")
+WHOLE: Final = ("replicas", "device_hours", "credit", *TRAINING)
 """Limits of the account alone, not of one model."""
 LIMITS: Final = (*COUNTS, *WHOLE)
 SCALE: Final[Mapping[str, int]] = {"credit": NANO, "device_hours": 3600}

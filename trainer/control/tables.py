@@ -46,6 +46,7 @@ USAGE = Table(
     Column("device_us", BigInteger, nullable=False),  # the share of requests in the engine's time, in microseconds
     Column("replica_us", BigInteger, nullable=False),  # replicas of a deployment, times their devices
     Column("cost", BigInteger, nullable=False),  # in 1e-9 units
+    Column("training_tokens", BigInteger, nullable=False, server_default="0"),  # of passes of the training API
 )
 AUDIT = Table(
     "audit",

@@ -15,7 +15,7 @@ from trainer.control.store import Store
 from trainer.control.tables import USAGE
 
 GROUPS: Final = ("day", "account", "model", "addon")
-SUMS: Final = ("requests", "prompt_tokens", "completion_tokens", "device_us", "replica_us", "cost")
+SUMS: Final = ("requests", "prompt_tokens", "completion_tokens", "device_us", "replica_us", "cost", "training_tokens")
 
 
 @final
@@ -37,6 +37,8 @@ class Used:
     """Lifetime of a deployment's replicas times their devices, in microseconds."""
     cost: int = 0
     """In 1e-9 units."""
+    training_tokens: int = 0
+    """Of the passes of the training API that were accepted."""
 
 
 def today() -> str:
@@ -93,6 +95,13 @@ def spent(store: Store, account: str) -> int:
     """Cost of everything that an account used so far, in 1e-9 units."""
     with store.read() as connection:
         return int(connection.execute(select(func.sum(USAGE.c.cost)).where(USAGE.c.account == account)).scalar() or 0)
+
+
+def trained(store: Store, account: str, day: str) -> int:
+    """Tokens that an account trained on, on one day."""
+    query = select(func.sum(USAGE.c.training_tokens)).where((USAGE.c.account == account) & (USAGE.c.day == day))
+    with store.read() as connection:
+        return int(connection.execute(query).scalar() or 0)
 
 
 def device_seconds(store: Store, account: str) -> float:

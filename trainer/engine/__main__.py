@@ -1,4 +1,4 @@
-"""`python -m trainer.engine`: load the base model and listen on a Unix socket."""
+"""`python -m trainer.engine`: load the base model and listen on a Unix socket, or on TCP."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import psutil
 from trainer.config.recipe import ModelSettings
 from trainer.data.chat import load_tokenizer
 from trainer.data.stop_tokens import stop_token_ids
-from trainer.engine.connections import Connections
+from trainer.engine.connections import Connections, Listening
 from trainer.engine.grammar import Grammars
+from trainer.engine.handshake import SECRET_VARIABLE
 from trainer.engine.model import EngineModel
 from trainer.engine.pages import PAGE
 from trainer.engine.scheduler import Scheduler
@@ -32,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until the process that started this one closes standard input, or until SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m trainer.engine", description=__doc__)
     parser.add_argument("--model", required=True, help="model settings as JSON")
-    parser.add_argument("--socket", required=True, type=Path)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", type=Path, help="Unix socket")
+    where.add_argument("--tcp-handle", type=int, help=f"file descriptor that listens; the secret is in {SECRET_VARIABLE}")
+    parser.add_argument("--orphan-s", type=float, default=float("inf"), help="end without a client for this long")
     parser.add_argument("--kv-cache-fraction", type=float, default=0.1, help="of the memory that is available")
     parser.add_argument("--kv-cache-tokens", type=int, help="instead of the fraction")
     parser.add_argument("--max-rows", type=int, default=64)
@@ -41,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-adapter-rank", type=int, default=128)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments.tcp_handle is not None and not os.environ.get(SECRET_VARIABLE):
+        parser.error(f"--tcp-handle needs a secret in {SECRET_VARIABLE}")
     quiet_transformers()
     try:
         service = _service(arguments)
@@ -74,7 +80,9 @@ def _service(arguments: argparse.Namespace) -> Service:
         speculates=arguments.speculation == "prompt",
     )
     grammars = Grammars(tokenizer, model.vocab_size, sorted(stop_token_ids(tokenizer, settings.path)))
-    return Service(model, scheduler, grammars, Connections(arguments.socket, hello))
+    secret = os.environ.pop(SECRET_VARIABLE, "")
+    listening = Listening(arguments.socket, arguments.tcp_handle, secret, arguments.orphan_s)
+    return Service(model, scheduler, grammars, Connections(listening, hello))
 
 
 def _num_pages(page_bytes: int, fraction: float, tokens: int | None) -> int:

@@ -1,16 +1,18 @@
 """What the gateway and the engine say to each other. No torch.
 
-One JSON object a line, over a Unix socket. The gateway sends requests:
+One JSON object a line, over a Unix socket, or over TCP after a handshake (`handshake.py`). The gateway sends requests:
 
     {"op": "generate", "id": "a1", "prompt": [1, 40], "adapter": "sums", "sampling": {...}}
     {"op": "cancel", "id": "a1"}
     {"op": "load", "id": "b1", "name": "sums", "path": "runs/sums/adapter"}     the same name again replaces it
     {"op": "unload", "id": "b2", "name": "sums"}
     {"op": "stats", "id": "b3"}
+    {"op": "ping", "id": "b4"}                          answered beside the steps
 
 The engine sends a line for each step, and one for each request that ends or is answered:
 
     {"tokens": [["a1", 19, null], ["a2", 7, {"logprob": -0.5, "top": [[7, -0.5]]}]]}
+    {"tokens": [["a3", 4, null]], "began": {"a3": [0.2, 0.05]}}       with a first token: seconds of waiting and of its prompt
     {"end": "a1", "reason": "stop", "prompt_tokens": 2, "cached_tokens": 0, "version": "sums@3f2a"}
     {"reply": "b1", "ok": true, ...} or {"reply": "b1", "ok": false, "error": "..."}
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Final, final
 
 import torch
@@ -194,6 +195,7 @@ class Scheduler:
             assert page is not None, "they were counted"
             sequence.pages.append(page)
         self.running.append(sequence)
+        sequence.entered = sequence.entered or monotonic()
         return True
 
     def _shared(self, sequence: LiveSequence) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, final
 
 import torch
@@ -40,6 +41,12 @@ class LiveSequence:
     page_keys: list[bytes] = field(default_factory=list)
     """Digest of each full page of the prompt."""
     prompt_logprobs: list[Any] = field(default_factory=list)
+    added: float = field(default_factory=monotonic)
+    """When it came; `monotonic`, in seconds."""
+    entered: float | None = None
+    """When it ran first."""
+    is_begun: bool = False
+    """Whether its first token was sent."""
 
     def __post_init__(self) -> None:
         """Make the noise key and the counts that penalties need."""
@@ -85,6 +92,13 @@ class LiveSequence:
     def pages_for(self, length: int) -> int:
         """Pages that are missing for this many tokens."""
         return max(0, -(-length // PAGE) - len(self.pages))
+
+    def begin(self) -> list[float] | None:
+        """Seconds that it waited and that its prompt took, at its first token; None after that."""
+        if self.is_begun or self.entered is None:
+            return None
+        self.is_begun = True
+        return [round(self.entered - self.added, 6), round(monotonic() - self.entered, 6)]
 
     def add(self, token: int) -> None:
         """Take a token that was drawn."""

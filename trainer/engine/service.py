@@ -7,6 +7,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias, final
 
+import psutil
+
 from trainer.engine.adapters import AdapterVersion
 from trainer.engine.connections import Client, Connections
 from trainer.engine.grammar import Grammars
@@ -31,6 +33,7 @@ class Service:
         self._live: dict[Key, tuple[Client, LiveSequence]] = {}
         self._key_of: dict[LiveSequence, Key] = {}
         self._loaded: SimpleQueue[tuple[Client, str, AdapterVersion | str]] = SimpleQueue()
+        self._process = psutil.Process()
         self._is_stopping = False
 
     def run(self) -> None:
@@ -131,20 +134,26 @@ class Service:
 
     def _step(self) -> None:
         result = self._scheduler.step()
-        tokens: dict[int, tuple[Client, list[Any]]] = {}
+        tokens: dict[int, tuple[Client, list[Any], dict[str, Any]]] = {}
         for sequence, token, report in result.tokens:
             key = self._key_of[sequence]
             client = self._live[key][0]
-            tokens.setdefault(id(client), (client, []))[1].append([sequence.id, token, report])
-        for client, drawn in tokens.values():
-            client.send({"tokens": drawn})
+            _, drawn, began = tokens.setdefault(id(client), (client, [], {}))
+            drawn.append([sequence.id, token, report])
+            if (times := sequence.begin()) is not None:
+                began[sequence.id] = times
+        for client, drawn, began in tokens.values():
+            client.send({"tokens": drawn, **({"began": began} if began else {})})
         for sequence, reason, error in result.ended:
             client, _ = self._live.pop(self._key_of.pop(sequence))
             client.send(_end(sequence, reason, error))
 
     def _stats(self) -> dict[str, Any]:
         scheduler, pool = self._scheduler, self._scheduler.pool
+        times = self._process.cpu_times()
         return {
+            "memory_bytes": self._process.memory_info().rss,
+            "cpu_ms": round(1000 * (times.user + times.system)),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "live": len(self._live),

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from trainer.checkpoints.saved_state import STATE_FILE
 from trainer.errors import ModelError, TrainerError
 from trainer.export.choice import Weights, choose_weights
 from trainer.export.hub import push, refuse_unready
 from trainer.export.merge import write_merged, write_plain
 from trainer.export.model_card import CARD, Exported, model_card
 from trainer.export.ollama import modelfile
+from trainer.export.saved_state import export_state
 from trainer.export.verification import sample_rows
 from trainer.files import replaced_directory
 from trainer.model.quiet import quiet_transformers
@@ -32,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("out", "converter"):
             if getattr(arguments, name) is not None:
                 setattr(arguments, name, str(Path(getattr(arguments, name)).absolute()))
+        if (Path(arguments.run) / STATE_FILE).is_file():
+            sys.stdout.write(f"{export_state(Path(arguments.run), arguments)}\n")
+            return 0
         run, plan = settle(RunDir(Path(arguments.run)))
         out = _Export(run, plan, arguments).write()
         sys.stdout.write(f"{shown or out}\n")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from trainer.config.recipe import ModelSettings
 from trainer.data.chat import load_tokenizer
 from trainer.errors import ModelError
 from trainer.export.choice import Weights
@@ -78,17 +81,45 @@ def write_merged(plan: Plan, weights: Weights, directory: Path) -> Verification:
     Raises:
         ModelError: the written model does not compute what base and adapter do, or the adapter learned nothing.
     """
-    settings, sample = plan.recipe.model, sample_rows(plan)
-    base = load_plain(settings.path, settings.revision)
-    base_logprobs = plain_logprobs(base, sample)
+    sample = sample_rows(plan)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as adapter:
         expected = _export_files(plan, weights, sample, Path(adapter))
-        adapted = PeftModel.from_pretrained(base, adapter)
-        refuse_shared_weights(adapted)
-        merged = adapted.merge_and_unload(safe_merge=True)
+        return merge_adapter(plan.recipe.model, Path(adapter), Trained(sample, expected, weights.directory), directory)
+
+
+@final
+@dataclass(frozen=True)
+class Trained:
+    """What a merged model is compared with."""
+
+    sample: Sample
+    logprobs: torch.Tensor
+    """[N] of the trained policy."""
+    source: Path
+    """Where its weights are from, for messages."""
+
+
+def merge_adapter(settings: ModelSettings, adapter: Path, trained: Trained, directory: Path) -> Verification:
+    """Merge an adapter that PEFT reads into its base, write it in the base's dtype, read it back and compare.
+
+    Args:
+        settings: of the base.
+        adapter: its directory.
+        trained: what base and adapter compute.
+        directory: an existing, empty directory.
+
+    Raises:
+        ModelError: the written model does not compute what base and adapter do, or the adapter learned nothing.
+    """
+    sample, expected = trained.sample, trained.logprobs
+    base = load_plain(settings.path, settings.revision)
+    base_logprobs = plain_logprobs(base, sample)
+    adapted = PeftModel.from_pretrained(base, adapter)
+    refuse_shared_weights(adapted)
+    merged = adapted.merge_and_unload(safe_merge=True)
     merged_logprobs = plain_logprobs(merged, sample)
     merged.to(getattr(torch, settings.compute_dtype)).save_pretrained(str(directory))
-    del base, merged
+    del base, adapted, merged
     load_tokenizer(settings).save_pretrained(str(directory))
     verified = Verification(
         sample,
@@ -98,7 +129,7 @@ def write_merged(plan: Plan, weights: Weights, directory: Path) -> Verification:
     )
     if not (verified.is_same_model and verified.has_learned):
         raise ModelError(
-            f"{weights.directory}: cannot be merged: logprobs differ from the trained policy's by "
+            f"{trained.source}: cannot be merged: logprobs differ from the trained policy's by "
             f"{verified.merged:.3g} merged and {verified.written:.3g} as written, the base's by {verified.base:.3g}. "
             "An adapter that learned nothing cannot be told from its base; otherwise export without --merge."
         )

@@ -38,10 +38,12 @@ class Sample:
     num_rows: int
     is_held_out: bool
     """Whether the run has not trained on them."""
+    noun: str = "row"
+    """What people call one."""
 
     def __str__(self) -> str:
         kind = "held-out" if self.is_held_out else "training"
-        return f"{self.num_rows} {kind} row{'s' if self.num_rows != 1 else ''}"
+        return f"{self.num_rows} {kind} {self.noun}{'s' if self.num_rows != 1 else ''}"
 
 
 @final

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
+from trainer.checkpoints.saved_state import find_state
 from trainer.config.recipe import DataSettings, LoraSettings, ModelSettings
+from trainer.config.semantics import is_hub_name
 from trainer.errors import LaunchError, ModelError
 from trainer.export.choice import choose_weights
 from trainer.planning.plan import Plan
@@ -48,27 +50,28 @@ def find_source(target: str, *, best: bool = False, checkpoint: int | None = Non
     """What a name means.
 
     Args:
-        target: name or directory of a run, directory of an adapter or a model, or a hub name.
+        target: name or directory of a run, directory of an adapter, a saved state or a model, or a hub name.
         best: of a run, the weights of the best held-out value, not the last.
         checkpoint: of a run, the weights of the checkpoint of this step.
 
     Raises:
         LaunchError: it is a run without weights, or nothing of the kind.
         ModelError: an adapter cannot be read.
+        CheckpointError: it is a saved state of the training API that is damaged, or that is not there.
     """
     run = _run_of(target)
     if run is not None:
         return _of_run(run, best=best, checkpoint=checkpoint)
     if best or checkpoint is not None:
         raise LaunchError(f"{target}: is no run; --best and --checkpoint go with a run")
-    directory = Path(target)
+    directory = find_state(target) or Path(target)
     if (directory / ADAPTER_CONFIG).is_file():
         return _of_adapter(directory)
     if (directory / "config.json").is_file():
         model = ModelSettings(path=target, compute_dtype=_dtype_of(directory))
         return ModelSource(directory.resolve().name, model, plain_data())
-    if not directory.exists() and target.count("/") == 1 and not target.startswith((".", "runs/")):
-        return ModelSource(target, ModelSettings(path=target), plain_data())  # a hub name
+    if is_hub_name(target) and not target.startswith("runs/"):
+        return ModelSource(target, ModelSettings(path=target), plain_data())
     raise LaunchError(
         f"{target}: no run, no adapter ({ADAPTER_CONFIG}) and no model (config.json). The runs: trainer runs"
     )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar, final
+from itertools import chain
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
 
 from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.model.flex import MASK_BLOCK
 from trainer.model.layout import PackedLayout
+from trainer.model.transfer import to_device
 
 T = TypeVar("T")
-
-MIN_SAVED_FRAC: Final = 0.05
-"""Sequences are packed as a tree only if it saves this fraction of their tokens; its attention takes two parts."""
 
 
 @final
@@ -87,7 +87,8 @@ class LossInputs:
         """Join the inputs of sequences."""
 
         def joined(parts: Sequence[tuple[float, ...]]) -> torch.Tensor:
-            return torch.tensor([value for part in parts for value in part]).to(device)
+            values = np.fromiter(chain.from_iterable(parts), dtype=np.float32)
+            return to_device(torch.from_numpy(values), device)
 
         return cls(
             weights=joined([each.weights for each in inputs]),
@@ -130,7 +131,7 @@ class Batch:
     """
 
     token_ids: torch.Tensor
-    """[T] long."""
+    """[T] long; on a GPU followed by padding (`layout.padding`), which is counted in T."""
     positions: torch.Tensor
     """[T] long, from 0 in each sequence."""
     layout: PackedLayout
@@ -159,7 +160,12 @@ class Batch:
 
     @classmethod
     def pack(
-        cls, sequences: Sequence[TokenSequence], device: torch.device, *, adapters: Sequence[str] | None = None
+        cls,
+        sequences: Sequence[TokenSequence],
+        device: torch.device,
+        *,
+        adapters: Sequence[str] | None = None,
+        is_padded: bool | None = None,
     ) -> Batch:
         """Pack sequences in the order given; all have the same kind of inputs.
 
@@ -167,44 +173,64 @@ class Batch:
             sequences: at least one.
             device: where the tensors go.
             adapters: name of the adapter of each sequence; None: the active one for all.
+            is_padded: see `pack_trees`.
         """
-        return cls.pack_trees([Tree.of_one(sequence) for sequence in sequences], device, adapters=adapters)
+        trees = [Tree.of_one(sequence) for sequence in sequences]
+        return cls.pack_trees(trees, device, adapters=adapters, is_padded=is_padded)
 
     @classmethod
-    def pack_trees(cls, trees: Sequence[Tree], device: torch.device, *, adapters: Sequence[str] | None = None) -> Batch:
+    def pack_trees(
+        cls,
+        trees: Sequence[Tree],
+        device: torch.device,
+        *,
+        adapters: Sequence[str] | None = None,
+        is_padded: bool | None = None,
+    ) -> Batch:
         """Pack trees in the order given; the prefix of a tree is stored once.
 
         Args:
             trees: at least one.
             device: where the tensors go.
             adapters: name of the adapter of each tree; None: the active one for all.
+            is_padded: whether to pad to whole mask blocks (`padding_of`); None: on a GPU, unless there are adapters.
         """
-        token_ids: list[int] = []
+        token_ids: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
         scored: list[np.ndarray[Any, Any]] = []
         sequences = [sequence for tree in trees for sequence in tree.sequences]
         rollouts: dict[object, int] = {}
-        number = 0
+        number = total = 0
         for tree in trees:
-            trunk, prefix = len(token_ids), tree.prefix
-            token_ids += tree.sequences[0].token_ids[:prefix]
-            positions.append(np.arange(prefix))
-            for sequence, fork in zip(tree.sequences, tree.shared, strict=True):
+            trunk, prefix = total, tree.prefix
+            for index, (sequence, fork) in enumerate(zip(tree.sequences, tree.shared, strict=True)):
+                ids = np.array(sequence.token_ids, dtype=np.int64)
+                if index == 0:
+                    token_ids.append(ids[:prefix])
+                    positions.append(np.arange(prefix))
+                    total += prefix
                 sequence_id = rollouts.setdefault(sequence.owner or number, len(rollouts))
                 number += 1
-                branch = len(token_ids) - fork
-                token_ids += sequence.token_ids[fork:]
-                positions.append(np.arange(fork, len(sequence.token_ids)))
-                offsets = np.flatnonzero(sequence.loss_mask[1:])
+                branch = total - fork
+                token_ids.append(ids[fork:])
+                positions.append(np.arange(fork, len(ids)))
+                total += len(ids) - fork
+                offsets = np.flatnonzero(np.array(sequence.loss_mask[1:], dtype=bool))
                 places = offsets + np.where(offsets < fork, trunk, branch)
-                targets = np.array(sequence.token_ids, dtype=np.int64)[offsets + 1]
-                scored.append(np.stack([places, targets, np.full_like(places, sequence_id)]))
-        scored_positions, targets, sequence_ids = torch.from_numpy(np.concatenate(scored, axis=1)).to(device)
+                scored.append(np.stack([places, ids[offsets + 1], np.full_like(places, sequence_id)]))
+        if is_padded is None:
+            is_padded = device.type != "cpu" and adapters is None
+        padding = padding_of(total) if is_padded else 0
+        of_tokens = np.zeros((2, total + padding), dtype=np.int64)
+        np.concatenate(token_ids, out=of_tokens[0, :total])
+        np.concatenate(positions, out=of_tokens[1, :total])
+        ids_and_positions = to_device(torch.from_numpy(of_tokens), device)
+        scored_positions, targets, sequence_ids = to_device(torch.from_numpy(np.concatenate(scored, axis=1)), device)
         return cls(
-            token_ids=torch.tensor(token_ids).to(device),
-            positions=torch.from_numpy(np.concatenate(positions)).to(device),
+            token_ids=ids_and_positions[0],
+            positions=ids_and_positions[1],
             layout=PackedLayout.of_trees(
-                [tree.lengths for tree in trees], device, adapters, [tree.branch_forks for tree in trees]
+                [tree.lengths for tree in trees], device, adapters, padding, [tree.branch_forks for tree in trees]
             ),
             scored=scored_positions,
             targets=targets,
@@ -222,7 +248,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """T, trained or not."""
+        """T, trained or not, padding included."""
         return len(self.token_ids)
 
     @property
@@ -238,6 +264,17 @@ class Batch:
         return replace(self, inputs=inputs)
 
 
+def padding_of(num_tokens: int) -> int:
+    """Tokens that a pack on a GPU gets behind its own: to whole blocks of the attention mask, and at least two.
+
+    Kernels for whole blocks then suffice, and a pack of a single block would be compiled apart.
+
+    >>> padding_of(1), padding_of(256), padding_of(300)
+    (255, 0, 84)
+    """
+    return max(2 * MASK_BLOCK - num_tokens, -num_tokens % MASK_BLOCK)
+
+
 def _owners(lengths: Sequence[int], adapters: Sequence[str], device: torch.device) -> TokenOwners:
     """Positions of each adapter's tokens, from the adapter and the length of each part of a pack."""
     rows: dict[str, list[int]] = {}
@@ -245,7 +282,7 @@ def _owners(lengths: Sequence[int], adapters: Sequence[str], device: torch.devic
     for name, length in zip(adapters, lengths, strict=True):
         rows.setdefault(name, []).extend(range(start, start + length))
         start += length
-    return TokenOwners({name: torch.tensor(positions, device=device) for name, positions in rows.items()})
+    return TokenOwners({name: to_device(torch.tensor(positions), device) for name, positions in rows.items()})
 
 
 def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[TokenSequence]]:
@@ -284,84 +321,6 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
         bins[-1].append(index)
         used += sizes[index]
     return bins
-
-
-def grow_trees(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
-    """Pack sequences with a common prefix as trees, each within a budget of tokens.
-
-    Where a tree would save less than `MIN_SAVED_FRAC`, each sequence becomes a tree of its own.
-
-    Args:
-        sequences: such as the completions of a prompt; trained tokens are not shared.
-        budget: maximum tokens of a tree.
-    """
-    prefix = _common_prefix(sequences)
-    total = sum(len(sequence.token_ids) for sequence in sequences)
-    if prefix * (len(sequences) - 1) < MIN_SAVED_FRAC * total:
-        return [Tree.of_one(sequence) for sequence in sequences]
-    longest_first = sorted(sequences, key=lambda sequence: -len(sequence.token_ids))
-    grown: list[list[TokenSequence]] = [[]]
-    used = prefix
-    for sequence in longest_first:
-        length = len(sequence.token_ids) - prefix
-        if grown[-1] and used + length > budget:
-            grown.append([])
-            used = prefix
-        grown[-1].append(sequence)
-        used += length
-    return [Tree(tuple(each), prefix) if len(each) > 1 else Tree.of_one(each[0]) for each in grown]
-
-
-def grow_forks(sequences: Sequence[TokenSequence], budget: int) -> list[Tree]:
-    """Pack sequences that share beginnings of different lengths, trained tokens included, each tree within a budget.
-
-    Such are the sequences of one conversation whose chat template rewrites earlier turns: each was given the rewritten
-    ones, so it shares them with the later ones. The sequence that shares most with the others becomes the prefix of a
-    tree. Where that saves less than `MIN_SAVED_FRAC` of the tokens of `grow_trees`, those trees are taken.
-
-    Args:
-        sequences: of one rollout or row.
-        budget: maximum tokens of a tree.
-    """
-    plain = grow_trees(sequences, budget)
-    ids = [np.array(each.token_ids) for each in sequences]
-    left = list(range(len(sequences)))
-    trees: list[Tree] = []
-    while left:
-        shares = {
-            trunk: [(_num_shared(ids[trunk], ids[each]), each) for each in left if each != trunk] for trunk in left
-        }
-        totals = {trunk: (sum(fork for fork, _ in shares[trunk]), len(ids[trunk])) for trunk in left}
-        trunk = max(left, key=totals.__getitem__)
-        used, chosen, forks = len(ids[trunk]), [trunk], [len(ids[trunk])]
-        for fork, other in sorted(shares[trunk], reverse=True):
-            if fork and used + len(ids[other]) - fork <= budget:
-                used += len(ids[other]) - fork
-                chosen.append(other)
-                forks.append(fork)
-        left = [each for each in left if each not in chosen]
-        members = tuple(sequences[index] for index in chosen)
-        trees.append(Tree(members, forks[0], tuple(forks)) if len(members) > 1 else Tree.of_one(members[0]))
-    needed, otherwise = (sum(tree.num_tokens for tree in each) for each in (trees, plain))
-    return trees if otherwise - needed >= MIN_SAVED_FRAC * otherwise else plain
-
-
-def _num_shared(trunk: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
-    """Length of the common beginning; the last token of `other` is its own."""
-    length = min(len(trunk), len(other) - 1)
-    differs = np.flatnonzero(trunk[:length] != other[:length])
-    return int(differs[0]) if len(differs) else length
-
-
-def _common_prefix(sequences: Sequence[TokenSequence]) -> int:
-    """Length of the common prefix; it ends before the first trained token and before the last token of a sequence."""
-    first = sequences[0]
-    longest = min((*sequence.loss_mask, True).index(True) for sequence in sequences)
-    longest = min(longest, *(len(sequence.token_ids) - 1 for sequence in sequences))
-    are_equal = (
-        all(sequence.token_ids[index] == first.token_ids[index] for sequence in sequences) for index in range(longest)
-    )
-    return next((index for index, is_equal in enumerate(are_equal) if not is_equal), longest)
 
 
 def split_evenly(sizes: Sequence[int], num_parts: int) -> list[list[int]]:

@@ -2,8 +2,8 @@
 
 A compiled layer receives tensors and block masks (flex.py) instead of the pack's layout, so that packs of any length
 use one compiled graph. Packs are padded to a multiple of a mask block: only kernels for whole blocks are needed. The
-first forward pass runs the layers uncompiled. It shows which windows the layers use, and every refusal of a model that
-packed attention does not support is made there.
+first forward pass runs the layers uncompiled. It shows which windows the layers use and which adapted layers read the
+same input (lora_group.py), and every refusal of a model that packed attention does not support is made there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 from trainer.model.base_model import has_experts
-from trainer.model.batch import Batch
-from trainer.model.flex import MASK_BLOCK, FlexLayout, prepare_compiler
+from trainer.model.batch import Batch, padding_of
+from trainer.model.flex import FlexLayout, prepare_compiler
 from trainer.model.layout import PackedLayout
+from trainer.model.lora_group import GroupSearch, ProductGroup
 
-MIN_TOKENS: Final = 2 * MASK_BLOCK
-"""A pack of a single block would be compiled apart."""
 CHECKPOINTING: Final = "forward_with_checkpointing"
 """Name of the function that transformers wraps around a layer's forward; it chooses whether to recompute it."""
 
@@ -49,6 +48,9 @@ class CompiledLayers:
         self.problem: str | None = None
         """Why the layers run uncompiled all the same; None: they are compiled."""
         self._first: PackedLayout | None = None
+        self._search: GroupSearch | None = GroupSearch(self.layers)
+        self.groups: list[ProductGroup] = []
+        """Layers whose products are computed together."""
         for layer in self.layers:
             layer._compiled_call_impl = self._choice(layer, backend)
         self._hook = causal_lm.get_input_embeddings().register_forward_hook(_with_gradient)
@@ -65,13 +67,15 @@ class CompiledLayers:
         if self._first is None or batch.owners is not None:
             self._first = self._first or batch.layout
             return batch.token_ids, batch.positions, batch.layout
+        if self._search is not None:
+            self.groups, self._search = self._search.finish(), None
         for window in self._first.hidden_windows:
             if batch.layout.max_len > window:
                 raise ModelError(
                     f"the layers do not pass their window of {window:,} tokens to attention: longer sequences cannot "
                     f"be trained; set data.max_seq_tokens to {window}"
                 )
-        padding = max(MIN_TOKENS - batch.num_tokens, -batch.num_tokens % MASK_BLOCK)
+        padding = padding_of(batch.num_tokens)  # 0 for packs made for a GPU
         windows = {window for window, _ in self._first.block_masks}
         ids, positions = (nn.functional.pad(row, (0, padding)) for row in (batch.token_ids, batch.positions))
         return ids, positions, FlexLayout.of(batch.layout, windows, padding)
@@ -79,6 +83,10 @@ class CompiledLayers:
     def remove(self) -> None:
         """Run the layers uncompiled from now on."""
         self._hook.remove()
+        if self._search is not None:
+            self._search.cancel()
+        for group in self.groups:
+            group.dissolve()
         for layer in self.layers:
             layer._compiled_call_impl = None
 

@@ -12,10 +12,13 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.model.kv_cache import KeyValueCache
+from trainer.model.transfer import to_device
 from trainer.model.turn_cache import Tails
 
 BUCKET_RATIO: Final = 1.6
 """Maximum ratio of the longest to the shortest row of a bucket; 16 tokens more are allowed."""
+_PADDING: Final = "\0padding"
+"""Owner of the padding: no adapter has this name."""
 
 
 @final
@@ -61,6 +64,10 @@ class PackedLayout:
     """Empty on a GPU, where attention reads block masks instead."""
     order: torch.Tensor
     """[T] index of each token in the concatenation of the real cells of all buckets; empty on a GPU."""
+    padding: int = 0
+    """Tokens behind the trees that attend to themselves only; they belong to no sequence."""
+    made_coordinates: torch.Tensor | None = None
+    """GPU only: what `coordinates` returns, copied there with the pack."""
     block_masks: dict[tuple[int | None, int], BlockMask] = field(default_factory=dict, compare=False, repr=False)
     """GPU only: cache by window and tokens of padding, filled by the first layer that needs it."""
     hidden_windows: set[int] = field(default_factory=set, compare=False, repr=False)
@@ -79,6 +86,7 @@ class PackedLayout:
         trees: Sequence[tuple[int, Sequence[int]]],
         device: torch.device,
         owners: Sequence[str] | None = None,
+        padding: int = 0,
         forks: Sequence[Sequence[int]] | None = None,
     ) -> PackedLayout:
         """The layout of trees, in the order of the pack.
@@ -88,6 +96,7 @@ class PackedLayout:
             device: of the result.
             owners: of each tree; trees of different owners share no bucket, so that the padding of a tree, and with it
                 the rounding of its attention, does not depend on other owners. None: all have the same owner.
+            padding: tokens behind them that attend to themselves only.
             forks: of each tree, how many tokens of the prefix each branch continues. None: all of them.
         """
         numbered = tuple((prefix, tuple(branches)) for prefix, branches in trees)
@@ -99,7 +108,9 @@ class PackedLayout:
             for (prefix, branches), of_tree in zip(numbered, forked, strict=True)
         )
         if device.type != "cpu":
-            return cls(numbered, longest, (), torch.empty(0, dtype=torch.long, device=device), forks=kept)
+            order = torch.empty(0, dtype=torch.long, device=device)
+            made = to_device(_coordinates(numbered, forked, padding), device)
+            return cls(numbered, longest, (), order, padding, made, forks=kept)
         start = 0
         plain: dict[str, list[tuple[int, int]]] = {}
         branched: list[tuple[tuple[int, int], dict[int, list[tuple[int, int]]]]] = []
@@ -114,6 +125,8 @@ class PackedLayout:
                 branched.append((trunk, spans))
             else:
                 plain.setdefault(owner, []).append(trunk)
+        if padding:
+            plain[_PADDING] = [(start, padding)]
         buckets = [_bucket(group, device) for of_owner in plain.values() for group in _of_similar_length(of_owner)]
         for trunk, spans in branched:
             index = len(buckets)
@@ -122,30 +135,39 @@ class PackedLayout:
                 at = None if fork == trunk[1] else fork
                 buckets += [_bucket(group, device, index, at) for group in _of_similar_length(of_fork)]
         order = torch.argsort(torch.cat([bucket.gather.flatten()[bucket.cells] for bucket in buckets]))
-        return cls(numbered, longest, tuple(buckets), order, forks=kept)
+        return cls(numbered, longest, tuple(buckets), order, padding, forks=kept)
 
     @cached_property
     def num_tokens(self) -> int:
-        """T, the tokens of the pack."""
-        return sum(prefix + sum(branches) for prefix, branches in self.trees)
+        """T, the tokens of the pack with its padding."""
+        return sum(prefix + sum(branches) for prefix, branches in self.trees) + self.padding
 
     def coordinates(self, padding: int = 0) -> torch.Tensor:
         """[4, T + padding]: the tree, the branch (0 is the prefix), its fork and the position in it of each token.
 
         Args:
-            padding: tokens behind the pack, a tree of their own.
+            padding: further tokens behind the pack; all padding is a tree of its own.
         """
-        trees = [*self.trees, (padding, ())] if padding else self.trees
-        forks = [*(self.forks or ((prefix,) * len(branches) for prefix, branches in self.trees)), ()]
-        parts = [
-            (length, tree, branch, fork, fork)
-            for tree, ((prefix, branches), of_tree) in enumerate(zip(trees, forks, strict=False))
-            for branch, (length, fork) in enumerate(zip((prefix, *branches), (0, *of_tree), strict=True))
-        ]
-        lengths, *of_parts = np.array(parts, dtype=np.int64).T
-        of_tokens = np.repeat(np.stack(of_parts), lengths, axis=1)
-        of_tokens[3] += np.arange(len(of_tokens[3])) - np.repeat(lengths.cumsum() - lengths, lengths)
-        return torch.from_numpy(of_tokens).to(self.order.device)
+        if self.made_coordinates is not None and not padding:
+            return self.made_coordinates
+        forks = self.forks or tuple((prefix,) * len(branches) for prefix, branches in self.trees)
+        return _coordinates(self.trees, forks, self.padding + padding).to(self.order.device)
+
+
+def _coordinates(
+    trees: Sequence[tuple[int, tuple[int, ...]]], forks: Sequence[tuple[int, ...]], padding: int
+) -> torch.Tensor:
+    """`PackedLayout.coordinates`, on the CPU."""
+    all_trees, all_forks = ([*trees, (padding, ())], [*forks, ()]) if padding else (trees, forks)
+    parts = [
+        (length, tree, branch, fork, fork)
+        for tree, ((prefix, branches), of_tree) in enumerate(zip(all_trees, all_forks, strict=True))
+        for branch, (length, fork) in enumerate(zip((prefix, *branches), (0, *of_tree), strict=True))
+    ]
+    lengths, *of_parts = np.array(parts, dtype=np.int64).T
+    of_tokens = np.repeat(np.stack(of_parts), lengths, axis=1)
+    of_tokens[3] += np.arange(len(of_tokens[3])) - np.repeat(lengths.cumsum() - lengths, lengths)
+    return torch.from_numpy(of_tokens)
 
 
 def _of_similar_length(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:

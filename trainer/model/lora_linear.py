@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import peft
 import torch
@@ -42,12 +42,25 @@ class Routing:
         return nullcontext(), self.of(self.owners)
 
 
+class Group(Protocol):
+    """Layers with the same input that compute their products together: `lora_group.ProductGroup`."""
+
+    members: tuple[FusedLinear, ...]
+
+    def output_of(self, index: int, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The output of a layer."""
+
+
 @final
 class FusedLinear(PeftLinear):  # type: ignore[misc]
     """PEFT's LoRA layer with the fused product in front."""
 
     routing: Routing | None = None
     """Set by `Adapters`; None outside a policy."""
+    group: Group | None = None
+    """Used in compiled layers; None: the layer computes its own product."""
+    group_index: int = 0
+    """Number of the layer in its group."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """W x + b + scaling * B A x of [..., in].
@@ -61,7 +74,10 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
         if args or kwargs or len(names) != 1 or not self._is_plain(names[0]):
             return super().forward(x, *args, **kwargs)
         name, base = names[0], self.base_layer
-        product = compiled_lora_product if torch.compiler.is_compiling() else LoraProduct.apply
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and self.group is not None and all(each._is_plain(name) for each in self.group.members):
+            return self.group.output_of(self.group_index, x, name)
+        product = compiled_lora_product if is_compiling else LoraProduct.apply
         return product(
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )

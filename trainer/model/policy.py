@@ -95,7 +95,8 @@ class Policy(nn.Module):
             else:
                 _refuse_split(batch, self.separate_reason)
                 reset_rotary(self.causal_lm)
-                output = self.causal_lm.base_model(input_ids=batch.token_ids[None], use_cache=False)
+                own = batch.token_ids[: batch.num_tokens - batch.layout.padding]
+                output = self.causal_lm.base_model(input_ids=own[None], use_cache=False)
         return output.last_hidden_state[0].index_select(0, batch.scored)
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ from trainer.serve.training.start import refuse_training, start_training
 if TYPE_CHECKING:
     from trainer.serve.batch import Progress
     from trainer.serve.gateway import Gateway
+    from trainer.serve.traces import Traces
     from trainer.serve.training.start import Training
     from trainer.serve.with_accounts import Accounts
 
@@ -77,6 +78,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
         refuse_training(arguments)
     if arguments.deployments == (arguments.target is not None):
         raise UserError("trainer serve needs a MODEL, or --deployments, and not both")
+    _refuse_backend(arguments)
     arguments.with_accounts |= arguments.deployments
     if arguments.with_accounts and arguments.api_key_file is not None:
         raise UserError("--with-accounts and --api-key-file exclude each other: `trainer keys create` makes keys")
@@ -94,6 +96,18 @@ def _refuse(arguments: argparse.Namespace) -> None:
         )
     tls_settings(arguments)
     seconds_of(arguments.batch_keep, "--batch-keep")
+
+
+def _refuse_backend(arguments: argparse.Namespace) -> None:
+    if arguments.backend == "ray" and not arguments.deployments:
+        raise UserError("--backend ray needs --deployments")
+    if arguments.backend == "ray" and arguments.region is not None:
+        raise UserError("--region is of the local backend; in Ray each node has its own: ray start --labels region=R")
+    if arguments.backend == "ray" and find_spec("ray") is None:
+        raise UserError("--backend ray needs ray: pip install 'tunesmith[ray]'")
+    if arguments.backend != "ray" and arguments.ray_address is not None:
+        raise UserError("--ray-address needs --backend ray")
+    arguments.region, arguments.ray_address = arguments.region or "local", arguments.ray_address or "auto"
 
 
 def _is_loopback(host: str) -> bool:
@@ -165,13 +179,15 @@ def _start(arguments: argparse.Namespace, accounts: Accounts | None, *, is_batch
         process = _engine(arguments, base, Path(directory), is_batch=is_batch)
         process.launch()
         try:
-            gateway = _gateway(arguments, base, adapters, process.client, keys)
+            traces = None if is_batch else _traces(arguments)
+            gateway = _gateway(arguments, base, adapters, process.client, keys, traces)
         except BaseException:
             asyncio.run(process.stop())
             raise
         if is_batch:
             return asyncio.run(_run_batch(arguments, gateway, process))
-        training = start_training(arguments, gateway, base, Path(directory)) if arguments.training else None
+        meter = None if accounts is None else accounts.meter
+        training = start_training(arguments, gateway, base, Path(directory), meter) if arguments.training else None
         return asyncio.run(_listen(arguments, gateway, process, accounts, training))
 
 
@@ -190,6 +206,7 @@ def _gateway(
     adapters: dict[str, ModelSource],
     client: Engine,
     keys: frozenset[bytes],
+    traces: Traces | None,
 ) -> Gateway:
     from trainer.serve.gateway import Gateway, Limits
     from trainer.serve.models import ServedModels
@@ -197,7 +214,13 @@ def _gateway(
     models = ServedModels(base, arguments.served_name or Path(base.model.path).name)
     for key, source in adapters.items():
         models.put(models.add(key, source))
-    return Gateway(models, client, Limits(arguments.max_queue, keys))
+    return Gateway(models, client, Limits(arguments.max_queue, keys), traces=traces)
+
+
+def _traces(arguments: argparse.Namespace) -> Traces | None:
+    from trainer.serve.listening import traces_of
+
+    return traces_of(arguments)
 
 
 def _paths(gateway: Gateway, training: Training | None = None) -> dict[str, str]:
@@ -225,6 +248,8 @@ async def _listen(
     app = make_app(gateway, store, control, None if training is None else training.front)
     if accounts is not None:
         accounts.add_routes(app)
+    if gateway.traces is not None:
+        gateway.traces.around(app)
     server = make_server(app, arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has ended
         signal.signal(number, lambda *_: None)
@@ -253,6 +278,8 @@ async def _listen(
         if training is not None:
             await training.process.stop()
         await process.stop()
+        if gateway.traces is not None:
+            gateway.traces.close()
     return 0 if server.started else 1
 
 

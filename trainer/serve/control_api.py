@@ -177,6 +177,7 @@ def _add_quotas(app: FastAPI, store: Store, meter: Meter) -> None:
             used = {
                 "credit": amount(usage.spent(store, account)),
                 "device_seconds": usage.device_seconds(store, account),
+                "training_tokens_per_day": usage.trained(store, account, usage.today()),
             }
             return {"account": account, "data": found, "used": used}
 

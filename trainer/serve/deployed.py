@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
-from pathlib import Path
+from collections.abc import Coroutine, Mapping, Sequence
 from time import monotonic
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from trainer.config.deployment_shape import DeploymentShape, find_deployment_shape
 from trainer.control.deployments import Deployment, Spec
 from trainer.errors import LaunchError, TrainerError
 from trainer.inference.source import base_of
 from trainer.run.console import tell
+from trainer.serve.backend import Backend, NoPlaceError
 from trainer.serve.gateway import Gateway, Limits, Metrics, served_source
 from trainer.serve.metering import BASE_SUFFIX
 from trainer.serve.models import ServedModels
 from trainer.serve.replicas import Replica, ReplicaPool
 
+if TYPE_CHECKING:
+    from trainer.serve.traces import Traces
+
 DRAIN_S: Final = 600.0
 """Longest time that a replica of an old version, or one too many, finishes requests."""
 MAX_FAILURES: Final = 3
 """Starts in a row that fail before a deployment is FAILED."""
+NO_PLACE_S: Final = 1.0
+"""Before a place is looked for again."""
 LINGER_S: Final = 5.0
 """An old version ends when it had no request for this long: one may have been routed to it just before."""
 
@@ -44,19 +49,23 @@ def shape_for(spec: Spec) -> DeploymentShape:
 class Version:
     """A model with its replicas."""
 
-    def __init__(self, name: str, spec: Spec, directory: Path, metrics: Metrics) -> None:
+    def __init__(
+        self, name: str, spec: Spec, backend: Backend, metrics: Metrics, traces: Traces | None = None
+    ) -> None:
         """Read the tokenizer; takes a second.
 
         Args:
             name: of the deployment.
             spec: what was asked for.
-            directory: of sockets.
+            backend: starts its engines.
             metrics: counters of the server.
+            traces: makes spans; None makes none.
 
         Raises:
             TrainerError: the model cannot be served.
         """
         shape = shape_for(spec)
+        backend.check(spec)
         source = served_source(spec.model)
         base = source if source.adapter is None else base_of(source)
         model = base.model
@@ -66,8 +75,9 @@ class Version:
         words = ["--model", model.model_dump_json(), "--kv-cache-tokens", str(shape.limits.kv_cache_tokens)]
         words += ["--max-rows", str(shape.limits.max_rows)]
         self.model, self.device, self.devices = spec.model, shape.device_name, shape.devices
-        self.pool = ReplicaPool(words, directory, spec.max_wait_s)
-        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics)
+        self._backend, self._words = backend, words
+        self.pool = ReplicaPool(lambda: backend.new(name, shape, spec.region, words), spec.max_wait_s)
+        self.gateway = Gateway(models, self.pool, Limits(shape.limits.max_queue), metrics, traces)
         if source.adapter is not None:
             self._add(name, spec.model)
         for addon, target in spec.addons.items():
@@ -77,6 +87,21 @@ class Version:
         served = self.gateway.models.add(name, served_source(target))
         self.gateway.models.put(served)
         self.pool.adapters[name] = str(served.path)
+
+    async def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take over engines that an earlier control process started and that live.
+
+        Args:
+            saved: what `Deployed.status` said of them.
+        """
+        for about in saved:
+            host = await self._backend.adopt(about, self._words)
+            if host is None:
+                continue
+            try:
+                await self.pool.start(self.pool.new(host))
+            except (LaunchError, NoPlaceError, OSError) as error:
+                tell(f"a replica of the process before this one was not taken over: {error}")
 
     async def close(self, drain_s: float) -> None:
         """End all replicas."""
@@ -149,7 +174,7 @@ class Deployed:
         """Start and stop replicas towards the wanted number; drop those that went away."""
         pool = self.version.pool
         for replica in [each for each in pool.replicas if each.is_gone and not each.is_draining]:
-            tell(f"{self.name}: replica {replica.number} (process {replica.pid}) went away")
+            tell(f"{self.name}: replica {replica.number} (process {replica.host.about['pid']}) went away")
             replica.is_draining = True
             self._run(pool.stop(replica, 0.0))
         kept = self._kept()
@@ -165,7 +190,12 @@ class Deployed:
 
     async def _start(self, pool: ReplicaPool, replica: Replica) -> None:
         try:
-            await pool.start(replica)
+            if not await pool.start(replica):
+                return
+        except NoPlaceError as error:  # no fault of the model: requests wait
+            if self.problem != str(error):
+                tell(f"{self.name}: replica {replica.number} waits for a place: {error}")
+            self.problem, self._retry_at = str(error), monotonic() + NO_PLACE_S
         except (LaunchError, OSError) as error:
             self.num_failures += 1
             self.problem = str(error)
@@ -192,7 +222,7 @@ class Deployed:
         count = min(self.spec.max_replicas, max(self.spec.min_replicas, 1 if self.wanted else 0, self.num_ready))
         try:
             await asyncio.gather(*(version.pool.start(version.pool.new()) for _ in range(count)))
-        except (TrainerError, OSError) as error:
+        except (TrainerError, NoPlaceError, OSError) as error:
             await version.close(0.0)
             raise LaunchError(f"the update failed, {self.version.model} goes on: {error}") from None
         old, self.version, self.wanted = self.version, version, count
@@ -208,7 +238,11 @@ class Deployed:
             if not old.pool.num_live and monotonic() - max(begun, old.pool.last_used) > LINGER_S:
                 break
             if not old.pool.is_ready:  # its last replica was lost: requests in flight need one
-                await old.pool.start(old.pool.new())
+                try:
+                    await old.pool.start(old.pool.new())
+                except (LaunchError, NoPlaceError, OSError) as error:
+                    tell(f"{self.name}: a replica of the old version was lost, and no new one starts: {error}")
+                    await asyncio.sleep(NO_PLACE_S)
             await asyncio.sleep(0.05)
         await old.close(1.0)
 
@@ -224,12 +258,13 @@ class Deployed:
     def status(self) -> dict[str, Any]:
         """For people, and for the store."""
         replicas = [
-            {"number": each.number, "pid": each.pid, "is_ready": each.is_ready, "cold_start_s": each.cold_start}
+            {"number": each.number, **each.host.about, "is_ready": each.is_ready, "cold_start_s": each.cold_start}
             for each in self._kept()
         ]
         return {
             "replicas": replicas,
             "wanted": self.wanted,
+            "problem": self.problem,
             "cold_start_s": self.cold_start,
             "model": self.version.model,
         }

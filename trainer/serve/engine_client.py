@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
+from trainer.engine.handshake import prove_gateway
 from trainer.engine.protocol import LINE_LIMIT, Sampling, line
 from trainer.serve.api_errors import ApiError
 
@@ -17,6 +18,10 @@ ATTEMPTS: Final = 3
 """Engines that a request is sent to, one after the other."""
 READY_S: Final = 120.0
 """How long a request waits for an engine."""
+PING_S: Final = 2.0
+"""Between two signs of life of an engine on another machine."""
+SILENT_S: Final = 15.0
+"""An engine on another machine that said nothing for this long is lost: a machine without power closes no connection."""
 
 
 @final
@@ -27,6 +32,8 @@ class Token:
     token: int
     report: dict[str, Any] | None
     """`logprob` and `top`, where they were asked for."""
+    began: tuple[float, float] | None = None
+    """Of the first token, where the engine says it: seconds of waiting there, and of its prompt."""
 
 
 @final
@@ -47,6 +54,8 @@ class LostError(Exception):
 
 
 Event: TypeAlias = Token | End | ApiError | LostError
+Address: TypeAlias = tuple[str, int]
+"""Host and port."""
 
 
 @final
@@ -78,13 +87,57 @@ class EngineClient:
         self.hello = json.loads(await reader.readline())
         return asyncio.create_task(self._read(reader))
 
+    async def connect_tcp(self, address: Address, secret: str, patience_s: float) -> asyncio.Task[None]:
+        """Connect to an engine that loads its model, perhaps on another machine; the task ends when it goes away.
+
+        Args:
+            address: host and port.
+            secret: both ends prove that they know it.
+            patience_s: how long it may load.
+
+        Raises:
+            HandshakeError: another program listens there.
+            OSError: it went away, or did not load in time.
+        """
+        async with asyncio.timeout(patience_s):
+            reader, writer = await asyncio.open_connection(*address, limit=LINE_LIMIT)
+            try:
+                await prove_gateway(reader, writer, secret, patience_s)
+                self.hello = json.loads(await reader.readline() or _gone())
+            except BaseException:
+                writer.close()
+                raise
+        self._writer = writer
+        return asyncio.create_task(self._read_with_pings(reader))
+
+    def disconnect(self) -> None:
+        """Close the connection; what is in flight is lost."""
+        if self._writer is not None:
+            self._writer.close()
+
     def set_ready(self) -> None:
         """Let requests through: adapters are loaded."""
         self._ready.set()
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        with suppress(ConnectionError):
-            while received := await reader.readline():
+    async def _read_with_pings(self, reader: asyncio.StreamReader) -> None:
+        pings = asyncio.create_task(self._ping())
+        try:
+            await self._read(reader, SILENT_S)
+        finally:
+            pings.cancel()
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            self._send({"op": "ping", "id": "ping"})
+
+    async def _read(self, reader: asyncio.StreamReader, silent_s: float | None = None) -> None:
+        with suppress(OSError):  # TimeoutError, too
+            while True:
+                async with asyncio.timeout(silent_s):
+                    received = await reader.readline()
+                if not received:
+                    break
                 self._dispatch(json.loads(received))
         self._ready.clear()
         if self._writer is not None:
@@ -97,10 +150,11 @@ class EngineClient:
                 reply.set_result({"ok": False, "error": "the engine went away"})
 
     def _dispatch(self, message: dict[str, Any]) -> None:
+        began = dict(message.get("began", ()))
         for request, token, report in message.get("tokens", ()):
-            queue = self._queues.get(request)
+            queue, times = self._queues.get(request), began.pop(request, None)
             if queue is not None:
-                queue.put_nowait(Token(token, report))
+                queue.put_nowait(Token(token, report, times and tuple(times)))
         if "end" in message and (queue := self._queues.get(message["end"])) is not None:
             queue.put_nowait(_end_of(message))
         reply = self._replies.pop(message["reply"], None) if "reply" in message else None
@@ -214,6 +268,10 @@ class EngineClient:
     def _new_id(self) -> str:
         self._number += 1
         return str(self._number)
+
+
+def _gone() -> bytes:
+    raise ConnectionResetError("the engine went away as it began")
 
 
 def rest_of(sampling: Sampling, drawn: Sequence[int]) -> Sampling:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from contextlib import nullcontext, suppress
 from time import monotonic
-from typing import Any, Final, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from trainer.control.audit import Actor
 from trainer.control.deployments import (
@@ -29,8 +28,12 @@ from trainer.control.usage import Used, device_seconds, today
 from trainer.errors import LaunchError, TrainerError
 from trainer.run.console import tell
 from trainer.serve.api_errors import ApiError
+from trainer.serve.backend import Backend
 from trainer.serve.deployed import DRAIN_S, Deployed, Version
 from trainer.serve.gateway import Gateway, Metrics
+
+if TYPE_CHECKING:
+    from trainer.serve.traces import Traces
 
 TICK_S: Final = 0.2
 LEAD_S: Final = 2.0
@@ -43,20 +46,20 @@ T = TypeVar("T")
 class Fleet:
     """All deployments of a store. Belongs to one event loop."""
 
-    def __init__(self, store: Store, meter: Meter, directory: Path, prices: Prices, region: str) -> None:
+    def __init__(self, store: Store, meter: Meter, backend: Backend, prices: Prices, traces: Traces | None = None) -> None:
         """Begin without deployments; `run` takes them over.
 
         Args:
             store: what was asked for.
             meter: counts the lifetime of replicas.
-            directory: of sockets; only the owner can read it.
+            backend: starts engines.
             prices: of devices.
-            region: of this machine; deployments of another one fail.
+            traces: makes spans; None makes none.
         """
         self.live: dict[str, Deployed] = {}
         self.metrics = Metrics()
-        self._store, self._meter, self._directory, self._prices = store, meter, directory, prices
-        self._region = region
+        self._store, self._meter, self._backend, self._prices = store, meter, backend, prices
+        self._traces = traces
         self._states: dict[str, Deployment] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._saved: dict[str, dict[str, Any]] = {}
@@ -84,7 +87,8 @@ class Fleet:
         if live.is_blocked:
             raise ApiError(429, f"the device-hours of {row.account} are used", code="device_hours", retry_s=3600)
         was_ready, begin = live.version.pool.is_ready, monotonic()
-        await live.version.pool.wait_ready()
+        with nullcontext() if self._traces is None else self._traces.span("replica wait", deployment=name):
+            await live.version.pool.wait_ready()
         self.metrics.by_model.wait_s.labels(name).observe(monotonic() - begin)
         return live.version.gateway, None if was_ready else live.cold_start
 
@@ -163,14 +167,15 @@ class Fleet:
         if old is not None:
             await old.close(0.0)
         try:
-            if row.spec.region != self._region:
-                raise LaunchError(f"region {row.spec.region}: this control process is in region {self._region}")
-            version = await asyncio.to_thread(Version, row.name, row.spec, self._directory, self.metrics)
+            version = await asyncio.to_thread(Version, row.name, row.spec, self._backend, self.metrics, self._traces)
         except TrainerError as error:
             await self._move(row.name, "fail", str(error), row.generation)
             return
+        if not is_new:
+            await version.adopt(row.status.get("replicas", []))
         # a new one begins with a replica, which shows that its model can be served
-        self.live[row.name] = Deployed(row, version, max(row.spec.min_replicas, int(is_new)))
+        least = max(row.spec.min_replicas, int(is_new), len(version.pool.replicas))
+        self.live[row.name] = Deployed(row, version, least)
 
     async def _change(self, row: Deployment, live: Deployed) -> None:
         """Carry out a new specification."""
@@ -184,7 +189,7 @@ class Fleet:
         if row.state in ("DEPLOYED", "SCALING"):
             await self._move(row.name, "update", "")
         try:
-            version = await asyncio.to_thread(Version, row.name, row.spec, self._directory, self.metrics)
+            version = await asyncio.to_thread(Version, row.name, row.spec, self._backend, self.metrics, self._traces)
             await live.update(version)
         except TrainerError as error:
             await self._revert(old, live, str(error))
@@ -261,5 +266,6 @@ class Fleet:
         for task in list(self._working.values()):
             task.cancel()
         await asyncio.gather(*(live.close(drain_s) for live in self.live.values()), return_exceptions=True)
+        await self._backend.close()
         with suppress(StoreDownError):
             await self._ask(lambda: resign(self._store))

@@ -13,6 +13,7 @@ from trainer.control.core_dumps import forbid_core_dumps
 from trainer.control.prices import read_prices
 from trainer.errors import TrainerError
 from trainer.run.console import tell
+from trainer.serve.backend import Backend, LocalBackend
 
 if TYPE_CHECKING:
     from trainer.serve.with_accounts import Accounts
@@ -29,14 +30,33 @@ def serve_deployments(arguments: argparse.Namespace, accounts: Accounts) -> int:
         return asyncio.run(_listen(arguments, accounts, Path(directory)))
 
 
+async def _backend(arguments: argparse.Namespace, directory: Path) -> Backend:
+    """What starts engines, connected."""
+    if arguments.backend == "local":
+        return LocalBackend(directory, arguments.region)
+    from trainer.serve.ray_backend import RayBackend
+
+    backend = RayBackend(arguments.ray_address)
+    try:
+        await backend.open()
+    except BaseException:
+        await backend.close()
+        raise
+    return backend
+
+
 async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: Path) -> int:
     from trainer.serve.fleet import Fleet
     from trainer.serve.fleet_api import make_fleet_app
-    from trainer.serve.listening import address, make_server
+    from trainer.serve.listening import address, make_server, traces_of
 
-    fleet = Fleet(accounts.store, accounts.meter, directory, read_prices(arguments.prices), arguments.region)
+    traces = traces_of(arguments)
+    backend = await _backend(arguments, directory)
+    fleet = Fleet(accounts.store, accounts.meter, backend, read_prices(arguments.prices), traces)
     app = make_fleet_app(fleet, accounts.store, accounts.control)
     accounts.add_routes(app)
+    if traces is not None:
+        traces.around(app)
     server = make_server(app, arguments)
     error: TrainerError | None = None
 
@@ -58,6 +78,8 @@ async def _listen(arguments: argparse.Namespace, accounts: Accounts, directory: 
             with suppress(asyncio.CancelledError):
                 await task
             await fleet.close(float(arguments.drain_s))
+            if traces is not None:
+                traces.close()
     if error is not None:
         raise error
     return 0 if server.started else 1

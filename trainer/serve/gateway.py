@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -22,6 +22,9 @@ from trainer.serve.requests import ChatRequest, CompletionRequest
 from trainer.serve.structure import CALL_TAGS, lark, schema_of, schema_rules
 from trainer.serve.text import special_ids
 from trainer.serve.tools import tool_rules, tools_of
+
+if TYPE_CHECKING:
+    from trainer.serve.traces import Traces
 
 DEFAULT_COMPLETION: Final = 16
 """`max_tokens` of /v1/completions where the request has none, as OpenAI defines it."""
@@ -55,7 +58,14 @@ class Metrics:
 class Gateway:
     """Turns requests into sequences of the engine."""
 
-    def __init__(self, models: ServedModels, engine: Engine, limits: Limits, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        models: ServedModels,
+        engine: Engine,
+        limits: Limits,
+        metrics: Metrics | None = None,
+        traces: Traces | None = None,
+    ) -> None:
         """Begin with the adapters that `models` has.
 
         Args:
@@ -63,8 +73,10 @@ class Gateway:
             engine: continues sequences.
             limits: of this server.
             metrics: counters that it shares with other gateways; its own when left out.
+            traces: makes spans of sequences; None makes none.
         """
-        self.models, self.engine, self.limits, self.metrics = models, engine, limits, metrics or Metrics()
+        self.models, self.limits, self.metrics = models, limits, metrics or Metrics()
+        self.engine, self.traces = engine if traces is None else traces.of(engine), traces
         self.is_draining = False
         self._num_admitted = 0
 

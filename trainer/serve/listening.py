@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
+from trainer.errors import UserError
 from trainer.serve.control import WithoutContent
 from trainer.serve.tls import tls_settings
+
+if TYPE_CHECKING:
+    from trainer.serve.traces import Traces
 
 
 def make_server(app: FastAPI, arguments: argparse.Namespace) -> uvicorn.Server:
@@ -30,6 +35,22 @@ def make_server(app: FastAPI, arguments: argparse.Namespace) -> uvicorn.Server:
         **tls_settings(arguments),
     )
     return uvicorn.Server(config)
+
+
+def traces_of(arguments: argparse.Namespace) -> Traces | None:
+    """What `--traces` asks for; None without it, and nothing of OpenTelemetry is imported.
+
+    Raises:
+        UserError: the exporter is not installed.
+    """
+    if arguments.traces is None:
+        return None
+    try:
+        from trainer.serve.traces import open_traces
+
+        return open_traces(arguments.traces)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--traces {arguments.traces} needs {error.name}: pip install 'tunesmith[otel]'") from None
 
 
 def address(arguments: argparse.Namespace) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol, final
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, final
 
 from trainer.serve.access import Principal
 from trainer.serve.api_errors import ApiError
@@ -13,6 +13,7 @@ from trainer.serve.choices import Job
 if TYPE_CHECKING:
     from trainer.control.meter import Meter
 
+Answer = TypeVar("Answer")
 BASE_SUFFIX: Final = ":base"
 """Ends the name of the base in a deployment whose model is a run's adapter: the adapter has the deployment's name."""
 WAIT_S: Final = 5.0
@@ -44,7 +45,9 @@ class RequestMeter(Protocol):
 
 
 @final
-class _Uncounted:
+class Uncounted:
+    """A request of a server without accounts."""
+
     def close(self, completion_tokens: int) -> None:
         """Nothing to do."""
 
@@ -55,7 +58,7 @@ class NoMeter:
 
     async def open(self, principal: Principal | None, base: str, jobs: Sequence[Job], prompt_tokens: int) -> Counted:
         """Let every request through."""
-        return _Uncounted()
+        return Uncounted()
 
 
 @final
@@ -72,13 +75,10 @@ class AccountMeter:
 
     async def open(self, principal: Principal | None, base: str, jobs: Sequence[Job], prompt_tokens: int) -> Counted:
         """Count a request of an account."""
-        from trainer.control.limiter import OverLimitError
-        from trainer.control.store import StoreDownError
-
         assert principal is not None, "the guard lets no request through without a key"
         model, adapter = base.removesuffix(BASE_SUFFIX), jobs[0].served.adapter
-        try:
-            return await self.meter.open(
+        return await answered(
+            self.meter.open(
                 principal.account,
                 model,
                 "" if adapter is None or adapter == model else adapter,
@@ -86,11 +86,26 @@ class AccountMeter:
                 most_tokens=sum(job.sampling.max_tokens for job in jobs),
                 num_sequences=len(jobs),
             )
-        except OverLimitError as error:
-            status = 400 if error.retry_s is None else 429
-            raise ApiError(status, error.message, code=error.limit, retry_s=error.retry_s) from None
-        except StoreDownError:
-            raise ApiError(503, "limits cannot be checked now", code="store_down", retry_s=5) from None
+        )
+
+
+async def answered(asked: Awaitable[Answer]) -> Answer:
+    """What a meter answers.
+
+    Raises:
+        ApiError: 429 with the name of the limit, 400 where the request is beyond it by itself, 503 while the store is
+            down.
+    """
+    from trainer.control.limiter import OverLimitError
+    from trainer.control.store import StoreDownError
+
+    try:
+        return await asked
+    except OverLimitError as error:
+        status = 400 if error.retry_s is None else 429
+        raise ApiError(status, error.message, code=error.limit, retry_s=error.retry_s) from None
+    except StoreDownError:
+        raise ApiError(503, "limits cannot be checked now", code="store_down", retry_s=5) from None
 
 
 async def open_patiently(

@@ -97,7 +97,9 @@ def engine_lines(views: Iterable[EngineView]) -> str:
         for name, value in view.stats.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 counters.labels(view.deployment, name).set(value)
-        used = [_process(pid) for pid in view.pids]
+        used = [_process(pid) for pid in view.pids] or [
+            (view.stats.get("memory_bytes", 0), view.stats.get("cpu_ms", 0) / 1000)  # on other machines, too
+        ]
         memory.labels(view.deployment).set(sum(each[0] for each in used))
         cpu.labels(view.deployment).set(sum(each[1] for each in used))
     _devices(registry)
@@ -147,12 +149,11 @@ async def exposition(fleet: Fleet) -> str:
     for name, live in list(fleet.live.items()):
         pool = live.version.pool
         stats = await pool.ask("stats")
-        pids = tuple(each.pid for each in pool.replicas if each.pid is not None)
         views.append(
             EngineView(
                 deployment=name,
                 stats=stats,
-                pids=pids,
+                pids=(),
                 num_waiting=pool.num_waiting,
                 ready=live.num_ready,
                 wanted=live.wanted,

@@ -1,14 +1,11 @@
-"""Replicas of one model version: engine processes, and the choice among them for each request."""
+"""Replicas of one model version: engines, and the choice among them for each request."""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from itertools import count
-from pathlib import Path
 from time import monotonic
 from typing import Any, Final, final
 
@@ -16,33 +13,29 @@ from trainer.engine.protocol import Sampling
 from trainer.errors import LaunchError
 from trainer.run.console import tell
 from trainer.serve.api_errors import ApiError
+from trainer.serve.backend import Host
 from trainer.serve.engine_client import End, EngineClient, LostError, Token, can_continue, rest_of, untold_end
 
 ATTEMPTS: Final = 6
 """Replicas that a request is sent to, one after the other, as they are lost: one that kills them ends there."""
-START_S: Final = 300.0
-"""How long an engine may take to load its model."""
 _NUMBERS: Final = count(1)
 
 
 @final
 class Replica:
-    """One engine process. It is not started again: the deployment starts another one."""
+    """One engine. It is not started again: the deployment starts another one."""
 
-    def __init__(self, arguments: Sequence[str], directory: Path) -> None:
+    def __init__(self, host: Host) -> None:
         """Prepare; `start` starts it.
 
         Args:
-            arguments: of `python -m trainer.engine`, without the socket.
-            directory: of the socket; only the owner can read it.
+            host: its process.
         """
-        self.client = EngineClient()
+        self.client, self.host = EngineClient(), host
         self.number = next(_NUMBERS)
         self.cold_start: dict[str, float] = {}
         """Seconds by part: place, load, warm."""
         self.num_live, self.is_draining, self.begun = 0, False, monotonic()
-        self._arguments, self._socket = list(arguments), directory / f"replica-{self.number}.sock"
-        self._process: subprocess.Popen[bytes] | None = None
         self._connection: asyncio.Task[None] | None = None
 
     @property
@@ -55,11 +48,6 @@ class Replica:
         """Whether its process went away after it was ready."""
         return self._connection is not None and self._connection.done()
 
-    @property
-    def pid(self) -> int | None:
-        """Of the engine."""
-        return None if self._process is None else self._process.pid
-
     async def start(self, adapters: dict[str, str]) -> None:
         """Start it and wait until it has drawn a token.
 
@@ -68,11 +56,11 @@ class Replica:
 
         Raises:
             LaunchError: it ended, or refuses an adapter.
+            NoPlaceError: there is no room for it now.
         """
-        words = [sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._arguments]
-        self._process = await asyncio.to_thread(subprocess.Popen, words, stdin=subprocess.PIPE)
+        await self.host.place()
         placed = monotonic()
-        await self._connect()
+        self._connection = await self.host.connect(self.client)
         loaded = monotonic()
         for name, path in adapters.items():
             reply = await self.client.ask("load", name=name, path=path)
@@ -87,23 +75,6 @@ class Replica:
         parts = {"place": placed - self.begun, "load": loaded - placed, "warm": monotonic() - loaded}
         self.cold_start = {name: round(seconds, 3) for name, seconds in parts.items()}
 
-    async def _connect(self) -> None:
-        assert self._process is not None
-        deadline = monotonic() + START_S
-        while monotonic() < deadline:
-            if self._process.poll() is not None:
-                code = self._process.returncode
-                raise LaunchError(f"the engine ended with exit code {code}; its words are in the log")
-            try:
-                self._connection = await self.client.connect(self._socket)
-            except (FileNotFoundError, ConnectionRefusedError):  # no socket yet, or one that does not listen yet
-                await asyncio.sleep(0.02)
-            except (OSError, ValueError) as error:
-                raise LaunchError(f"the engine went away as it began: {error}") from None
-            else:
-                return
-        raise LaunchError(f"the engine did not load its model within {START_S:.0f} s")
-
     async def stop(self, drain_s: float) -> None:
         """End it, after the requests in flight.
 
@@ -114,31 +85,21 @@ class Replica:
         deadline = monotonic() + drain_s
         while self.num_live and not self.is_gone and monotonic() < deadline:
             await asyncio.sleep(0.02)
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                await asyncio.to_thread(self._process.wait, 10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
-            if self._process.stdin is not None:
-                with suppress(OSError):
-                    self._process.stdin.close()
+        self.client.disconnect()
+        await self.host.end()
         if self._connection is not None:
             await self._connection
-        self._socket.unlink(missing_ok=True)
 
 
 @final
 class ReplicaPool:
     """An engine for the gateway that is made of replicas: requests wait for one, and go on where one is lost."""
 
-    def __init__(self, arguments: Sequence[str], directory: Path, max_wait_s: float) -> None:
+    def __init__(self, new_host: Callable[[], Host], max_wait_s: float) -> None:
         """Begin without replicas.
 
         Args:
-            arguments: of `python -m trainer.engine`, without the socket.
-            directory: of their sockets.
+            new_host: a process that is not started yet.
             max_wait_s: how long a request waits for a replica.
         """
         self.replicas: list[Replica] = []
@@ -150,7 +111,7 @@ class ReplicaPool:
         self.last_used = monotonic()
         self.num_continued = 0
         """Streams that went on elsewhere after their replica was lost."""
-        self._arguments, self._directory = arguments, directory
+        self._new_host = new_host
         self._changed = asyncio.Event()
 
     @property
@@ -163,25 +124,34 @@ class ReplicaPool:
         """Sequences in flight, those that wait for a replica included."""
         return self.num_waiting + sum(replica.num_live for replica in self.replicas)
 
-    def new(self) -> Replica:
-        """A replica that `start` is called for."""
-        replica = Replica(self._arguments, self._directory)
+    def new(self, host: Host | None = None) -> Replica:
+        """A replica that `start` is called for.
+
+        Args:
+            host: an engine that runs already.
+        """
+        replica = Replica(host or self._new_host())
         self.replicas.append(replica)
         return replica
 
-    async def start(self, replica: Replica) -> None:
-        """Start a replica of `new`; one that does not start is not kept.
+    async def start(self, replica: Replica) -> bool:
+        """Start a replica of `new`; one that does not start is not kept. False: it was ended meanwhile.
 
         Raises:
             LaunchError: says why.
+            NoPlaceError: there is no room for it now.
         """
         try:
             await replica.start(dict(self.adapters))
-        except BaseException:
+        except BaseException as error:
+            was_unwanted = replica.is_draining and isinstance(error, Exception)
             await self.stop(replica, 0.0)
+            if was_unwanted:
+                return False
             raise
         self.hello = replica.client.hello
         self._changed.set()
+        return True
 
     async def stop(self, replica: Replica, drain_s: float) -> None:
         """End a replica and forget it."""

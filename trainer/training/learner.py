@@ -24,6 +24,7 @@ from trainer.errors import PreemptedError
 from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, Scores
+from trainer.training.measured import Measured, PackSums
 from trainer.training.schedule import AdamParams
 
 Loss = Callable[[Scores, Batch], LossTerms]
@@ -39,9 +40,17 @@ class PackResult:
 
     logprobs: torch.Tensor
     """[N] under the policy, detached."""
-    sums: Mapping[str, float]
-    """Sums over the pack's trained tokens: `loss`, each metric of the loss, `entropy` if asked for, and `tokens`, which
-    is N. Empty for a dummy batch."""
+    measured: PackSums | None
+    """None for a dummy batch."""
+
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """Sums over the pack's trained tokens; empty for a dummy batch.
+
+        They are `loss`, each metric of the loss, `entropy` if asked for, and `tokens`, which is N. Reading them waits
+        for a GPU.
+        """
+        return {} if self.measured is None else self.measured.read()
 
 
 @final
@@ -103,8 +112,8 @@ class Learner:
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
         self._updates = 0
         self._sums: dict[str, float] = {}
+        self._measured = Measured()
         self._rows: set[str] = set()
-        self._bad_rows: set[str] = set()
         self._is_abandoned = False
 
     @property
@@ -141,7 +150,7 @@ class Learner:
             scores = self.policy(batch, temperature=temperature, with_entropy=with_entropy)
             if batch.is_dummy:
                 (scores.logprobs.sum() * 0.0).backward()
-                return PackResult(scores.logprobs.detach(), {})
+                return PackResult(scores.logprobs.detach(), None)
             terms = loss(scores, batch)
             total = terms.loss.sum()
             if not batch.is_forward_only:
@@ -149,14 +158,8 @@ class Learner:
         measured = {"loss": total.detach(), **{name: values.sum() for name, values in terms.metrics.items()}}
         if with_entropy:
             measured["entropy"] = scores.entropy.sum()
-        values = torch.stack([value.double() for value in measured.values()]).tolist()
-        sums = {**dict(zip(measured, values, strict=True)), "tokens": float(batch.num_trained)}
-        self.add_sums(sums)
         self._rows |= set(batch.sources)
-        if not math.isfinite(sums["loss"]):
-            bad = batch.sequence_ids[~terms.loss.isfinite()].unique().tolist()
-            self._bad_rows |= {batch.sources[sequence] for sequence in bad}
-        return PackResult(scores.logprobs.detach(), sums)
+        return PackResult(scores.logprobs.detach(), self._measured.add(batch, measured, terms.loss))
 
     def add_sums(self, sums: Mapping[str, float]) -> None:
         """Add the metric sums of a pack whose backward pass ran elsewhere: one that this learner shares with others.
@@ -221,12 +224,13 @@ class Learner:
         if abandoned:
             self.discard()
             raise PreemptedError("the grace period is nearly over: the step begun is abandoned")
-        totals = self.world.sum_by_name({"loss": 0.0, "tokens": 0.0, **self._sums})
-        loss, tokens = totals.pop("loss") / divisor, totals.pop("tokens")
         if not self.is_sharded:
             self.world.sum_in_place(self._gradient)
         self._gradient.div_(divisor)
-        norm = float(torch.linalg.vector_norm(self._gradient))
+        norm = self._measured.read(torch.linalg.vector_norm(self._gradient))  # the only wait for a GPU in an update
+        self.add_sums(self._measured.totals())
+        totals = self.world.sum_by_name({"loss": 0.0, "tokens": 0.0, **self._sums})
+        loss, tokens = totals.pop("loss") / divisor, totals.pop("tokens")
         if self.is_sharded:
             norm = math.sqrt(self.world.sum_of([norm * norm])[0] / self.world.copies)
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -251,7 +255,7 @@ class Learner:
 
     def _offending_rows(self) -> tuple[str, ...]:
         """The rows of all ranks whose loss is not finite; all rows of the update where there are none."""
-        of_ranks = self.world.gather((sorted(self._bad_rows), sorted(self._rows)))
+        of_ranks = self.world.gather((sorted(self._measured.bad_sources()), sorted(self._rows)))
         bad = {row for bad_rows, _ in of_ranks for row in bad_rows}
         return tuple(sorted(bad or {row for _, rows in of_ranks for row in rows}))
 
@@ -259,7 +263,8 @@ class Learner:
         """Clear the sums and gradients accumulated since the last update."""
         self._gradient.zero_()
         self._sums = {}
-        self._rows, self._bad_rows, self._is_abandoned = set(), set(), False
+        self._measured.clear()
+        self._rows, self._is_abandoned = set(), False
 
     def refresh(self) -> None:
         """Round the masters into the model, after an update or a load."""

@@ -46,8 +46,9 @@ class PolicyLoss:
             advantages=inputs.advantages,
             sequence_ids=batch.sequence_ids,
             sampler_weights=correction,
+            num_sequences=batch.num_sequences,
         )
         terms = policy_terms(tokens, self.algorithm)
-        weights = token_weights(self.algorithm.normalizer, batch.sequence_ids)
+        weights = token_weights(self.algorithm.normalizer, batch.sequence_ids, batch.num_sequences)
         divergence = sampler_kl(old, inputs.sampler_logprobs)
         return LossTerms(terms.loss * weights, {**terms.metrics, "sampler_kl": divergence})

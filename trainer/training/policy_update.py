@@ -12,8 +12,9 @@ from trainer.algorithms import ResolvedAlgorithm, denominator
 from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.errors import NumericalError
-from trainer.model.batch import Batch, Tree, grow_forks, grow_trees, unit_batches
+from trainer.model.batch import Batch, Tree, unit_batches
 from trainer.model.policy import Reference, score
+from trainer.model.trees import grow_forks, grow_trees
 from trainer.planning.plan import RFTPlan
 from trainer.training.learner import Learner, PackResult, Update
 from trainer.training.losses import PolicyLoss

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import final
 
 from trainer.data.token_table import TokenTable
-from trainer.model.batch import Tree, fill, grow_forks
+from trainer.model.batch import Tree, fill
+from trainer.model.trees import grow_forks
 
 
 @final

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 
 import torch
 
 from trainer.data.chat import ChatEncoder, load_tokenizer
-from trainer.data.order import rows_of_step
 from trainer.data.token_table import TokenTable
-from trainer.model.batch import Batch, split_evenly
 from trainer.model.policy import Policy
 from trainer.training.attempt import Attempt
 from trainer.training.dropout import seed_dropout
 from trainer.training.losses import sft_loss
 from trainer.training.memory_preflight import probe_memory
 from trainer.training.metrics import Values
-from trainer.training.row_trees import plan_packs
 from trainer.training.sample_answers import SampleAnswers
 from trainer.training.schedule import adam_params
+from trainer.training.sft_packs import StepPacks, held_out_packs
 from trainer.training.token_rows import open_rows
 
 
@@ -49,23 +46,19 @@ def train(attempt: Attempt) -> None:
     answers = SampleAnswers(attempt, encoder)
     attempt.evaluate_at_start(learner, evaluate)
     answers.record(learner.policy)
-    while attempt.step < plan.steps:
-        start = time.perf_counter()
-        chosen = rows_of_step(recipe.seed, attempt.step, recipe.rows_per_step, rows.num_rows, excluded)
-        step_sequences = rows.sequences_of(chosen)
-        own = _of_rank(attempt, rows, step_sequences)
-        seed_dropout(recipe, attempt.step, world.rank)
-        with attempt.abandonable(learner):
-            update = learner.learn(
-                _packs(attempt, learner.policy, rows, own),
-                sft_loss,
-                adam_params(recipe.optimizer, attempt.step, plan.steps),
-                denominator=sum(sum(rows.sequence(number).inputs.weights) for number in own),
-            )
-        tokens = sum(rows.lengths(step_sequences))
-        values = {f"train/{name}": value for name, value in update.metrics.items()}
-        values |= attempt.performance(tokens=tokens, step_s=time.perf_counter() - start)
-        attempt.end_step(learner, values, evaluate, update.skipped_rows)
+    budget = learner.policy.pack_limit(plan.shape.micro_batch_tokens)
+    todo = range(attempt.step, plan.steps)
+    with StepPacks(recipe, rows, world, budget, steps=todo, excluded=excluded) as packs:
+        while attempt.step < plan.steps:
+            start = time.perf_counter()
+            step, own = packs.next_step(attempt.stop.moved)
+            seed_dropout(recipe, attempt.step, world.rank)
+            adam = adam_params(recipe.optimizer, attempt.step, plan.steps)
+            with attempt.abandonable(learner):
+                update = learner.learn(own, sft_loss, adam, denominator=step.denominator)
+            values = {f"train/{name}": value for name, value in update.metrics.items()}
+            values |= attempt.performance(tokens=step.num_tokens, step_s=time.perf_counter() - start)
+            attempt.end_step(learner, values, evaluate, update.skipped_rows)
     attempt.finish(learner)
     answers.record(learner.policy)
 
@@ -74,35 +67,14 @@ def train(attempt: Attempt) -> None:
 def _held_out_loss(attempt: Attempt, policy: Policy, rows: TokenTable) -> float:
     """Mean loss over the held-out rows of all ranks, weighted as in training."""
     policy.eval()
-    total = weight = 0.0
-    for batch in _packs(attempt, policy, rows, _of_rank(attempt, rows, range(rows.counts.num_sequences))):
-        total += float(sft_loss(policy(batch), batch).loss.sum(dtype=torch.float64))
-        weight += float(batch.inputs.weights.sum(dtype=torch.float64))
-    total, weight = attempt.world.sum_of([total, weight])
-    return total / weight
-
-
-def _packs(attempt: Attempt, policy: Policy, rows: TokenTable, numbers: Sequence[int]) -> Iterator[Batch]:
-    """Micro-batches within the shape's token budget; as many on each rank as on the others if the base is sharded.
-
-    Args:
-        attempt: has the shape and the ranks.
-        policy: whether it packs sequences.
-        rows: read one micro-batch at a time.
-        numbers: of the sequences.
-    """
-    groups = plan_packs(rows, numbers, policy.pack_limit(attempt.plan.shape.micro_batch_tokens))
-    # Asked before the first pack: a rank that asks after its last one waits for ranks that wait for it in a gather.
-    (num_dummies,) = attempt.world.num_dummies([len(groups)])
-    for group in groups:
-        attempt.stop.moved()
-        yield Batch.pack_trees([tree.read(rows) for tree in group], attempt.world.device)
-    for _ in range(num_dummies):
-        yield Batch.dummy(attempt.world.device)
-
-
-def _of_rank(attempt: Attempt, rows: TokenTable, numbers: Sequence[int]) -> list[int]:
-    """The sequences that this rank computes, balanced by tokens; those of a row stay together."""
-    units = rows.by_row(numbers)
-    parts = split_evenly([sum(rows.lengths(unit)) for unit in units], attempt.world.size)
-    return [number for index in parts[attempt.world.rank] for number in units[index]]
+    budget = policy.pack_limit(attempt.plan.shape.micro_batch_tokens)
+    sums = []
+    for batch in held_out_packs(rows, attempt.world, budget, attempt.stop.moved):
+        loss, weight = sft_loss(policy(batch), batch).loss, batch.inputs.weights
+        sums.append(torch.stack([loss.sum(dtype=torch.float64), weight.sum(dtype=torch.float64)]))
+    total = weights = 0.0
+    for of_loss, of_weight in torch.stack(sums).tolist() if sums else []:  # read at once: reading waits for a GPU
+        total += of_loss
+        weights += of_weight
+    total, weights = attempt.world.sum_of([total, weights])
+    return total / weights

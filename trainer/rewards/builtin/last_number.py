@@ -6,6 +6,7 @@ import re
 from decimal import Decimal
 from typing import Any, Final
 
+from trainer.rewards.builtin.answers import after_thinking
 from trainer.types import Row, read_field
 
 # Thousands are separated by commas in threes; "1,2" is two numbers.
@@ -45,7 +46,7 @@ def last_number(
     The answer is a number, text that is one number ("$1,250", "-5", "50%"), or text that ends in GSM8K's "#### 72". Any
     other answer, such as "3/8", is refused: its last number alone would reward wrong completions. Numbers are compared
     as decimals: 0.1 equals .10. Nothing is computed: "1/3" ends in 3, "5^5^5^5" in 5, "50%" is 50. LaTeX's 1{,}250 and
-    1,\!250 are 1,250.
+    1,\!250 are 1,250. Thinking, also thinking that is cut off, holds no answer.
 
     Args:
         completion: what the model wrote.
@@ -55,6 +56,7 @@ def last_number(
         after: look only behind the last occurrence of this text, for instance "####"; without it the reward is 0.0.
     """
     expected = read_answer(row, field)
+    completion = after_thinking(completion)
     if after is not None:
         _, found, completion = completion.rpartition(after)
         if not found:

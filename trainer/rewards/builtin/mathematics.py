@@ -7,6 +7,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from trainer.rewards.builtin.answers import after_thinking
 from trainer.types import Row, read_field
 
 BOX = "\\boxed{"
@@ -22,7 +23,8 @@ def math_verify(completion: str, row: Row, *, field: str = "answer") -> float | 
     >>> math_verify(r"\boxed{3}, no, \boxed{4}", {"answer": "4"}), math_verify("I cannot tell.", {"answer": "1/2"})
     (1.0, 0.0)
 
-    Where the completion has boxes, the last one is the answer. The library's own time limits are off, since signals do
+    Where the completion has boxes, the last one is the answer. Thinking, also thinking that is cut off, holds none. The
+    library's own time limits are off, since signals do
     not reach C code: the reward runner ends `5^5^5^5` and counts it as failed. A row's answer that the library cannot
     read is an error, not a 0.
 
@@ -37,6 +39,7 @@ def math_verify(completion: str, row: Row, *, field: str = "answer") -> float | 
     gold = _parse(str(answer)) if answer is not None else []
     if not gold:
         raise ValueError(f"{row}: {field} is not an expression: {answer!r}")
+    completion = after_thinking(completion)
     found = _parse(last_box(completion) or completion, may_be_bare=False)
     return float(bool(found) and verify(gold, found, timeout_seconds=None))
 

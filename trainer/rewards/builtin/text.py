@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
+from trainer.rewards.builtin.answers import after_thinking
 from trainer.types import Row, read_field
 
 
@@ -17,7 +19,8 @@ def exact_match(
     >>> exact_match("Answer: no. Answer: YES", {"answer": ["yes", "yeah"]}, after="Answer:", ignore_case=True)
     1.0
 
-    Space at the ends and runs of space within do not count.
+    Space at the ends and runs of space within do not count, nor does the Unicode form in which an accent is written.
+    Only what stands behind the thinking is compared; a completion that ends within its thinking has no answer.
 
     Args:
         completion: what the model wrote.
@@ -27,6 +30,7 @@ def exact_match(
         ignore_case: whether "YES" is "yes".
     """
     answers = read_answers(row, field)
+    completion = after_thinking(completion)
     if after is not None:
         _, found, completion = completion.rpartition(after)
         if not found:
@@ -38,12 +42,16 @@ def read_answers(row: Row, field: str) -> list[str]:
     """Return the texts that are right.
 
     Raises:
-        ValueError: the field is null, a list without texts, or an object; names the row.
+        ValueError: the field is null, empty, true or false, a list without texts, or an object; names the row.
     """
     found = read_field(row, field)
     answers = found if isinstance(found, list) else [found]
     if not answers or any(answer is None or isinstance(answer, dict | list) for answer in answers):
         raise ValueError(f"{row}: {field} must be a text, a number or a list of them, not {found!r:.80}")
+    if any(isinstance(answer, bool) for answer in answers):
+        raise ValueError(f'{row}: {field} is {found!r:.80}: write the text that the model is to write, as "yes"')
+    if not all(str(answer).strip() for answer in answers):
+        raise ValueError(f"{row}: {field} is empty: a model that says nothing would score 1.0")
     return [str(answer) for answer in answers]
 
 
@@ -57,7 +65,7 @@ def check_row(row: Row, *, field: str = "answer", **_: object) -> None:
 
 
 def _plain(text: str, ignore_case: bool) -> str:
-    plain = " ".join(text.split())
+    plain = " ".join(unicodedata.normalize("NFC", text).split())
     return plain.casefold() if ignore_case else plain
 
 

@@ -90,6 +90,8 @@ class ExecutorClient:
                 continue
             head, body = found
             if not head["ok"]:
-                raise ApiError(int(head["status"]), str(head["error"]))
+                raise ApiError(
+                    int(head["status"]), str(head["error"]), code=head.get("code"), retry_s=head.get("retry_s")
+                )
             return head, body
         raise ApiError(503, "no executor is ready", retry_s=5)

@@ -104,8 +104,10 @@ class TrainingFront:
     async def _create(
         self, owner: str, body: Mapping[str, Any], lora: Mapping[str, Any], begin: Mapping[str, Any] | None
     ) -> dict[str, Any]:
+        most = await self.guard.most_models(owner)
         reply, _ = await self.executor.ask(
             "create",
+            most_models=most,
             owner=owner,
             session=body["session_id"],
             number=int(body["model_seq_id"]),
@@ -128,11 +130,19 @@ class TrainingFront:
 
     async def submit(self, owner: str, kind: str, body: Mapping[str, Any], raw: bytes) -> dict[str, Any]:
         """Accept a request of a model's order."""
+        return (await self._submit(owner, kind, body, raw))[0]
+
+    async def _submit(self, owner: str, kind: str, body: Mapping[str, Any], raw: bytes) -> tuple[dict[str, Any], bool]:
+        """`submit`, and whether the request came for the first time."""
         model, seq = str(body["model_id"]), body.get("seq_id")
         if isinstance(seq, bool) or not isinstance(seq, int):
             raise ApiError(400, f"seq_id {seq!r}: requests of a model are numbered from 1", param="seq_id")
-        await self.executor.ask("submit", raw, owner=owner, model=model, seq=seq, kind=kind)
-        return {"request_id": request_id(model, seq), "model_id": model}
+        most = await self.guard.most_models(owner)
+        reply, _ = await self.executor.ask(
+            "submit", raw, owner=owner, model=model, seq=seq, kind=kind, most_models=most
+        )
+        found = {"request_id": request_id(model, seq), "model_id": model}
+        return found, bool(reply["is_new"])
 
     async def submit_pass(self, owner: str, raw: bytes) -> dict[str, Any]:
         """Accept a forward or forward_backward request; what is wrong with its data is the request's result."""
@@ -140,7 +150,13 @@ class TrainingFront:
             model, seq = read_pass_head(raw)
         except DataError as error:
             raise ApiError(400, str(error)) from None
-        return await self.submit(owner, "pass", {"model_id": model, "seq_id": seq}, raw)
+        ticket = await self.guard.admit_pass(owner, raw)
+        is_new = False
+        try:
+            found, is_new = await self._submit(owner, "pass", {"model_id": model, "seq_id": seq}, raw)
+        finally:
+            ticket.close(is_counted=is_new)
+        return found
 
     async def start_sample(self, owner: str, body: SampleBody) -> dict[str, Any]:
         """Begin to sample."""
@@ -149,7 +165,12 @@ class TrainingFront:
         directory = await self.sampler_directory(owner, body.sampling_session_id)
         request = f"{body.sampling_session_id}/{body.seq_id}"
         draws = draws_of(body, self.gateway, self.executor.hello["stop_ids"], request)
-        self.samples.start(owner, request, draws, directory)
+        if not self.samples.has(request):
+            most = draws.sampling.max_tokens * draws.count
+            counted = await self.guard.admit_sample(
+                owner, prompt_tokens=len(draws.prompt), most_tokens=most, count=draws.count
+            )
+            self.samples.start(owner, request, draws, directory, counted)
         ids = [f"{request}/{index}" for index in range(body.num_samples)]
         return {"request_id": request, "sample_sequence_ids": ids}
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from trainer.api.protocol import SCHEME
+from trainer.checkpoints.saved_state import SCHEME
 from trainer.serve.api_errors import ApiError
 from trainer.serve.training.front import MAX_BODY, TrainingFront, json_body, state_of
 from trainer.serve.training.samples import sample_body

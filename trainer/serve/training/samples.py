@@ -22,6 +22,7 @@ from trainer.serve.api_errors import ApiError
 from trainer.serve.engine import Engine
 from trainer.serve.engine_client import Token
 from trainer.serve.gateway import Gateway
+from trainer.serve.metering import Counted
 
 KEPT_S: Final = 600.0
 """How long the result of a sample request is kept."""
@@ -202,7 +203,12 @@ class Samples:
         self._tasks: dict[str, tuple[str, asyncio.Task[bytes]]] = {}
         self._done: dict[str, float] = {}
 
-    def start(self, owner: str, request: str, draws: Draws, directory: str | None) -> None:
+    def has(self, request: str) -> bool:
+        """Whether a request has begun, and its result is still kept."""
+        self._clean()
+        return request in self._tasks
+
+    def start(self, owner: str, request: str, draws: Draws, directory: str | None, counted: Counted) -> None:
         """Begin to sample; the same request again changes nothing.
 
         Args:
@@ -210,6 +216,7 @@ class Samples:
             request: id of the request.
             draws: what to draw.
             directory: of the adapter; None is the base.
+            counted: closed with the tokens that were drawn, whatever comes of the request.
 
         Raises:
             ApiError: too many sequences are in flight.
@@ -217,10 +224,15 @@ class Samples:
         self._clean()
         if request in self._tasks:
             return
-        admission = ExitStack()
-        admission.enter_context(self._gateway.admitted(draws.count))
-        task = asyncio.create_task(self._draw_all(draws, directory))
+        admission, drawn = ExitStack(), [0]
+        try:
+            admission.enter_context(self._gateway.admitted(draws.count))
+        except ApiError:
+            counted.close(0)
+            raise
+        task = asyncio.create_task(self._draw_all(draws, directory, drawn))
         task.add_done_callback(lambda _: admission.close())
+        task.add_done_callback(lambda _: counted.close(drawn[0]))
         task.add_done_callback(lambda _: self._done.setdefault(request, time.monotonic()))
         self._tasks[request] = owner, task
 
@@ -247,9 +259,10 @@ class Samples:
         for request in [each for each, when in self._done.items() if when < limit]:
             del self._done[request], self._tasks[request]
 
-    async def _draw_all(self, draws: Draws, directory: str | None) -> bytes:
+    async def _draw_all(self, draws: Draws, directory: str | None, num_drawn: list[int]) -> bytes:
+        """The result; `num_drawn[0]` counts tokens as they come, also of a request that fails."""
         adapter = None if directory is None else await self.adapters.name_of(directory)
-        work = [self._draw(draws, index, adapter) for index in range(draws.count)]
+        work = [self._draw(draws, index, adapter, num_drawn) for index in range(draws.count)]
         drawn = await asyncio.gather(*work)
         logprobs, top = None, None
         if draws.top_prompt is not None:
@@ -272,7 +285,7 @@ class Samples:
                     return event.prompt_logprobs
         raise ApiError(500, "the engine ended a sequence without a word")
 
-    async def _draw(self, draws: Draws, index: int, adapter: str | None) -> tuple[Drawn, int]:
+    async def _draw(self, draws: Draws, index: int, adapter: str | None, num_drawn: list[int]) -> tuple[Drawn, int]:
         """One sequence, and how many tokens of its prompt were not computed again."""
         tokens: list[int] = []
         logprobs: list[float] = []
@@ -284,6 +297,7 @@ class Samples:
                     return Drawn(tokens, logprobs, event.reason == "stop", top), event.cached_tokens
                 assert event.report is not None
                 tokens.append(event.token)
+                num_drawn[0] += 1
                 logprobs.append(float(event.report["logprob"]))
                 if draws.top_sample:
                     top.append([(int(a), float(b)) for a, b in event.report["top"]])

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, final
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from trainer.control.meter import Meter
     from trainer.inference.source import ModelSource
     from trainer.serve.engine_process import SupervisedProcess
     from trainer.serve.gateway import Gateway
     from trainer.serve.training.executor_client import ExecutorClient
     from trainer.serve.training.front import TrainingFront
+    from trainer.serve.training.guard import TrainingGuard
 
 
 @final
@@ -43,7 +45,9 @@ def refuse_training(arguments: argparse.Namespace) -> None:
         )
 
 
-def start_training(arguments: argparse.Namespace, gateway: Gateway, base: ModelSource, directory: Path) -> Training:
+def start_training(
+    arguments: argparse.Namespace, gateway: Gateway, base: ModelSource, directory: Path, meter: Meter | None
+) -> Training:
     """Begin to start the executor.
 
     Args:
@@ -51,6 +55,7 @@ def start_training(arguments: argparse.Namespace, gateway: Gateway, base: ModelS
         gateway: samples for it.
         base: the model that is trained on.
         directory: for its socket; only the owner can read it.
+        meter: of a server with accounts.
     """
     from trainer.serve.engine_process import SupervisedProcess
     from trainer.serve.training.executor_client import ExecutorClient
@@ -66,5 +71,7 @@ def start_training(arguments: argparse.Namespace, gateway: Gateway, base: ModelS
     words += ["--micro-batch-tokens", str(arguments.micro_batch_tokens)]
     process = SupervisedProcess(words, directory / "executor.sock", ExecutorClient(), "trainer.api")
     process.launch()
-    guard = AccountGuard() if arguments.with_accounts else KeyGuard(gateway.limits.api_key_digests)
+    guard: TrainingGuard = KeyGuard(gateway.limits.api_key_digests)
+    if meter is not None:
+        guard = AccountGuard(meter, gateway.models.base.name)
     return Training(process, TrainingFront.of(gateway, process.client, guard, str(Path(model.path).resolve())))

@@ -1,0 +1,161 @@
+"""Compile what a GPU would run, without a GPU, down to machine code; write what each kernel needs of the card.
+
+Exit code 1 if a kernel needs more shared memory than a thread block of the card can have, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+TRITON: Final = "triton==3.7.1"
+"""The version that torch 2.13 is built with."""
+PARTS: Final = ("attention", "layers", "head")
+VOCABULARIES: Final = ((128_256, None), (151_936, None), (262_144, None), (256_000, 30.0))
+"""Llama 3, Qwen, Gemma 3, and Gemma 2 with its soft cap."""
+
+Rows = Iterator[dict[str, Any]]
+
+
+def attention_rows(card: Any, only: str) -> Rows:
+    """The kernels of each geometry: forward, backward, without gradient and in inference mode."""
+    from geometries import GEOMETRIES, programs_of
+
+    for geometry in GEOMETRIES:
+        if only in geometry.name:
+            for program in programs_of(geometry, card):
+                yield from kernel_rows(geometry.name, program, card)
+
+
+def layer_rows(card: Any, only: str) -> Rows:
+    """The kernels of decoder layers with LoRA of rank 16 and with full parameters, 4 documents of 1,024 tokens."""
+    from lowered_layers import LAYERS, foreign_addmms, lowered_layer
+
+    from trainer.config.recipe import LoraSettings
+
+    for name, layer in LAYERS.items():
+        for kind, lora in (("LoRA", LoraSettings(rank=16)), ("full", None)):
+            if only not in f"{name} {kind}":
+                continue
+            programs, launches = lowered_layer(layer, lora, [1024] * 4, card)
+            for program, launched in zip(programs, launches, strict=True):
+                yield from kernel_rows(f"{name} {kind}", program, card)
+                yield {
+                    "of": f"{name} {kind}",
+                    "pass": program.kind,
+                    "triton_launches": sum(each.is_triton for each in launched),
+                    "launches": sum(each.num_kernels for each in launched),
+                    "gigabytes": sum(each.num_bytes for each in launched) / 1e9,
+                    "foreign_addmms": len(foreign_addmms(program)),
+                }
+
+
+def head_rows(card: Any, only: str) -> Rows:
+    """The kernels of the head's statistics."""
+    from lowered_layers import lowered_statistics
+
+    for vocab, softcap in VOCABULARIES:
+        for with_entropy in (False, True):
+            name = f"head {vocab}{' cap' if softcap else ''}{' entropy' if with_entropy else ''}"
+            if only in name:
+                program = lowered_statistics(vocab, card, softcap=softcap, with_entropy=with_entropy)
+                yield from kernel_rows(name, program, card)
+
+
+def kernel_rows(of: str, program: Any, card: Any) -> Rows:
+    """A row for each kernel of a program in each configuration."""
+    from lowered_kernels import cubins
+
+    sys.stderr.write(f"{of}, {program.kind}\n")
+    for cubin in cubins(program, card):
+        yield {"of": of, "pass": program.kind, **dataclasses.asdict(cubin)}
+
+
+def table_lines(rows: list[dict[str, Any]], card_name: str, card: Any) -> list[str]:
+    """The rows as Markdown: kernels with products, layers, and the largest of all others."""
+    heavy = [row for row in rows if row.get("tensor_cores")]
+    light = [row for row in rows if "kernel" in row and not row["tensor_cores"]]
+    lines = [
+        f"# Kernels compiled for {card_name}",
+        "",
+        f"`scripts/lower --card {card_name}`, without a GPU: Inductor of torch and {TRITON}, down to machine code.",
+        f"A thread block can have {card.shared_bytes:,} bytes of shared memory. Spilled: bytes of registers that a thread",
+        "stores to local memory. Nothing here was run or timed.",
+        "",
+        "| attention | pass | warps | shared bytes | registers | spilled bytes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in heavy:
+        warps = row["config"].rpartition("=")[2]
+        lines.append(
+            f"| {row['of']} | {row['pass']} | {warps} | {row['shared_bytes']:,} | {row['registers']} "
+            f"| {row['spilled_bytes']:,} |"
+        )
+    layers = [row for row in rows if "launches" in row]
+    if layers:
+        lines += ["", "| layer, 4,096 tokens | pass | Triton kernels | all kernels | GB | addmm into another buffer |"]
+        lines += ["|---|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {row['of']} | {row['pass']} | {row['triton_launches']} | {row['launches']} | {row['gigabytes']:.2f} "
+            f"| {row['foreign_addmms']} |"
+            for row in layers
+        ]
+    if light:
+        lines += [
+            "",
+            f"{len(light)} other kernels and configurations need at most {max(row['shared_bytes'] for row in light):,} "
+            f"bytes of shared memory and spill at most {max(row['spilled_bytes'] for row in light):,}.",
+        ]
+    return [*lines, ""]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Lower the chosen parts and write the table."""
+    parser = argparse.ArgumentParser(prog="scripts/lower", description=__doc__)
+    parser.add_argument("--card", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--only", default="", help="words in the name of a geometry, layer or head")
+    parser.add_argument("--out", type=Path, help="Markdown; standard output without it")
+    parser.add_argument("--json", type=Path, help="the rows as JSON")
+    arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        sys.stderr.write(f"scripts/lower needs Triton: pip install {TRITON}\n")
+        return 2
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    from lowering import CARDS
+
+    card = CARDS[arguments.card]
+    makers = {"attention": attention_rows, "layers": layer_rows, "head": head_rows}
+    rows = []
+    for part in arguments.parts:
+        for row in makers[part](card, arguments.only):
+            rows.append(row)
+            if arguments.json is not None:  # each time, so that an interrupted call leaves what it found
+                arguments.json.write_text("[\n" + ",\n".join(json.dumps(each) for each in rows) + "\n]\n")
+    if not rows:
+        parser.error(f"--only {arguments.only!r}: nothing has these words in its name")
+    text = "\n".join(table_lines(rows, arguments.card, card))
+    if arguments.out is not None:
+        arguments.out.write_text(text)
+    else:
+        sys.stdout.write(text)
+    too_large = [row for row in rows if row.get("shared_bytes", 0) > card.shared_bytes]
+    for row in too_large:
+        sys.stderr.write(
+            f"{row['of']}, {row['pass']}, {row['kernel']}: {row['shared_bytes']:,} bytes of shared memory\n"
+        )
+    return 1 if too_large else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
