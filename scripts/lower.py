@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="the rows as JSON")
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
-        sys.stderr.write(f"scripts/lower needs Triton: scripts/setup_triton\n")
+        sys.stderr.write("scripts/lower needs Triton: scripts/setup_triton\n")
         return 2
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
