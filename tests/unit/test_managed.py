@@ -179,10 +179,11 @@ def test_a_request_to_a_server_that_was_given_up_says_why(lab):
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from trainer.managed.place import ServerPlace
 from trainer.managed.server import ManagedServer, ServerCommand
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 directory = Path(sys.argv[2])
 argv = lambda socket: [sys.executable, "-S", sys.argv[1], str(socket), str(directory), "stubborn"]
 server = ManagedServer(ServerCommand("the server", argv, directory / "log"), ServerPlace(directory), print)
