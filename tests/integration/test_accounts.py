@@ -153,7 +153,7 @@ def test_use_is_counted_by_account_model_and_addon_and_costs_credit(served: Serv
     assert row["requests"] == 4
     shown = served.project.trainer("usage", "spender", "--by", "addon")
     assert shown.stdout.splitlines()[0].split() == [
-        *("addon", "requests", "tokens", "in", "tokens", "out", "device", "s", "replica", "s", "cost")
+        *("addon", "requests", "tokens", "in", "tokens", "out", "trained", "device", "s", "replica", "s", "cost")
     ]
     assert shown.stdout.splitlines()[1].split()[:2] == ["-", "3"]
 

@@ -122,13 +122,15 @@ def test_large_and_small_heads_fit_other_cards(tmp_path, card, name):
 def test_layers_keep_their_budget_of_kernels_and_bytes(tmp_path):
     """Budgets of 7 + 7 Triton kernels, and 1.85 and 2.95 GB for a layer of Llama-3.1-8B with 4,096 tokens.
 
-    The forward pass takes 1.94 GB as long as each of q, k, v, gate and up reads its input (docs/performance.md).
+    Two more kernels stack the A of joined layers, and 0.10 GB are counted of tensors of which a part is read
+    (docs/performance.md).
     """
     rows = lowered(tmp_path, "--parts", "layers", "--only", "Llama-3.1-8B LoRA")
     found = {(row["of"], row["pass"]): row for row in rows if "launches" in row}
     assert all(row["foreign_addmms"] == 0 for row in found.values())
     llama = {kind: found["Llama-3.1-8B LoRA", kind] for kind in ("forward", "backward", "inference")}
-    assert [llama[kind]["triton_launches"] for kind in llama] == [7, 7, 8]
+    assert [llama[kind]["triton_launches"] for kind in llama] == [9, 6, 10]
+    assert [llama[kind]["launches"] for kind in llama] == [24, 48, 25]
     assert llama["forward"]["gigabytes"] < 1.95
-    assert llama["backward"]["gigabytes"] < 2.70
+    assert llama["backward"]["gigabytes"] < 2.40
     assert_fits([row for row in rows if "kernel" in row], "sm_90")

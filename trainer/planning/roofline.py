@@ -24,16 +24,18 @@ BANDWIDTH_FRAC: Final = 0.84
 """Of the data sheet: 2.8 TB/s of an H100."""
 THIN_FRAC: Final = 0.6
 """Of that: products of rank 16."""
-ELEMENTWISE_PASSES: Final = 2.5
-"""Forward and backward elementwise traffic of a compiled layer over that of its forward pass alone: 0.74 and 1.11 GB
+ELEMENTWISE_PASSES: Final = 2.3
+"""Forward and backward elementwise traffic of a compiled layer over that of its forward pass alone: 0.74 and 0.96 GB
 were counted in the kernels of a layer of Llama-3.1-8B (benchmarks/results/lowering_sm_90.md)."""
-UNCOMPILED: Final = 3.84
-"""Times the elementwise traffic of compiled layers: 52 + 94 kernels a layer instead of 7 + 7."""
+UNCOMPILED: Final = 4.17
+"""Times the elementwise traffic of compiled layers: 52 + 94 kernels a layer instead of 9 + 6."""
 LAUNCH_S: Final = (10e-6, 28e-6)
 """Host time of a kernel launch, Python included; 28 us were measured where the host was the limit."""
-LAUNCHES: Final = {True: 84, False: 250}
-"""Per layer, forward and backward, compiled or not; counted: 84 are 14 Triton kernels and 70 of the adapters' products
+LAUNCHES: Final = {True: 72, False: 250}
+"""Per layer, forward and backward, compiled or not; counted: 72 are 15 Triton kernels and 57 of the adapters' products
 (benchmarks/results/lowering_sm_90.md)."""
+JOINED: Final = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+"""Layers whose products are one operator where layers are compiled (model/lora_group.py)."""
 BETWEEN_S: Final = (0.01, 0.04)
 """Between two steps the device waits for the next pack and for the norm of the gradient."""
 BYTES: Final = 2
@@ -105,7 +107,7 @@ def step_cost(
     again = 1 if recomputed is True else 0
     short = SHORT_ATTENTION[0] * tokens / len(lengths) / SHORT_ATTENTION[1]
     elementwise = facts.layers * _elementwise_bytes(facts, tokens) * (1.0 if is_compiled else UNCOMPILED)
-    thin = facts.layers * _thin_bytes(facts, tokens) if is_lora else 0.0
+    thin = facts.layers * _thin_bytes(facts, tokens, is_joined=is_compiled) if is_lora else 0.0
     extra = 1 + again / 3
     elementwise_extra = 4 / 3 if recomputed else 1.0
     parts = {
@@ -146,10 +148,17 @@ def _elementwise_bytes(facts: ModelFacts, tokens: int) -> float:
     return ELEMENTWISE_PASSES * forward * tokens * BYTES
 
 
-def _thin_bytes(facts: ModelFacts, tokens: int) -> float:
+def _thin_bytes(facts: ModelFacts, tokens: int, *, is_joined: bool) -> float:
     """Bytes of a block's adapter products: each reads its input or writes its output, four times each in all.
 
     Forward: A reads x; B reads and writes y. Backward: B^T reads the gradient; A^T reads and writes the gradient of x;
-    the gradients of A and B read x and the gradient once more.
+    the gradients of A and B read x and the gradient once more. Joined layers share x and its gradient.
     """
-    return 4.0 * sum(width_in + width_out for _, width_in, width_out in facts.adapted_linears()) * tokens * BYTES
+    shared: set[frozenset[str]] = set()
+    width = 0
+    for name, width_in, width_out in facts.adapted_linears():
+        group = next((each for each in JOINED if name.rpartition(".")[2] in each), None)
+        width += width_out if is_joined and group in shared else width_in + width_out
+        if group is not None:
+            shared.add(group)
+    return 4.0 * width * tokens * BYTES
