@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {ours.name: []}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        theirs = []
-        for name, settings in SETTINGS.items():
-            try:
-                theirs.append(Trl(name, arguments.steps, folder, **settings))
-                theirs[-1].run()
-            except Exception as error:  # a setting that does not run here is reported, not hidden
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-                theirs = [peer for peer in theirs if peer.name != name]
+        theirs = trl_runners(arguments.steps, folder, failed)
         ours.run()
         for number in range(arguments.rounds):
             for runner in [ours, *theirs] if number % 2 == 0 else [*theirs, ours]:
@@ -138,21 +132,28 @@ def main() -> None:
     report(Path(arguments.out), rates, failed, arguments)
 
 
+def trl_runners(steps: int, folder: str, failed: dict[str, str]) -> list[Trl]:
+    """TRL in each setting that runs here, run once; why the others do not run goes into `failed`, by name."""
+    runners = []
+    for name, settings in SETTINGS.items():
+        try:
+            runner = Trl(name, steps, folder, **settings)
+            runner.run()
+        except Exception as error:  # a setting that does not run here is reported, not hidden
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        else:
+            runners.append(runner)
+    return runners
+
+
 def serve_side(arguments: argparse.Namespace) -> None:
     """Answer with tokens/s of one side, of TRL those of each setting that runs here; see sides.py."""
     ours = Ours(arguments.steps)
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runners: list[Ours | Trl] = [ours]
+        runners: Sequence[Ours | Trl] = [ours]
         if arguments.serve == "trl":
-            runners = []
-            for name, settings in SETTINGS.items():
-                try:
-                    runners.append(Trl(name, arguments.steps, folder, **settings))
-                    runners[-1].run()
-                except Exception as error:  # a setting that does not run here is reported, not hidden
-                    failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-                    runners = [runner for runner in runners if runner.name != name]
+            runners = trl_runners(arguments.steps, folder, failed)
 
         def measure() -> dict[str, Any]:
             return {runner.name: sum(ours.tokens) / sum(runner.run()) for runner in runners}

@@ -6,7 +6,11 @@ import functools
 import tempfile
 from pathlib import Path
 
+from trainer.control.accounts import create_account
+from trainer.control.audit import Actor
 from trainer.control.store import Store
+
+ACTOR = Actor("cli test")
 
 
 @functools.cache
@@ -23,3 +27,10 @@ def migrated(directory: Path) -> Store:
     file.touch(mode=0o600)
     file.write_bytes(_template())
     return Store(f"sqlite:///{file}")
+
+
+def with_team(directory: Path) -> Store:
+    """A store in a directory, with the account `team`."""
+    store = migrated(directory)
+    create_account(store, ACTOR, "team")
+    return store

@@ -12,11 +12,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from stores import migrated
+from stores import ACTOR, with_team
 
 from trainer.control import audit, keys
 from trainer.control.accounts import AccountError, create_account, list_accounts, set_disabled
-from trainer.control.audit import Actor, AuditError, Head
+from trainer.control.audit import AuditError, Head
 from trainer.control.durations import seconds_of
 from trainer.control.prices import PriceError, amount, read_prices
 from trainer.control.quotas import quotas_of, set_quota
@@ -26,14 +26,10 @@ from trainer.control.tables import METADATA
 from trainer.control.usage import Used, add_usage, spent, usage_by
 from trainer.errors import UserError
 
-ACTOR = Actor("cli test")
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = migrated(tmp_path / "state")
-    create_account(opened, ACTOR, "team")
-    return opened
+    return with_team(tmp_path / "state")
 
 
 def test_the_migrations_make_the_declared_tables_and_only_the_owner_reads_them(tmp_path: Path) -> None:

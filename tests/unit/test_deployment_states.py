@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from stores import migrated
+from stores import ACTOR, with_team
 
 from trainer.config.deployment_shape import find_deployment_shape
 from trainer.control import audit
-from trainer.control.accounts import AccountError, create_account
-from trainer.control.audit import Actor
+from trainer.control.accounts import AccountError
 from trainer.control.deployments import (
     Spec,
     advance,
@@ -31,16 +30,13 @@ from trainer.control.store import Store
 from trainer.errors import RecipeError, ShapeError, UserError
 from trainer.serve.deployed import shape_for
 
-ACTOR = Actor("cli test")
 SPEC = Spec(model="m", shape="cpu")
 STATES, EVENTS = get_args(State), get_args(Event)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = migrated(tmp_path)
-    create_account(opened, ACTOR, "team")
-    return opened
+    return with_team(tmp_path)
 
 
 def bring_to(store: Store, state: State) -> None:

@@ -7,18 +7,15 @@ import gc
 from pathlib import Path
 
 import pytest
-from stores import migrated
+from stores import ACTOR, with_team
 
-from trainer.control.accounts import create_account, set_disabled
-from trainer.control.audit import Actor
+from trainer.control.accounts import set_disabled
 from trainer.control.limiter import Limiter, OverLimitError, Permit
 from trainer.control.meter import Meter, SharedClock
 from trainer.control.prices import ModelPrice, Prices
 from trainer.control.quotas import set_quota
 from trainer.control.store import Store
 from trainer.control.usage import spent, usage_by
-
-ACTOR = Actor("cli test")
 
 
 class Clock:
@@ -115,9 +112,7 @@ def test_sequences_share_the_time_of_their_engine(clock: Clock) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = migrated(tmp_path)
-    create_account(opened, ACTOR, "team")
-    return opened
+    return with_team(tmp_path)
 
 
 PRICES = Prices(models={"m": ModelPrice(input=1, output=2)})

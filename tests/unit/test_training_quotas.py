@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from stores import migrated
+from stores import ACTOR, with_team
 
-from trainer.control.accounts import create_account
-from trainer.control.audit import Actor
 from trainer.control.limiter import OverLimitError
 from trainer.control.meter import Meter
 from trainer.control.prices import Prices
@@ -18,14 +16,10 @@ from trainer.control.quotas import set_quota
 from trainer.control.store import Store
 from trainer.control.usage import today, trained, usage_by
 
-ACTOR = Actor("cli test")
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    opened = migrated(tmp_path / "state")
-    create_account(opened, ACTOR, "team")
-    return opened
+    return with_team(tmp_path / "state")
 
 
 def test_training_tokens_of_a_day_are_limited_and_counted_once(store: Store) -> None:

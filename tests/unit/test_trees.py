@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from block_masks import assert_blocks_leave_no_cell_out
 from groups import CPU, drawn, four_groups, make_learner, make_plan, minibatches, perturb, run_step
 from tiny import VOCAB_SIZE, tiny_model_dir
 
@@ -86,24 +87,7 @@ def test_the_gpu_path_sees_the_same_trees(window):
     [((200, (150, 90, 60)), (300, ()), (130, (128, 128))), ((128, (128,) * 3),), ((3, (5,) * 60), (256, (1, 1)))],
 )
 def test_blocks_of_the_gpu_mask_leave_no_cell_out(trees, window):
-    """Blocks that are passed over hold nothing that is seen, and blocks taken whole hold nothing that is not."""
-    mask = flex.block_mask_of(PackedLayout.of_trees(trees, CPU), window)
-    total = sum(prefix + sum(branches) for prefix, branches in trees)
-    place = torch.arange(total)
-    assert mask.full_kv_indices is not None
-    assert mask.full_kv_num_blocks is not None
-    seen = mask.mask_mod(place, place, place[:, None], place[None, :])
-    size = flex.MASK_BLOCK
-    num = -(-total // size)
-    padded = torch.zeros(num * size, num * size, dtype=torch.bool)
-    padded[:total, :total] = seen
-    blocks = padded.view(num, size, num, size).transpose(1, 2).flatten(2)
-    for row in range(num):
-        some = set(mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].tolist())
-        whole = set(mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist())
-        assert {column for column in range(num) if blocks[row, column].any()} <= some | whole
-        assert all(blocks[row, column].all() for column in whole)
-        assert not some & whole
+    assert_blocks_leave_no_cell_out(PackedLayout.of_trees(trees, CPU), window)
 
 
 def test_trees_keep_the_budget_and_lose_nothing():

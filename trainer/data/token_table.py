@@ -203,12 +203,15 @@ class TokenTable:
     def by_row(self, sequences: Sequence[int]) -> list[list[int]]:
         """Numbers of sequences, those of one row together; a row that comes twice counts twice."""
         units: list[list[int]] = []
-        for number in sequences:
-            before = units[-1][-1] if units else None
-            if before == number - 1 and self._row_of(before) == self._row_of(number):
+        before = (-1, -1)
+        for number, row in zip(
+            sequences, np.searchsorted(self._row_ends, sequences, side="right").tolist(), strict=True
+        ):
+            if units and before == (number - 1, row):
                 units[-1].append(number)
             else:
                 units.append([number])
+            before = (number, row)
         return units
 
     def lengths(self, sequences: Sequence[int]) -> list[int]:
@@ -220,7 +223,7 @@ class TokenTable:
         part = slice(self._first(self._ends, number), int(self._ends[number]))
         loss_mask = tuple(self._loss_mask[part].tolist())
         weights = (float(self._weights[number]),) * sum(loss_mask[1:])
-        row = self._row_of(number)
+        row = int(np.searchsorted(self._row_ends, number, side="right"))
         return TokenSequence(
             tuple(self._token_ids[part].tolist()), loss_mask, TokenInputs(weights=weights), self._source(row)
         )
@@ -234,9 +237,6 @@ class TokenTable:
         if file in self._names and line.isdigit():
             number = self._names.index(file)
             yield from np.flatnonzero((self._lines == int(line)) & (self._files == number)).tolist()
-
-    def _row_of(self, number: int) -> int:
-        return int(np.searchsorted(self._row_ends, number, side="right"))
 
     def _source(self, row: int) -> str:
         return f"{self._names[int(self._files[row])]}:{int(self._lines[row])}"

@@ -141,7 +141,7 @@ def _one(read: _Read) -> StepRow:
 
 
 def num_draft_pages(model: EngineModel, sequences: int, most: int) -> int:
-    """Pages with room for so many sequences at the model's window, and at most those of the large model."""
+    """Pages with room for this many sequences at the model's window, and at most those of the large model."""
     return min(most, sequences * -(-(model.window + MOST) // PAGE))
 
 

@@ -29,10 +29,8 @@ from trainer.model.layout import PackedLayout
 from trainer.model.lora_group import GroupSearch, ProductGroup
 
 KEPT: Final = frozenset(
-    {
-        *("trainer.lora_product.default", "trainer.lora_group.default", "flex_attention"),
-        *("aten.mm.default", "aten.addmm.default"),
-    }
+    {"trainer.lora_product.default", "trainer.lora_group.default", "flex_attention"}
+    | {"aten.mm.default", "aten.addmm.default"}
 )
 """Operators whose results selective checkpointing keeps: products and attention."""
 CHECKPOINTING: Final = "forward_with_checkpointing"

@@ -101,7 +101,7 @@ class PackedLayout:
             forks: of each tree, how many tokens of the prefix each branch continues. None: all of them.
         """
         numbered = tuple((prefix, tuple(branches)) for prefix, branches in trees)
-        ends = tuple((prefix,) * len(branches) for prefix, branches in numbered)
+        ends = _whole_prefixes(numbered)
         forked = ends if forks is None else tuple(map(tuple, forks))
         kept = () if forked == ends else forked
         longest = max(
@@ -151,8 +151,13 @@ class PackedLayout:
         """
         if self.made_coordinates is not None and not padding:
             return self.made_coordinates
-        forks = self.forks or tuple((prefix,) * len(branches) for prefix, branches in self.trees)
+        forks = self.forks or _whole_prefixes(self.trees)
         return _coordinates(self.trees, forks, self.padding + padding).to(self.order.device)
+
+
+def _whole_prefixes(trees: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[tuple[int, ...], ...]:
+    """`PackedLayout.forks` of trees whose branches continue all of their prefix."""
+    return tuple((prefix,) * len(branches) for prefix, branches in trees)
 
 
 def _coordinates(

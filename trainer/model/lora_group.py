@@ -8,17 +8,15 @@ views of one matrix: neither memory nor names change. Parameters of the adapters
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from trainer.model.lora_linear import FusedLinear
-
-GROUPS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers of one module that may read the same input; whether they do is seen in a pass."""
+from trainer.model.lora_product import fake_product
+from trainer.planning.module_names import JOINED
 
 
 def group_product(
@@ -61,19 +59,7 @@ def _product(
 
 
 _group_operator = torch.library.custom_op("trainer::lora_group", _product, mutates_args=())
-
-
-@_group_operator.register_fake
-def _fake_group(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    down: torch.Tensor,
-    ups: list[torch.Tensor],
-    scalings: list[float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    del bias, ups, scalings
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
+_group_operator.register_fake(fake_product)
 
 
 def _gradients(
@@ -103,17 +89,8 @@ _group_gradients = torch.library.custom_op("trainer::lora_group_gradients", _gra
 
 
 @_group_gradients.register_fake
-def _fake_gradients(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    inner: torch.Tensor,
-    weight: torch.Tensor,
-    down: torch.Tensor,
-    ups: list[torch.Tensor],
-    scalings: list[float],
-    needs_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    del inner, weight, scalings
+def _fake_gradients(*given: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    grad, x, _, _, down, ups, _, needs_x = given
     grad_x = x.new_empty(x.shape) if needs_x else grad.new_empty(0)
     return grad_x, down.new_empty(down.shape), [up.new_empty(up.shape) for up in ups]
 
@@ -235,7 +212,7 @@ class GroupSearch:
 def _candidates(module: nn.Module) -> list[list[FusedLinear]]:
     """Groups of layers of a module whose weights can be joined: adapted, all with a bias or all without."""
     found = []
-    for names in GROUPS:
+    for names in JOINED:
         members = [getattr(module, name, None) for name in names]
         layers = [member for member in members if isinstance(member, FusedLinear)]
         if len(layers) < len(names):

@@ -124,15 +124,10 @@ _product_operator = torch.library.custom_op("trainer::lora_product", _product, m
 
 
 @_product_operator.register_fake
-def _fake_product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    scaling: float,
+def fake_product(
+    x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None, down: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    del bias, up, scaling
+    """Shapes of [..., out] and of [T, r], for the compiler; also those of joined layers (lora_group.py)."""
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
 
 

@@ -15,6 +15,8 @@ EMBEDDINGS: Final = frozenset(
     | {"embed_out", "shared"}
 )
 """Names of input and output embeddings: an adapter there is not supported."""
+JOINED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that may read the same input: in compiled layers their adapted products are one operator."""
 MAX_HEADER_BYTES: Final = 1 << 27
 
 

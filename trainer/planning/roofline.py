@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Final, final
 
 from trainer.config.devices import KnownDevice
+from trainer.planning.activations import Recomputed
 from trainer.planning.model_facts import ModelFacts
+from trainer.planning.module_names import JOINED
 
 PRODUCT_FRAC: Final = (0.61, 0.71)
 """Of the peak; measured at 0.70 for Qwen3-8B with 4,096 tokens on an H100 (docs/performance.md)."""
@@ -34,8 +36,6 @@ LAUNCH_S: Final = (10e-6, 28e-6)
 LAUNCHES: Final = {True: 72, False: 250}
 """Per layer, forward and backward, compiled or not; counted: 72 are 15 Triton kernels and 57 of the adapters' products
 (benchmarks/results/lowering_sm_90.md)."""
-JOINED: Final = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
-"""Layers whose products are one operator where layers are compiled (model/lora_group.py)."""
 BETWEEN_S: Final = (0.01, 0.04)
 """Between two steps the device waits for the next pack and for the norm of the gradient."""
 BYTES: Final = 2
@@ -85,7 +85,7 @@ def step_cost(
     *,
     is_lora: bool,
     is_compiled: bool,
-    recomputed: bool | Literal["selective"] = False,
+    recomputed: Recomputed = False,
 ) -> StepCost:
     """Predict a micro-batch.
 
@@ -154,10 +154,10 @@ def _thin_bytes(facts: ModelFacts, tokens: int, *, is_joined: bool) -> float:
     Forward: A reads x; B reads and writes y. Backward: B^T reads the gradient; A^T reads and writes the gradient of x;
     the gradients of A and B read x and the gradient once more. Joined layers share x and its gradient.
     """
-    shared: set[frozenset[str]] = set()
+    shared: set[tuple[str, ...]] = set()
     width = 0
     for name, width_in, width_out in facts.adapted_linears():
-        group = next((each for each in JOINED if name.rpartition(".")[2] in each), None)
+        group = next((each for each in JOINED if name in each), None)
         width += width_out if is_joined and group in shared else width_in + width_out
         if group is not None:
             shared.add(group)

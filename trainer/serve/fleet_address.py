@@ -47,8 +47,7 @@ def add_addresses(app: FastAPI, fleet: Fleet) -> None:
     @app.post(f"{ROOT}/load_lora_adapter")
     async def load(name: str, body: LoadRequest) -> dict[str, str]:
         gateway, _ = await fleet.of(name)
-        if body.lora_name in fleet.live[name].spec.addons or body.lora_name == name:
-            raise ApiError(400, f"{body.lora_name} is part of the deployment: change it there", param="lora_name")
+        _refuse_own(fleet, name, body.lora_name)
         version = await gateway.load_adapter(body.lora_name, body.lora_path)
         if version == NOT_LOADED:
             raise ApiError(503, f"the replicas of {name} were lost as they loaded it; send it again", retry_s=1)
@@ -57,7 +56,11 @@ def add_addresses(app: FastAPI, fleet: Fleet) -> None:
     @app.post(f"{ROOT}/unload_lora_adapter")
     async def unload(name: str, body: UnloadRequest) -> dict[str, str]:
         gateway, _ = await fleet.of(name)
-        if body.lora_name in fleet.live[name].spec.addons or body.lora_name == name:
-            raise ApiError(400, f"{body.lora_name} is part of the deployment: change it there", param="lora_name")
+        _refuse_own(fleet, name, body.lora_name)
         await gateway.unload_adapter(body.lora_name)
         return {"status": "unloaded"}
+
+
+def _refuse_own(fleet: Fleet, name: str, adapter: str) -> None:
+    if adapter in fleet.live[name].spec.addons or adapter == name:
+        raise ApiError(400, f"{adapter} is part of the deployment: change it there", param="lora_name")

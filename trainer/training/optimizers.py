@@ -86,11 +86,13 @@ class AdamW8bit(MasterOptimizer):
             made.to_gpu()
             made.initialized = True
         if not made.state[master]:
-            groups = [(number, group["params"]) for number, group in enumerate(made.param_groups)]
-            for number, members in groups:
-                for index, member in enumerate(members):
-                    if member is master:
-                        made.init_state(made.param_groups[number], master, number, index)
+            group, number, index = next(
+                (group, number, index)
+                for number, group in enumerate(made.param_groups)
+                for index, member in enumerate(group["params"])
+                if member is master
+            )
+            made.init_state(group, master, number, index)
         state = made.state[master]
         return {name: each for name, each in state.items() if torch.is_tensor(each) and name not in _CONSTANTS}
 

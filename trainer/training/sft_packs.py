@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import final
 
@@ -71,18 +72,12 @@ class StepPacks:
         """
         step = next(self._made)
         assert isinstance(step, Step)
-        # Asked before the first pack: a rank that asks after its last one waits for ranks that wait for it in a gather.
-        (num_dummies,) = self._world.num_dummies([step.num_packs])
-        return step, self._packs(step.num_packs, num_dummies, moved)
+        return step, _with_dummies(self._packs(step.num_packs), step.num_packs, self._world, moved)
 
-    def _packs(self, num_packs: int, num_dummies: int, moved: Callable[[], None]) -> Iterator[Batch]:
-        for _ in range(num_packs):
-            moved()
-            pack = next(self._made)
+    def _packs(self, num_packs: int) -> Iterator[Batch]:
+        for pack in islice(self._made, num_packs):
             assert isinstance(pack, Batch)
             yield pack
-        for _ in range(num_dummies):
-            yield Batch.dummy(self._world.device)
 
     def _make(self, steps: range) -> Iterator[Step | Batch]:
         recipe, rows = self._recipe, self._rows
@@ -108,12 +103,23 @@ def held_out_packs(rows: TokenTable, world: World, budget: int, moved: Callable[
     """
     own = of_rank(rows, range(rows.counts.num_sequences), world)
     groups = plan_packs(rows, own, budget)
-    (num_dummies,) = world.num_dummies([len(groups)])
-    for group in groups:
-        moved()
-        yield Batch.pack_trees([tree.read(rows) for tree in group], world.device)
-    for _ in range(num_dummies):
-        yield Batch.dummy(world.device)
+    packs = (Batch.pack_trees([tree.read(rows) for tree in group], world.device) for group in groups)
+    return _with_dummies(packs, len(groups), world, moved)
+
+
+def _with_dummies(packs: Iterator[Batch], num_packs: int, world: World, moved: Callable[[], None]) -> Iterator[Batch]:
+    """The packs, and dummies up to the number of the rank with most packs if the base is sharded."""
+    # Asked before the first pack: a rank that asks after its last one waits for ranks that wait for it in a gather.
+    (num_dummies,) = world.num_dummies([num_packs])
+
+    def each() -> Iterator[Batch]:
+        for _ in range(num_packs):
+            moved()
+            yield next(packs)
+        for _ in range(num_dummies):
+            yield Batch.dummy(world.device)
+
+    return each()
 
 
 def of_rank(rows: TokenTable, sequences: Sequence[int], world: World) -> list[int]:

@@ -24,9 +24,8 @@ def math_verify(completion: str, row: Row, *, field: str = "answer") -> float | 
     (1.0, 0.0)
 
     Where the completion has boxes, the last one is the answer. Thinking, also thinking that is cut off, holds none. The
-    library's own time limits are off, since signals do
-    not reach C code: the reward runner ends `5^5^5^5` and counts it as failed. A row's answer that the library cannot
-    read is an error, not a 0.
+    library's own time limits are off, since signals do not reach C code: the reward runner ends `5^5^5^5` and counts it
+    as failed. A row's answer that the library cannot read is an error, not a 0.
 
     Args:
         completion: what the model wrote.
