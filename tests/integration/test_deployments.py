@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ def control(shared: Project) -> Iterator[Control]:
     file = shared.root / "first" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "model"}))
     tiny_model_dir(shared.root / "other", seed=5)
+    for name, weights in (("model", "model.safetensors"), ("first", "adapter_model.safetensors")):
+        broken = shutil.copytree(shared.root / name, shared.root / f"broken_{name}")
+        (broken / weights).write_bytes(b"cut off")
     with serving(shared, "--deployments", "--drain-s", "5") as server:
         yield Control(server, shared, server.running.out.read_text().strip())
 
@@ -68,7 +72,11 @@ def test_addons_are_loaded_kept_over_zero_and_refused_where_they_are_not_enabled
     wait_for(lambda: pids(control.get("plain")) not in ([pid], []))
     control.wait("plain", "DEPLOYED", ready=1)
     assert control.text("plain#first") == addon  # the new replica has it
-    control.call("POST", "/v1/load_lora_adapter", {"lora_name": "plain#bad", "lora_path": "nowhere"})
+    missing = control.call("POST", "/v1/load_lora_adapter", {"lora_name": "plain#bad", "lora_path": "nowhere"})
+    assert (missing.status_code, "nowhere" in missing.text) == (400, True)
+    base_model = control.call("POST", "/v1/load_lora_adapter", {"lora_name": "plain#bad", "lora_path": "other"})
+    assert (base_model.status_code, "is a base model" in base_model.text) == (400, True)
+    control.call("POST", "/v1/load_lora_adapter", {"lora_name": "plain#bad", "lora_path": "broken_first"})
     wait_for(lambda: "addon: " in control.get("plain")["problem"])
     assert control.text("plain#first") == addon
     control.delete("plain")
@@ -155,13 +163,19 @@ def test_a_batch_wakes_its_deployments_and_goes_on_after_a_kill(project: Project
 def test_an_update_that_fails_leaves_the_old_version(control: Control) -> None:
     control.create("careful", scale_to_zero_s=60)
     before = control.text("careful")
-    control.call("PATCH", "/v1/deployments/careful", {"model": "nowhere"})
+    refused = control.call("PATCH", "/v1/deployments/careful", {"model": "nowhere"})
+    assert (refused.status_code, "nowhere" in refused.text) == (400, True)
+    assert control.get("careful")["generation"] == 1
+    control.call("PATCH", "/v1/deployments/careful", {"model": "broken_model"})
     about = control.wait("careful", "DEPLOYED")
-    assert "nowhere" in about["problem"]
+    assert "model.safetensors" in about["problem"]
     assert control.text("careful") == before
-    wrong = control.call("POST", "/v1/deployments", {"name": "never", "model": "nowhere", "shape": "cpu"})
-    assert wrong.status_code == 200
-    assert "nowhere" in control.wait("never", "FAILED")["problem"]
+    refused = control.call("POST", "/v1/deployments", {"name": "never", "model": "nowhere", "shape": "cpu"})
+    assert (refused.status_code, "nowhere" in refused.text) == (400, True)
+    assert control.call("GET", "/v1/deployments/never").status_code == 404
+    accepted = control.call("POST", "/v1/deployments", {"name": "never", "model": "broken_model", "shape": "cpu"})
+    assert accepted.status_code == 200
+    assert "model.safetensors" in control.wait("never", "FAILED")["problem"]
     answer = control.ask("never")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deployment_failed")
     control.call("PATCH", "/v1/deployments/never", {"model": "model"})  # what was wrong is changed

@@ -295,14 +295,6 @@ def test_a_cancelled_sequence_frees_its_pages(model: EngineModel) -> None:
     assert (scheduler.is_idle, scheduler.pool.num_used) == (True, 0)
 
 
-def test_hybrid_and_quantized_models_are_refused_with_a_remedy(directory: Path, tmp_path: Path) -> None:
-    hybrid = tiny_model_dir(tmp_path, "lfm2")
-    with pytest.raises(ModelError, match=r"runs .*qwen3.*, not lfm2; use `trainer chat` and `trainer generate`"):
-        EngineModel(ModelSettings(path=str(hybrid), compute_dtype="float32"), max_rank=16)
-    with pytest.raises(ModelError, match=r"quantized layers \(model\.quantization: nf4\); .* `trainer export --merge`"):
-        EngineModel(ModelSettings(path=str(directory), quantization="nf4"), max_rank=16)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

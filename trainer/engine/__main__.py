@@ -21,10 +21,11 @@ from trainer.engine.draft import Drafter, check_vocabularies, num_draft_pages
 from trainer.engine.grammar import Grammars
 from trainer.engine.handshake import SECRET_VARIABLE
 from trainer.engine.model import EngineModel
+from trainer.engine.own_model import OwnModel, open_model
 from trainer.engine.pages import PAGE
 from trainer.engine.scheduler import SPECULATION_ROWS, Scheduler
 from trainer.engine.service import Service
-from trainer.errors import TrainerError
+from trainer.errors import ModelError, TrainerError
 from trainer.model.quiet import quiet_transformers
 from trainer.run.surroundings import end_with_parent
 
@@ -67,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _service(arguments: argparse.Namespace) -> Service:
     settings = ModelSettings.model_validate_json(arguments.model)
-    model = EngineModel(settings, arguments.max_adapter_rank)
+    model = open_model(settings, arguments.max_adapter_rank)
+    if model.note:
+        sys.stderr.write(f"{settings.path}: {model.note}\n")
     tokenizer = load_tokenizer(settings)
     pages = _num_pages(model.page_bytes, arguments.kv_cache_fraction, arguments.kv_cache_tokens)
     hello: dict[str, Any] = {
@@ -91,13 +94,15 @@ def _service(arguments: argparse.Namespace) -> Service:
     return Service(model, scheduler, grammars, Connections(listening, hello))
 
 
-def _drafter(given: str, model: EngineModel, tokenizer: PreTrainedTokenizerBase, pages: int) -> Drafter:
+def _drafter(given: str, model: EngineModel | OwnModel, tokenizer: PreTrainedTokenizerBase, pages: int) -> Drafter:
     """The draft model.
 
     Raises:
         ModelError: it cannot be loaded, or has another tokenizer.
     """
     settings = ModelSettings.model_validate_json(given)
+    if not model.is_paged:
+        raise ModelError(f"--draft-model {settings.path}: the model that it would draft for takes none: {model.note}")
     check_vocabularies(load_tokenizer(settings).get_vocab(), tokenizer.get_vocab(), settings.path)
     small = EngineModel(settings, 1)
     return Drafter(small, num_draft_pages(small, SPECULATION_ROWS, pages), model.vocab_size)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from safetensors import SafetensorError
@@ -51,6 +51,25 @@ class Routing:
         self.groups: list[tuple[slice, AdapterVersion]] = []
 
 
+class Adapted(Protocol):
+    """Linear layers with one common input, as a model computes them."""
+
+    number: int
+    """Of this product in the model."""
+    names: tuple[str, ...]
+    """Of the layers in the model."""
+    inputs: int
+    outputs: tuple[int, ...]
+    """Of each layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the adapter's matrices."""
+
+    def packed(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix in the layout of the kernels."""
+
+
 @final
 class RoutedLinear:
     """Linear layers with one common input: W x + b + added for all rows, and s B (A x) for the rows of an adapter.
@@ -72,6 +91,12 @@ class RoutedLinear:
         linear: list[nn.Linear] = [source for source in sources if isinstance(source, nn.Linear)]
         self.outputs = tuple(source.out_features for source in linear)
         self.inputs = linear[0].in_features
+        self.packed = self.base.packed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights."""
+        return self.base.weight.dtype
 
     def refresh(self) -> None:
         """Copy the base's weights into the layout of the kernels."""
@@ -116,7 +141,7 @@ class _Reader:
         return down, up
 
 
-def load_adapter(name: str, directory: Path, linears: Sequence[RoutedLinear], max_rank: int) -> AdapterVersion:
+def load_adapter(name: str, directory: Path, linears: Sequence[Adapted], max_rank: int) -> AdapterVersion:
     """Read an adapter and bring it into the layout of the kernels; may run beside the steps.
 
     Args:
@@ -148,6 +173,21 @@ def load_adapter(name: str, directory: Path, linears: Sequence[RoutedLinear], ma
     return AdapterVersion(name, digest, int(config["r"]), products)
 
 
+def refuse_head(adapter: AdapterVersion, head: int, directory: Path) -> None:
+    """Refuse an adapter of the LM head.
+
+    Args:
+        adapter: what was loaded.
+        head: number of the LM head's product.
+        directory: for the message.
+
+    Raises:
+        ModelError: it adapts the LM head.
+    """
+    if head in adapter.products:
+        raise ModelError(f"{directory}: adapts the LM head, which is not served; merge it (trainer export --merge)")
+
+
 def _files(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], bytes]:
     """Configuration, tensors and digest of an adapter directory."""
     weights = directory / "adapter_model.safetensors"
@@ -175,18 +215,17 @@ def _scale(directory: Path, config: dict[str, Any], max_rank: int) -> float:
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _joined(reader: _Reader, linear: RoutedLinear, scale: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _joined(reader: _Reader, linear: Adapted, scale: float) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A and s B of fused layers: the A's one below the other, the B's as blocks; None where no layer is adapted."""
     pairs = [
         reader.take(name, linear.inputs, outputs) for name, outputs in zip(linear.names, linear.outputs, strict=True)
     ]
     if all(pair is None for pair in pairs):
         return None
-    dtype = linear.base.weight.dtype
     downs = [pair[0] for pair in pairs if pair is not None]
     ups = [
         torch.zeros(outputs, 0) if pair is None else pair[1] * scale
         for pair, outputs in zip(pairs, linear.outputs, strict=True)
     ]
-    down, up = torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
-    return linear.base.packed(down), linear.base.packed(up)
+    down, up = torch.cat(downs).to(linear.dtype), torch.block_diag(*ups).to(linear.dtype)
+    return linear.packed(down), linear.packed(up)

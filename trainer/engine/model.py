@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from trainer.config.recipe import ModelSettings
-from trainer.engine.adapters import AdapterVersion, RoutedLinear, Routing, load_adapter
+from trainer.engine.adapters import AdapterVersion, RoutedLinear, Routing, load_adapter, refuse_head
 from trainer.engine.attention import Segment, StepAttention
 from trainer.engine.pages import PagePool
 from trainer.errors import ModelError
@@ -29,33 +30,34 @@ class StepRow:
     adapter: AdapterVersion | None
     wanted: Sequence[int]
     """Indices of its tokens whose logits are needed."""
+    owner: object = None
+    """The sequence, for models that keep a state of each instead of pages."""
 
 
 @final
 class EngineModel:
     """A base model with plain layers, on a CPU."""
 
-    def __init__(self, settings: ModelSettings, max_rank: int) -> None:
+    is_paged: Final = True
+    """Keys and values are in the pages of a sequence: prefixes are shared, and tokens can be taken back."""
+    note: Final = ""
+
+    def __init__(self, settings: ModelSettings, max_rank: int, causal_lm: PreTrainedModel | None = None) -> None:
         """Load it.
 
         Args:
             settings: path, revision, dtype.
             max_rank: the highest rank of an adapter.
+            causal_lm: what was loaded by these settings already.
 
         Raises:
-            ModelError: it cannot be loaded, or is of a family that the engine does not run.
+            ModelError: it cannot be loaded, or is of a family that has no paged attention here.
         """
-        remedy = "use `trainer chat` and `trainer generate`"
-        if settings.quantization is not None:
-            raise ModelError(
-                f"{settings.path}: the embedded engine does not run quantized layers (model.quantization: "
-                f"{settings.quantization}); {remedy}, or serve what `trainer export --merge` writes"
-            )
-        causal_lm = load_base(settings, torch.device("cpu"))
+        causal_lm = causal_lm or load_base(settings, torch.device("cpu"))
         if not is_fusible(causal_lm):
             raise ModelError(
-                f"{settings.path}: the embedded engine runs {', '.join(sorted(FAMILIES))}, not "
-                f"{causal_lm.config.model_type}; {remedy}"
+                f"{settings.path}: paged attention is for {', '.join(sorted(FAMILIES))} with plain layers, not "
+                f"{causal_lm.config.model_type}"
             )
         self.form = logit_transform(causal_lm)
         self.max_rank = max_rank
@@ -92,10 +94,11 @@ class EngineModel:
             ModelError: it cannot be served, with the reason.
         """
         adapter = load_adapter(name, directory, self._linears, self.max_rank)
-        head = self._linears[0]
-        if head.number in adapter.products:
-            raise ModelError(f"{directory}: adapts the LM head, which is not served; merge it (trainer export --merge)")
+        refuse_head(adapter, self._linears[0].number, directory)
         return adapter
+
+    def forget(self, owner: object) -> None:
+        """Nothing to do: what is stored of a sequence is in its pages."""
 
     @torch.inference_mode()
     def step(self, pool: PagePool, rows: Sequence[StepRow]) -> torch.Tensor:

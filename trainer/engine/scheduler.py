@@ -14,6 +14,7 @@ from trainer.engine.attention import Segment
 from trainer.engine.draft import Drafter
 from trainer.engine.draw import Drawn, Report, draw, reported, scaled
 from trainer.engine.model import EngineModel, StepRow
+from trainer.engine.own_model import OwnModel
 from trainer.engine.pages import PAGE, PagePool, prefix_keys
 from trainer.engine.protocol import EndReason
 from trainer.engine.sequences import LiveSequence
@@ -56,7 +57,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: EngineModel,
+        model: EngineModel | OwnModel,
         pool: PagePool,
         *,
         max_rows: int = MAX_ROWS,
@@ -74,7 +75,7 @@ class Scheduler:
             speculates: whether tokens are proposed where few sequences run: by prompt look-up, then by the drafter.
             drafter: a smaller model; None proposes by prompt look-up alone.
         """
-        self._speculates, self._drafter = speculates, drafter
+        self._speculates, self._drafter = speculates and model.is_paged, drafter
         self._model, self.pool = model, pool
         self._max_rows, self._chunk_tokens = max_rows, chunk_tokens
         self.waiting: deque[LiveSequence] = deque()
@@ -88,7 +89,7 @@ class Scheduler:
 
     def add(self, sequence: LiveSequence) -> None:
         """Queue a sequence that `problem` accepts."""
-        sequence.page_keys = list(prefix_keys(sequence.owner, sequence.prompt))
+        sequence.page_keys = list(prefix_keys(sequence.owner, sequence.prompt)) if self._model.is_paged else []
         self.waiting.append(sequence)
 
     def problem(self, prompt: Sequence[int], max_tokens: int) -> str | None:
@@ -223,7 +224,7 @@ class Scheduler:
                     self._propose(sequence, proposals.get(sequence, []))
                     chosen.append((sequence, 1 + len(sequence.proposed)))
             elif budget > 0:
-                count = min(sequence.num_missing, budget)
+                count = min(sequence.num_missing, budget) if self._model.is_paged else sequence.num_missing
                 budget -= count
                 chosen.append((sequence, count))
         alive = [(sequence, count) for sequence, count in chosen if sequence in self.running]
@@ -322,6 +323,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_stored, sequence.proposed = [], 0, []
+        self._model.forget(sequence)
         if self._drafter is not None:
             self._drafter.forget(sequence)
 
@@ -334,4 +336,4 @@ def _row(sequence: LiveSequence, count: int) -> StepRow:
     elif own == sequence.num_missing:
         wanted = range(own - 1, count)
     ids = [*sequence.tokens(sequence.num_stored, own), *sequence.proposed]
-    return StepRow(ids, segment, sequence.adapter, wanted)
+    return StepRow(ids, segment, sequence.adapter, wanted, sequence)

@@ -13,6 +13,7 @@ from trainer.engine.adapters import AdapterVersion
 from trainer.engine.connections import Client, Connections
 from trainer.engine.grammar import Grammars
 from trainer.engine.model import EngineModel
+from trainer.engine.own_model import OwnModel
 from trainer.engine.protocol import Sampling
 from trainer.engine.scheduler import Scheduler
 from trainer.engine.sequences import LiveSequence
@@ -26,7 +27,9 @@ Key: TypeAlias = tuple[int, str]
 class Service:
     """Answers the clients of one engine."""
 
-    def __init__(self, model: EngineModel, scheduler: Scheduler, grammars: Grammars, connections: Connections) -> None:
+    def __init__(
+        self, model: EngineModel | OwnModel, scheduler: Scheduler, grammars: Grammars, connections: Connections
+    ) -> None:
         """Begin without adapters."""
         self._model, self._scheduler, self._grammars, self._connections = model, scheduler, grammars, connections
         self._adapters: dict[str, AdapterVersion] = {}

@@ -27,7 +27,7 @@ from trainer.serve.control import Control, actor_of
 from trainer.serve.control_api import in_thread
 from trainer.serve.deployed import shape_for
 from trainer.serve.fleet import Fleet
-from trainer.serve.gateway import Gateway
+from trainer.serve.gateway import Gateway, served_source
 from trainer.serve.guard import Guard
 from trainer.serve.metrics import exposition
 from trainer.serve.models import SEPARATOR
@@ -151,6 +151,7 @@ def _add_deployments(app: FastAPI, store: Store) -> None:
 
         def work() -> Deployment:
             shape_for(spec)
+            served_source(spec.model)
             return create_deployment(store, actor_of(request), account, body.name, spec)
 
         return asdict(await in_thread(work))
@@ -171,6 +172,8 @@ def _add_deployments(app: FastAPI, store: Store) -> None:
         def work() -> Deployment:
             spec = get_deployment(store, name).spec
             shape_for(Spec(**{**asdict(spec), **changes}))
+            if "model" in changes:
+                served_source(changes["model"])
             return change_deployment(store, actor_of(request), name, action, changes)
 
         return asdict(await in_thread(work))
@@ -192,6 +195,8 @@ def _add_addons(app: FastAPI, store: Store) -> None:
         if target is None and addon not in spec.addons:
             raise ApiError(404, f"deployment {deployment} has no addon {addon!r}")
         if target is not None:
+            if served_source(target).adapter is None:
+                raise ApiError(400, f"{target} is a base model, not an adapter", param="lora_path")
             addons[addon] = target
         return change_deployment(store, actor_of(request), deployment, "addons", {"addons": addons})
 

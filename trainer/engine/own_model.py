@@ -1,0 +1,237 @@
+"""The engine's fallback: a model's own forward pass and cache, one sequence after another. Slow, and for every model.
+
+It runs what has no paged attention here: recurrent states and convolutions, mixtures, quantized layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from trainer.config.recipe import ModelSettings
+from trainer.engine.adapters import AdapterVersion, Routing, load_adapter, refuse_head
+from trainer.engine.model import EngineModel, StepRow
+from trainer.engine.pages import PAGE, PagePool
+from trainer.model.base_model import load_base, logit_transform
+from trainer.model.own_forward import reset_rotary, use_own_attention
+from trainer.sampling.fused import is_fusible
+
+CACHES: Final = ("past_key_values", "cache_params")
+"""Names under which models return their cache, and take it."""
+TRIAL: Final = (9, 4)
+"""Tokens of the trial's prompt, and those that are added one by one."""
+TOLERANCE: Final = {torch.float32: 1e-3}
+"""Largest mean difference of logprobs with and without the cache; `ROUNDED` for shorter floats."""
+ROUNDED: Final = 0.1
+UNBOUNDED: Final = 1 << 20
+"""Window of a model whose configuration names none (recurrent ones); the budget of tokens limits requests."""
+
+
+def open_model(settings: ModelSettings, max_rank: int) -> EngineModel | OwnModel:
+    """Load a base model: with paged attention where its family has it, else with its own forward pass.
+
+    Args:
+        settings: path, revision, dtype, quantization.
+        max_rank: the highest rank of an adapter.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    causal_lm = load_base(settings, torch.device("cpu"))
+    if settings.quantization is None and is_fusible(causal_lm):
+        return EngineModel(settings, max_rank, causal_lm)
+    return OwnModel(settings, max_rank, causal_lm)
+
+
+@final
+class HookedLinear:
+    """A linear layer of the model, whose outputs get s B (A x) of the adapter that the present row has."""
+
+    def __init__(self, module: nn.Linear, number: int, name: str, routing: Routing, dtype: torch.dtype) -> None:
+        """Hook the layer.
+
+        Args:
+            module: the layer; it may hold quantized weights.
+            number: of this product in the model.
+            name: of the layer in the model.
+            routing: of the present row.
+            dtype: of the model's hidden states.
+        """
+        self.number, self._routing, self._dtype = number, routing, dtype
+        self.names: tuple[str, ...] = (name,)
+        self.inputs = module.in_features
+        self.outputs: tuple[int, ...] = (module.out_features,)
+        module.register_forward_hook(self._add)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's hidden states."""
+        return self._dtype
+
+    def packed(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix itself."""
+        return matrix
+
+    def _add(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        for _, adapter in self._routing.groups:
+            pair = adapter.products.get(self.number)
+            if pair is not None:
+                down, up = pair
+                added: torch.Tensor = (inputs[0].to(self._dtype) @ down.T) @ up.T
+                return output + added.to(output.dtype)
+        return None
+
+
+@final
+class OwnModel:
+    """A base model that computes each sequence by itself, with the cache of transformers where that is right."""
+
+    is_paged: Final = False
+    """Its cache cannot be cut or joined: a prompt is read in one pass, no prefix is shared, nothing is proposed."""
+
+    def __init__(self, settings: ModelSettings, max_rank: int, causal_lm: PreTrainedModel) -> None:
+        """Hook its layers, and find out by a trial whether its cache can be used.
+
+        Args:
+            settings: by which it was loaded.
+            max_rank: the highest rank of an adapter.
+            causal_lm: the model.
+
+        Raises:
+            ModelError: the configuration has a scale of logits that transformers leaves out.
+        """
+        use_own_attention(causal_lm)
+        self._causal_lm: Any = causal_lm
+        self.form = logit_transform(causal_lm)
+        self.max_rank, self.dtype = max_rank, getattr(torch, settings.compute_dtype)
+        self._routing = Routing()
+        named = [(name, each) for name, each in causal_lm.named_modules() if isinstance(each, nn.Linear)]
+        self._linears = [
+            HookedLinear(module, number, name, self._routing, self.dtype) for number, (name, module) in enumerate(named)
+        ]
+        head = causal_lm.get_output_embeddings()
+        self._head_number = next((number for number, (_, module) in enumerate(named) if module is head), -1)
+        text: Any = causal_lm.config.get_text_config()
+        self.window = int(getattr(text, "max_position_embeddings", None) or UNBOUNDED)
+        self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
+        self._read: dict[object, _State] = {}
+        self._cache_name = ""
+        self.page_bytes, problem = self._try_cache()
+        self._is_cached = problem is None
+        way = "with its own cache" if self._is_cached else f"with a pass over all tokens for each one ({problem})"
+        kind = "quantized layers" if settings.quantization is not None else causal_lm.config.model_type
+        self.note = f"{kind}: served by the model's own forward pass, one sequence after another, {way}: slow"
+
+    def pool(self, num_pages: int) -> PagePool:
+        """Pages that are counted and hold nothing: the budget of tokens."""
+        return PagePool(0, 0, 0, num_pages, self.dtype)
+
+    def adapter(self, name: str, directory: Path) -> AdapterVersion:
+        """Load an adapter; may run in another thread than the steps.
+
+        Raises:
+            ModelError: it cannot be served, with the reason.
+        """
+        adapter = load_adapter(name, directory, self._linears, self.max_rank)
+        refuse_head(adapter, self._head_number, directory)
+        return adapter
+
+    def forget(self, owner: object) -> None:
+        """Free the state of a sequence that has ended, or waits again."""
+        self._read.pop(owner, None)
+
+    @torch.inference_mode()
+    def step(self, pool: PagePool, rows: Sequence[StepRow]) -> torch.Tensor:
+        """[W, V] raw head outputs of the wanted tokens, in the order of the rows.
+
+        Args:
+            pool: counts tokens, and holds nothing.
+            rows: of each sequence all tokens that are new; at first the whole prompt.
+        """
+        outputs = []
+        for row in rows:
+            if row.segment.first == 0:
+                self._read[row.owner] = _State()
+            self._routing.groups = [] if row.adapter is None else [(slice(0, row.segment.count), row.adapter)]
+            hidden = self._hidden(self._read[row.owner], row.token_ids)
+            if len(row.wanted):
+                outputs.append(self._causal_lm.get_output_embeddings()(hidden[list(row.wanted)]))
+        self._routing.groups = []
+        return torch.cat(outputs) if outputs else torch.empty(0, self.vocab_size)
+
+    def _hidden(self, state: _State, new: Sequence[int]) -> torch.Tensor:
+        """[n, H] hidden states of the n new tokens of a sequence."""
+        state.token_ids += new
+        given: dict[str, Any] = {"use_cache": self._is_cached}
+        ids = state.token_ids
+        if self._is_cached:
+            ids = list(new)
+            if state.cache is not None:
+                given[self._cache_name] = state.cache
+        else:
+            reset_rotary(self._causal_lm)
+        output = self._causal_lm.base_model(input_ids=torch.tensor([ids]), **given)
+        if self._is_cached:
+            self._cache_name = next((name for name in CACHES if isinstance(output.get(name), Cache)), "")
+            if not self._cache_name:
+                raise ValueError("returns no cache")
+            state.cache = output[self._cache_name]
+        hidden: torch.Tensor = output.last_hidden_state[0, -len(new) :]
+        return hidden
+
+    @torch.inference_mode()
+    def _try_cache(self) -> tuple[int, str | None]:
+        """Bytes of a sequence for each page of tokens, and why the cache cannot be used; None where it can."""
+        long, short = sum(TRIAL), TRIAL[0]
+        step = max(1, self.vocab_size // (long + 2))
+        ids = [(1 + index) * step for index in range(long)]
+        head = self._causal_lm.get_output_embeddings()
+        self._is_cached = False
+        whole = head(self._hidden(_State(), ids)).float().log_softmax(-1)
+        fallback = PAGE * 8  # token ids alone
+        if any(getattr(module, "rope_type", None) == "dynamic" for module in self._causal_lm.modules()):
+            return fallback, "its rotary factors change with the length"
+        self._is_cached, state = True, _State()
+        try:
+            parts = [self._hidden(state, ids[:short])]
+            parts += [self._hidden(state, [token]) for token in ids[short:]]
+            paged = _State()
+            self._hidden(paged, [ids[0]] * (2 * PAGE))
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            return fallback, f"its cache cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        difference = float((head(torch.cat(parts)).float().log_softmax(-1) - whole).abs().mean())
+        if not difference < TOLERANCE.get(self.dtype, ROUNDED):
+            return fallback, f"with its cache logprobs differ by {difference:.2g} on average"
+        return math.ceil(sum(each.nbytes for each in _tensors(paged.cache, set())) / 2), None
+
+
+@final
+class _State:
+    """What was read of a sequence."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.cache: Cache | None = None
+
+
+def _tensors(part: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor of a cache, once."""
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, dict):
+        for each in part.values():
+            yield from _tensors(each, seen)
+    elif isinstance(part, (list, tuple)):
+        for each in part:
+            yield from _tensors(each, seen)
+    elif type(part).__module__.startswith("transformers.") and hasattr(part, "__dict__"):
+        yield from _tensors(vars(part), seen)
