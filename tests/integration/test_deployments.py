@@ -110,7 +110,7 @@ def test_lost_replicas_an_update_and_more_replicas_fail_no_request(control: Cont
 def test_used_device_hours_end_the_replicas_until_there_are_more(control: Control) -> None:
     control.create("hourly", min_replicas=1, scale_to_zero_s=600)
     first = control.text("hourly")
-    limits = {"limits": {"device_hours": 0.0001}}  # 0.36 s, which are used already
+    limits = {"limits": {"device_hours": 0.0001}}  # a second, which is used soon
     assert control.call("PUT", "/v1/quotas/admin", limits).status_code == 200
     wait_for(lambda: control.ask("hourly").status_code == 429)
     refused = control.ask("hourly")

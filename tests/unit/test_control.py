@@ -170,6 +170,18 @@ def test_quotas_are_set_changed_and_removed(store: Store) -> None:
     assert changes[3] == {"limit": "credit", "model": "*", "before": "1.5", "after": "1.500000001"}
 
 
+@pytest.mark.parametrize(("words", "seconds"), [("0.3333", 1200), ("0.0001", 1), ("0", 0), ("2", 7200)])
+def test_device_hours_are_counted_in_whole_seconds_rounded_up(store: Store, words: str, seconds: int) -> None:
+    set_quota(store, ACTOR, "team", {"device_hours": words})
+    assert [each.value for each in quotas_of(store, "team")] == [seconds]
+
+
+@pytest.mark.parametrize("words", ["NaN", "Infinity", "-0.5", "many"])
+def test_device_hours_that_are_no_number_are_refused(store: Store, words: str) -> None:
+    with pytest.raises(AccountError, match="must be a number"):
+        set_quota(store, ACTOR, "team", {"device_hours": words})
+
+
 def test_use_is_added_up_and_grouped(store: Store) -> None:
     one = Used("2026-11-25", "team", "m", "a", 1, 10, 5, 7, 0, 100)
     other = Used("2026-11-26", "team", "m", "", 1, 20, 5, 7, 0, 200)

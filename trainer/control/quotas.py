@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import Final, final
 
 from sqlalchemy import delete, select
@@ -62,6 +62,8 @@ def parse_value(limit: str, words: str) -> int:
         raise AccountError(f"no limit {limit!r}; there are {', '.join(LIMITS)}")
     try:
         value = Decimal(words.replace("_", "").replace(",", "")) * SCALE.get(limit, 1)
+        if limit == "device_hours":
+            value = value.to_integral_value(ROUND_CEILING)  # counted in whole seconds: a third of an hour has 1,200
         is_whole = value == value.to_integral_value()
     except InvalidOperation:
         raise AccountError(f"{limit}={words}: must be a number") from None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, Protocol, final
+from typing import IO, Any, Final, Protocol, final
 
 from trainer.config.deployment_shape import DeploymentShape
 from trainer.control.deployments import Spec
@@ -19,6 +21,8 @@ from trainer.serve.engine_client import EngineClient
 
 START_S: Final = 300.0
 """How long an engine may take to load its model."""
+LAST_WORDS_S: Final = 5.0
+"""How long the end of its log is waited for, once it has ended."""
 _NUMBERS: Final = count(1)
 
 
@@ -92,6 +96,9 @@ class LocalHost:
         """
         self._words, self._socket = list(words), directory / f"replica-{next(_NUMBERS)}.sock"
         self._process: subprocess.Popen[bytes] | None = None
+        self._said: deque[str] = deque(maxlen=1)
+        """The last line that it wrote to standard error."""
+        self._reader: threading.Thread | None = None
 
     @property
     def about(self) -> Mapping[str, Any]:
@@ -101,7 +108,11 @@ class LocalHost:
     async def place(self) -> None:
         """Start the process."""
         words = [sys.executable, "-m", "trainer.engine", "--socket", str(self._socket), *self._words]
-        self._process = await asyncio.to_thread(subprocess.Popen, words, stdin=subprocess.PIPE)
+        pipe = subprocess.PIPE
+        self._process = process = await asyncio.to_thread(subprocess.Popen, words, stdin=pipe, stderr=pipe)
+        assert process.stderr is not None
+        self._reader = threading.Thread(target=_pass_on, args=(process.stderr, self._said), daemon=True)
+        self._reader.start()
 
     async def connect(self, client: EngineClient) -> asyncio.Task[None]:
         """Wait until the engine listens.
@@ -113,8 +124,10 @@ class LocalHost:
         deadline = monotonic() + START_S
         while monotonic() < deadline:
             if self._process.poll() is not None:
-                code = self._process.returncode
-                raise LaunchError(f"the engine ended with exit code {code}; its words are in the log")
+                if self._reader is not None:
+                    await asyncio.to_thread(self._reader.join, LAST_WORDS_S)
+                words = f": {self._said[-1]}" if self._said else ""
+                raise LaunchError(f"the engine ended with exit code {self._process.returncode}{words}")
             try:
                 return await client.connect(self._socket)
             except (FileNotFoundError, ConnectionRefusedError):  # no socket yet, or one that does not listen yet
@@ -136,6 +149,15 @@ class LocalHost:
                 with suppress(OSError):
                     self._process.stdin.close()
         self._socket.unlink(missing_ok=True)
+
+
+def _pass_on(stream: IO[bytes], said: deque[str]) -> None:
+    """Copy what a process writes to this one's standard error, and keep its last line."""
+    for line in stream:
+        sys.stderr.write(line.decode(errors="replace"))
+        sys.stderr.flush()
+        if line.strip():
+            said.append(line.decode(errors="replace").strip())
 
 
 @final
