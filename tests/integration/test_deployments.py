@@ -168,14 +168,14 @@ def test_an_update_that_fails_leaves_the_old_version(control: Control) -> None:
     assert control.get("careful")["generation"] == 1
     control.call("PATCH", "/v1/deployments/careful", {"model": "broken_model"})
     about = control.wait("careful", "DEPLOYED")
-    assert "model.safetensors" in about["problem"]
+    assert "broken_model: cannot be loaded" in about["problem"]
     assert control.text("careful") == before
     refused = control.call("POST", "/v1/deployments", {"name": "never", "model": "nowhere", "shape": "cpu"})
     assert (refused.status_code, "nowhere" in refused.text) == (400, True)
     assert control.call("GET", "/v1/deployments/never").status_code == 404
     accepted = control.call("POST", "/v1/deployments", {"name": "never", "model": "broken_model", "shape": "cpu"})
     assert accepted.status_code == 200
-    assert "model.safetensors" in control.wait("never", "FAILED")["problem"]
+    assert "broken_model: cannot be loaded" in control.wait("never", "FAILED")["problem"]
     answer = control.ask("never")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deployment_failed")
     control.call("PATCH", "/v1/deployments/never", {"model": "model"})  # what was wrong is changed
