@@ -44,6 +44,8 @@ class Side:
     pid: int
     base: str
     adapters: tuple[str, ...]
+    ignores_eos: bool = True
+    """Whether it can be asked to go on behind the end of an answer; `transformers serve` refuses the field."""
 
     def client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
@@ -75,7 +77,7 @@ async def ask(side: Side, model: str, number: int, tokens: int, messages: Any = 
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True} if side.ignores_eos else None,
         )
         async for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
@@ -243,6 +245,7 @@ def main() -> None:
     parser.add_argument("--against")
     parser.add_argument("--against-pid", type=int)
     parser.add_argument("--against-base")
+    parser.add_argument("--against-ends", action="store_true", help="it does not know ignore_eos")
     parser.add_argument("--against-adapter", action="append", default=[])
     parser.add_argument("--only", default="throughput,chunks,prefix,reloads,leave")
     arguments = parser.parse_args()
@@ -250,7 +253,8 @@ def main() -> None:
     sides = [ours]
     if arguments.against:
         other = tuple(arguments.against_adapter)
-        sides.append(Side("other", arguments.against, arguments.against_pid, arguments.against_base, other))
+        ends = not arguments.against_ends
+        sides.append(Side("other", arguments.against, arguments.against_pid, arguments.against_base, other, ends))
     parts: dict[str, Any] = {
         "throughput": lambda: throughput(sides, arguments.rounds),
         "chunks": lambda: chunks(ours),
