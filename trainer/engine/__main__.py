@@ -30,6 +30,11 @@ from trainer.model.quiet import quiet_transformers
 from trainer.run.surroundings import end_with_parent
 
 LEAST_PAGES: Final = 16
+CACHED_SHAPES: Final = 128
+"""Shapes of products whose kernels stay prepared. By default it is 1,024, in two caches: steps have other numbers of
+tokens all the time, so that memory grew by 0.6 MiB a request for hundreds of MiB (docs/log.md), for no speed."""
+SHAPE_CACHES: Final = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Variables of PyTorch's and of oneDNN's cache; read at the first product."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-adapter-rank", type=int, default=128)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for variable in SHAPE_CACHES:
+        os.environ.setdefault(variable, str(CACHED_SHAPES))
     if arguments.tcp_handle is not None and not os.environ.get(SECRET_VARIABLE):
         parser.error(f"--tcp-handle needs a secret in {SECRET_VARIABLE}")
     quiet_transformers()
