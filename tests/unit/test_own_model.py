@@ -172,3 +172,27 @@ def test_plain_llama_has_pages_and_a_hybrid_takes_no_draft_model(
     words = ["--model", hybrid.model_dump_json(), "--draft-model", ModelSettings(path=str(plain)).model_dump_json()]
     assert main([*words, "--socket", str(tmp_path / "socket")]) != 0
     assert "would draft for takes none" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_later_tokens_or_no_tokens_alone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.lfm2 import modeling_lfm2
+
+    directory = tiny_model_dir(tmp_path, "lfm2", scale=6.0)
+    own = modeling_lfm2.Lfm2ShortConv.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            modeling_lfm2.Lfm2ShortConv,
+            "forward",
+            lambda self, hidden_states, *_, **__: own(self, hidden_states) + hidden_states.mean(1, keepdim=True),
+        )
+        with pytest.raises(ModelError, match="with later tokens: no causal language model"):
+            opened(directory)
+
+    def needs_pixels(*_: Any, **__: Any) -> Any:
+        raise ValueError("give pixel_values")
+
+    monkeypatch.setattr(modeling_lfm2.Lfm2Model, "forward", needs_pixels)
+    with pytest.raises(ModelError, match=r"cannot run a sequence of tokens alone \(ValueError: give pixel_values\)"):
+        opened(directory)

@@ -18,8 +18,9 @@ from trainer.config.recipe import ModelSettings
 from trainer.engine.adapters import AdapterVersion, Routing, load_adapter, refuse_head
 from trainer.engine.model import EngineModel, StepRow
 from trainer.engine.pages import PAGE, PagePool
+from trainer.errors import ModelError
 from trainer.model.base_model import load_base, logit_transform
-from trainer.model.own_forward import reset_rotary, use_own_attention
+from trainer.model.own_forward import UNFIT, reset_rotary, use_own_attention
 from trainer.sampling.fused import is_fusible
 
 CACHES: Final = ("past_key_values", "cache_params")
@@ -104,7 +105,8 @@ class OwnModel:
             causal_lm: the model.
 
         Raises:
-            ModelError: the configuration has a scale of logits that transformers leaves out.
+            ModelError: the model cannot run tokens alone, tokens depend on later ones, or the configuration has a scale
+                of logits that transformers leaves out.
         """
         use_own_attention(causal_lm)
         self._causal_lm: Any = causal_lm
@@ -122,7 +124,8 @@ class OwnModel:
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
         self._read: dict[object, _State] = {}
         self._cache_name = ""
-        self.page_bytes, problem = self._try_cache()
+        whole = self._whole()
+        self.page_bytes, problem = self._try_cache(whole)
         self._is_cached = problem is None
         way = "with its own cache" if self._is_cached else f"with a pass over all tokens for each one ({problem})"
         kind = "quantized layers" if settings.quantization is not None else causal_lm.config.model_type
@@ -186,14 +189,39 @@ class OwnModel:
         return hidden
 
     @torch.inference_mode()
-    def _try_cache(self) -> tuple[int, str | None]:
-        """Bytes of a sequence for each page of tokens, and why the cache cannot be used; None where it can."""
-        long, short = sum(TRIAL), TRIAL[0]
-        step = max(1, self.vocab_size // (long + 2))
-        ids = [(1 + index) * step for index in range(long)]
-        head = self._causal_lm.get_output_embeddings()
+    def _whole(self) -> torch.Tensor:
+        """[L, V] logprobs of the trial's tokens, by one pass without the cache.
+
+        Raises:
+            ModelError: the model cannot run tokens alone, or tokens depend on later ones.
+        """
+        ids, name = self._trial_ids(), type(self._causal_lm).__name__
         self._is_cached = False
-        whole = head(self._hidden(_State(), ids)).float().log_softmax(-1)
+        try:
+            whole = self._logprobs(self._hidden(_State(), ids))
+            begin = self._logprobs(self._hidden(_State(), ids[: TRIAL[0]]))
+        except UNFIT as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ModelError(
+                f"{name} cannot run a sequence of tokens alone ({type(error).__name__}: {reason})"
+            ) from error
+        if len(whole) != len(ids):
+            raise ModelError(f"{name} has no hidden state for each token: not supported")
+        seen = float((whole[: TRIAL[0]] - begin).abs().mean())
+        if not seen < TOLERANCE.get(self.dtype, ROUNDED):
+            raise ModelError(
+                f"{name}: logprobs change by {seen:.3g} on average with later tokens: no causal language model"
+            )
+        return whole
+
+    @torch.inference_mode()
+    def _try_cache(self, whole: torch.Tensor) -> tuple[int, str | None]:
+        """Bytes of a sequence for each page of tokens, and why the cache cannot be used; None where it can.
+
+        Args:
+            whole: see `_whole`.
+        """
+        ids, short = self._trial_ids(), TRIAL[0]
         fallback = PAGE * 8  # token ids alone
         if any(getattr(module, "rope_type", None) == "dynamic" for module in self._causal_lm.modules()):
             return fallback, "its rotary factors change with the length"
@@ -203,12 +231,21 @@ class OwnModel:
             parts += [self._hidden(state, [token]) for token in ids[short:]]
             paged = _State()
             self._hidden(paged, [ids[0]] * (2 * PAGE))
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except UNFIT as error:
             return fallback, f"its cache cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        difference = float((head(torch.cat(parts)).float().log_softmax(-1) - whole).abs().mean())
+        difference = float((self._logprobs(torch.cat(parts)) - whole).abs().mean())
         if not difference < TOLERANCE.get(self.dtype, ROUNDED):
             return fallback, f"with its cache logprobs differ by {difference:.2g} on average"
         return math.ceil(sum(each.nbytes for each in _tensors(paged.cache, set())) / 2), None
+
+    def _trial_ids(self) -> list[int]:
+        step = max(1, self.vocab_size // (sum(TRIAL) + 2))
+        return [(1 + index) * step % self.vocab_size for index in range(sum(TRIAL))]
+
+    def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, V], of the raw outputs of the head."""
+        logits: torch.Tensor = self._causal_lm.get_output_embeddings()(hidden)
+        return logits.float().log_softmax(-1)
 
 
 @final

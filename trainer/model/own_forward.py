@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel
 
 from trainer.model.attention import PACKED_ATTENTION
+
+UNFIT: Final = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model's code raises where its signature or body does not fit the call."""
 
 
 def own_logprobs(model: torch.nn.Module, token_ids: Sequence[int], device: torch.device) -> torch.Tensor:

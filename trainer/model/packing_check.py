@@ -14,14 +14,12 @@ from trainer.data.tokens import TokenSequence
 from trainer.distributed.sharding import root_gathered
 from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch
-from trainer.model.own_forward import attention_as, own_logprobs
+from trainer.model.own_forward import UNFIT, attention_as, own_logprobs
 from trainer.model.policy import Policy
 from trainer.planning.batching import NOT_SEPARATED, rotary_switch, why_separate
 
 LENGTHS: Final = (12, 10, 11)
 """Tokens of the test sequences: before, tested, behind."""
-UNFIT: Final = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-"""What a model's code raises where its signature or body does not fit the call."""
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Limit of the mean difference of logprobs between our pass and the model's own; rounding is far below it."""
 
