@@ -113,10 +113,9 @@ def slice_mask_of(layout: SlicedLayout, window: int | None) -> BlockMask:
         layout: of a slice whose chunks have whole blocks.
         window: of the layer, or None.
     """
-    masks = layout.whole.block_masks  # nothing else asks for a mask of a pack that is split
-    if (window, 0) not in masks:
-        masks[window, 0] = _make_mask(layout.whole, window, 0, layout.rows)
-    return masks[window, 0]
+    if window not in layout.block_masks:
+        layout.block_masks[window] = _make_mask(layout.whole, window, 0, layout.rows)
+    return layout.block_masks[window]
 
 
 def _make_mask(layout: PackedLayout, window: int | None, padding: int, rows: torch.Tensor | None) -> BlockMask:

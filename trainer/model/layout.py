@@ -213,6 +213,8 @@ class SlicedLayout:
     group: ContextGroup
     rows: torch.Tensor
     """[t] position in the pack of each token of this rank, ascending."""
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
+    """GPU only: cache by window, filled by the first layer that needs it."""
 
     @property
     def max_len(self) -> int:
