@@ -28,7 +28,7 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
 """One group of two ranks; two groups; two groups whose four ranks also shard the base."""
 RECIPE: Final[dict[str, Any]] = {
     "steps": 12, "eval_interval": 4, "dcp_save_interval": 4, "optimizer__schedule": "constant",
-    "optimizer__learning_rate": 1e-3, "rows_per_step": 5,
+    "optimizer__learning_rate": 1e-3, "rows_per_step": 5, "recovery__probe_memory": "on",
 }  # fmt: skip
 """Five rows a step: two groups have unequal numbers of rows, and in some steps of packs."""
 

@@ -35,6 +35,8 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         NumericalError: a sequence alone is computed otherwise than by the model's own forward pass, or several ranks
             together compute a pack otherwise than one.
     """
+    if world.context is not None and isinstance(plan, RFTPlan):
+        raise ModelError(f"the shape {CONTEXT_RFT}")
     recipe = plan.recipe
     is_sharded = world.mesh is not None
     lora, checkpoint = recipe.lora, _warm_checkpoint(recipe.lora)
@@ -49,8 +51,6 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
         raise ModelError(f"data.max_seq_tokens: {rotary}")
     verify_packing(policy, world.device, recipe.data.max_seq_tokens)
     if world.context is not None:
-        if isinstance(plan, RFTPlan):
-            raise ModelError(f"the shape {CONTEXT_RFT}")
         policy.run_on_slices()
         verify_slices(policy, world, world.context)
     # All ranks take part in each pass of a sharded model or of a split pack: a single rank cannot abandon a step.
