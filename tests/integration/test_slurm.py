@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -222,6 +222,9 @@ def test_a_job_of_two_nodes_starts_again_what_may_end_otherwise(project: Project
         (project.root / f"{name}.sh").write_text(script)
         return lab.command("sbatch", "--parsable", f"--chdir={project.root}", str(project.root / f"{name}.sh"))
 
+    def has_ended(job: str) -> bool:
+        return lab.field(job, "JobState") in {"FAILED", "COMPLETED"}
+
     def log_of(name: str) -> str:
         return project.run(name).log()
 
@@ -235,7 +238,7 @@ def test_a_job_of_two_nodes_starts_again_what_may_end_otherwise(project: Project
             wait_for((project.run(name).root / "up").exists)
             (project.run(name).root / "cancelled").touch()
             lab.command("scancel", "--signal=USR1", "--batch", job)
-        wait_for(lambda job=job: lab.field(job, "JobState") in {"FAILED", "COMPLETED"}, poll_s=0.5)
+        wait_for(partial(has_ended, job), poll_s=0.5)
         assert restarts(name) == numbers, log_of(name)
         assert lab.field(job, "Restarts") == "0", "never as another start of the job"
     assert "failed: ranks ended without an outcome; see the job's log" in log_of("killed")
@@ -253,10 +256,9 @@ def test_killed_rank_of_two_nodes_goes_on_in_the_same_job(project: Project, lab:
     job = slurm_id(run)
     wait_for_attempt(run, 1, 5)
     wait_for(run.checkpoints)
-    ranks = [each.environ() | {"pid": str(each.pid)} for each in project.processes() if "RANK" in each.environ()]
-    (second,) = [each for each in ranks if each["RANK"] == "1" and each.get("SLURM_JOB_ID") == job]
-    assert second["SLURM_NODEID"] == "1"
-    os.kill(int(second["pid"]), signal.SIGKILL)
+    of_job = [each for each in project.processes() if each.environ().get("SLURM_JOB_ID") == job]
+    (on_second,) = [each for each in of_job if "RANK" in (own := each.environ()) and own["SLURM_NODEID"] == "1"]
+    on_second.send_signal(signal.SIGKILL)  # whichever rank the rendezvous gave it
     wait_for(lambda: state(project, lab, "killed_rank") == "COMPLETED", poll_s=1)
     assert slurm_id(run) == job
     assert lab.field(job, "Restarts") == "0"

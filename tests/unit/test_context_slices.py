@@ -112,11 +112,12 @@ def test_rows_are_dealt_to_groups_and_counted_once():
     assert worlds[0].runs_in_step
 
 
-def make_pack(lengths, padding: int, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def make_pack(lengths, padding: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries [1, 4, T, 8], keys and values [1, 2, T, 8], with gradient."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths) + padding
-    return tuple(torch.randn(1, heads, total, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    query, key, value = (torch.randn(1, heads, total, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    return query, key, value
 
 
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
@@ -141,10 +142,12 @@ def test_gradients_in_bfloat16_are_those_of_float32_to_its_rounding(single):
     layout = PackedLayout.of_lengths(LONG[:1], CPU)
     part = SlicedLayout(layout, single, torch.from_numpy(rows_of_slice(LONG[0], single)))
     exact = make_pack(LONG[:1], 0)
-    rounded = tuple(tensor.detach().bfloat16().requires_grad_() for tensor in exact)
-    for pack in (exact, rounded):
+    query, key, value = (tensor.detach().bfloat16().requires_grad_() for tensor in exact)
+    for pack in (exact, (query, key, value)):
         sliced_attention(*pack, part, AttentionOptions(0.3)).float().square().sum().backward()
-    for mine, wanted in zip(rounded, exact, strict=True):
+    for mine, wanted in zip((query, key, value), exact, strict=True):
+        assert mine.grad is not None
+        assert wanted.grad is not None
         assert mine.grad.dtype == torch.bfloat16
         assert (mine.grad.float() - wanted.grad).abs().max() < 0.02 * wanted.grad.abs().max()
 
