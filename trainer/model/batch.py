@@ -198,17 +198,18 @@ class Batch:
         of_tokens = np.zeros((2, total + padding), dtype=np.int64)
         np.concatenate(token_ids, out=of_tokens[0, :total])
         np.concatenate(positions, out=of_tokens[1, :total])
-        of_scored = np.concatenate(scored, axis=1)
-        lengths, forks = [tree.lengths for tree in trees], [tree.branch_forks for tree in trees]
-        layout = PackedLayout.of_trees(lengths, device, adapters, padding=padding, forks=forks)
-        part, kept = None, None
+        of_scored, kept, rows = np.concatenate(scored, axis=1), None, None
         if context is not None:
             assert adapters is None, "packs of several adapters are not split"
-            rows = rows_of_slice(layout.num_tokens, context)
+            rows = rows_of_slice(total + padding, context)
             of_tokens, of_scored, kept = _sliced(of_tokens, of_scored, rows)
-            part = SlicedLayout(layout, context, to_device(torch.from_numpy(rows), device))
         ids_and_positions = to_device(torch.from_numpy(of_tokens), device)
         scored_positions, targets, sequence_ids = to_device(torch.from_numpy(of_scored), device)
+        lengths, forks = [tree.lengths for tree in trees], [tree.branch_forks for tree in trees]
+        layout = PackedLayout.of_trees(lengths, device, adapters, padding=padding, forks=forks)
+        part = None
+        if context is not None and rows is not None:
+            part = SlicedLayout(layout, context, to_device(torch.from_numpy(rows), device))
         return cls(
             token_ids=ids_and_positions[0],
             positions=ids_and_positions[1],
