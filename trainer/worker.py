@@ -97,6 +97,7 @@ def _run_attempt(plan: Plan, run: RunDir, idle: IdleThreads) -> int:
             plan.shape.device,
             plan.shape.num_ranks,
             num_shards=plan.shape.num_shards,
+            context_size=plan.shape.context_parallel,
             hang_timeout_s=plan.recipe.recovery.hang_timeout_s,
         )
     except LaunchError as error:

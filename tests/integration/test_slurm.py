@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -182,6 +184,93 @@ def test_only_what_a_machine_stopped_is_requeued(project: Project, lab: Lab) -> 
     urge(lab)
     wait_for(lambda: ended(taken) == ("COMPLETED", "1"), poll_s=0.5)
     wait_for(lambda: ended(bare) == ("COMPLETED", "1"), poll_s=0.5)
+
+
+PAIR_STEP: Final = """\
+run=runs/$1
+words() { echo "\\"state\\": \\"$1\\", \\"step\\": 3, \\"message\\": \\"$1\\", \\"exit_code\\": $2"; }
+say() { echo "{$(words $1 $2), $transient}" >"$run/outcome.json"; }
+transient='"is_transient": true'
+[ "$SLURM_PROCID" = 1 ] && case $1-$SLURM_STEP_ID in
+  killed-0) kill -9 $$;;  # without a word
+  *) sleep 60;;  # until the other node's end takes it along
+esac
+case $1-$SLURM_STEP_ID in
+  killed-0) sleep 60;;
+  crashing-*) say failed 1; exit 1;;
+  mistaken-*) transient='"is_transient": false'; say failed 2; exit 1;;
+  told-*) trap 'say preempted 75; exit 75' TERM; touch "$run/up"; while :; do sleep 0.1; done;;
+esac
+say finished 0; exit 1  # 1, so that srun ends the other node's step at once
+"""
+"""How a step of two nodes may end: a shell in the place of each torchrun."""
+
+
+def test_a_job_of_two_nodes_starts_again_what_may_end_otherwise(project: Project, lab: Lab) -> None:
+    (project.root / "pair_step.sh").write_text(PAIR_STEP)
+    options = ("--name", "NAME", "--set", "recovery.max_restarts=2", "--set", "recovery.restart_backoff_s=0.1")
+    text = trainer(project, lab, "submit", "pair.yaml", *options, "--launcher", "slurm", "--print").stdout
+    torchrun = re.compile(r"(--kill-on-bad-exit=1) (?:.*\\\n)+ .* &")
+
+    def submit(name: str) -> str:
+        trainer(
+            project, lab, "submit", "pair.yaml", "--name", name, *options[2:], "--launcher", "slurm", "--slurm", "hold"
+        )
+        lab.command("scancel", slurm_id(project.run(name)))  # it made the run directory
+        script, count = torchrun.subn(rf"\1 sh pair_step.sh {name} &", text.replace("NAME", name))
+        assert count == 1
+        (project.root / f"{name}.sh").write_text(script)
+        return lab.command("sbatch", "--parsable", f"--chdir={project.root}", str(project.root / f"{name}.sh"))
+
+    def has_ended(job: str) -> bool:
+        return lab.field(job, "JobState") in {"FAILED", "COMPLETED"}
+
+    def log_of(name: str) -> str:
+        return project.run(name).log()
+
+    def restarts(name: str) -> list[str]:
+        return re.findall(r"restart (\d) of at most 2 without a new checkpoint", log_of(name))
+
+    expected = {"killed": ["1"], "crashing": ["1", "2"], "mistaken": [], "told": []}
+    for name, numbers in expected.items():
+        job = submit(name)
+        if name == "told":
+            wait_for((project.run(name).root / "up").exists)
+            (project.run(name).root / "cancelled").touch()
+            lab.command("scancel", "--signal=USR1", "--batch", job)
+        wait_for(partial(has_ended, job), poll_s=0.5)
+        assert restarts(name) == numbers, log_of(name)
+        assert lab.field(job, "Restarts") == "0", "never as another start of the job"
+    assert "failed: ranks ended without an outcome; see the job's log" in log_of("killed")
+    assert project.run("killed").outcome()["state"] == "finished", "the second step of the job"
+    assert project.run("crashing").outcome()["state"] == "failed"
+
+
+def test_killed_rank_of_two_nodes_goes_on_in_the_same_job(project: Project, lab: Lab) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    changes = PAIR | {"name": "killed_rank", "steps": 60, "eval_interval": 0, "recovery__restart_backoff_s": 0.1}
+    project.recipe("killed_rank.yaml", **changes)
+    alone = project.start([*torchrun, "-m", "trainer.worker", "killed_rank.yaml", "--name", "undisturbed"])
+    trainer(project, lab, "submit", "killed_rank.yaml", "--launcher", "slurm", "--time=50")
+    run, whole = project.run("killed_rank"), project.run("undisturbed")
+    job = slurm_id(run)
+    wait_for_attempt(run, 1, 5)
+    wait_for(run.checkpoints)
+    of_job = [each for each in project.processes() if each.environ().get("SLURM_JOB_ID") == job]
+    (on_second,) = [each for each in of_job if "RANK" in (own := each.environ()) and own["SLURM_NODEID"] == "1"]
+    on_second.send_signal(signal.SIGKILL)  # whichever rank the rendezvous gave it
+    wait_for(lambda: state(project, lab, "killed_rank") == "COMPLETED", poll_s=1)
+    assert slurm_id(run) == job
+    assert lab.field(job, "Restarts") == "0"
+    first, again = run.attempts()
+    assert (first["slurm_step"], again["slurm_step"]) == (f"{job}.0", f"{job}.1")
+    assert (first["ended"]["state"], again["ended"]["state"]) != ("finished", "finished")
+    assert again["ended"]["state"] == "finished"
+    assert "resumed runs/killed_rank at step" in run.log()
+    done = alone.wait()
+    assert done.code == 0, done.said
+    assert run.values() == whole.values()
+    assert run.adapter() == whole.adapter()
 
 
 def test_two_nodes_cancelled_reconnected_and_requeued(project: Project, lab: Lab) -> None:

@@ -133,6 +133,20 @@ def test_the_batch_of_rft_counts_completions(capsys):
     ]
 
 
+def test_micro_batches_that_several_ranks_compute_together(capsys):
+    write_small(Path())
+    shape = find_shape("cpu").model_dump() | {"name": "split", "gpus": 4, "context_parallel": 2}
+    Path("split.yaml").write_text(json.dumps(shape))
+    assert main(["check", "recipe.yaml", "--shape", "split.yaml", "--values"]) == 0
+    out = capsys.readouterr().out
+    micro = "micro-batches of 2,048 tokens x 2 groups of 2 ranks, each a slice of 1,024,"
+    assert section(out, "batch")[1] == f"{micro} x 1 accumulated >= the global batch"
+    assert "shape.context_parallel 2 shape split" in [" ".join(line.split()) for line in out.splitlines()]
+    Path("split.yaml").write_text(json.dumps(shape | {"gpus": 3}))
+    assert main(["check", "recipe.yaml", "--shape", "split.yaml"]) == 2
+    assert "context_parallel: 2 does not divide the 3 training ranks of the shape" in capsys.readouterr().err
+
+
 def test_the_memory_table_adds_up(capsys):
     write_small(Path())
     assert main(["check", "recipe.yaml"]) == 0

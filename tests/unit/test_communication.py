@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_leaves
 from trainer.config.load import find_shape
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.distributed.context import ContextGroup
 from trainer.distributed.world import World
 from trainer.model import attention
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, make_policy
-from trainer.planning.communication import exchanged
+from trainer.planning.communication import exchanged, exchanged_in_attention
+from trainer.planning.model_facts import ModelFacts
 from trainer.training.learner import Learner
 from trainer.training.losses import sft_loss
 
@@ -30,6 +32,9 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.* is already registered as pytree node:UserWarning")
 FACTORS = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
 """Times (n - 1) / n of the whole tensor that a rank receives: an all-reduce is a reduce-scatter and a gather."""
+
+SLICES = ("all_gather_into_tensor", "reduce_scatter_tensor")
+"""What the slices of a pack exchange."""
 
 
 class Counting(TorchDispatchMode):
@@ -41,6 +46,10 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
+        if namespace == "_c10d_functional" and name in SLICES:
+            tensor, ranks = args[0], args[-2]
+            size = tensor.numel() * tensor.element_size() * (ranks if name == "all_gather_into_tensor" else 1)
+            self.received[name, ranks] += size * (ranks - 1) // ranks
         if namespace == "c10d" and name in FACTORS:
             group = next(each for each in args if isinstance(each, torch.ScriptObject))
             ranks = distributed.ProcessGroup.unbox(group).size()
@@ -94,3 +103,28 @@ def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
         with Counting() as counting:  # as optim_step does, once
             learner.world.sum_in_place(learner._gradient)
         assert counting.received["allreduce_", ranks] == pytest.approx(said.per_step)
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_bytes_of_slices_are_those_of_the_cost_report(ranks, is_checkpointed):
+    attention.register()
+    model = tiny_model("llama", attn_implementation=attention.PACKED_ATTENTION, num_hidden_layers=3)
+    settings = ModelSettings(path="none", gradient_checkpointing=is_checkpointed)
+    policy = make_policy(model.bfloat16().requires_grad_(False), settings, LoraSettings(rank=4), 0)
+    group, _ = distributed.new_subgroups(2)
+    assert group is not None
+    context = ContextGroup(0, 2, group)
+    policy.run_on_slices()
+    learner = Learner(policy, World(0, ranks, CPU, context=context))
+    tokens = tuple(range(3, 43))
+    row = TokenSequence(tokens, (False,) + (True,) * 39, TokenInputs(weights=(1.0,) * 39))
+    policy.train()
+    with Counting() as counting:
+        learner.forward_backward(Batch.pack([row], CPU, context=context), sft_loss)
+    facts = ModelFacts(hidden=32, layers=3, query_width=32, key_width=16, intermediate=64, vocab=320, is_tied=False)
+    shape = find_shape("cpu").model_copy(update={"gpus": ranks, "context_parallel": 2, "micro_batch_tokens": 20})
+    assert shape.pack_tokens == len(tokens)
+    said = exchanged_in_attention(shape, facts, is_checkpointed)
+    assert sum(counting.received[name, 2] for name in SLICES) == said
+    assert all(counting.received[name, 2] for name in SLICES)

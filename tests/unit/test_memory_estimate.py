@@ -62,6 +62,9 @@ def test_constants_are_those_of_the_code():
         (["data.max_seq_tokens=300", "rows_per_step=2"], {}, [300] * 2),  # a step has no more rows
         (["data.max_seq_tokens=2000", "rows_per_step=64"], {}, [2000]),  # longer than the budget: alone
         (["data.max_seq_tokens=256", "rows_per_step=4"], {"gpus": 4}, [256]),  # one row for each rank
+        # two rows for each group of two ranks, in a pack of 2,048 tokens
+        (["data.max_seq_tokens=256", "rows_per_step=4"], {"gpus": 4, "context_parallel": 2}, [256] * 2),
+        (["data.max_seq_tokens=600", "rows_per_step=8"], {"gpus": 2, "context_parallel": 2}, [600] * 3 + [248]),
     ],
 )
 def test_longest_pack(overrides, shape, lengths):
@@ -90,6 +93,21 @@ def test_short_sequences_keep_their_scores_on_a_cpu_only():
     assert long.block() / 385 == on_gpu.block() / 384
     capped = Pass(ModelFacts(**{**FACTS.__dict__, "has_eager_attention": True}), [385], 8, 2, 4, is_cpu=True)
     assert capped.block() > long.block()
+
+
+def test_a_slice_keeps_its_own_tokens_and_the_keys_of_all():
+    alone, half = (Pass(FACTS, [800], 400, 2, 4, is_cpu=False, ranks=ranks) for ranks in (1, 2))
+    assert (alone.tokens, half.tokens) == (800, 400)
+    keys = 2 * 40 * 2  # keys and values of a token
+    assert half.block() == alone.block() / 2 + 400 * keys, "the other half of the keys and values too"
+    assert half.kept(recomputed=True) == alone.kept(recomputed=True) / 2
+    wide = ModelFacts(**{**FACTS.__dict__, "key_width": 400})
+    backward = [
+        Pass(wide, [800], 400, 2, 4, is_cpu=False, ranks=ranks).moments(recomputed=False)["backward of a block"]
+        for ranks in (1, 2)
+    ]
+    assert backward[0] == 800 * (100 + 2 * 200) * 2
+    assert backward[1] == 800 * 2 * 400 * (2 + 4 + 2), "gradients of all keys and values, in bfloat16 and in float32"
 
 
 def test_checkpointing_keeps_one_block_and_inputs():

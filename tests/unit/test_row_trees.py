@@ -71,3 +71,11 @@ def test_trees_of_a_row_keep_the_budget_where_a_sequence_does(tmp_path, budget):
         assert sum(tree.num_tokens for tree in pack) <= budget or len(pack) == len(pack[0].numbers) == 1
     assert sorted(number for pack in packs for tree in pack for number in tree.numbers) == [0, 1, 2, 3, 4]
     assert all(isinstance(tree.read(rows), Tree) for pack in packs for tree in pack)
+
+
+def test_rows_that_are_split_over_ranks_share_nothing(tmp_path):
+    rows = table(tmp_path, [1, 4])
+    numbers = rows.sequences_of([0, 1])
+    trees = [tree for pack in plan_packs(rows, numbers, 1000, may_share=False) for tree in pack]
+    assert sorted(tree.numbers for tree in trees) == [(number,) for number in numbers]
+    assert all(tree.num_tokens == tree.prefix for tree in trees)

@@ -61,15 +61,19 @@ def test_options_of_the_user_come_last_and_win(tmp_path):
 def test_two_nodes_meet_under_an_id_of_their_own_start(tmp_path):
     script = batch_script(RUN, plan(tmp_path, GRACE, shape="h100x16"), SlurmOptions(), tmp_path, "/opt/python")
     assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=8"} <= set(directives(script))
-    command = script[script.index("\nsrun ") + 1 : script.index("\nstep=$!")]
+    command = script[script.index("  srun ") : script.index("\n  step=$!")]
     assert command == (
-        "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
+        "  srun --ntasks-per-node=1 --kill-on-bad-exit=1"
         " /opt/python -m torch.distributed.run --nnodes 2 --nproc-per-node 8 \\\n"
-        '  --rdzv-backend c10d --rdzv-endpoint "$address:$((10000 + SLURM_JOB_ID % 20000))" \\\n'
-        '  --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \\\n'
-        "  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 90 \\\n"
-        "  -m trainer.worker runs/small &"
+        '    --rdzv-backend c10d --rdzv-endpoint "$address:$((10000 + SLURM_JOB_ID % 20000))" \\\n'
+        '    --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$number" \\\n'
+        "    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 90 \\\n"
+        "    -m trainer.worker runs/small &"
     )
+    begin, after = (
+        place for place, line in enumerate(script.splitlines()) if "/opt/python -m trainer.launch.again" in line
+    )
+    assert begin < script[: script.index("  srun ")].count("\n") < after, "counted before the first step, after each"
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script
 
 

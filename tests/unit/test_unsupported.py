@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from small_recipe import RFT, SFT, SIZES, write_small
 from tiny import tiny_model, tiny_model_dir, tiny_tokenizer
 from torch import distributed
@@ -18,13 +21,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.commands.cli import main
 from trainer.config import unsupported
-from trainer.config.load import load_recipe
+from trainer.config.load import find_shape, load_recipe
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.template import ChatTemplate, apply_override
+from trainer.distributed.context import ContextGroup
+from trainer.distributed.preemption import SIGNALS, StopFlag
+from trainer.distributed.world import World
 from trainer.errors import ModelError, TrainerError
 from trainer.model import attention
 from trainer.model.base_model import logit_transform
 from trainer.model.layout import PackedLayout
+from trainer.model.packing_check import verify_packing
 from trainer.model.policy import Policy, load_policy, make_policy
 from trainer.planning.batching import rotary_problem
 from trainer.planning.plan import make_plan
@@ -32,6 +39,7 @@ from trainer.sampling.choose_decoder import choose_decoder
 from trainer.sampling.sampler import SamplingParams
 from trainer.sampling.served import _refuse_truncation, _refuse_unservable
 from trainer.sampling.server_client import ServerClient
+from trainer.training.open_learner import open_learner
 from trainer.training.optimizers import make_optimizer
 from trainer.training.tool_template import refuse_template_without_tools
 
@@ -109,6 +117,30 @@ def train_past_a_change_of_rotary_factors() -> None:
     raise ModelError(problem)  # as open_learner raises it, which reads the same function with the loaded config
 
 
+def split_the_packs_of_rft() -> None:
+    plan = make_plan(load_recipe(write_small(Path(), RFT), ["shape=cpu"]))
+    world = World(0, 2, CPU, context=ContextGroup(0, 2, cast(Any, None)))
+    with suppress_handlers():
+        open_learner(plan, world, StopFlag())
+
+
+@contextmanager
+def suppress_handlers() -> Iterator[None]:
+    """Restore the signal handlers that a StopFlag replaces."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def split_convolutions() -> None:
+    policy = policy_of(LoraSettings(rank=2), "lfm2")
+    verify_packing(policy, CPU)
+    policy.run_on_slices()
+
+
 def adapt_a_layer_that_is_not_there() -> None:
     policy_of(LoraSettings(rank=2, target_modules=["q_prj"]))
 
@@ -132,6 +164,7 @@ def show_tools_by_a_template_without_any() -> None:
     refuse_template_without_tools(ChatTemplate(tokenizer, "2026-11-26"), {})
 
 
+SPLIT = find_shape("cpu").model_dump() | {"name": "split", "gpus": 2, "context_parallel": 2}
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 4,
@@ -196,6 +229,14 @@ CASES: list[tuple[str, list[str], dict[str, Any], Callable[[], None], str]] = [
         "rft of 300 tokens is not supported: the model's rotary factors change above 256 tokens, in the middle of a "
         "completion; set it to 256",
     ),
+    (RFT, ["shape=split.yaml"], {}, split_the_packs_of_rft, unsupported.CONTEXT_RFT),
+    (
+        SFT,
+        ["shape=split.yaml"],
+        {"model_type": "lfm2"},
+        split_convolutions,
+        unsupported.CONTEXT_SEPARATE.format("lfm2 keeps state between packed sequences"),
+    ),
     (
         SFT,
         ["lora.target_modules=[q_prj]"],
@@ -226,6 +267,7 @@ def test_check_and_run_refuse_in_the_same_words(recipe, overrides, config, run, 
     Path("model/config.json").write_text(json.dumps(SIZES | config))
     if "target_modules=[q_prj]" in " ".join(overrides):  # names of layers are read from the weights
         tiny_model_dir(Path("model"))
+    Path("split.yaml").write_text(yaml.safe_dump(SPLIT))
     Path("adapter").mkdir()
     Path("tools.py").write_text('def multiply(a: int, b: int) -> int:\n    """Multiply."""\n    return a * b\n')
     Path("adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 32}))

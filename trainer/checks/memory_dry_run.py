@@ -126,11 +126,13 @@ def measure(plan: Plan, config: PretrainedConfig) -> Measured:
         config: The model's configuration.
 
     Raises:
-        ShapeError: The shape shards the model, which is not supported here.
+        ShapeError: The shape shards the model, or splits packs over ranks, which is not supported here.
         ModelError: The model is quantized, which is not supported either.
     """
     if plan.shape.sharding != "none":
         raise ShapeError(f"{plan.shape.name}: a sharded model is only estimated, not measured; omit --memory")
+    if plan.shape.context_parallel > 1:
+        raise ShapeError(f"{plan.shape.name}: slices of packs are only estimated, not measured; omit --memory")
     if plan.recipe.model.quantization is not None:
         raise ModelError("model.quantization: a model in 4 bits is only estimated, not measured; omit --memory")
     if plan.recipe.model.gradient_checkpointing == "selective":

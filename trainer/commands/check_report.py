@@ -72,7 +72,10 @@ class BatchReport:
     row_tokens: float | None
     step_tokens: float | None
     micro_batch_tokens: int
+    """Of one rank."""
     num_ranks: int
+    context_parallel: int
+    """Ranks that compute each micro-batch together."""
     accumulation: int | None
     steps_per_epoch: float | None
     steps: int
@@ -174,6 +177,7 @@ def _batch(plan: Plan) -> BatchReport:
         step_tokens=step_tokens(plan),
         micro_batch_tokens=plan.shape.micro_batch_tokens,
         num_ranks=plan.shape.num_ranks,
+        context_parallel=plan.shape.context_parallel,
         accumulation=accumulation(plan),
         steps_per_epoch=plan.steps_per_epoch,
         steps=plan.steps,
@@ -268,6 +272,11 @@ def _batch_rows(batch: BatchReport) -> list[tuple[str, str, str, str]]:
     content += "" if is_sft else f" x {batch.sequences_per_step // batch.rows_per_step} completions"
     size = "one sequence" if batch.is_separate else f"{batch.micro_batch_tokens:,} tokens"
     micro = f"micro-batches of {size} x {_count(batch.num_ranks, 'rank')}"
+    if batch.context_parallel > 1:
+        groups = _count(batch.num_ranks // batch.context_parallel, "group")
+        size = f"{batch.micro_batch_tokens * batch.context_parallel:,} tokens"
+        micro = f"micro-batches of {size} x {groups} of {batch.context_parallel} ranks, each a slice of"
+        micro += f" {batch.micro_batch_tokens:,},"
     rows = [("global batch", content, "=", total)]
     if batch.accumulation:
         rows.append(("", f"{micro} x {batch.accumulation:,} accumulated", ">=", "the global batch"))

@@ -9,7 +9,7 @@ from trainer.config.devices import KnownDevice
 from trainer.config.load import known_devices
 from trainer.config.shape import TrainingShape
 from trainer.errors import RecipeError
-from trainer.planning.communication import Exchanged, exchanged
+from trainer.planning.communication import Exchanged, exchanged, exchanged_in_attention
 from trainer.planning.fit import has_compiled_layers
 from trainer.planning.plan import Plan, model_facts
 from trainer.planning.roofline import StepCost, step_cost
@@ -64,6 +64,7 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         f"With {DOCUMENTS[1]} documents:",
         *table_lines(by_part, width=width),
         *_communication(shape, device, exchanged(shape, facts.params, adapter)),
+        *_slices(shape, device, exchanged_in_attention(shape, facts, recipe.model.gradient_checkpointing)),
     ]
 
 
@@ -104,6 +105,22 @@ def _communication(shape: TrainingShape, device: KnownDevice, said: Exchanged) -
     if said.per_step:
         lines.append(f"Gradients: each GPU receives {said.per_step / 1e9:.2f} GB per step, after its last micro-batch.")
     return lines
+
+
+def _slices(shape: TrainingShape, device: KnownDevice, received: float) -> list[str]:
+    """What context parallelism adds: the exchange of keys and values, and attention to other ranks' tokens."""
+    if shape.context_parallel == 1:
+        return []
+    rate = device.nvlink_gbps / 2 * 1e9
+    time = f", {received / rate * 1e3:,.0f} ms at {rate / 1e9:g} GB/s, added to the time above" if rate else ""
+    if shape.context_parallel > shape.ranks_per_node:
+        time = ", partly from other machines"
+    ranks = shape.context_parallel
+    return [
+        f"Context parallelism: {ranks} GPUs compute {shape.pack_tokens:,} tokens together. Each receives "
+        f"{received / 1e9:.2f} GB of keys, values and their gradients per micro-batch{time}. Attention above is that "
+        f"of a rank's own tokens to each other; to those of all ranks it takes up to {ranks} times as long."
+    ]
 
 
 def _device_of(shape: TrainingShape) -> KnownDevice:

@@ -239,7 +239,8 @@ class RecoverySettings(Section):
     grace_period_s: PositiveFloat = 30.0
     """Time between the termination signal and the kill. When it is used up, the worker exits immediately."""
     max_restarts: NonNegativeInt = 3
-    """Consecutive restarts without a new checkpoint after which `trainer train` gives up."""
+    """Consecutive restarts without a new checkpoint after which `trainer train`, or a Slurm job of several nodes, gives
+    up."""
     restart_backoff_s: NonNegativeFloat = 1.0
     """Wait before the first restart. Doubles with each further restart without progress, up to one minute."""
     hang_timeout_s: PositiveFloat = 1800.0

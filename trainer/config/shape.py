@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from trainer.config.section import Section
 
@@ -58,6 +58,9 @@ class TrainingShape(Section):
     sharding: Literal["none", "full", "node"] = "none"
     """`full` shards the parameters of the base model over all ranks (FSDP2); `node` over the ranks of each machine,
     every machine holding a copy (HSDP): parameters are then gathered inside a machine only."""
+    context_parallel: PositiveInt = 1
+    """Neighbouring ranks that compute each pack together, every rank a slice of its tokens (sft only): for rows that do
+    not fit on one device. Their keys and values are gathered in every layer."""
     vllm_gpus: NonNegativeInt = 0
     """Devices reserved for vLLM: the last ones of the machine. Training ranks use the others."""
     vllm_python: str | None = None
@@ -70,6 +73,20 @@ class TrainingShape(Section):
     """How long idle CPU threads spin before they sleep (`GOMP_SPINCOUNT`); null chooses by load and cgroup quota."""
     accelerate: str
     """Name of the `accelerate` configuration in configs/accelerate/."""
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        """Every rank belongs to a group of `context_parallel` ranks.
+
+        Raises:
+            ValueError: Some would not.
+        """
+        if self.num_ranks % self.context_parallel:
+            raise ValueError(
+                f"context_parallel: {self.context_parallel} does not divide the {self.num_ranks} training ranks of the "
+                "shape"
+            )
+        return self
 
     @property
     def num_ranks(self) -> int:
@@ -85,3 +102,13 @@ class TrainingShape(Section):
     def ranks_per_node(self) -> int:
         """Number of training processes on each node."""
         return max(1, self.num_ranks // self.nodes)
+
+    @property
+    def num_shares(self) -> int:
+        """Number of parts that the rows of a step are dealt into: the groups of ranks that compute packs together."""
+        return self.num_ranks // self.context_parallel
+
+    @property
+    def pack_tokens(self) -> int:
+        """Maximum tokens of a pack of several sequences, over all ranks that compute it together."""
+        return self.micro_batch_tokens * self.context_parallel

@@ -65,8 +65,8 @@ EIGHT_BIT_MISSING: Final = (
     "optimizer.name: adamw_8bit needs bitsandbytes; install the extra: pip install 'tunesmith[qlora]'"
 )
 SELECTIVE_UNCOMPILED: Final = (
-    "recomputes only in compiled layers, which are on GPU shapes without sharding and have no experts, 4-bit weights, "
-    "DoRA or dropout, with model.compile_layers on: set model.gradient_checkpointing to true"
+    "recomputes only in compiled layers, which are on GPU shapes without sharding or context_parallel and have no "
+    "experts, 4-bit weights, DoRA or dropout, with model.compile_layers on: set model.gradient_checkpointing to true"
 )
 """Of `model.gradient_checkpointing: selective`."""
 OFFLOAD_KEEPS: Final = (
@@ -74,6 +74,16 @@ OFFLOAD_KEEPS: Final = (
 )
 OFFLOAD_CPU: Final = "has its activations in host memory: remove model.activation_offload, or use a GPU shape"
 """Of a shape."""
+CONTEXT_RFT: Final = (
+    "splits packs over several ranks (context_parallel), which rft does not support: use a shape without it"
+)
+"""Of a shape."""
+CONTEXT_SEPARATE: Final = (
+    "splits packs over several ranks (context_parallel), which needs packed attention in every layer, and {}: use a "
+    "shape without it"
+)
+"""Of a shape, and why a model's sequences are not packed."""
+CONTEXT_TREES: Final = "sequences that share a prefix are not split over several ranks (context_parallel) on a CPU"
 FULL_EXPERTS: Final = "full-parameter training of mixture-of-experts models needs a router loss; use LoRA"
 ATTENTION_DROPOUT: Final = "attention dropout is not supported; set attention_dropout to 0 in the model's config.json"
 SELECTED_KEYS: Final = (

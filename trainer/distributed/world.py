@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from trainer.distributed.context import ContextGroup
 from trainer.errors import LaunchError
 
 T = TypeVar("T")
@@ -41,6 +42,28 @@ class World:
     """Rank on this machine."""
     local_size: int = 1
     """Number of ranks on this machine."""
+    context: ContextGroup | None = None
+    """The ranks that compute the same packs as this one; None: every rank has packs of its own."""
+
+    @property
+    def num_shares(self) -> int:
+        """Number of parts that the rows of a step are dealt into: of ranks, or of groups that share their packs."""
+        return self.size // (1 if self.context is None else self.context.size)
+
+    @property
+    def share(self) -> int:
+        """The part of this rank, from 0."""
+        return self.rank // (1 if self.context is None else self.context.size)
+
+    @property
+    def counts_share(self) -> bool:
+        """Whether this rank adds what its group has in common to a sum over all ranks; one rank of a group does."""
+        return self.context is None or self.context.rank == 0
+
+    @property
+    def runs_in_step(self) -> bool:
+        """Whether ranks wait for each other inside a pass, so that none can leave out a pass by itself."""
+        return self.mesh is not None or self.context is not None
 
     def apart(self) -> World:
         """The same ranks with a gloo group of their own, for a thread beside the training; every rank calls it."""
@@ -151,7 +174,12 @@ def collective_timeout_s(hang_timeout_s: float) -> float:
 
 
 def join_world(
-    device: str, expected_size: int, *, num_shards: int = 1, hang_timeout_s: float = MIN_COLLECTIVE_TIMEOUT_S
+    device: str,
+    expected_size: int,
+    *,
+    num_shards: int = 1,
+    context_size: int = 1,
+    hang_timeout_s: float = MIN_COLLECTIVE_TIMEOUT_S,
 ) -> World:
     """Join the ranks that the launcher started.
 
@@ -159,6 +187,7 @@ def join_world(
         device: cpu or cuda.
         expected_size: ranks of the shape.
         num_shards: neighbouring ranks that hold one copy of the base model together; divides the number of ranks.
+        context_size: neighbouring ranks that compute one pack together; divides the number of ranks.
         hang_timeout_s: how long a rank may make no progress.
 
     Raises:
@@ -189,8 +218,23 @@ def join_world(
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in LOCAL)
     return World(
-        rank, size, own_device, mesh=mesh, copies=copies, local_rank=local_rank, local_size=min(size, local_size)
+        rank,
+        size,
+        own_device,
+        mesh=mesh,
+        copies=copies,
+        local_rank=local_rank,
+        local_size=min(size, local_size),
+        context=_context_of(rank, context_size, hang_timeout_s) if context_size > 1 else None,
     )
+
+
+def _context_of(rank: int, size: int, hang_timeout_s: float) -> ContextGroup:
+    """The group of `size` neighbouring ranks that this one is in; every rank calls it."""
+    timeout = timedelta(seconds=collective_timeout_s(hang_timeout_s))
+    group, _ = distributed.new_subgroups(size, timeout=timeout)
+    assert group is not None, "every rank is in one of the groups"
+    return ContextGroup(rank % size, size, group)
 
 
 def use_deterministic_kernels() -> None:

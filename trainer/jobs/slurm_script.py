@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 from typing import Final, final
 
 from trainer.config.shape import TrainingShape
@@ -98,32 +99,34 @@ def _directives(run: RunDir, plan: Plan, options: SlurmOptions) -> list[str]:
 
 
 def _command(run: RunDir, plan: Plan, python: str) -> str:
-    """The job step: the supervisor on one node, torchrun on each of several."""
+    """The job step: the supervisor on one node; torchrun on each of several, started again after a crash."""
     target = shlex.quote(str(run.root))
     srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
     if plan.shape.nodes == 1:
-        return f"{srun} {python} -m trainer train {target} --resubmitted &"
+        return f"{srun} {python} -m trainer train {target} --resubmitted &\n{_WAIT}"
     grace_s = math.ceil(plan.recipe.recovery.grace_period_s)
     launch = " \\\n  ".join(_torchrun(plan.shape, python, grace_s))
-    return f"{_RENDEZVOUS}export {SHUTDOWN_TIMEOUT}={grace_s}\n{srun} {launch} \\\n  -m trainer.worker {target} &"
+    step = indent(f"{srun} {launch} \\\n  -m trainer.worker {target} &\n{_WAIT}".rstrip("\n"), "  ")
+    again = f"{python} -m trainer.launch.again {target}"
+    return f"{_RENDEZVOUS}export {SHUTDOWN_TIMEOUT}={grace_s}\n" + _STEPS.format(again=again, step=step)
 
 
 def _torchrun(shape: TrainingShape, python: str, grace_s: int) -> list[str]:
     return [
         f"{python} -m torch.distributed.run --nnodes {shape.nodes} --nproc-per-node {shape.ranks_per_node}",
         '--rdzv-backend c10d --rdzv-endpoint "$address:$((10000 + SLURM_JOB_ID % 20000))"',
-        '--rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
+        '--rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$number"',
         f"--signals-to-handle {SIGNALS} --shutdown-timeout {grace_s}",
     ]
 
 
 _PROLOGUE: Final = """\
-cancelled={cancelled} outcome={outcome} asked= step=
+cancelled={cancelled} outcome={outcome} asked= step= number=0 gave_up=
 
 forward() {{   # to the job step, once it exists
   asked=$1
   echo "asked to stop by SIG$1" >&2
-  while kill -0 "$step" 2>/dev/null && ! scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null; do sleep 1; done
+  while kill -0 "$step" 2>/dev/null && ! scancel --signal=TERM "$SLURM_JOB_ID.$number" 2>/dev/null; do sleep 1; done
 }}
 trap 'forward USR1' USR1   # near the time limit; or at a preemption, where Slurm is configured to signal it
 trap 'forward TERM' TERM   # requeue or scancel
@@ -146,15 +149,35 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
 """
 
-_EPILOGUE: Final = """\
+_WAIT: Final = """\
 step=$!
 [ -z "$asked" ] || forward "$asked"   # a signal that came before the job step existed
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done   # a signal interrupts wait
+"""
 
+_STEPS: Final = """\
+was_told() {{ [ -n "$asked" ] || [ -e "$cancelled" ] || [ "$(job_field PreemptTime)" != None ]; }}
+restarts=$({again}) || exit 1
+while :; do
+{step}
+  [ "$code" -ne 0 ] && ! was_told || break
+  # A rank or a launcher died: another step of this job goes on from the newest checkpoint, if `again` allows it.
+  restarts=$({again} $restarts) || {{ gave_up=1; break; }}
+  [ -n "$asked" ] || {{ sleep "${{restarts##* }}" & wait $!; }}   # a signal ends the wait
+  [ -e "$cancelled" ] || rm -f "$outcome"
+  ! was_told || break
+  number=$((number + 1))
+done
+"""
+
+_EPILOGUE: Final = """\
 ended=$(sed -n 's/.*"state": "\\([a-z]*\\)".*/\\1/p' "$outcome" 2>/dev/null)
 preempted_at=$(job_field PreemptTime)
 [ "$preempted_at" = None ] && preempted_at=
-was_stopped() { [ "$ended" = preempted ] || { [ -z "$ended" ] && [ -n "$asked$preempted_at" ]; }; }
+was_stopped() {
+  [ -z "$gave_up" ] || return 1   # the same crash again and again
+  [ "$ended" = preempted ] || { [ -z "$ended" ] && [ -n "$asked$preempted_at" ]; }
+}
 # Slurm requeues only jobs that still run when the grace time ends. A cancelled run is not requeued.
 if was_stopped && [ ! -e "$cancelled" ] && [ "$(job_field JobState)" = RUNNING ]; then
   if [ "$asked" = USR1 ] && [ -z "$preempted_at" ] && [ "$(progress)" = "$before" ]; then

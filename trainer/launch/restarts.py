@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, final
 
+from trainer.config.recipe import RecoverySettings
 from trainer.errors import EXIT_USER
 from trainer.launch.supervisor import StopSignals, Supervisor
 from trainer.planning.plan import Plan
@@ -14,11 +16,54 @@ from trainer.run.state import Outcome
 MAX_BACKOFF_S: Final = 60.0
 
 
-def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
-    """Start attempts until the run has ended, was stopped from outside, or makes no progress.
+@final
+@dataclass(frozen=True)
+class Restarts:
+    """How often a run was started again; the rule is the same for a supervisor and for a batch script."""
 
-    A preemption or a crash is followed by another attempt, up to `recovery.max_restarts` times in a row without a new
-    checkpoint. An error that the user must fix is not retried.
+    in_a_row: int
+    """Restarts since the newest checkpoint."""
+    newest_checkpoint: int
+    """Its step; -1 where there is none."""
+
+    def after(self, outcome: Outcome, checkpoint: int, settings: RecoverySettings) -> Restarts | None:
+        """The count with another restart; None where the run must not be started again.
+
+        A preemption or a crash is followed by another attempt, up to `max_restarts` times in a row without a new
+        checkpoint. An error that the user must fix is not retried.
+
+        Args:
+            outcome: of the attempt that ended.
+            checkpoint: newest checkpoint step now.
+            settings: how often, and how long to wait.
+        """
+        in_a_row = 0 if checkpoint > self.newest_checkpoint else self.in_a_row
+        if outcome.state in {"finished", "cancelled"} or outcome.exit_code == EXIT_USER:
+            return None
+        if not (outcome.state == "preempted" or outcome.is_transient) or in_a_row >= settings.max_restarts:
+            return None
+        return Restarts(in_a_row + 1, max(checkpoint, self.newest_checkpoint))
+
+    def wait_s(self, settings: RecoverySettings) -> float:
+        """Seconds before the restart: doubled with each one without progress."""
+        return min(MAX_BACKOFF_S, settings.restart_backoff_s * 2 ** (self.in_a_row - 1))
+
+    def announce(self, outcome: Outcome, settings: RecoverySettings) -> None:
+        """Tell the user of the restart.
+
+        Args:
+            outcome: what it follows.
+            settings: how often, and how long to wait.
+        """
+        tell(
+            f"{outcome}\n"
+            f"restart {self.in_a_row} of at most {settings.max_restarts} without a new checkpoint, "
+            f"in {self.wait_s(settings):g} s"
+        )
+
+
+def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
+    """Start attempts until the run has ended, was stopped from outside, or makes no progress (`Restarts.after`).
 
     Args:
         plan: of the run.
@@ -26,26 +71,13 @@ def supervise(plan: Plan, run: RunDir, stop: StopSignals) -> Outcome:
         stop: signals that ask this process to stop.
     """
     settings = plan.recipe.recovery
-    in_a_row, newest_checkpoint = 0, run.newest_checkpoint_step()
+    restarts = Restarts(0, run.newest_checkpoint_step())
     while True:
         outcome = Supervisor(plan, run, stop).attempt()
-        checkpoint = run.newest_checkpoint_step()
-        in_a_row = 0 if checkpoint > newest_checkpoint else in_a_row
-        newest_checkpoint = max(checkpoint, newest_checkpoint)
-        if not _may_restart(outcome, stop) or in_a_row >= settings.max_restarts:
+        following = restarts.after(outcome, run.newest_checkpoint_step(), settings)
+        if following is None or stop.was_asked:
             return outcome
-        wait_s = min(MAX_BACKOFF_S, settings.restart_backoff_s * 2**in_a_row)
-        in_a_row += 1
-        tell(
-            f"{outcome}\n"
-            f"restart {in_a_row} of at most {settings.max_restarts} without a new checkpoint, in {wait_s:g} s"
-        )
-        if stop.wait(wait_s):
+        restarts = following
+        restarts.announce(outcome, settings)
+        if stop.wait(restarts.wait_s(settings)):
             return outcome
-
-
-def _may_restart(outcome: Outcome, stop: StopSignals) -> bool:
-    """Whether another attempt may end differently, and nobody asked us to stop."""
-    if stop.was_asked or outcome.state in {"finished", "cancelled"} or outcome.exit_code == EXIT_USER:
-        return False
-    return outcome.state == "preempted" or outcome.is_transient

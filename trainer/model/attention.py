@@ -9,6 +9,8 @@ CPU: sequences are gathered into right-padded rows of similar length, which a ca
 Up to `EAGER_MAX_TOKENS` eager attention (eager_attention.py) is faster than SDPA (docs/log.md), above it SDPA runs.
 GPU: FlexAttention with a document block mask; no dense mask is built.
 
+With context parallelism a `SlicedLayout` is passed: this rank has some of the tokens of a pack (sliced_attention.py).
+
 Sampling passes a `CachedLayout`: first with the pack of the prompts, whose keys and values are stored, then for one
 token of each row at a time. In later turns of conversations the first pack has only what is new (tail_attention.py).
 The rows of a prompt read its keys and values in one matrix product, and their own in a
@@ -29,7 +31,8 @@ from trainer.errors import ModelError
 from trainer.model.eager_attention import AttentionOptions, causal_mask, eager_attention
 from trainer.model.flex import FlexLayout, attend_flex, flex_packed
 from trainer.model.kv_cache import KeyValueCache, LayerCache
-from trainer.model.layout import CachedLayout, PackedLayout
+from trainer.model.layout import CachedLayout, PackedLayout, SlicedLayout
+from trainer.model.sliced_attention import sliced_attention
 from trainer.model.tail_attention import tail_attention
 
 PACKED_ATTENTION: Final = "tunesmith_packed"
@@ -69,7 +72,7 @@ def packed_attention(
     if isinstance(layout, FlexLayout):  # inside a compiled layer: every refusal below was made by an earlier pass
         options = _options(query, scaling, kwargs)
         return flex_packed(query, key, value, layout.masks[options.window], options), None
-    if not isinstance(layout, PackedLayout | CachedLayout):
+    if not isinstance(layout, PackedLayout | CachedLayout | SlicedLayout):
         raise ModelError(f"{type(module).__name__} does not pass the pack's layout to attention: model not supported")
     if attention_mask is not None or query.shape[0] != 1:
         raise ModelError(f"{type(module).__name__} builds a mask of its own: packed training would leak")
@@ -89,6 +92,8 @@ def packed_attention(
         layout = layout.prompts
     if key.shape[2] != layout.num_tokens:
         raise ModelError(f"{type(module).__name__} attends to other tokens than the pack's: model not supported")
+    if isinstance(layout, SlicedLayout):
+        return sliced_attention(query, key, value, layout, options), None
     if query.device.type == "cpu":
         return _bucketed(query, key, value, layout, options), None
     return attend_flex(query, key, value, layout, options), None
@@ -103,7 +108,7 @@ def _options(query: torch.Tensor, scaling: float | None, kwargs: Mapping[str, An
     )
 
 
-def _refuse_hidden_window(module: torch.nn.Module, layout: PackedLayout | CachedLayout) -> None:
+def _refuse_hidden_window(module: torch.nn.Module, layout: PackedLayout | CachedLayout | SlicedLayout) -> None:
     """Some models encode a layer's window only in the mask, which packed attention does not use."""
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.distributed.context import ContextGroup
 from trainer.model.flex import MASK_BLOCK
-from trainer.model.layout import PackedLayout
+from trainer.model.layout import PackedLayout, SlicedLayout, rows_of_slice
 from trainer.model.transfer import to_device
 from trainer.model.trees import Tree
 
@@ -36,11 +37,20 @@ class LossInputs:
     """RFT: under the policy as the step began. None in the first minibatch, whose own pass gives them."""
 
     @classmethod
-    def of(cls, inputs: Sequence[TokenInputs], device: torch.device) -> LossInputs:
-        """Join the inputs of sequences."""
+    def of(
+        cls, inputs: Sequence[TokenInputs], device: torch.device, kept: np.ndarray[Any, Any] | None = None
+    ) -> LossInputs:
+        """Join the inputs of sequences.
+
+        Args:
+            inputs: of the sequences of a pack.
+            device: where the tensors go.
+            kept: [N] which trained tokens they are of; None: all.
+        """
 
         def joined(parts: Sequence[tuple[float, ...]]) -> torch.Tensor:
             values = np.fromiter(chain.from_iterable(parts), dtype=np.float32)
+            values = values if kept is None or not len(values) else values[kept]
             return to_device(torch.from_numpy(values), device)
 
         return cls(
@@ -101,6 +111,9 @@ class Batch:
     """File and line of each sequence; of a rollout of several sequences once."""
     owners: TokenOwners | None = None
     """The adapter of each token; None: all tokens use the active one."""
+    part: SlicedLayout | None = None
+    """With context parallelism: which tokens of the pack this rank has. `layout` is of the whole pack, everything else
+    of this rank's tokens: T and N count those, and `scored` are positions among them. None: the rank has all tokens."""
     is_forward_only: bool = False
     """Contributes metrics, but no gradient: runs without backward."""
     is_dummy: bool = False
@@ -119,6 +132,7 @@ class Batch:
         *,
         adapters: Sequence[str] | None = None,
         is_padded: bool | None = None,
+        context: ContextGroup | None = None,
     ) -> Batch:
         """Pack sequences in the order given; all have the same kind of inputs.
 
@@ -127,9 +141,10 @@ class Batch:
             device: where the tensors go.
             adapters: name of the adapter of each sequence; None: the active one for all.
             is_padded: see `pack_trees`.
+            context: see `pack_trees`.
         """
         trees = [Tree.of_one(sequence) for sequence in sequences]
-        return cls.pack_trees(trees, device, adapters=adapters, is_padded=is_padded)
+        return cls.pack_trees(trees, device, adapters=adapters, is_padded=is_padded, context=context)
 
     @classmethod
     def pack_trees(
@@ -139,6 +154,7 @@ class Batch:
         *,
         adapters: Sequence[str] | None = None,
         is_padded: bool | None = None,
+        context: ContextGroup | None = None,
     ) -> Batch:
         """Pack trees in the order given; the prefix of a tree is stored once.
 
@@ -147,6 +163,9 @@ class Batch:
             device: where the tensors go.
             adapters: name of the adapter of each tree; None: the active one for all.
             is_padded: whether to pad to whole mask blocks (`padding_of`); None: on a GPU, unless there are adapters.
+            context: ranks that compute the pack together, which has no adapters then: the result is the slice of this
+                rank. Positions and targets are those of the whole pack, so a token whose next one is on another rank is
+                trained as everywhere. None: all tokens.
         """
         token_ids: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
@@ -173,30 +192,48 @@ class Batch:
                 scored.append(np.stack([places, ids[offsets + 1], np.full_like(places, sequence_id)]))
         if is_padded is None:
             is_padded = device.type != "cpu" and adapters is None
-        padding = padding_of(total) if is_padded else 0
+        padding = padding_of(total, 1 if context is None else context.size) if is_padded else 0
+        if context is not None and not is_padded:
+            padding = -total % (2 * context.size)
         of_tokens = np.zeros((2, total + padding), dtype=np.int64)
         np.concatenate(token_ids, out=of_tokens[0, :total])
         np.concatenate(positions, out=of_tokens[1, :total])
+        of_scored, kept, rows = np.concatenate(scored, axis=1), None, None
+        if context is not None:
+            assert adapters is None, "packs of several adapters are not split"
+            rows = rows_of_slice(total + padding, context)
+            of_tokens, of_scored, kept = _sliced(of_tokens, of_scored, rows)
         ids_and_positions = to_device(torch.from_numpy(of_tokens), device)
-        scored_positions, targets, sequence_ids = to_device(torch.from_numpy(np.concatenate(scored, axis=1)), device)
+        scored_positions, targets, sequence_ids = to_device(torch.from_numpy(of_scored), device)
         lengths, forks = [tree.lengths for tree in trees], [tree.branch_forks for tree in trees]
+        layout = PackedLayout.of_trees(lengths, device, adapters, padding=padding, forks=forks)
+        part = None
+        if context is not None and rows is not None:
+            part = SlicedLayout(layout, context, to_device(torch.from_numpy(rows), device))
         return cls(
             token_ids=ids_and_positions[0],
             positions=ids_and_positions[1],
-            layout=PackedLayout.of_trees(lengths, device, adapters, padding=padding, forks=forks),
+            layout=layout,
             scored=scored_positions,
             targets=targets,
             sequence_ids=sequence_ids,
-            inputs=LossInputs.of([sequence.inputs for sequence in sequences], device),
+            inputs=LossInputs.of([sequence.inputs for sequence in sequences], device, kept),
             sources=tuple({each.owner or index: each.source for index, each in enumerate(sequences)}.values()),
             owners=None if adapters is None else _owners([tree.num_tokens for tree in trees], adapters, device),
+            part=part,
         )
 
     @classmethod
-    def dummy(cls, device: torch.device) -> Batch:
-        """The smallest possible pack: one trained token of weight 0."""
+    def dummy(cls, device: torch.device, context: ContextGroup | None = None) -> Batch:
+        """The smallest possible pack: one trained token of weight 0.
+
+        Args:
+            device: where the tensors go.
+            context: see `pack_trees`.
+        """
         inputs = TokenInputs(weights=(0.0,), advantages=(0.0,), sampler_logprobs=(0.0,))
-        return replace(cls.pack([TokenSequence((0, 0), (False, True), inputs)], device), is_dummy=True)
+        pack = cls.pack([TokenSequence((0, 0), (False, True), inputs)], device, context=context)
+        return replace(pack, is_dummy=True)
 
     @property
     def num_tokens(self) -> int:
@@ -216,15 +253,40 @@ class Batch:
         return replace(self, inputs=inputs)
 
 
-def padding_of(num_tokens: int) -> int:
+def padding_of(num_tokens: int, num_ranks: int = 1) -> int:
     """Tokens that a pack on a GPU gets behind its own: to whole blocks of the attention mask, and at least two.
 
-    Kernels for whole blocks then suffice, and a pack of a single block would be compiled apart.
+    Kernels for whole blocks then suffice, and a pack of a single block would be compiled apart. Where several ranks
+    compute the pack together, each of their chunks (`SlicedLayout`) has whole blocks.
 
-    >>> padding_of(1), padding_of(256), padding_of(300)
-    (255, 0, 84)
+    >>> padding_of(1), padding_of(256), padding_of(300), padding_of(600, 2)
+    (255, 0, 84, 424)
+
+    Args:
+        num_tokens: of the pack.
+        num_ranks: that compute it together.
     """
+    if num_ranks > 1:
+        return -num_tokens % (2 * num_ranks * MASK_BLOCK)
     return max(2 * MASK_BLOCK - num_tokens, -num_tokens % MASK_BLOCK)
+
+
+def _sliced(
+    of_tokens: np.ndarray[Any, Any], of_scored: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What a rank has of a pack: columns of its tokens, columns of the trained tokens that they predict, and which.
+
+    Args:
+        of_tokens: [2, T] ids and positions.
+        of_scored: [3, N] position in the pack, target and sequence.
+        rows: [t] positions in the pack of the rank's tokens.
+    """
+    place = np.full(of_tokens.shape[1], -1)
+    place[rows] = np.arange(len(rows))
+    kept = place[of_scored[0]] >= 0
+    of_scored = of_scored[:, kept]
+    of_scored[0] = place[of_scored[0]]
+    return np.ascontiguousarray(of_tokens[:, rows]), of_scored, kept
 
 
 def _owners(lengths: Sequence[int], adapters: Sequence[str], device: torch.device) -> TokenOwners:

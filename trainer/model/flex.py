@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from trainer.model.eager_attention import AttentionOptions
-from trainer.model.layout import PackedLayout
+from trainer.model.layout import PackedLayout, SlicedLayout
 
 MASK_BLOCK: Final = 128
 """Block size of FlexAttention's mask."""
@@ -102,22 +102,57 @@ def block_mask_of(layout: PackedLayout, window: int | None, padding: int = 0) ->
         padding: tokens behind the pack that attend to themselves only.
     """
     if (window, padding) not in layout.block_masks:
-        # Cloned: a view's offset would be compiled into the kernel.
-        tree, branch, fork, position = (row.clone() for row in layout.coordinates(padding))
-        has_forks = bool(layout.forks)
-
-        def is_visible(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            is_near = position[q] - position[k] < window if window is not None else q >= k
-            is_behind = (branch[k] == 0) & (position[k] < fork[q]) if has_forks else branch[k] == 0
-            is_behind = is_behind | (branch[q] == branch[k])
-            return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
-
-        some, full = _visible_blocks(tree, branch, window, has_forks=has_forks)
-        made: BlockMask = BlockMask.from_kv_blocks(
-            *_by_row(some & ~full), *_by_row(full), MASK_BLOCK, is_visible, (len(tree), len(tree))
-        )
-        layout.block_masks[window, padding] = made
+        layout.block_masks[window, padding] = _make_mask(layout, window, padding, None)
     return layout.block_masks[window, padding]
+
+
+def slice_mask_of(layout: SlicedLayout, window: int | None) -> BlockMask:
+    """The rows of a pack's block mask that are queries of this rank; computed once for all layers with this window.
+
+    Args:
+        layout: of a slice whose chunks have whole blocks.
+        window: of the layer, or None.
+    """
+    if window not in layout.block_masks:
+        layout.block_masks[window] = _make_mask(layout.whole, window, 0, layout.rows)
+    return layout.block_masks[window]
+
+
+def _make_mask(layout: PackedLayout, window: int | None, padding: int, rows: torch.Tensor | None) -> BlockMask:
+    """The block mask of a pack.
+
+    Args:
+        layout: of the pack.
+        window: of the layer, or None.
+        padding: tokens behind the pack.
+        rows: [t] positions in the pack of the queries, in whole blocks; None: all are queries.
+    """
+    # Cloned: a view's offset would be compiled into the kernel.
+    tree, branch, fork, position = (row.clone() for row in layout.coordinates(padding))
+    has_forks = bool(layout.forks)
+
+    def is_visible(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        is_near = position[q] - position[k] < window if window is not None else q >= k
+        is_behind = (branch[k] == 0) & (position[k] < fork[q]) if has_forks else branch[k] == 0
+        is_behind = is_behind | (branch[q] == branch[k])
+        return (tree[q] == tree[k]) & is_behind & (q >= k) & is_near
+
+    def is_visible_of_slice(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        assert rows is not None
+        return is_visible(b, h, rows[q], k)
+
+    some, full = _visible_blocks(tree, branch, window, has_forks=has_forks)
+    if rows is not None:
+        blocks = rows[::MASK_BLOCK] // MASK_BLOCK
+        some, full = some[blocks], full[blocks]
+    made: BlockMask = BlockMask.from_kv_blocks(
+        *_by_row(some & ~full),
+        *_by_row(full),
+        MASK_BLOCK,
+        is_visible if rows is None else is_visible_of_slice,
+        (len(tree) if rows is None else len(rows), len(tree)),
+    )
+    return made
 
 
 def _visible_blocks(

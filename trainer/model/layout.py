@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from trainer.distributed.context import ContextGroup
 from trainer.model.kv_cache import KeyValueCache
 from trainer.model.transfer import to_device
 from trainer.model.turn_cache import Tails
@@ -197,6 +198,61 @@ def _bucket(
     gather = begin + offset * real
     cells, padding = (flags.flatten().nonzero().squeeze(1).to(device) for flags in (real, ~real))
     return Bucket(gather.to(device), cells, padding, prefix, fork)
+
+
+@final
+@dataclass(frozen=True)
+class SlicedLayout:
+    """What attention receives of a pack that several ranks compute together: the whole pack, and this rank's tokens.
+
+    The pack is cut into 2 * size chunks of equal length. Rank r has chunk r and chunk 2 * size - 1 - r, so that under a
+    causal mask all ranks have the same amount of attention. A pack of 8 tokens on two ranks: 0, 1, 6, 7 and 2, 3, 4, 5.
+    """
+
+    whole: PackedLayout
+    group: ContextGroup
+    rows: torch.Tensor
+    """[t] position in the pack of each token of this rank, ascending."""
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
+    """GPU only: cache by window, filled by the first layer that needs it."""
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence, its prefix included."""
+        return self.whole.max_len
+
+    @property
+    def num_tokens(self) -> int:
+        """t, the tokens of this rank."""
+        return len(self.rows)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.whole.num_tokens // (2 * self.group.size)
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """The two chunks of this rank, ascending."""
+        return self.group.rank, 2 * self.group.size - 1 - self.group.rank
+
+    @cached_property
+    def chunk_order(self) -> list[int]:
+        """Where each chunk of the pack is in the slices of all ranks, one behind the other."""
+        size = self.group.size
+        return [2 * chunk if chunk < size else 2 * (2 * size - 1 - chunk) + 1 for chunk in range(2 * size)]
+
+
+def rows_of_slice(num_tokens: int, group: ContextGroup) -> np.ndarray[Any, Any]:
+    """[t] positions in a pack of the tokens of a rank; see `SlicedLayout`.
+
+    Args:
+        num_tokens: of the pack, a multiple of 2 * size.
+        group: the ranks.
+    """
+    chunk = num_tokens // (2 * group.size)
+    first, second = group.rank * chunk, (2 * group.size - 1 - group.rank) * chunk
+    return np.concatenate([np.arange(first, first + chunk), np.arange(second, second + chunk)])
 
 
 @final

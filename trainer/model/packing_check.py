@@ -11,7 +11,9 @@ from typing import Final
 import torch
 
 from trainer.data.tokens import TokenSequence
+from trainer.distributed.context import ContextGroup
 from trainer.distributed.sharding import root_gathered
+from trainer.distributed.world import World
 from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch
 from trainer.model.own_forward import UNFIT, attention_as, own_logprobs
@@ -44,6 +46,33 @@ def verify_packing(policy: Policy, device: torch.device, max_seq_tokens: int = 0
             return
         policy.run_separately(reason)
     _verify_single(policy, device)
+
+
+@torch.no_grad()
+def verify_slices(policy: Policy, world: World, context: ContextGroup) -> None:
+    """Make sure that ranks which compute a pack together get what one rank gets; every rank calls it.
+
+    Args:
+        policy: packs sequences.
+        world: the ranks.
+        context: those of them that compute packs together with this one.
+
+    Raises:
+        NumericalError: some logprobs differ by more than rounding.
+    """
+    sequences = _sequences(policy.vocab_size)
+    whole, own = Batch.pack(sequences, world.device), Batch.pack(sequences, world.device, context=context)
+    assert own.part is not None
+    ours, wanted = policy(own).logprobs, policy(whole).logprobs
+    mine = torch.isin(whole.scored, own.part.rows[own.scored])
+    distances = (ours - wanted[mine]).abs().double()
+    total, count = world.sum_of([distances.sum().item(), float(len(distances))])
+    if not total / count < TOLERANCE.get(policy.compute_dtype, 1e-3):
+        name = policy.causal_lm.config.model_type
+        raise NumericalError(
+            f"context_parallel: logprobs of {name} differ by {total / count:.3g} on average when several ranks compute "
+            "a pack together. Its layers mix tokens outside of attention; use a shape without context_parallel."
+        )
 
 
 def _packing_problem(policy: Policy, device: torch.device, max_seq_tokens: int) -> str | None:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.config.unsupported import FULL_EXPERTS, SELECTIVE_UNCOMPILED, SHARDED_QUANTIZATION
+from trainer.config.unsupported import CONTEXT_SEPARATE, FULL_EXPERTS, SELECTIVE_UNCOMPILED, SHARDED_QUANTIZATION
 from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
 from trainer.errors import ModelError
 from trainer.model.adapted_layers import beside_language_part, without_adapter
@@ -90,7 +90,7 @@ class Policy(nn.Module):
         """
         with nullcontext() if self.adapters is None else self.adapters.routed(batch.owners):
             if self.separate_reason is None:
-                plain = batch.token_ids, batch.positions, batch.layout
+                plain = batch.token_ids, batch.positions, batch.part or batch.layout
                 ids, positions, layout = plain if self.compiled is None else self.compiled.input_of(batch)
                 with self._offloading():
                     output = self.causal_lm.base_model(
@@ -142,6 +142,16 @@ class Policy(nn.Module):
             is_selective: recompute everything but products and attention in the backward pass.
         """
         self.compiled = CompiledLayers(self.causal_lm, backend, is_selective=is_selective)
+
+    def run_on_slices(self) -> None:
+        """From now on, packs are computed by several ranks together (context parallelism).
+
+        Raises:
+            ModelError: the model's own attention is used, which knows only the tokens of this rank.
+        """
+        if self.separate_reason is not None:
+            raise ModelError(f"the shape {CONTEXT_SEPARATE.format(self.separate_reason)}")
+        self._run_uncompiled()  # a compiled layer has no exchange between ranks
 
     def _run_uncompiled(self) -> None:
         if self.compiled is not None:

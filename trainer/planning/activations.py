@@ -43,11 +43,13 @@ class Pass:
     is_cpu: bool
     is_quantized: bool = False
     """Base weights are in 4 bits; each is dequantized for its matrix products."""
+    ranks: int = 1
+    """Ranks that compute the micro-batch together, each an equal slice of its tokens."""
 
     @property
     def tokens(self) -> int:
-        """T, the tokens of all sequences."""
-        return sum(self.lengths)
+        """T, the tokens of all sequences that this rank has."""
+        return -(-sum(self.lengths) // self.ranks)
 
     def kept(self, *, recomputed: Recomputed) -> float:
         """Return the bytes that all blocks keep until the backward pass.
@@ -115,7 +117,7 @@ class Pass:
     def _attention(self) -> int:
         """Queries, keys and values; the output; and, except in eager attention, the copy that the next layer keeps."""
         facts, c = self.facts, self.compute_bytes
-        inputs = facts.query_width + 2 * facts.key_width
+        inputs = facts.query_width + 2 * facts.key_width * self.ranks  # keys and values are those of all ranks
         outputs = facts.query_width if self._is_eager(max(self.lengths)) else 2 * facts.query_width
         return (inputs + outputs) * c
 
@@ -131,7 +133,8 @@ class Pass:
 
     def _cells(self) -> float:
         """Number of attention scores that eager attention computes."""
-        return float(sum(length * length for length in self.lengths if self._is_eager(length)) * self.facts.heads)
+        cells = sum(length * length for length in self.lengths if self._is_eager(length))
+        return float(cells * self.facts.heads) / self.ranks
 
     def _softmax_bytes(self) -> int:
         """Bytes per score: float32, plus a copy in the compute dtype if that is smaller."""
@@ -184,12 +187,23 @@ class Pass:
         return float(norm + self._tied_gradient())
 
     def _block_backward(self) -> float:
-        """Gradients of product, gate, up, residual and one weight; the product itself is freed."""
+        """Gradients of product, gate, up, residual and one weight, the product itself being freed; or of attention.
+
+        With context parallelism those of attention are of the keys and values of all ranks.
+        """
         facts, c = self.facts, self.compute_bytes
         width = facts.intermediate * facts.active_experts + facts.shared_intermediate
         is_one_weight = self.rank is None or self.is_quantized
         weight = facts.intermediate * facts.hidden * c if is_one_weight else 2 * self._adapted_experts() / 3
-        return self.tokens * (facts.hidden + 2 * width) * c + weight + self._tied_gradient()
+        mlp = self.tokens * (facts.hidden + 2 * width) * c + weight + self._tied_gradient()
+        return max(mlp, self._exchange() + self._tied_gradient())
+
+    def _exchange(self) -> float:
+        """Gradients of the keys and values of all ranks: in the compute dtype, in float32, and once more to be sent."""
+        if self.ranks == 1:
+            return 0.0
+        values = 2 * self.facts.key_width * self.tokens * self.ranks
+        return float(values * (2 * self.compute_bytes + STATISTICS_BYTES))
 
     def _tied_gradient(self) -> float:
         """The gradient of a tied head is held until the gradient of the embedding is added."""

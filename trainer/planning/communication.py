@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from trainer.config.shape import TrainingShape
+from trainer.planning.activations import Recomputed
+from trainer.planning.model_facts import ModelFacts
 
 COMPUTE_BYTES: Final = 2
 """Parameters are gathered in the compute dtype."""
@@ -56,6 +58,21 @@ def exchanged(shape: TrainingShape, params: int, adapter_params: int | None) -> 
     scattered = GRADIENT_BYTES * params * _others(shards)
     between = 2.0 * GRADIENT_BYTES * params / shards * _others(copies)
     return Exchanged(gathered, scattered, between, 0.0)
+
+
+def exchanged_in_attention(shape: TrainingShape, facts: ModelFacts, recomputed: Recomputed) -> float:
+    """Return the bytes of keys and values, and of their gradients, that each rank receives in a full micro-batch.
+
+    They are gathered in every layer, again where the layer is recomputed, and their gradients are summed in float32.
+
+    Args:
+        shape: Ranks that compute a pack together.
+        facts: Sizes of the model.
+        recomputed: What the backward pass computes again.
+    """
+    values = 2.0 * facts.layers * facts.key_width * shape.pack_tokens
+    passes = 2 if recomputed else 1
+    return values * (passes * COMPUTE_BYTES + GRADIENT_BYTES) * _others(shape.context_parallel)
 
 
 def _others(ranks: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import ShapeLimit, TrainingShape
 from trainer.config.unsupported import (
+    CONTEXT_RFT,
     EIGHT_BIT_SHARDED,
     OFFLOAD_CPU,
     SELECTED_KEYS,
@@ -32,7 +33,7 @@ def has_compiled_layers(recipe: Recipe, shape: TrainingShape, facts: ModelFacts 
     model, lora = recipe.model, recipe.lora
     is_plain = model.compile_layers and model.quantization is None and (facts is None or facts.num_experts == 1)
     is_plain = is_plain and (lora is None or not (lora.dora or lora.dropout))
-    return is_plain and shape.device == "cuda" and shape.sharding == "none"
+    return is_plain and shape.device == "cuda" and shape.sharding == "none" and shape.context_parallel == 1
 
 
 def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> str | None:
@@ -67,6 +68,8 @@ def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> st
 def _unsupported(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> str | None:
     """Return what of the recipe the shape does not support, whatever the sizes."""
     is_sharded = shape.num_shards > 1
+    if shape.context_parallel > 1 and isinstance(recipe, RFTRecipe):
+        return CONTEXT_RFT
     if is_sharded and isinstance(recipe, RFTRecipe) and recipe.rollout.sampler == "local":
         return SHARDED_SAMPLING
     if is_sharded and recipe.model.quantization is not None:

@@ -204,14 +204,16 @@ def learning_pass(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> Pa
     """
     lengths = longest_pack(recipe, shape)
     most = recipe.rollout.max_completion_tokens if isinstance(recipe, RFTRecipe) else recipe.data.max_seq_tokens
+    num_trained = sum(min(most, length - 1) for length in lengths)
     return Pass(
         facts=facts,
         lengths=lengths,
-        num_trained=sum(min(most, length - 1) for length in lengths),
+        num_trained=-(-num_trained // shape.context_parallel),
         compute_bytes=compute_bytes_of(recipe),
         rank=recipe.lora.rank if recipe.lora is not None else None,
         is_cpu=shape.device == "cpu",
         is_quantized=recipe.model.quantization is not None,
+        ranks=shape.context_parallel,
     )
 
 

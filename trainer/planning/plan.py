@@ -18,8 +18,8 @@ from trainer.config.recipe import RFT_FIELDS, Recipe, RFTRecipe, SFTRecipe
 from trainer.config.section import Section
 from trainer.config.semantics import is_hub_name
 from trainer.config.shape import TrainingShape
-from trainer.config.unsupported import ATTENTION_DROPOUT, FULL_EXPERTS, LOGIT_SCALE, SCALE_LEFT_OUT
-from trainer.errors import ModelError
+from trainer.config.unsupported import ATTENTION_DROPOUT, CONTEXT_SEPARATE, FULL_EXPERTS, LOGIT_SCALE, SCALE_LEFT_OUT
+from trainer.errors import ModelError, ShapeError
 from trainer.planning.algorithm import algorithm_values, resolve_algorithm
 from trainer.planning.batching import rotary_problem, why_separate
 from trainer.planning.choose_shape import choose_shape
@@ -33,7 +33,7 @@ COHERE_LOGIT_SCALE: Final = 0.0625
 PLAN_FORMAT: Final = 2
 PATH_FIELDS: Final = ("path", "chat_template", "warm_start")
 """Names of recipe fields that can hold a path from the working directory."""
-SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding")
+SHAPE_VALUES: Final = ("device", "nodes", "gpus", "micro_batch_tokens", "sharding", "context_parallel")
 """Values of a plan that the shape decides."""
 
 
@@ -107,7 +107,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         shape_name: Overrides the recipe's `shape`.
 
     Raises:
-        ShapeError: No shape fits, or the named one does not.
+        ShapeError: No shape fits, or the named one does not, or it splits packs of a model that has none.
     """
     document = loaded.document
     recipe, revision_origin, revision_notes = _with_commit(loaded.recipe, document)
@@ -118,6 +118,9 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
     is_given = document.origin_of(("model", "gradient_checkpointing")) is not None
     choice = choose_shape(recipe, facts, name, source, may_checkpoint=not is_given)
     recipe, shape = choice.recipe, choice.shape
+    separate = why_separate(model_config(recipe), recipe.data.max_seq_tokens)
+    if separate is not None and shape.context_parallel > 1:
+        raise ShapeError(f"{source}: {shape.name} {CONTEXT_SEPARATE.format(separate)}")
     num_rows = rows_for_epochs(recipe)
     steps = num_steps(recipe, num_rows)
     assert steps is not None, "`load_recipe` refuses recipes of unknown length"
@@ -142,7 +145,7 @@ def make_plan(loaded: LoadedRecipe, shape_name: str | None = None) -> Plan:
         "identity": identity,
         "identity_hash": identity_hash(identity),
         "reward_digests": reward_digests(recipe, Path(document.file).resolve().parent),
-        "separate_reason": why_separate(model_config(recipe), recipe.data.max_seq_tokens),
+        "separate_reason": separate,
         "origins": origins,
         "warnings": [*loaded.warnings, *revision_notes, *choice.notes, *_warnings(recipe, facts, shape, document)],
     }

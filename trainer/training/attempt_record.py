@@ -48,6 +48,7 @@ def describe_attempt(plan: Plan, run: RunDir, world: World, idle: IdleThreads) -
         "idle_threads": str(idle),
         "launcher": os.environ.get(LAUNCHER, "accelerate" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"),
         "supervisor_pid": int(os.environ.get(SUPERVISOR_PID, "0")) or None,
+        **_slurm_step(),
         "host": socket.gethostname(),
         "machine": platform.machine(),
         "processor": _processor_name(world.device),
@@ -59,6 +60,12 @@ def describe_attempt(plan: Plan, run: RunDir, world: World, idle: IdleThreads) -
         "argv": sys.argv[1:],
         **_reward_code(plan, run),
     }
+
+
+def _slurm_step() -> dict[str, str]:
+    """Job and step of Slurm: {"slurm_step": "81.1"} is the second start in job 81. Empty elsewhere."""
+    job, step = (os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return {} if job is None or step is None else {"slurm_step": f"{job}.{step}"}
 
 
 def _reward_code(plan: Plan, run: RunDir) -> dict[str, object]:

@@ -14,6 +14,7 @@ import torch
 
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.data.tokens import TokenInputs, TokenSequence
+from trainer.distributed.context import ContextGroup
 from trainer.distributed.world import World
 from trainer.errors import ShapeError
 from trainer.files import write_atomically
@@ -38,7 +39,8 @@ def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = Non
     """Run the longest possible micro-batch forward and backward, and discard it; the run's results do not change.
 
     Args:
-        learner: its gradient sums are used and zeroed afterwards. With a sharded model, all ranks call it together.
+        learner: its gradient sums are used and zeroed afterwards. With a sharded model or context parallelism, all
+            ranks call it together.
         plan: gives the longest micro-batch.
         reference: rft only.
 
@@ -52,7 +54,7 @@ def probe_memory(learner: Learner, plan: Plan, reference: Reference | None = Non
     lengths = lengths if policy.separate_reason is None else [max(lengths)]
     with _explained(plan, f"the longest micro-batch ({sum(lengths):,} tokens)"), _generators_kept(world):
         learner.state_tensors()  # allocates the optimizer's state
-        batch = longest_batch(lengths, policy.vocab_size, plan.recipe, world.device)
+        batch = longest_batch(lengths, policy.vocab_size, plan.recipe, world.device, world.context)
         try:
             _run(policy, batch, plan, reference)
         finally:
@@ -118,7 +120,9 @@ def is_probed(plan: Plan) -> bool:
     return choice == "on" or (choice == "auto" and plan.shape.device == "cuda")
 
 
-def longest_batch(lengths: Sequence[int], vocab: int, recipe: Recipe, device: torch.device) -> Batch:
+def longest_batch(
+    lengths: Sequence[int], vocab: int, recipe: Recipe, device: torch.device, context: ContextGroup | None = None
+) -> Batch:
     """A pack of random tokens with the inputs of the recipe's loss.
 
     Args:
@@ -126,6 +130,7 @@ def longest_batch(lengths: Sequence[int], vocab: int, recipe: Recipe, device: to
         vocab: token ids are below it.
         recipe: its method decides which tokens are trained.
         device: where the pack goes.
+        context: ranks that compute it together; the result is this rank's slice.
     """
     sequences = []
     for number, length in enumerate(lengths):
@@ -138,7 +143,7 @@ def longest_batch(lengths: Sequence[int], vocab: int, recipe: Recipe, device: to
             advantage = -1.0 if number % 2 else 1.0
             inputs = TokenInputs(advantages=(advantage,) * count, sampler_logprobs=(0.0,) * count)
         sequences.append(TokenSequence(tuple(_token_ids(length, vocab, number)), mask, inputs, f"probe:{number}"))
-    return Batch.pack(sequences, device)
+    return Batch.pack(sequences, device, context=context)
 
 
 def _token_ids(length: int, vocab: int, seed: int) -> list[int]:

@@ -9,10 +9,11 @@ import torch
 
 from trainer.checkpoints.manifest import MANIFEST
 from trainer.config.recipe import LoraSettings, Recipe
+from trainer.config.unsupported import CONTEXT_RFT
 from trainer.distributed.preemption import StopFlag
 from trainer.distributed.world import World
 from trainer.errors import ModelError
-from trainer.model.packing_check import verify_packing
+from trainer.model.packing_check import verify_packing, verify_slices
 from trainer.model.policy import load_policy, warm_start
 from trainer.planning.batching import rotary_problem
 from trainer.planning.memory import compute_bytes_of
@@ -31,8 +32,11 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
 
     Raises:
         ModelError: the model cannot be loaded or trained.
-        NumericalError: a sequence alone is computed otherwise than by the model's own forward pass.
+        NumericalError: a sequence alone is computed otherwise than by the model's own forward pass, or several ranks
+            together compute a pack otherwise than one.
     """
+    if world.context is not None and isinstance(plan, RFTPlan):
+        raise ModelError(f"the shape {CONTEXT_RFT}")
     recipe = plan.recipe
     is_sharded = world.mesh is not None
     lora, checkpoint = recipe.lora, _warm_checkpoint(recipe.lora)
@@ -46,8 +50,11 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
     if isinstance(plan, RFTPlan) and rotary is not None:
         raise ModelError(f"data.max_seq_tokens: {rotary}")
     verify_packing(policy, world.device, recipe.data.max_seq_tokens)
-    # All ranks take part in each pass of a sharded model, so a single rank cannot abandon a step.
-    is_urgent = _never if is_sharded else stop.is_urgent
+    if world.context is not None:
+        policy.run_on_slices()
+        verify_slices(policy, world, world.context)
+    # All ranks take part in each pass of a sharded model or of a split pack: a single rank cannot abandon a step.
+    is_urgent = _never if world.runs_in_step else stop.is_urgent
     learner = Learner(policy, world, is_urgent, optimizer=recipe.optimizer.name)
     warm_start(lora, policy, learner.masters)
     if checkpoint is not None:

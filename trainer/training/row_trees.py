@@ -27,15 +27,19 @@ class PlannedTree:
         return Tree(tuple(map(rows.sequence, self.numbers)), self.prefix, self.forks)
 
 
-def plan_packs(rows: TokenTable, numbers: Sequence[int], budget: int) -> list[list[PlannedTree]]:
+def plan_packs(
+    rows: TokenTable, numbers: Sequence[int], budget: int, *, may_share: bool = True
+) -> list[list[PlannedTree]]:
     """The trees of each micro-batch.
 
     Args:
         rows: of one sequence are not read, the others are, one row at a time.
         numbers: of the sequences; those of a row in a row.
         budget: tokens of a micro-batch; a longer sequence is alone.
+        may_share: whether sequences of a row may share a prefix; otherwise each is a tree of its own.
     """
-    trees = [tree for unit in rows.by_row(numbers) for tree in _planned(rows, unit, budget)]
+    units = rows.by_row(numbers) if may_share else [[number] for number in numbers]
+    trees = [tree for unit in units for tree in _planned(rows, unit, budget)]
     return [[trees[index] for index in group] for group in fill([tree.num_tokens for tree in trees], budget)]
 
 

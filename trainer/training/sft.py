@@ -46,7 +46,7 @@ def train(attempt: Attempt) -> None:
     answers = SampleAnswers(attempt, encoder)
     attempt.evaluate_at_start(learner, evaluate)
     answers.record(learner.policy)
-    budget = learner.policy.pack_limit(plan.shape.micro_batch_tokens)
+    budget = learner.policy.pack_limit(plan.shape.pack_tokens)
     todo = range(attempt.step, plan.steps)
     with StepPacks(recipe, rows, world, budget, steps=todo, excluded=excluded) as packs:
         while attempt.step < plan.steps:
@@ -67,7 +67,7 @@ def train(attempt: Attempt) -> None:
 def _held_out_loss(attempt: Attempt, policy: Policy, rows: TokenTable) -> float:
     """Mean loss over the held-out rows of all ranks, weighted as in training."""
     policy.eval()
-    budget = policy.pack_limit(attempt.plan.shape.micro_batch_tokens)
+    budget = policy.pack_limit(attempt.plan.shape.pack_tokens)
     sums = []
     for batch in held_out_packs(rows, attempt.world, budget, attempt.stop.moved):
         loss, weight = sft_loss(policy(batch), batch).loss, batch.inputs.weights

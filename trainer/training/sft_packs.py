@@ -80,16 +80,17 @@ class StepPacks:
             yield pack
 
     def _make(self, steps: range) -> Iterator[Step | Batch]:
-        recipe, rows = self._recipe, self._rows
+        recipe, rows, world = self._recipe, self._rows, self._world
         for number in steps:
             chosen = rows_of_step(recipe.seed, number, recipe.rows_per_step, rows.num_rows, self._excluded)
             sequences = rows.sequences_of(chosen)
-            own = of_rank(rows, sequences, self._world)
-            groups = plan_packs(rows, own, self._budget)
-            denominator = sum(sum(rows.sequence(each).inputs.weights) for each in own)
+            own = of_rank(rows, sequences, world)
+            groups = plan_packs(rows, own, self._budget, may_share=world.context is None)
+            counted = own if world.counts_share else ()
+            denominator = sum(sum(rows.sequence(each).inputs.weights) for each in counted)
             yield Step(sum(rows.lengths(sequences)), denominator, len(groups))
             for group in groups:
-                yield Batch.pack_trees([tree.read(rows) for tree in group], self._world.device)
+                yield Batch.pack_trees([tree.read(rows) for tree in group], world.device, context=world.context)
 
 
 def held_out_packs(rows: TokenTable, world: World, budget: int, moved: Callable[[], None]) -> Iterator[Batch]:
@@ -102,8 +103,10 @@ def held_out_packs(rows: TokenTable, world: World, budget: int, moved: Callable[
         moved: called before each pack.
     """
     own = of_rank(rows, range(rows.counts.num_sequences), world)
-    groups = plan_packs(rows, own, budget)
-    packs = (Batch.pack_trees([tree.read(rows) for tree in group], world.device) for group in groups)
+    groups = plan_packs(rows, own, budget, may_share=world.context is None)
+    packs = (
+        Batch.pack_trees([tree.read(rows) for tree in group], world.device, context=world.context) for group in groups
+    )
     return _with_dummies(packs, len(groups), world, moved)
 
 
@@ -117,7 +120,7 @@ def _with_dummies(packs: Iterator[Batch], num_packs: int, world: World, moved: C
             moved()
             yield next(packs)
         for _ in range(num_dummies):
-            yield Batch.dummy(world.device)
+            yield Batch.dummy(world.device, world.context)
 
     return each()
 
@@ -125,11 +128,13 @@ def _with_dummies(packs: Iterator[Batch], num_packs: int, world: World, moved: C
 def of_rank(rows: TokenTable, sequences: Sequence[int], world: World) -> list[int]:
     """The sequences that this rank computes, balanced by tokens; those of a row stay together.
 
+    Ranks that compute packs together have the same sequences.
+
     Args:
         rows: have their lengths.
         sequences: of all ranks.
         world: the ranks.
     """
     units = rows.by_row(sequences)
-    parts = split_evenly([sum(rows.lengths(unit)) for unit in units], world.size)
-    return [number for index in parts[world.rank] for number in units[index]]
+    parts = split_evenly([sum(rows.lengths(unit)) for unit in units], world.num_shares)
+    return [number for index in parts[world.share] for number in units[index]]
