@@ -18,7 +18,7 @@ from typing import Any, Final
 
 TRITON: Final = "triton==3.7.1"
 """The version that torch 2.13 is built with."""
-PARTS: Final = ("attention", "layers", "head")
+PARTS: Final = ("attention", "layers", "adapters", "head")
 VOCABULARIES: Final = ((128_256, None), (151_936, None), (262_144, None), (256_000, 30.0))
 """Llama 3, Qwen, Gemma 3, and Gemma 2 with its soft cap."""
 
@@ -52,10 +52,35 @@ def layer_rows(card: Any, only: Sequence[str]) -> Rows:
                     "of": f"{name} {kind}",
                     "pass": program.kind,
                     "triton_launches": sum(each.is_triton for each in launched),
-                    "launches": sum(each.num_kernels for each in launched),
-                    "gigabytes": sum(each.num_bytes for each in launched) / 1e9,
+                    "launches": sum(len(each.kernels) for each in launched),
+                    "gigabytes": sum(kernel.num_bytes for each in launched for kernel in each.kernels) / 1e9,
+                    "narrow_gigabytes": sum(
+                        kernel.num_bytes
+                        for each in launched
+                        for kernel in each.kernels
+                        if not kernel.is_base and "_tem_" not in kernel.name
+                    )
+                    / 1e9,
                     "foreign_addmms": len(foreign_addmms(program)),
                 }
+
+
+def adapter_rows(card: Any, only: Sequence[str]) -> Rows:
+    """The kernels of adapters' products, at the sizes of each layer and at three ranks."""
+    from lowered_layers import LAYERS
+    from lowered_thin import RANKS, thin_cubins
+
+    for name, layer in LAYERS.items():
+        hidden, width = layer.sizes["hidden_size"], layer.sizes["intermediate_size"]
+        head = layer.sizes.get("head_dim", hidden // layer.sizes["num_attention_heads"])
+        keys = head * layer.sizes["num_key_value_heads"]
+        for rank in RANKS:
+            of = f"{name} rank {rank}"
+            if any(words in of for words in only):
+                sys.stderr.write(f"{of}\n")
+                joined = (head * layer.sizes["num_attention_heads"], keys, keys)
+                for cubin in thin_cubins(hidden, joined, width, rank, card):
+                    yield {"of": of, "pass": cubin.kernel, **dataclasses.asdict(cubin)}
 
 
 def head_rows(card: Any, only: Sequence[str]) -> Rows:
@@ -135,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     from lowering import CARDS
 
     card = CARDS[arguments.card]
-    makers = {"attention": attention_rows, "layers": layer_rows, "head": head_rows}
+    makers = {"attention": attention_rows, "layers": layer_rows, "adapters": adapter_rows, "head": head_rows}
     rows = []
     for part in arguments.parts:
         for row in makers[part](card, arguments.only):
