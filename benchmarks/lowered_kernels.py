@@ -197,12 +197,18 @@ def thin_launches() -> Iterator[list[ThinLaunch]]:
     def record(name: str, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         found.append(ThinLaunch(name, grid, arguments, options))
 
-    with (
-        mock.patch.object(thin, "launch", record),
-        mock.patch.object(thin_choice, "_is_on_gpu", lambda _: True),
-        mock.patch.object(thin_choice, "_tested", lambda *_: thin_choice.KERNELS),
-    ):
+    with mock.patch.object(thin, "launch", record), thin_as_on_gpu():
         yield found
+
+
+@contextlib.contextmanager
+def thin_as_on_gpu() -> Iterator[None]:
+    """Let adapters' products on tensors of any device and type use the kernels, untested."""
+    with (
+        mock.patch.object(thin_choice, "_is_on_gpu", return_value=True),
+        mock.patch.object(thin_choice, "_tested", return_value=thin_choice.KERNELS),
+    ):
+        yield
 
 
 def _bytes_of(values: Any) -> int:
@@ -231,13 +237,17 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if not func.is_view and not name.startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach")):
+        if not func.is_view and not name.startswith(
+            ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach")
+        ):
             inner = _Noting()
             if name in self.OURS:
                 with thin_launches() as kernels, inner:
                     self.OURS[name](*args)
                 inner.launches += [Launch(each.name, _bytes_of(each.arguments), True) for each in kernels]
-            matrices = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.ndim == 2]
+            matrices = [
+                each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.ndim == 2
+            ]
             is_base = len(matrices) > 1 and all(min(each.shape) > WIDE for each in matrices)
             size = _bytes_of((args, kwargs, result)) + (_size(args[0]) if name.endswith("_") else 0)  # read and written
             self.launches.append(Launch(name, size, False, tuple(inner.launches), is_base))

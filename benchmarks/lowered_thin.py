@@ -18,15 +18,16 @@ from trainer.model import swiglu_kernels, thin, thin_kernels
 TYPES: Final = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 RANKS: Final = (8, 16, 32)
 TOKENS: Final = 4096
+JOINED: Final = (4096, 1024, 1024)
+"""Outputs of q, k and v of Llama-3.1-8B."""
+WIDTH: Final = 14_336
+"""Of its gated layer."""
 
 
-def thin_cubins(hidden: int, joined: tuple[int, ...], width: int, rank: int, card: Card) -> list[Cubin]:
-    """All kernels at the sizes of a model, bfloat16, 4,096 tokens.
+def thin_cubins(rank: int, card: Card) -> list[Cubin]:
+    """All kernels at the sizes of Llama-3.1-8B with 4,096 tokens in bfloat16.
 
     Args:
-        hidden: of the model.
-        joined: outputs of q, k and v.
-        width: of the gated layer.
         rank: of the adapters.
         card: to compile for.
     """
@@ -34,14 +35,17 @@ def thin_cubins(hidden: int, joined: tuple[int, ...], width: int, rank: int, car
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    inner, both, down = empty(TOKENS, 2 * rank), empty(TOKENS, 2 * width), empty(rank, width)
-    pair, scalings = (empty(width, rank), empty(width, rank)), (1.0, 1.0)
+    ups, inner, both, down = (
+        [empty(each, rank) for each in JOINED],
+        empty(TOKENS, 2 * rank),
+        empty(TOKENS, 2 * WIDTH),
+        empty(rank, WIDTH),
+    )
+    pair, scalings = (empty(WIDTH, rank), empty(WIDTH, rank)), (1.0, 1.0)
     with thin_launches() as launches:
-        for widths in (joined, (hidden,)):
-            ups = [empty(each, rank) for each in widths]
-            thin.thin_gradients(empty(TOKENS, sum(widths)), empty(TOKENS, len(ups) * rank), ups, [1.0] * len(ups))
+        thin.thin_gradients(empty(TOKENS, sum(JOINED)), empty(TOKENS, 3 * rank), ups, [1.0] * 3)
         thin.swiglu(both, inner, pair, down, scalings)
-        thin.swiglu_gradients(empty(TOKENS, width), both, inner, empty(TOKENS, rank), pair, down, scalings)
+        thin.swiglu_gradients(empty(TOKENS, WIDTH), both, inner, empty(TOKENS, rank), pair, down, scalings)
     return [thin_cubin(launch, card) for launch in launches]
 
 

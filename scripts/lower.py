@@ -66,21 +66,15 @@ def layer_rows(card: Any, only: Sequence[str]) -> Rows:
 
 
 def adapter_rows(card: Any, only: Sequence[str]) -> Rows:
-    """The kernels of adapters' products, at the sizes of each layer and at three ranks."""
-    from lowered_layers import LAYERS
+    """The kernels of adapters' products, for three ranks."""
     from lowered_thin import RANKS, thin_cubins
 
-    for name, layer in LAYERS.items():
-        hidden, width = layer.sizes["hidden_size"], layer.sizes["intermediate_size"]
-        head = layer.sizes.get("head_dim", hidden // layer.sizes["num_attention_heads"])
-        keys = head * layer.sizes["num_key_value_heads"]
-        for rank in RANKS:
-            of = f"{name} rank {rank}"
-            if any(words in of for words in only):
-                sys.stderr.write(f"{of}\n")
-                joined = (head * layer.sizes["num_attention_heads"], keys, keys)
-                for cubin in thin_cubins(hidden, joined, width, rank, card):
-                    yield {"of": of, "pass": cubin.kernel, **dataclasses.asdict(cubin)}
+    for rank in RANKS:
+        of = f"adapters of rank {rank}"
+        if any(words in of for words in only):
+            sys.stderr.write(f"{of}\n")
+            for cubin in thin_cubins(rank, card):
+                yield {"of": of, "pass": cubin.kernel, **dataclasses.asdict(cubin)}
 
 
 def head_rows(card: Any, only: Sequence[str]) -> Rows:

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from trainer.model.lora_group import ProductGroup
 from trainer.model.lora_linear import FusedLinear
-from trainer.model.thin_choice import products_for
-
-GATED: Final = ("gate_proj", "up_proj", "down_proj")
+from trainer.model.thin_choice import has_kernels, products_for
+from trainer.planning.module_names import GATED
 
 
 def _forward(
@@ -43,7 +42,7 @@ def _forward(
     return y.view(*x.shape[:-1], -1), both, inner, last_inner
 
 
-def _backward(
+def _backward(  # noqa: PLR0913 - an operator takes tensors and lists only
     grad: torch.Tensor,
     x: torch.Tensor,
     both: torch.Tensor,
@@ -121,7 +120,7 @@ class GatedLayer:
         module.forward = MethodType(_gated_forward, self)
 
     def output_of(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """y of an adapter that all three layers have.
+        """Return y of an adapter that all three layers have.
 
         Args:
             x: [..., in].
@@ -167,9 +166,17 @@ def find_gated(layers: Sequence[nn.Module], groups: Sequence[ProductGroup]) -> l
         group = group_of.get((gate, up))  # type: ignore[arg-type]
         if group is None or group.bias is not None or not isinstance(last, FusedLinear):
             continue
-        if last.base_layer.bias is None and is_swiglu(module):
+        if last.base_layer.bias is None and is_swiglu(module) and _has_kernels((*group.members, last)):
             found.append(GatedLayer(module, group, last))
     return found
+
+
+def _has_kernels(layers: Sequence[FusedLinear]) -> bool:
+    """Whether the kernels apply: without them, the compiler's own kernel of silu is faster than this operator."""
+    name = layers[-1].plain_adapter()
+    if name is None or any(name not in layer.lora_B for layer in layers):
+        return False
+    return has_kernels(layers[-1].base_layer.weight, [layer.lora_B[name].weight for layer in layers])
 
 
 @final

@@ -14,18 +14,18 @@ from trainer.model.thin_kernels import _product, _sum, _tile
 
 
 @triton.jit
-def _transposed_tile(base, rows, columns, column_stride, row_mask, column_mask):  # type: ignore[no-untyped-def]
+def _transposed_tile(base, rows, columns, column_stride, row_mask, column_mask):
     """[rows, columns] of the transpose of a matrix whose rows lie `column_stride` apart."""
     offsets = rows[:, None] + columns[None, :] * column_stride
     return tl.load(base + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit
-def swiglu(  # type: ignore[no-untyped-def]
+def swiglu(
     both, inner, gate_up, up_up, down, hidden, inner_parts, num_rows, width, inner_stride, columns_per_part,
     gate_scaling, up_scaling,
     RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """h, and partial sums of A_down h.
 
     Args:
@@ -72,11 +72,11 @@ def swiglu(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def swiglu_gradients(  # type: ignore[no-untyped-def]
+def swiglu_gradients(
     grad, both, inner, down_inner, gate_up, up_up, down, grad_both, inner_parts, column_parts,
     num_rows, width, inner_stride, columns_per_part, num_parts, num_strips, gate_scaling, up_scaling,
     RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """Gradients of gate and up, and partial sums of all products of the adapters with them and with h.
 
     Args:
@@ -148,19 +148,23 @@ def swiglu_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sum_swiglu_gradients(  # type: ignore[no-untyped-def]
+def sum_swiglu_gradients(
     inner_parts, column_parts, grad_inner, gate_up, up_up, down, num_rows, width, inner_stride, num_parts, num_strips,
     gate_scaling, up_scaling, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
-    """Sum what `swiglu_gradients` wrote: the gradients of A x, of both B and of A_down; one for each of the grid's rows."""
+):  # fmt: skip
+    """Sum what `swiglu_gradients` wrote: gradients of A x of gate and of up, of both B, and of A_down, in this order."""
     job = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     stride, part_stride = tl.cast(num_strips, tl.int64) * width * RANK, num_rows * RANK
     if job == 0:
-        _sum(inner_parts, part_stride, num_parts, rows, num_rows, grad_inner, inner_stride, 1, gate_scaling, RANK, PADDED)
+        _sum(
+            inner_parts, part_stride, num_parts, rows, num_rows, grad_inner, inner_stride, 1, gate_scaling, RANK, PADDED
+        )
     elif job == 1:
         parts = inner_parts + tl.cast(num_parts, tl.int64) * part_stride
-        _sum(parts, part_stride, num_parts, rows, num_rows, grad_inner + RANK, inner_stride, 1, up_scaling, RANK, PADDED)
+        _sum(
+            parts, part_stride, num_parts, rows, num_rows, grad_inner + RANK, inner_stride, 1, up_scaling, RANK, PADDED
+        )
     elif job == 2:
         _sum(column_parts, width * RANK, num_strips, rows, width, gate_up, RANK, 1, gate_scaling, RANK, PADDED)
     elif job == 3:
@@ -170,9 +174,9 @@ def sum_swiglu_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sum_swiglu(  # type: ignore[no-untyped-def]
+def sum_swiglu(
     inner_parts, inner, num_rows, num_parts, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """Sum what `swiglu` wrote: A_down h."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     _sum(inner_parts, num_rows * RANK, num_parts, rows, num_rows, inner, RANK, 1, 1.0, RANK, PADDED)

@@ -7,6 +7,7 @@ every launch.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -15,9 +16,8 @@ from typing import Final, NamedTuple
 import torch
 
 from trainer.model import thin, thin_plain
+from trainer.planning.thin_cut import MAX_RANK
 
-MAX_RANK: Final = 32
-"""Above it, partial sums are more bytes than a second reading."""
 MAX_LAYERS: Final = 3
 """Whose products one kernel computes."""
 LAUNCHES: Final = 20
@@ -57,6 +57,11 @@ def products_for(values: torch.Tensor, ups: Sequence[torch.Tensor]) -> ThinProdu
     return _tested(values.device, values.dtype, ups[0].shape[1]) if fits and _is_on_gpu(values) else PLAIN
 
 
+def has_kernels(values: torch.Tensor, ups: Sequence[torch.Tensor]) -> bool:
+    """Whether `products_for` are the kernels."""
+    return products_for(values, ups) is KERNELS
+
+
 def _is_on_gpu(values: torch.Tensor) -> bool:
     return values.device.type == "cuda" and values.dtype in TOLERANCE
 
@@ -67,7 +72,9 @@ def _tested(device: torch.device, dtype: torch.dtype, rank: int) -> ThinProducts
     if problem is None:
         return KERNELS
     warnings.warn(
-        f"the kernels for adapters of rank {rank} are not used, which is slower: {problem}", RuntimeWarning, stacklevel=2
+        f"the kernels for adapters of rank {rank} are not used, which is slower: {problem}",
+        RuntimeWarning,
+        stacklevel=2,
     )
     return PLAIN
 
@@ -82,10 +89,9 @@ def problem_of(products: ThinProducts, device: torch.device, dtype: torch.dtype,
         rank: r.
     """
     try:
-        for name, differences in _differences(products, device, dtype, rank):
-            if differences is None:
-                return f"{name} has other bits at each launch"
-            worst = max(differences)
+        for name, worst in differences(products, device, dtype, rank):
+            if worst is None:
+                return f"{name} does not give the same bits at every launch"
             if not worst <= TOLERANCE[dtype]:
                 return f"{name} differs from torch by {worst:.1e} of its largest value"
     except Exception as error:  # of Triton, its compiler or the driver: whatever it is, torch computes the same
@@ -93,12 +99,19 @@ def problem_of(products: ThinProducts, device: torch.device, dtype: torch.dtype,
     return None
 
 
-def _differences(
-    products: ThinProducts, device: torch.device, dtype: torch.dtype, rank: int
-) -> Iterator[tuple[str, list[float] | None]]:
-    """Differences of each function's results to those in float32; None where two launches differ.
+def differences(
+    products: ThinProducts, device: torch.device, dtype: torch.dtype, rank: int, launches: int = LAUNCHES
+) -> Iterator[tuple[str, float | None]]:
+    """The largest difference of each function's results to float32, over their largest value; None: bits changed.
 
-    Sizes are multiples of 16, as those of models are, but no multiples of a strip.
+    Sizes are multiples of 16, as those of models are, but not of a strip.
+
+    Args:
+        products: to compare with torch's operators.
+        device: to compute on.
+        dtype: of all tensors.
+        rank: r.
+        launches: whose bits must be equal.
     """
     rows, widths, scalings = 592, (768, 128, 128), (0.5, 2.0, 1.0)
     width = widths[0]
@@ -107,7 +120,11 @@ def _differences(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    ups, pair, down = [normal(each, rank) for each in widths], (normal(width, rank), normal(width, rank)), normal(rank, width)
+    ups, pair, down = (
+        [normal(each, rank) for each in widths],
+        (normal(width, rank), normal(width, rank)),
+        normal(rank, width),
+    )
     both, inner, factors = normal(rows, 2 * width), normal(rows, 2 * rank), (0.5, 0.25)
     cases: list[tuple[str, tuple[object, ...]]] = [
         ("gradients", (normal(rows, sum(widths)), normal(rows, 3 * rank), ups, scalings)),
@@ -117,12 +134,13 @@ def _differences(
     for name, arguments in cases:
         wanted = _flat(getattr(PLAIN, name)(*(_in_float32(each) for each in arguments)))
         found = _flat(getattr(products, name)(*arguments))
-        again = (_flat(getattr(products, name)(*arguments)) for _ in range(LAUNCHES - 1))
+        again = (_flat(getattr(products, name)(*arguments)) for _ in range(launches - 1))
         if any(not torch.equal(one, other) for each in again for one, other in zip(found, each, strict=True)):
             yield name, None
             continue
         pairs = zip(found, wanted, strict=True)
-        yield name, [float((one.float() - other).abs().max() / other.abs().max()) for one, other in pairs]
+        distances = [float((one.float() - other).abs().max() / other.abs().max()) for one, other in pairs]
+        yield name, max(distances) if all(map(math.isfinite, distances)) else math.inf
 
 
 def _flat(result: object) -> list[torch.Tensor]:

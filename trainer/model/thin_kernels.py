@@ -1,8 +1,8 @@
 """Triton kernels of products of an adapter's rank, for thin.py only; needs Triton.
 
-A product with B [N, r] of small r is limited by the bytes of its [T, N] side, so each kernel reads that side once for all
-products that need it. A program computes a strip of rows and a part of the columns. What must be summed over strips or
-over parts is written as float32 partial sums, which a second kernel adds in a fixed order: no atomics, equal bits.
+A product with B [N, r] of small r is limited by the bytes of its [T, N] side, so each kernel reads that side once for
+all products that need it. A program computes a strip of rows and a part of the columns. What must be summed over strips
+or over parts is written as float32 partial sums, which a second kernel adds in a fixed order: no atomics, equal bits.
 
 Ranks are padded to `PADDED` columns of zeros, at least 16, as matrix instructions want it.
 """
@@ -14,20 +14,31 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(base, rows, columns, row_stride, row_mask, column_mask):  # type: ignore[no-untyped-def]
+def _tile(base, rows, columns, row_stride, row_mask, column_mask):
     """[rows, columns] of a matrix with contiguous columns; zeros where masked."""
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     return tl.load(base + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit
-def _product(left, right):  # type: ignore[no-untyped-def]
+def _product(left, right):
     return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
-def _sum(parts, part_stride, count, rows, num_rows, out, row_stride, column_stride, scaling,
-         RANK: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _sum(
+    parts,
+    part_stride,
+    count,
+    rows,
+    num_rows,
+    out,
+    row_stride,
+    column_stride,
+    scaling,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """Store the scaled sum of [num_rows, RANK] parts, in their order."""
     ranks = tl.arange(0, PADDED)
     mask = (rows < num_rows)[:, None] & (ranks < RANK)[None, :]
@@ -40,10 +51,10 @@ def _sum(parts, part_stride, count, rows, num_rows, out, row_stride, column_stri
 
 
 @triton.jit
-def gradients(  # type: ignore[no-untyped-def]
+def gradients(
     grad, up, inner, inner_parts, up_parts, num_rows, width, grad_stride, inner_stride, end_0, end_1, parts_0, parts_1,
     columns_per_part, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """Partial sums of grad B and grad^T (A x), of up to three layers whose columns lie side by side.
 
     Args:
@@ -90,11 +101,11 @@ def gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sum_gradients(  # type: ignore[no-untyped-def]
+def sum_gradients(
     inner_parts, up_parts, grad_inner, up_0, up_1, up_2, num_rows, width, inner_stride, end_0, end_1, parts_0, parts_1,
     num_parts, num_strips, row_blocks, scaling_0, scaling_1, scaling_2,
     RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """Sum what `gradients` wrote; the second axis of the grid counts layers."""
     block, layer = tl.program_id(0), tl.program_id(1)
     begin, end, first, last, scaling, out = 0, end_0, 0, parts_0, scaling_0, up_0

@@ -14,7 +14,9 @@ def thin_gradients(
     """`thin.thin_gradients`; ranks may differ."""
     grad_inner, grad_ups = torch.empty_like(inner), []
     ranks, widths = [up.shape[1] for up in ups], [len(up) for up in ups]
-    of_layers = zip(grad.split(widths, 1), inner.split(ranks, 1), grad_inner.split(ranks, 1), ups, scalings, strict=True)
+    of_layers = zip(
+        grad.split(widths, 1), inner.split(ranks, 1), grad_inner.split(ranks, 1), ups, scalings, strict=True
+    )
     for columns, own, own_grad, up, scaling in of_layers:
         torch.mm(columns, up, out=own_grad).mul_(scaling)
         grad_ups.append((columns.T @ own).mul_(scaling))
