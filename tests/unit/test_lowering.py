@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 
 from trainer.planning.model_facts import ModelFacts
-from trainer.planning.roofline import LAUNCHES, _elementwise_bytes, adapter_bytes
+from trainer.planning.roofline import LAUNCHES, adapter_bytes, elementwise_bytes
 
 ROOT: Final = Path(__file__).parents[2]
 RECORDED: Final = ROOT / "benchmarks" / "results" / "lowering_sm_90.json"
@@ -161,6 +161,6 @@ def test_layers_keep_their_budget_of_kernels_and_bytes(tmp_path):
     assert_fits([row for row in rows if "kernel" in row], "sm_90")
 
     counted = 1e9 * (llama["forward"]["narrow_gigabytes"] + llama["backward"]["narrow_gigabytes"])
-    predicted = _elementwise_bytes(LLAMA, 4096, is_compiled=True) + adapter_bytes(LLAMA, 4096, 16, is_compiled=True)
+    predicted = elementwise_bytes(LLAMA, 4096, is_compiled=True) + adapter_bytes(LLAMA, 4096, 16, is_compiled=True)
     assert predicted == pytest.approx(counted, rel=0.03)  # rotary embedding and attention read a part of q, k, v
     assert LAUNCHES["compiled LoRA"] == llama["forward"]["launches"] + llama["backward"]["launches"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trainer.model.thin_kernels import _product, _sum, _tile
+from trainer.model.thin_kernels import product, sum_parts, tile
 
 
 @triton.jit
@@ -50,18 +50,18 @@ def swiglu(
     strip, part = tl.program_id(0), tl.program_id(1)
     rows, ranks = strip * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     is_row, is_rank = rows < num_rows, ranks < RANK
-    of_gate = _tile(inner, rows, ranks, inner_stride, is_row, is_rank)
-    of_up = _tile(inner + RANK, rows, ranks, inner_stride, is_row, is_rank)
+    of_gate = tile(inner, rows, ranks, inner_stride, is_row, is_rank)
+    of_up = tile(inner + RANK, rows, ranks, inner_stride, is_row, is_rank)
     total = tl.zeros((ROWS, PADDED), tl.float32)
     begin = part * columns_per_part
     end = tl.minimum(width, begin + columns_per_part)
     for column in range(begin, end, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         is_column = columns < end
-        gate = _tile(both, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
-        up = _tile(both + width, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
-        gate += gate_scaling * _product(of_gate, _transposed_tile(gate_up, ranks, columns, RANK, is_rank, is_column))
-        up += up_scaling * _product(of_up, _transposed_tile(up_up, ranks, columns, RANK, is_rank, is_column))
+        gate = tile(both, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
+        up = tile(both + width, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
+        gate += gate_scaling * product(of_gate, _transposed_tile(gate_up, ranks, columns, RANK, is_rank, is_column))
+        up += up_scaling * product(of_up, _transposed_tile(up_up, ranks, columns, RANK, is_rank, is_column))
         value = (gate * tl.sigmoid(gate) * up).to(hidden.dtype.element_ty)
         cells = rows.to(tl.int64)[:, None] * width + columns[None, :]
         tl.store(hidden + cells, value, mask=is_row[:, None] & is_column[None, :])
@@ -106,9 +106,9 @@ def swiglu_gradients(
     strip, part = tl.program_id(0), tl.program_id(1)
     rows, ranks = strip * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     is_row, is_rank = rows < num_rows, ranks < RANK
-    of_gate = _tile(inner, rows, ranks, inner_stride, is_row, is_rank)
-    of_up = _tile(inner + RANK, rows, ranks, inner_stride, is_row, is_rank)
-    of_down = _tile(down_inner, rows, ranks, RANK, is_row, is_rank)
+    of_gate = tile(inner, rows, ranks, inner_stride, is_row, is_rank)
+    of_up = tile(inner + RANK, rows, ranks, inner_stride, is_row, is_rank)
+    of_down = tile(down_inner, rows, ranks, RANK, is_row, is_rank)
     gate_total = tl.zeros((ROWS, PADDED), tl.float32)
     up_total = tl.zeros((ROWS, PADDED), tl.float32)
     stride = tl.cast(num_strips, tl.int64) * width * RANK
@@ -117,14 +117,14 @@ def swiglu_gradients(
     for column in range(begin, end, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         is_column = columns < end
-        gate_b = _tile(gate_up, columns, ranks, RANK, is_column, is_rank)
-        up_b = _tile(up_up, columns, ranks, RANK, is_column, is_rank)
-        gate = _tile(both, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
-        gate += gate_scaling * _product(of_gate, tl.trans(gate_b))
-        up = _tile(both + width, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
-        up += up_scaling * _product(of_up, tl.trans(up_b))
-        outer = _tile(grad, rows, columns, width, is_row, is_column).to(tl.float32)
-        outer += _product(of_down, _tile(down, ranks, columns, width, is_rank, is_column))
+        gate_b = tile(gate_up, columns, ranks, RANK, is_column, is_rank)
+        up_b = tile(up_up, columns, ranks, RANK, is_column, is_rank)
+        gate = tile(both, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
+        gate += gate_scaling * product(of_gate, tl.trans(gate_b))
+        up = tile(both + width, rows, columns, 2 * width, is_row, is_column).to(tl.float32)
+        up += up_scaling * product(of_up, tl.trans(up_b))
+        outer = tile(grad, rows, columns, width, is_row, is_column).to(tl.float32)
+        outer += product(of_down, tile(down, ranks, columns, width, is_rank, is_column))
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         value = (silu * up).to(both.dtype.element_ty)
@@ -138,9 +138,9 @@ def swiglu_gradients(
         up_total = tl.dot(grad_up, up_b, up_total, input_precision="ieee")
         is_part = is_column[:, None] & is_rank[None, :]
         places = column_parts + (strip * width + columns).to(tl.int64)[:, None] * RANK + ranks[None, :]
-        tl.store(places, _product(tl.trans(grad_gate), of_gate), mask=is_part)
-        tl.store(places + stride, _product(tl.trans(grad_up), of_up), mask=is_part)
-        tl.store(places + 2 * stride, _product(tl.trans(value), of_down), mask=is_part)
+        tl.store(places, product(tl.trans(grad_gate), of_gate), mask=is_part)
+        tl.store(places + stride, product(tl.trans(grad_up), of_up), mask=is_part)
+        tl.store(places + 2 * stride, product(tl.trans(value), of_down), mask=is_part)
     is_part = is_row[:, None] & is_rank[None, :]
     places = inner_parts + (part * num_rows + rows).to(tl.int64)[:, None] * RANK + ranks[None, :]
     tl.store(places, gate_total, mask=is_part)
@@ -152,25 +152,27 @@ def sum_swiglu_gradients(
     inner_parts, column_parts, grad_inner, gate_up, up_up, down, num_rows, width, inner_stride, num_parts, num_strips,
     gate_scaling, up_scaling, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sum what `swiglu_gradients` wrote: gradients of A x of gate and of up, of both B, and of A_down, in this order."""
+    """Sum what `swiglu_gradients` wrote: gradients of A x of gate and up, of both B, and of A_down, in turn."""
     job = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     stride, part_stride = tl.cast(num_strips, tl.int64) * width * RANK, num_rows * RANK
     if job == 0:
-        _sum(
+        sum_parts(
             inner_parts, part_stride, num_parts, rows, num_rows, grad_inner, inner_stride, 1, gate_scaling, RANK, PADDED
         )
     elif job == 1:
         parts = inner_parts + tl.cast(num_parts, tl.int64) * part_stride
-        _sum(
+        sum_parts(
             parts, part_stride, num_parts, rows, num_rows, grad_inner + RANK, inner_stride, 1, up_scaling, RANK, PADDED
         )
     elif job == 2:
-        _sum(column_parts, width * RANK, num_strips, rows, width, gate_up, RANK, 1, gate_scaling, RANK, PADDED)
+        sum_parts(column_parts, width * RANK, num_strips, rows, width, gate_up, RANK, 1, gate_scaling, RANK, PADDED)
     elif job == 3:
-        _sum(column_parts + stride, width * RANK, num_strips, rows, width, up_up, RANK, 1, up_scaling, RANK, PADDED)
+        sum_parts(
+            column_parts + stride, width * RANK, num_strips, rows, width, up_up, RANK, 1, up_scaling, RANK, PADDED
+        )
     else:
-        _sum(column_parts + 2 * stride, width * RANK, num_strips, rows, width, down, 1, width, 1.0, RANK, PADDED)
+        sum_parts(column_parts + 2 * stride, width * RANK, num_strips, rows, width, down, 1, width, 1.0, RANK, PADDED)
 
 
 @triton.jit
@@ -179,4 +181,4 @@ def sum_swiglu(
 ):  # fmt: skip
     """Sum what `swiglu` wrote: A_down h."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    _sum(inner_parts, num_rows * RANK, num_parts, rows, num_rows, inner, RANK, 1, 1.0, RANK, PADDED)
+    sum_parts(inner_parts, num_rows * RANK, num_parts, rows, num_rows, inner, RANK, 1, 1.0, RANK, PADDED)

@@ -14,19 +14,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(base, rows, columns, row_stride, row_mask, column_mask):
+def tile(base, rows, columns, row_stride, row_mask, column_mask):
     """[rows, columns] of a matrix with contiguous columns; zeros where masked."""
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     return tl.load(base + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit
-def _product(left, right):
+def product(left, right):
+    """The product of two tiles, in float32."""
     return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
-def _sum(
+def sum_parts(
     parts,
     part_stride,
     count,
@@ -87,15 +88,15 @@ def gradients(
     end = tl.minimum(end, begin + columns_per_part)
     rows, ranks = strip * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     is_row, is_rank = rows < num_rows, ranks < RANK
-    own = _tile(inner + layer * RANK, rows, ranks, inner_stride, is_row, is_rank)
+    own = tile(inner + layer * RANK, rows, ranks, inner_stride, is_row, is_rank)
     total = tl.zeros((ROWS, PADDED), tl.float32)
     for column in range(begin, end, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         is_column = columns < end
-        tile = _tile(grad, rows, columns, grad_stride, is_row, is_column)
-        total = tl.dot(tile, _tile(up, columns, ranks, RANK, is_column, is_rank), total, input_precision="ieee")
+        values = tile(grad, rows, columns, grad_stride, is_row, is_column)
+        total = tl.dot(values, tile(up, columns, ranks, RANK, is_column, is_rank), total, input_precision="ieee")
         cells = (strip * width + columns).to(tl.int64)[:, None] * RANK + ranks[None, :]
-        tl.store(up_parts + cells, _product(tl.trans(tile), own), mask=is_column[:, None] & is_rank[None, :])
+        tl.store(up_parts + cells, product(tl.trans(values), own), mask=is_column[:, None] & is_rank[None, :])
     cells = (part * num_rows + rows).to(tl.int64)[:, None] * RANK + ranks[None, :]
     tl.store(inner_parts + cells, total, mask=is_row[:, None] & is_rank[None, :])
 
@@ -116,13 +117,13 @@ def sum_gradients(
     rows = tl.arange(0, ROWS)
     if block < row_blocks:
         parts, stride = inner_parts + tl.cast(first, tl.int64) * num_rows * RANK, num_rows * RANK
-        _sum(
+        sum_parts(
             parts, stride, last - first, block * ROWS + rows, num_rows,
             grad_inner + layer * RANK, inner_stride, 1, scaling, RANK, PADDED,
         )  # fmt: skip
     else:
         parts, stride = up_parts + tl.cast(begin, tl.int64) * RANK, width * RANK
-        _sum(
+        sum_parts(
             parts, stride, num_strips, (block - row_blocks) * ROWS + rows, end - begin,
             out, RANK, 1, scaling, RANK, PADDED,
         )  # fmt: skip

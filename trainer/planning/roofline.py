@@ -33,8 +33,8 @@ kernels."""
 LAUNCH_S: Final = (10e-6, 28e-6)
 """Host time of a kernel launch, Python included; 28 us were measured where the host was the limit."""
 LAUNCHES: Final = {"compiled LoRA": 46, "compiled LoRA without kernels": 72, "compiled full": 38, "uncompiled": 250}
-"""Per layer, forward and backward; counted (benchmarks/results/lowering_sm_90.md). 46 are 13 kernels of the compiler and
-33 of the operators of adapted layers."""
+"""Per layer, forward and backward; counted (benchmarks/results/lowering_sm_90.md): 46 are 13 of the compiler's
+kernels and 33 of adapted products."""
 BETWEEN_S: Final = (0.01, 0.04)
 """Between two steps the device waits for the next pack and for the norm of the gradient."""
 BYTES: Final = 2
@@ -105,7 +105,7 @@ def step_cost(
     attention = 2.0 * facts.layers * facts.query_width * sum(length * length for length in lengths)
     again = 1 if recomputed is True else 0
     short = SHORT_ATTENTION[0] * tokens / len(lengths) / SHORT_ATTENTION[1]
-    elementwise = facts.layers * _elementwise_bytes(facts, tokens, is_compiled=is_compiled)
+    elementwise = facts.layers * elementwise_bytes(facts, tokens, is_compiled=is_compiled)
     thin = facts.layers * adapter_bytes(facts, tokens, rank, is_compiled=is_compiled)
     extra = 1 + again / 3
     elementwise_extra = 4 / 3 if recomputed else 1.0
@@ -144,11 +144,16 @@ def _kind(rank: int | None, *, is_compiled: bool) -> str:
     return "compiled LoRA" if rank <= MAX_RANK else "compiled LoRA without kernels"
 
 
-def _elementwise_bytes(facts: ModelFacts, tokens: int, *, is_compiled: bool) -> float:
+def elementwise_bytes(facts: ModelFacts, tokens: int, *, is_compiled: bool) -> float:
     """Bytes of a block's norms, rotary embedding, gate and residuals, as counted in the kernels of compiled layers.
 
     Forward: two norms (4 H), two residual sums (5 H), rotary (2 (q + k)), gate (3 I). Backward: norms with residuals
     (8 H), the sums of attention (2 q), rotary (2 (q + 2 k)), gate (5 I).
+
+    Args:
+        facts: of the model.
+        tokens: T.
+        is_compiled: whether decoder layers are compiled.
     """
     width = facts.intermediate * facts.active_experts + facts.shared_intermediate
     rotated = facts.query_width + facts.key_width
