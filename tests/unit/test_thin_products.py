@@ -143,12 +143,12 @@ def test_the_operators_tell_the_compiler_what_they_return():
     torch.library.opcheck(_gradients, grad_arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-class _Clamped(LlamaMLP):  # type: ignore[misc]
+class _Clamped(LlamaMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
 
 
-class _Scaled(LlamaMLP):  # type: ignore[misc]
+class _Scaled(LlamaMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)) * 0.5)
 

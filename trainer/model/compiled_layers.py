@@ -103,8 +103,10 @@ class CompiledLayers:
         self._hook.remove()
         if self._search is not None:
             self._search.cancel()
-        for joined in (*self.gated, *self.groups):
-            joined.dissolve()
+        for gated in self.gated:
+            gated.dissolve()
+        for group in self.groups:
+            group.dissolve()
         for layer in self.layers:
             layer._compiled_call_impl = None
 

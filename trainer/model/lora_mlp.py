@@ -210,7 +210,7 @@ def is_swiglu(module: nn.Module) -> bool:
     if not isinstance(act_fn, nn.Module) or type(act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
     try:
-        found = type(module).forward(_Spelled(), _Term("x"))  # type: ignore[arg-type]
+        found = type(module).forward(_Spelled(), _Term("x"))
     except (TypeError, AttributeError, IndexError, ValueError):  # it does something else with x
         return False
     return isinstance(found, _Term) and found.text == "down_proj(act_fn(gate_proj(x)) * up_proj(x))"

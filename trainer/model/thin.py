@@ -66,7 +66,7 @@ def thin_gradients(
     )  # fmt: skip
     grad_inner, grad_ups = torch.empty_like(inner), [torch.empty_like(each) for each in ups]
     blocks = -(-num_rows // SUMMED_ROWS), -(-max(len(each) for each in ups) // SUMMED_ROWS)
-    outs, factors = (*grad_ups, *grad_ups[:1] * 2)[:3], (*scalings, *scalings[:1] * 2)[:3]
+    outs, factors = (*grad_ups, grad_ups[0], grad_ups[0])[:3], (*scalings, 0.0, 0.0)[:3]
     launch(
         "sum_gradients", (sum(blocks), len(ups)), inner_parts, up_parts, grad_inner, *outs, num_rows, width,
         grad_inner.stride(0), *cut.of_first_two(), num_parts, cut.num_strips, blocks[0], *map(float, factors),
@@ -144,4 +144,4 @@ def swiglu_gradients(
         *grad_ups, grad_down, num_rows, width, grad_inner.stride(0), num_parts, cut.num_strips, *factors,
         **meta, ROWS=SUMMED_ROWS, num_warps=4,
     )  # fmt: skip
-    return grad_both, grad_inner, *grad_ups, grad_down
+    return grad_both, grad_inner, grad_ups[0], grad_ups[1], grad_down

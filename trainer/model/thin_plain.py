@@ -52,7 +52,7 @@ def swiglu_gradients(
     grad_gate: torch.Tensor = torch.ops.aten.silu_backward(grad * up, gate)
     grad_both = torch.cat([grad_gate, grad * silu], 1)
     grad_inner, grad_ups = thin_gradients(grad_both, inner, ups, scalings)
-    return grad_both, grad_inner, *grad_ups, last_inner.T @ (silu * up)
+    return grad_both, grad_inner, grad_ups[0], grad_ups[1], last_inner.T @ (silu * up)
 
 
 def _adapted(

@@ -32,7 +32,7 @@ UNCOMPILED: Final = 9.6
 kernels."""
 LAUNCH_S: Final = (10e-6, 28e-6)
 """Host time of a kernel launch, Python included; 28 us were measured where the host was the limit."""
-LAUNCHES: Final = {"compiled LoRA": 46, "compiled LoRA without kernels": 72, "compiled full": 38, "uncompiled": 250}
+LAUNCHES: Final = {"compiled LoRA": 46, "compiled LoRA without kernels": 70, "compiled full": 38, "uncompiled": 250}
 """Per layer, forward and backward; counted (benchmarks/results/lowering_sm_90.md): 46 are 13 of the compiler's
 kernels and 33 of adapted products."""
 BETWEEN_S: Final = (0.01, 0.04)
