@@ -109,7 +109,7 @@ def table_lines(rows: list[dict[str, Any]], card_name: str, card: Any) -> list[s
         f"A thread block can have {card.shared_bytes:,} bytes of shared memory. Spilled: bytes that a thread keeps in",
         "local memory for want of registers. Nothing here was run or timed.",
         "",
-        "| attention | pass | warps | shared bytes | registers | spilled bytes |",
+        "| matrix products of | pass | warps | shared bytes | registers | spilled bytes |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in heavy:

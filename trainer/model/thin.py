@@ -40,6 +40,11 @@ def launch(name: str, grid: tuple[int, ...], *arguments: Any, **options: Any) ->
     kernel[grid](*arguments, **options)
 
 
+def _assert_contiguous(*tensors: torch.Tensor) -> None:
+    """Adapters' weights, and results of products, are."""
+    assert all(each.is_contiguous() for each in tensors)
+
+
 def thin_gradients(
     grad: torch.Tensor, inner: torch.Tensor, ups: Sequence[torch.Tensor], scalings: Sequence[float]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -52,13 +57,14 @@ def thin_gradients(
         scalings: of each layer.
     """
     num_rows, width, rank = len(grad), grad.shape[1], ups[0].shape[1]
+    _assert_contiguous(inner, *ups)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     cut = Cut.of(num_rows, [len(up) for up in ups], ROWS)
     num_parts = cut.parts[-1]
     meta = {"RANK": rank, "PADDED": padded_rank(rank)}
     inner_parts = grad.new_empty((num_parts, num_rows, rank), dtype=torch.float32)
     up_parts = grad.new_empty((cut.num_strips, width, rank), dtype=torch.float32)
-    up = ups[0].contiguous() if len(ups) == 1 else torch.cat(tuple(ups))
+    up = ups[0] if len(ups) == 1 else torch.cat(tuple(ups))
     launch(
         "gradients", (cut.num_strips, num_parts), grad, up, inner, inner_parts, up_parts, num_rows, width,
         grad.stride(0), inner.stride(0), *cut.of_first_two(), cut.columns_per_part,
@@ -92,6 +98,7 @@ def swiglu(
         scalings: of gate and up.
     """
     num_rows, (width, rank) = len(both), ups[0].shape
+    _assert_contiguous(both, inner, *ups, down)
     cut = Cut.of(num_rows, [width], GATED_ROWS)
     meta = {"RANK": rank, "PADDED": padded_rank(rank)}
     hidden, down_inner = both.new_empty(num_rows, width), both.new_empty(num_rows, rank)
@@ -127,6 +134,7 @@ def swiglu_gradients(
         scalings: of gate and up.
     """
     num_rows, (width, rank) = len(both), ups[0].shape
+    _assert_contiguous(grad, both, inner, down_inner, *ups, down)
     cut = Cut.of(num_rows, [width], GATED_ROWS)
     num_parts = cut.parts[-1]
     meta, factors = {"RANK": rank, "PADDED": padded_rank(rank)}, tuple(map(float, scalings))
