@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any, Final
+from unittest import mock
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from torch._inductor.runtime.triton_heuristics import GridExpr
 from transformers import AutoConfig
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.model import thin_choice
+from trainer.model import thin, thin_choice
 from trainer.model.attention import packed_attention
 from trainer.model.base_model import empty_model
 from trainer.model.eager_attention import AttentionOptions
@@ -208,7 +209,8 @@ def layer_differences(model_type: str, lora: LoraSettings | None) -> dict[str, f
         if is_interpreted:
             policy.compile_layers(interpreting_backend("sm_90", kept))
         kernels = thin_as_on_gpu() if is_interpreted else nullcontext()
-        with flex_as_on_gpu(), first_pass_as_on_gpu(), kernels:
+        launched = mock.patch.object(thin, "launch", wraps=thin.launch)
+        with flex_as_on_gpu(), first_pass_as_on_gpu(), kernels, launched as launch:
             if is_interpreted:
                 policy(pack_of([300]))
             scores = policy.train()(batch)
@@ -216,6 +218,7 @@ def layer_differences(model_type: str, lora: LoraSettings | None) -> dict[str, f
             gradients = torch.autograd.grad(scores.logprobs.sum(), list(parameters.values()))
         found.append({"logprobs": scores.logprobs.detach(), **dict(zip(parameters, gradients, strict=True))})
         assert [program.kind for program in kept] == (["forward", "backward"] if is_interpreted else [])
+        assert launch.called == (is_interpreted and lora is not None), "adapters' products are kernels"
     return {name: _difference(found[1][name], found[0][name]) for name in found[0]}
 
 

@@ -16,19 +16,20 @@ from triton.compiler import ASTSource
 from trainer.model import swiglu_kernels, thin, thin_kernels
 
 TYPES: Final = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-RANKS: Final = (8, 16, 32)
-TOKENS: Final = 4096
+CASES: Final = ((8, 4096), (16, 4096), (32, 4096), (16, 65_536))
+"""Ranks and tokens. With 65,536 tokens a layer is one part, and Triton compiles numbers of 1 apart."""
 JOINED: Final = (4096, 1024, 1024)
 """Outputs of q, k and v of Llama-3.1-8B."""
 WIDTH: Final = 14_336
 """Of its gated layer."""
 
 
-def thin_cubins(rank: int, card: Card) -> list[Cubin]:
-    """All kernels at the sizes of Llama-3.1-8B with 4,096 tokens in bfloat16.
+def thin_cubins(rank: int, tokens: int, card: Card) -> list[Cubin]:
+    """All kernels at the sizes of Llama-3.1-8B in bfloat16.
 
     Args:
         rank: of the adapters.
+        tokens: of the pack.
         card: to compile for.
     """
 
@@ -37,15 +38,15 @@ def thin_cubins(rank: int, card: Card) -> list[Cubin]:
 
     ups, inner, both, down = (
         [empty(each, rank) for each in JOINED],
-        empty(TOKENS, 2 * rank),
-        empty(TOKENS, 2 * WIDTH),
+        empty(tokens, 2 * rank),
+        empty(tokens, 2 * WIDTH),
         empty(rank, WIDTH),
     )
     pair, scalings = (empty(WIDTH, rank), empty(WIDTH, rank)), (1.0, 1.0)
     with thin_launches() as launches:
-        thin.thin_gradients(empty(TOKENS, sum(JOINED)), empty(TOKENS, 3 * rank), ups, [1.0] * 3)
+        thin.thin_gradients(empty(tokens, sum(JOINED)), empty(tokens, 3 * rank), ups, [1.0] * 3)
         thin.swiglu(both, inner, pair, down, scalings)
-        thin.swiglu_gradients(empty(TOKENS, WIDTH), both, inner, empty(TOKENS, rank), pair, down, scalings)
+        thin.swiglu_gradients(empty(tokens, WIDTH), both, inner, empty(tokens, rank), pair, down, scalings)
     return [thin_cubin(launch, card) for launch in launches]
 
 

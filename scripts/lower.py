@@ -66,14 +66,14 @@ def layer_rows(card: Any, only: Sequence[str]) -> Rows:
 
 
 def adapter_rows(card: Any, only: Sequence[str]) -> Rows:
-    """The kernels of adapters' products, for three ranks."""
-    from lowered_thin import RANKS, thin_cubins
+    """The kernels of adapters' products, for three ranks, and for many tokens."""
+    from lowered_thin import CASES, thin_cubins
 
-    for rank in RANKS:
-        of = f"adapters of rank {rank}"
+    for rank, tokens in CASES:
+        of = f"adapters of rank {rank}, {tokens:,} tokens"
         if any(words in of for words in only):
             sys.stderr.write(f"{of}\n")
-            for cubin in thin_cubins(rank, card):
+            for cubin in thin_cubins(rank, tokens, card):
                 yield {"of": of, "pass": cubin.kernel, **dataclasses.asdict(cubin)}
 
 
