@@ -3,10 +3,12 @@
 from importlib.util import find_spec
 
 OPTIONAL = {
-    "lm_eval": "trainer/inference/harness_model.py",
-    "verifiers": "trainer/environments/verifiers_harness.py",
+    "trainer/inference/harness_model.py": "lm_eval",
+    "trainer/environments/verifiers_harness.py": "verifiers",
+    "trainer/model/thin_kernels.py": "triton",
+    "trainer/model/swiglu_kernels.py": "triton",
 }
 collect_ignore = [
     "trainer/control/migrations/env.py",  # run by Alembic
-    *(file for module, file in OPTIONAL.items() if find_spec(module) is None),
+    *(file for file, module in OPTIONAL.items() if find_spec(module) is None),
 ]

@@ -13,19 +13,22 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any, Final
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
-from lowered_kernels import load_kernel, run_program
+from lowered_kernels import load_kernel, run_program, thin_as_on_gpu
 from lowered_layers import first_pass_as_on_gpu, pack_of
 from lowering import CARDS, Card, Program, flex_as_on_gpu, gpu_backend, pretended
 from torch._inductor.runtime.triton_heuristics import GridExpr
 from transformers import AutoConfig
 
 from trainer.config.recipe import LoraSettings, ModelSettings
+from trainer.model import thin, thin_choice
 from trainer.model.attention import packed_attention
 from trainer.model.base_model import empty_model
 from trainer.model.eager_attention import AttentionOptions
@@ -205,15 +208,29 @@ def layer_differences(model_type: str, lora: LoraSettings | None) -> dict[str, f
         kept: list[Program] = []
         if is_interpreted:
             policy.compile_layers(interpreting_backend("sm_90", kept))
-        with flex_as_on_gpu(), first_pass_as_on_gpu():
+        kernels = thin_as_on_gpu() if is_interpreted else nullcontext()
+        launched = mock.patch.object(thin, "launch", wraps=thin.launch)
+        with flex_as_on_gpu(), first_pass_as_on_gpu(), kernels, launched as launch:
             if is_interpreted:
                 policy(pack_of([300]))
             scores = policy.train()(batch)
-        parameters = policy.trained_parameters()
-        gradients = torch.autograd.grad(scores.logprobs.sum(), list(parameters.values()))
+            parameters = policy.trained_parameters()
+            gradients = torch.autograd.grad(scores.logprobs.sum(), list(parameters.values()))
         found.append({"logprobs": scores.logprobs.detach(), **dict(zip(parameters, gradients, strict=True))})
         assert [program.kind for program in kept] == (["forward", "backward"] if is_interpreted else [])
+        assert launch.called == (is_interpreted and lora is not None), "adapters' products are kernels"
     return {name: _difference(found[1][name], found[0][name]) for name in found[0]}
+
+
+def adapter_differences(dtype: torch.dtype, rank: int) -> dict[str, float]:
+    """Largest differences of the kernels of adapters' products to torch's operators in float32.
+
+    Args:
+        dtype: of all tensors.
+        rank: of the adapters.
+    """
+    found = thin_choice.differences(thin_choice.KERNELS, CPU, dtype, rank, launches=2)
+    return {name: math.inf if worst is None else worst for name, worst in found}
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -222,12 +239,14 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Write the differences of the named cases as JSON: `plain.float16`, `layer.qwen3`, `layer.llama.full`."""
+    """Write the differences of the named cases as JSON: `plain.float16`, `layer.llama.full`, `adapters.float32.16`."""
     found = {}
     for case in sys.argv[1:]:
         kind, *rest = case.split(".")
         if kind == "layer":
             found[case] = layer_differences(rest[0], None if rest[1:] else LoraSettings(rank=4))
+        elif kind == "adapters":
+            found[case] = adapter_differences(getattr(torch, rest[0]), int(rest[1]))
         else:
             found[case] = attention_differences(kind, getattr(torch, rest[0]))
         sys.stderr.write(f"{case}: {max(found[case].values()):.1e}\n")

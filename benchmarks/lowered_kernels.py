@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.compiler import ASTSource
 
-from trainer.model import lora_group, lora_product
+from trainer.model import lora_group, lora_mlp, lora_product, thin, thin_choice
 
 _KERNEL: Final = re.compile(r"(\w+) = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
 _STACK: Final = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -49,12 +49,6 @@ class Cubin:
     """Of `TENSOR_CORES`; empty if the kernel multiplies no matrices."""
 
 
-def _all_gradients(*arguments: Any) -> Any:
-    """The body of the operator trainer::lora_gradients."""
-    *tensors, scaling, needs_x = arguments
-    return lora_product._gradients(*tensors, scaling, (needs_x, True, True))
-
-
 def kernels_of(program: Program) -> list[tuple[str, str]]:
     """Name and source of each Triton kernel."""
     return [(name, source) for _, name, source in _KERNEL.findall(program.source)]
@@ -73,28 +67,44 @@ def cubins(program: Program, card: Card) -> list[Cubin]:
 @cache
 def _cubins_of(name: str, source: str, card: Card) -> list[Cubin]:
     with pretended(card):
-        triton.knobs.compilation.always_compile = True
-        triton.knobs.nvidia.dump_ptxas_log = True
+        ask_ptxas()
         tuner = load_kernel(name, source)
         return [_cubin(name, tuner, chosen, card) for chosen in tuner.configs]
 
 
+def ask_ptxas() -> None:
+    """Compile always, and let ptxas say what a kernel needs."""
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+
+
 def _cubin(name: str, tuner: Any, chosen: Any, card: Card) -> Cubin:
     meta = tuner._create_compile_meta(chosen)
+    source = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+    said = ", ".join(f"{key}={value}" for key, value in sorted(chosen.kwargs.items())) + f" warps={chosen.num_warps}"
+    return cubin_of(name, said, source, tuner._create_compile_options(chosen, meta), card)
+
+
+def cubin_of(name: str, config: str, source: ASTSource, options: dict[str, Any], card: Card) -> Cubin:
+    """Compile a kernel; within `pretended`, with ptxas asked for its log.
+
+    Args:
+        name: of the kernel.
+        config: in words.
+        source: the kernel, and what it is specialized to.
+        options: of Triton's compiler.
+        card: to compile for.
+    """
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        binary = triton.compile(
-            ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]),
-            target=card.target,
-            options=tuner._create_compile_options(chosen, meta),
-        )
+        binary = triton.compile(source, target=card.target, options=options)
     frames = [tuple(map(int, each)) for each in _STACK.findall(said.getvalue())]
     registers = [int(each) for each in _REGISTERS.findall(said.getvalue())]
     assert frames, f"{name}: ptxas said nothing of its stack: {said.getvalue()}"
     ptx = str(binary.asm["ptx"])
     return Cubin(
         name,
-        ", ".join(f"{key}={value}" for key, value in sorted(chosen.kwargs.items())) + f" warps={chosen.num_warps}",
+        config,
         int(binary.metadata.shared),
         max(max(stores, loads) for _, stores, loads in frames),
         max(stack for stack, _, _ in frames),
@@ -115,10 +125,13 @@ class Launch:
     inner: tuple[Launch, ...] = ()
     """What an operator of ours launches."""
 
+    is_base: bool = False
+    """A product with a weight of the model: both of its sides are wide."""
+
     @property
-    def num_kernels(self) -> int:
-        """Kernels that it launches."""
-        return len(self.inner) or 1
+    def kernels(self) -> tuple[Launch, ...]:
+        """Those that it launches."""
+        return self.inner or (self,)
 
 
 RunKernel = Callable[[str, str, Sequence[Any]], None]
@@ -161,15 +174,60 @@ def run_program(program: Program, arguments: Sequence[Any] | None, run_kernel: R
         return scope["call"](list(scope["get_args"]() if arguments is None else arguments))
 
 
+WIDE: Final = 256
+"""Sizes of matrices above it are no ranks."""
+
+
+@final
+@dataclass(frozen=True)
+class ThinLaunch:
+    """One call of `thin.launch`."""
+
+    name: str
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def thin_launches() -> Iterator[list[ThinLaunch]]:
+    """Record launches of thin_kernels.py and swiglu_kernels.py instead of making them, on tensors of any device."""
+    found: list[ThinLaunch] = []
+
+    def record(name: str, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        found.append(ThinLaunch(name, grid, arguments, options))
+
+    with mock.patch.object(thin, "launch", record), thin_as_on_gpu():
+        yield found
+
+
+@contextlib.contextmanager
+def thin_as_on_gpu() -> Iterator[None]:
+    """Let adapters' products on tensors of any device and type use the kernels, untested."""
+    with (
+        mock.patch.object(thin_choice, "_is_on_gpu", return_value=True),
+        mock.patch.object(thin_choice, "_tested", return_value=thin_choice.KERNELS),
+    ):
+        yield
+
+
+def _bytes_of(values: Any) -> int:
+    """Bytes of the tensors among values, each once."""
+    tensors = {id(each): each for each in tree_leaves(values) if isinstance(each, torch.Tensor)}
+    return sum(map(_size, tensors.values()))
+
+
 @final
 class _Noting(TorchDispatchMode):
     """Notes every operator that is no view."""
 
     OURS: Final = {
         "trainer::lora_product": lora_product._product,
-        "trainer::lora_gradients": _all_gradients,
+        "trainer::lora_gradients": lora_product._gradients_in_operator,
         "trainer::lora_group": lora_group._product,
         "trainer::lora_group_gradients": lora_group._gradients,
+        "trainer::lora_mlp": lora_mlp._forward,
+        "trainer::lora_mlp_gradients": lora_mlp._backward,
     }
 
     def __init__(self) -> None:
@@ -179,13 +237,20 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if not func.is_view and not name.startswith(("aten::empty", "aten::_unsafe_view", "aten::detach")):
-            tensors = {id(each): each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)}
+        if not func.is_view and not name.startswith(
+            ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach")
+        ):
             inner = _Noting()
             if name in self.OURS:
-                with inner:
+                with thin_launches() as kernels, inner:
                     self.OURS[name](*args)
-            self.launches.append(Launch(name, sum(map(_size, tensors.values())), False, tuple(inner.launches)))
+                inner.launches += [Launch(each.name, _bytes_of(each.arguments), True) for each in kernels]
+            matrices = [
+                each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.ndim == 2
+            ]
+            is_base = len(matrices) > 1 and all(min(each.shape) > WIDE for each in matrices)
+            size = _bytes_of((args, kwargs, result)) + (_size(args[0]) if name.endswith("_") else 0)  # read and written
+            self.launches.append(Launch(name, size, False, tuple(inner.launches), is_base))
         return result
 
 

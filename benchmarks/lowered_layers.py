@@ -13,7 +13,7 @@ from typing import Any, Final, final
 from unittest import mock
 
 import torch
-from lowered_kernels import Launch, launches_of
+from lowered_kernels import Launch, launches_of, thin_as_on_gpu
 from lowering import Card, Program, flex_as_on_gpu, gpu_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -127,6 +127,7 @@ def lowered_layer(
     with (
         flex_as_on_gpu(),
         first_pass_as_on_gpu(computed=False),
+        thin_as_on_gpu(),
         FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
     ):
         materialize_fake(policy)

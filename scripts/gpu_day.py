@@ -87,6 +87,7 @@ def compared(result: dict[str, Any]) -> list[str]:
     from random_models import model_facts
 
     from trainer.config.load import known_devices
+    from trainer.config.recipe import LoraSettings
     from trainer.planning.roofline import step_cost
 
     name = str(result["conditions"].get("gpu", result["conditions"]["processor"]))
@@ -102,8 +103,8 @@ def compared(result: dict[str, Any]) -> list[str]:
         if device is not None and case["name"].startswith("SFT"):
             lengths = row_lengths(scale["pack_tokens"], scale["rows"], 0)
             scored = sum(length - max(1, length // 4) for length in lengths)
-            is_lora = "LoRA" in case["name"]
-            cost = step_cost(model_facts(scale["model"]), device, lengths, scored, is_lora=is_lora, is_compiled=True)
+            rank = LoraSettings().rank if "LoRA" in case["name"] else None
+            cost = step_cost(model_facts(scale["model"]), device, lengths, scored, rank=rank, is_compiled=True)
             predicted = " to ".join(f"{1e3 * seconds:.0f}" for seconds in cost.step_s)
         gib = ["-" if case[key] is None else f"{case[key]:.1f}" for key in ("peak_gib", "predicted_gib")]
         lines.append(f"| {case['name']} | {1e3 * case['seconds_per_step']:.0f} | {predicted} | {gib[0]} | {gib[1]} |")

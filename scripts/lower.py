@@ -18,7 +18,7 @@ from typing import Any, Final
 
 TRITON: Final = "triton==3.7.1"
 """The version that torch 2.13 is built with."""
-PARTS: Final = ("attention", "layers", "head")
+PARTS: Final = ("attention", "layers", "adapters", "head")
 VOCABULARIES: Final = ((128_256, None), (151_936, None), (262_144, None), (256_000, 30.0))
 """Llama 3, Qwen, Gemma 3, and Gemma 2 with its soft cap."""
 
@@ -52,10 +52,29 @@ def layer_rows(card: Any, only: Sequence[str]) -> Rows:
                     "of": f"{name} {kind}",
                     "pass": program.kind,
                     "triton_launches": sum(each.is_triton for each in launched),
-                    "launches": sum(each.num_kernels for each in launched),
-                    "gigabytes": sum(each.num_bytes for each in launched) / 1e9,
+                    "launches": sum(len(each.kernels) for each in launched),
+                    "gigabytes": sum(kernel.num_bytes for each in launched for kernel in each.kernels) / 1e9,
+                    "narrow_gigabytes": sum(
+                        kernel.num_bytes
+                        for each in launched
+                        for kernel in each.kernels
+                        if not kernel.is_base and "_tem_" not in kernel.name
+                    )
+                    / 1e9,
                     "foreign_addmms": len(foreign_addmms(program)),
                 }
+
+
+def adapter_rows(card: Any, only: Sequence[str]) -> Rows:
+    """The kernels of adapters' products, for three ranks, and for many tokens."""
+    from lowered_thin import CASES, thin_cubins
+
+    for rank, tokens in CASES:
+        of = f"adapters of rank {rank}, {tokens:,} tokens"
+        if any(words in of for words in only):
+            sys.stderr.write(f"{of}\n")
+            for cubin in thin_cubins(rank, tokens, card):
+                yield {"of": of, "pass": cubin.kernel, **dataclasses.asdict(cubin)}
 
 
 def head_rows(card: Any, only: Sequence[str]) -> Rows:
@@ -90,7 +109,7 @@ def table_lines(rows: list[dict[str, Any]], card_name: str, card: Any) -> list[s
         f"A thread block can have {card.shared_bytes:,} bytes of shared memory. Spilled: bytes that a thread keeps in",
         "local memory for want of registers. Nothing here was run or timed.",
         "",
-        "| attention | pass | warps | shared bytes | registers | spilled bytes |",
+        "| matrix products of | pass | warps | shared bytes | registers | spilled bytes |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in heavy:
@@ -135,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     from lowering import CARDS
 
     card = CARDS[arguments.card]
-    makers = {"attention": attention_rows, "layers": layer_rows, "head": head_rows}
+    makers = {"attention": attention_rows, "layers": layer_rows, "adapters": adapter_rows, "head": head_rows}
     rows = []
     for part in arguments.parts:
         for row in makers[part](card, arguments.only):

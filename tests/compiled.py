@@ -15,7 +15,7 @@ from tiny import VOCAB_SIZE
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenInputs, TokenSequence
-from trainer.model import attention, flex
+from trainer.model import attention, flex, lora_mlp
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy
 
@@ -25,8 +25,12 @@ PACKS = [(40, 7), (200, 90, 30), (12,), (140, 150, 61, 9)]
 
 @pytest.fixture(autouse=True)
 def gpu_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiled layers attend as on a GPU, which torch does on a CPU but for its check of devices."""
+    """Compiled layers attend as on a GPU, which torch does on a CPU but for its check of devices.
+
+    They use the operator of gated layers, which is for GPUs; its products are torch's on a CPU.
+    """
     torch._dynamo.reset()
+    monkeypatch.setattr(lora_mlp, "has_kernels", lambda *_: True)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     on_cpu = attention._bucketed
 

@@ -57,9 +57,11 @@ def test_the_product_is_one_operator_that_the_compiler_does_not_rewrite(tmp_path
     for lengths in PACKS[:2]:
         gradients(policy, make_pack(lengths))
     targets = [str(node.target) for node in graphs[-1].graph.nodes]
-    # q, k and v are one, and gate and up: the others are those of o and down
-    assert sum("lora_group" in target for target in targets) == 2
-    assert sum("lora_product" in target for target in targets) == 2
+    # q, k and v are one, o is another; gate, up and down are one with silu
+    assert sum("lora_group" in target for target in targets) == 1
+    assert sum("lora_product" in target for target in targets) == 1
+    assert sum("lora_mlp" in target for target in targets) == 1
+    assert not any("silu" in target for target in targets)
     assert not any("addmm" in target for target in targets)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from random_models import model_facts, model_sizes
 
 from trainer.commands.cli import main
 from trainer.config.load import known_devices
-from trainer.planning.roofline import StepCost, step_cost
+from trainer.planning.activations import Recomputed
+from trainer.planning.model_facts import ModelFacts
+from trainer.planning.roofline import StepCost, adapter_bytes, step_cost
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
 
@@ -19,7 +22,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
 def cost(model: str, lengths: list[int], *, is_compiled: bool, is_lora: bool = True) -> StepCost:
     scored = sum(length - max(1, length // 4) for length in lengths)
     device = known_devices()["h100"]
-    return step_cost(model_facts(model), device, lengths, scored, is_lora=is_lora, is_compiled=is_compiled)
+    return step_cost(model_facts(model), device, lengths, scored, rank=16 if is_lora else None, is_compiled=is_compiled)
 
 
 @pytest.mark.parametrize(("model", "measured_ms"), [("Qwen3-8B", 436.3), ("Qwen2.5-1.5B", 161.8)])
@@ -45,6 +48,39 @@ def test_compiling_and_long_documents_move_it_as_they_should():
     long = cost("Qwen3-8B", [4096], is_compiled=True)
     assert long.parts_s["attention"][0] == pytest.approx(4 * compiled.parts_s["attention"][0])
     assert long.flops > compiled.flops
+
+
+def test_kernels_read_half_of_what_products_apart_read():
+    """Llama-3.1-8B: 2.28 GB a layer with torch's products, 0.98 with the kernels, for ranks up to 32."""
+    facts = ModelFacts(
+        hidden=4096, layers=32, query_width=4096, key_width=1024, intermediate=14_336, vocab=128_256, is_tied=False
+    )
+    found = {rank: adapter_bytes(facts, 4096, rank, is_compiled=True) / 1e9 for rank in (16, 64)}
+    assert found[64] == pytest.approx(4 * 2 * 4096 * (3 * 4096 + 14_336 + 6144 + 4096 + 28_672 + 4096) / 1e9)
+    # inputs of q, k and v, of o, and of gate and up; outputs of q, k and v, of o and of down
+    wide = 2 * 4096 * (4 * 3 * 4096 + 3 * (6144 + 2 * 4096)) / 1e9
+    # strips of 256 rows and 10, 8 and 8 parts of q, k, v, of o and of down; strips of 128 rows and 4 parts of the gate
+    sums = 16 * (6144 + 2 * 4096) + (10 + 8 + 8) * 4096 + 3 * 32 * 14_336 + 3 * 4 * 4096
+    assert found[16] == pytest.approx(wide + 2 * 4 * 16 * sums / 1e9)
+    gelu = dataclasses.replace(facts, is_swiglu=False)
+    assert found[16] < adapter_bytes(gelu, 4096, 16, is_compiled=True) / 1e9 < found[64]
+
+
+def test_the_targets_are_within_the_range_and_not_above_it():
+    """One H100, Llama-3.1-8B, LoRA of rank 16, 4,096 tokens: 50% by 4 N is at the fast end of the rates only."""
+    facts = ModelFacts(
+        hidden=4096, layers=32, query_width=4096, key_width=1024, intermediate=14_336, vocab=128_256, is_tied=False,
+        heads=32, model_type="llama",
+    )  # fmt: skip
+
+    def mfu(documents: int, recomputed: Recomputed = False) -> tuple[float, float]:
+        lengths = [4096 // documents] * documents
+        device = known_devices()["h100"]
+        return step_cost(facts, device, lengths, 3072, rank=16, is_compiled=True, recomputed=recomputed).mfu
+
+    assert mfu(4)[0] < 0.40 < 0.52 < mfu(4)[1]
+    assert mfu(1)[0] < 0.35 < 0.44 < mfu(1)[1]
+    assert mfu(4, "selective")[1] > 0.50
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
             device,
             [tokens // documents] * documents,
             int(SCORED_FRAC * tokens),
-            is_lora=recipe.lora is not None,
+            rank=None if recipe.lora is None else recipe.lora.rank,
             is_compiled=has_compiled_layers(recipe, shape, facts),
             recomputed=recipe.model.gradient_checkpointing,
         )

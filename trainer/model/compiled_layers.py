@@ -27,9 +27,10 @@ from trainer.model.batch import Batch, padding_of
 from trainer.model.flex import FlexLayout, prepare_compiler
 from trainer.model.layout import PackedLayout
 from trainer.model.lora_group import GroupSearch, ProductGroup
+from trainer.model.lora_mlp import GatedLayer, find_gated
 
 KEPT: Final = frozenset(
-    {"trainer.lora_product.default", "trainer.lora_group.default", "flex_attention"}
+    {"trainer.lora_product.default", "trainer.lora_group.default", "trainer.lora_mlp.default", "flex_attention"}
     | {"aten.mm.default", "aten.addmm.default"}
 )
 """Operators whose results selective checkpointing keeps: products and attention."""
@@ -65,6 +66,8 @@ class CompiledLayers:
         self._search: GroupSearch | None = GroupSearch(self.layers)
         self.groups: list[ProductGroup] = []
         """Layers whose products are computed together."""
+        self.gated: list[GatedLayer] = []
+        """Those that are one operator with the layer behind them."""
         for layer in self.layers:
             layer._compiled_call_impl = self._choice(layer, backend)
         self._hook = causal_lm.get_input_embeddings().register_forward_hook(_with_gradient)
@@ -83,6 +86,7 @@ class CompiledLayers:
             return batch.token_ids, batch.positions, batch.layout
         if self._search is not None:
             self.groups, self._search = self._search.finish(), None
+            self.gated = find_gated(self.layers, self.groups)
         for window in self._first.hidden_windows:
             if batch.layout.max_len > window:
                 raise ModelError(
@@ -99,6 +103,8 @@ class CompiledLayers:
         self._hook.remove()
         if self._search is not None:
             self._search.cancel()
+        for gated in self.gated:
+            gated.dissolve()
         for group in self.groups:
             group.dissolve()
         for layer in self.layers:

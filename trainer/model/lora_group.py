@@ -16,6 +16,7 @@ from torch import nn
 
 from trainer.model.lora_linear import FusedLinear
 from trainer.model.lora_product import fake_product
+from trainer.model.thin_choice import products_for
 from trainer.planning.module_names import JOINED
 
 
@@ -74,11 +75,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Gradients of x, which is empty where it is not needed, of the joined A and of each B."""
     grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    grad_inner, grad_ups = torch.empty_like(inner), []
-    of_layers = zip(*_columns(grad, inner, ups), _columns(grad, grad_inner, ups)[1], ups, scalings, strict=True)
-    for columns, own, own_grad, up, scaling in of_layers:
-        torch.mm(columns, up, out=own_grad).mul_(scaling)
-        grad_ups.append((columns.T @ own).mul_(scaling))
+    grad_inner, grad_ups = products_for(grad, ups).gradients(grad, inner, ups, scalings)
     grad_x = grad.new_empty(0)
     if needs_x:
         grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)

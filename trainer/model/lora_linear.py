@@ -70,10 +70,9 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
         """
         if self.routing is not None and self.routing.owners is not None and not self.disable_adapters:
             return self._routed(x, self.routing.owners)
-        names = self.active_adapters
-        if args or kwargs or len(names) != 1 or not self._is_plain(names[0]):
+        name, base = self.plain_adapter(), self.base_layer
+        if args or kwargs or name is None:
             return super().forward(x, *args, **kwargs)
-        name, base = names[0], self.base_layer
         is_compiling = torch.compiler.is_compiling()
         if is_compiling and self.group is not None and all(each._is_plain(name) for each in self.group.members):
             return self.group.output_of(self.group_index, x, name)
@@ -98,6 +97,12 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
         base = self.base_layer
         output: torch.Tensor = RoutedLoraProduct.apply(x, base.weight, base.bias, parts, *tensors)  # type: ignore[no-untyped-call]
         return output
+
+    def plain_adapter(self) -> str | None:
+        """The adapter that all tokens use, if it computes the formula above at present."""
+        names = self.active_adapters
+        is_routed = self.routing is not None and self.routing.owners is not None
+        return names[0] if not is_routed and len(names) == 1 and self._is_plain(names[0]) else None
 
     def _is_plain(self, name: str) -> bool:
         """Whether this adapter computes the formula above at present."""

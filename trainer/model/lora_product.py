@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch.autograd.function import once_differentiable
 
+from trainer.model.thin_choice import products_for
+
 
 def _shaped_as(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[T, out] as [..., out], not as a view: some models (Gemma 3n) write into the output of a layer."""
@@ -131,8 +133,7 @@ def fake_product(
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
 
 
-@torch.library.custom_op("trainer::lora_gradients", mutates_args=())
-def _gradients_operator(
+def _gradients_in_operator(
     grad: torch.Tensor,
     x: torch.Tensor,
     inner: torch.Tensor,
@@ -142,10 +143,15 @@ def _gradients_operator(
     scaling: float,
     needs_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_x, grad_down, grad_up = _gradients(grad, x, inner, weight, down, up, scaling, (needs_x, True, True))
-    assert grad_down is not None
-    assert grad_up is not None
-    return grad.new_empty(0) if grad_x is None else grad_x, grad_down, grad_up
+    grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_inner, (grad_up,) = products_for(grad, [up]).gradients(grad, inner, [up], [scaling])
+    grad_x = grad.new_empty(0)
+    if needs_x:
+        grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
+    return grad_x, grad_inner.T @ flat, grad_up
+
+
+_gradients_operator = torch.library.custom_op("trainer::lora_gradients", _gradients_in_operator, mutates_args=())
 
 
 @_gradients_operator.register_fake

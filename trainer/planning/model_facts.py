@@ -58,6 +58,8 @@ class ModelFacts:
     """Norms are Llama's, so `trainer.model.rms_norm` computes them."""
     has_eager_attention: bool = False
     """Attention scores are capped or have sinks, which the fused CPU kernel does not support."""
+    is_swiglu: bool = True
+    """The gate of the MLP is silu, and its layers have no biases."""
     stored_bytes: int = 2
     """Bytes per weight in the files."""
     attention_dropout: float = 0.0
@@ -100,6 +102,7 @@ class ModelFacts:
                 has_inner_norms=model_type in INNER_NORMS,
                 has_fused_norms=model_type not in OTHER_NORMS,
                 has_eager_attention=bool(config.get("attn_logit_softcapping")) or model_type == "gpt_oss",
+                is_swiglu=_has_silu(config, model_type) and not config.get("mlp_bias"),
                 stored_bytes=4 if stored == "float32" else 2,
                 attention_dropout=float(config.get("attention_dropout") or 0.0),
                 wrapper_type=str(wrapper.get("model_type") or ""),
@@ -216,6 +219,11 @@ class ModelFacts:
         inward = ("gate_up_proj", self.hidden, 2 * self.intermediate)
         outward = ("down_proj", self.intermediate, self.hidden)
         return [("gate", self.hidden, self.num_experts), *[inward, inward, outward] * self.num_experts]
+
+
+def _has_silu(config: Mapping[str, Any], model_type: str) -> bool:
+    default = "gelu" if model_type.startswith("gemma") else "silu"
+    return (config.get("hidden_act") or config.get("hidden_activation") or default) == "silu"
 
 
 def _shared(config: Mapping[str, Any]) -> int:

@@ -17,6 +17,8 @@ EMBEDDINGS: Final = frozenset(
 """Names of input and output embeddings: an adapter there is not supported."""
 JOINED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that may read the same input: in compiled layers their adapted products are one operator."""
+GATED: Final = ("gate_proj", "up_proj", "down_proj")
+"""Layers of a gated MLP, which in compiled layers are one operator with their adapters."""
 MAX_HEADER_BYTES: Final = 1 << 27
 
 

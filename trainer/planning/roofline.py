@@ -6,14 +6,15 @@ was measured; other GPUs are assumed to reach the same fractions of their data s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
 from trainer.config.devices import KnownDevice
 from trainer.planning.activations import Recomputed
 from trainer.planning.model_facts import ModelFacts
-from trainer.planning.module_names import JOINED
+from trainer.planning.module_names import GATED, JOINED
+from trainer.planning.thin_cut import GATED_ROWS, MAX_RANK, ROWS, Cut
 
 PRODUCT_FRAC: Final = (0.61, 0.71)
 """Of the peak; measured at 0.70 for Qwen3-8B with 4,096 tokens on an H100 (docs/performance.md)."""
@@ -26,16 +27,14 @@ BANDWIDTH_FRAC: Final = 0.84
 """Of the data sheet: 2.8 TB/s of an H100."""
 THIN_FRAC: Final = 0.6
 """Of that: products of rank 16."""
-ELEMENTWISE_PASSES: Final = 2.3
-"""Forward and backward elementwise traffic of a compiled layer over that of its forward pass alone: 0.74 and 0.96 GB
-were counted in the kernels of a layer of Llama-3.1-8B (benchmarks/results/lowering_sm_90.md)."""
-UNCOMPILED: Final = 4.17
-"""Times the elementwise traffic of compiled layers: 52 + 94 kernels a layer instead of 9 + 6."""
+UNCOMPILED: Final = 9.6
+"""Elementwise traffic of an uncompiled layer, forward and backward, over that of a compiled one forward: it has 52 + 94
+kernels."""
 LAUNCH_S: Final = (10e-6, 28e-6)
 """Host time of a kernel launch, Python included; 28 us were measured where the host was the limit."""
-LAUNCHES: Final = {True: 72, False: 250}
-"""Per layer, forward and backward, compiled or not; counted: 72 are 15 Triton kernels and 57 of the adapters' products
-(benchmarks/results/lowering_sm_90.md)."""
+LAUNCHES: Final = {"compiled LoRA": 46, "compiled LoRA without kernels": 70, "compiled full": 38, "uncompiled": 250}
+"""Per layer, forward and backward; counted (benchmarks/results/lowering_sm_90.md): 46 are 13 of the compiler's
+kernels and 33 of adapted products."""
 BETWEEN_S: Final = (0.01, 0.04)
 """Between two steps the device waits for the next pack and for the norm of the gradient."""
 BYTES: Final = 2
@@ -83,7 +82,7 @@ def step_cost(
     lengths: Sequence[int],
     num_scored: int,
     *,
-    is_lora: bool,
+    rank: int | None,
     is_compiled: bool,
     recomputed: Recomputed = False,
 ) -> StepCost:
@@ -94,20 +93,20 @@ def step_cost(
         device: of the shape.
         lengths: tokens of each document of the pack.
         num_scored: tokens with a loss.
-        is_lora: whether an adapter is trained; otherwise every parameter.
+        rank: of the adapter that is trained; None: every parameter is.
         is_compiled: whether decoder layers are compiled.
         recomputed: whether layers are computed a second time in the backward pass; selectively: without products and
             attention.
     """
     tokens, peak, bandwidth = sum(lengths), device.bf16_tflops * 1e12, device.bandwidth_gbps * 1e9 * BANDWIDTH_FRAC
-    passes = 2 if is_lora else 3
+    passes = 3 if rank is None else 2
     block = 2.0 * facts.active_block_params * tokens
     head = 2.0 * facts.vocab * facts.hidden * num_scored
     attention = 2.0 * facts.layers * facts.query_width * sum(length * length for length in lengths)
     again = 1 if recomputed is True else 0
     short = SHORT_ATTENTION[0] * tokens / len(lengths) / SHORT_ATTENTION[1]
-    elementwise = facts.layers * _elementwise_bytes(facts, tokens) * (1.0 if is_compiled else UNCOMPILED)
-    thin = facts.layers * _thin_bytes(facts, tokens, is_joined=is_compiled) if is_lora else 0.0
+    elementwise = facts.layers * elementwise_bytes(facts, tokens, is_compiled=is_compiled)
+    thin = facts.layers * adapter_bytes(facts, tokens, rank, is_compiled=is_compiled)
     extra = 1 + again / 3
     elementwise_extra = 4 / 3 if recomputed else 1.0
     parts = {
@@ -118,10 +117,10 @@ def step_cost(
         "adapters": (thin * extra / bandwidth / THIN_FRAC,) * 2,
         "head statistics": (3 * num_scored * facts.vocab * BYTES / bandwidth,) * 2,
     }
-    if not is_lora:
+    if rank is None:
         # fp32 master, gradient and two moments are read and written, the gradient three times more; the model's copy
         parts["optimizer"] = (46.0 * (facts.active_block_params + facts.vocab * facts.hidden) / bandwidth,) * 2
-    launches = facts.layers * LAUNCHES[is_compiled] * extra
+    launches = facts.layers * LAUNCHES[_kind(rank, is_compiled=is_compiled)] * extra
     return StepCost(
         parts_s=parts,
         host_s=(launches * LAUNCH_S[0], launches * LAUNCH_S[1]),
@@ -137,28 +136,75 @@ def _range(flops: float, fractions: tuple[float, float], peak: float) -> tuple[f
     return flops / (fast * peak), flops / (slow * peak)
 
 
-def _elementwise_bytes(facts: ModelFacts, tokens: int) -> float:
-    """Bytes of a block's norms, rotary embedding, gate and residuals, compiled.
+def _kind(rank: int | None, *, is_compiled: bool) -> str:
+    if not is_compiled:
+        return "uncompiled"
+    if rank is None:
+        return "compiled full"
+    return "compiled LoRA" if rank <= MAX_RANK else "compiled LoRA without kernels"
 
-    Forward: two norms (4 H), two residual sums (5 H), rotary (2 (q + k)), gate (3 I).
+
+def elementwise_bytes(facts: ModelFacts, tokens: int, *, is_compiled: bool) -> float:
+    """Bytes of a block's norms, rotary embedding, gate and residuals, as counted in the kernels of compiled layers.
+
+    Forward: two norms (4 H), two residual sums (5 H), rotary (2 (q + k)), gate (3 I). Backward: norms with residuals
+    (8 H), the sums of attention (2 q), rotary (2 (q + 2 k)), gate (5 I).
+
+    Args:
+        facts: of the model.
+        tokens: T.
+        is_compiled: whether decoder layers are compiled.
     """
     width = facts.intermediate * facts.active_experts + facts.shared_intermediate
-    inner_norms = 2 * (facts.query_width + facts.key_width) if facts.has_inner_norms else 0
-    forward = 9 * facts.hidden + 2 * (facts.query_width + facts.key_width) + inner_norms + 3 * width
-    return ELEMENTWISE_PASSES * forward * tokens * BYTES
+    rotated = facts.query_width + facts.key_width
+    forward = 9 * facts.hidden + 2 * rotated + 3 * width
+    if not is_compiled:
+        return UNCOMPILED * (forward + (2 * rotated if facts.has_inner_norms else 0)) * tokens * BYTES
+    backward = 8 * facts.hidden + 4 * rotated + 5 * width + (3 * rotated if facts.has_inner_norms else 0)
+    return float((forward + backward) * tokens * BYTES)
 
 
-def _thin_bytes(facts: ModelFacts, tokens: int, *, is_joined: bool) -> float:
-    """Bytes of a block's adapter products: each reads its input or writes its output, four times each in all.
+def adapter_bytes(facts: ModelFacts, tokens: int, rank: int | None, *, is_compiled: bool) -> float:
+    """Bytes of a block's adapter products, forward and backward.
 
-    Forward: A reads x; B reads and writes y. Backward: B^T reads the gradient; A^T reads and writes the gradient of x;
-    the gradients of A and B read x and the gradient once more. Joined layers share x and its gradient.
+    Each reads its input or writes its output, four times each in all. Forward: A reads x; B reads and writes y.
+    Backward: B^T reads the gradient; A^T reads and writes the gradient of x; the gradients of A and B read x and the
+    gradient once more. In compiled layers, joined layers share x and its gradient, and the kernels of
+    trainer/model/thin.py read a gradient once and write partial sums. In a gated layer, what is as wide as the gate is
+    neither read nor written for the adapters' sake.
+
+    Args:
+        facts: of the model.
+        tokens: T.
+        rank: of the adapters; None: there are none.
+        is_compiled: whether decoder layers are compiled.
     """
-    shared: set[tuple[str, ...]] = set()
-    width = 0
-    for name, width_in, width_out in facts.adapted_linears():
-        group = next((each for each in JOINED if name in each), None)
-        width += width_out if is_joined and group in shared else width_in + width_out
-        if group is not None:
-            shared.add(group)
-    return 4.0 * width * tokens * BYTES
+    if rank is None:
+        return 0.0
+    linears = {name: (width_in, width_out) for name, width_in, width_out in facts.adapted_linears()}
+    if not is_compiled:
+        return 4.0 * sum(map(sum, linears.values())) * tokens * BYTES
+    has_kernels = rank <= MAX_RANK
+    is_gated = has_kernels and facts.is_swiglu and all(name in linears for name in GATED)
+    total = 0.0
+    for names in _joined(linears):
+        widths = [linears[name][1] for name in names]
+        if is_gated and names == GATED[:2]:
+            cut = Cut.of(tokens, widths[:1], GATED_ROWS)
+            sums = cut.partial_bytes(rank, of_strips=0) + cut.partial_bytes(rank, of_parts=2, of_strips=3)
+            total += 4.0 * linears[names[0]][0] * tokens * BYTES + sums
+            continue
+        inputs = 0 if is_gated and names == GATED[2:] else 4 * linears[names[0]][0]
+        sums = Cut.of(tokens, widths, ROWS).partial_bytes(rank) if has_kernels else 0.0
+        total += (inputs + (3.0 if has_kernels else 4.0) * sum(widths)) * tokens * BYTES + sums
+    return total
+
+
+def _joined(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The layers whose products are joined, and each other one."""
+    rest, found = list(names), []
+    for group in JOINED:
+        if all(name in rest for name in group):
+            found.append(group)
+            rest = [name for name in rest if name not in group]
+    return found + [(name,) for name in rest]
