@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from played import WORLD, played
 from prompt_writer import FORGETFUL, STOP, ids, writer
 
+from trainer.sampling.server_client import SamplerError
 from trainer.training.conversation_metrics import conversation_metrics
 from trainer.types import Rollout
 
@@ -100,3 +102,34 @@ def test_without_tools_a_call_is_text_for_the_environment(tmp_path):
     assert conversation.messages[1] == {"role": "assistant", "content": text}
     assert conversation.turns[0].calls == ()
     assert conversation.stop == "done"
+
+
+def test_on_servers_no_rollout_waits_for_the_environment_of_another(tmp_path):
+    over = str(tmp_path / "over")
+    rows = {"turns": 2, "waits": over}, {"turns": 4, "writes": over}  # the first goes on once the second has ended
+    with played(tmp_path, "98", draws_apart=True) as (sampler, play):
+        slow, fast = play(*rows)
+    assert [[stop(each) for each in group.rollouts] for group in (slow, fast)] == [["done"] * 2] * 2
+    assert all(len(asked) == 1 for asked in sampler.asked)
+    last = max(index for index, asked in enumerate(sampler.asked) if asked[0][0] == 1)
+    assert all(index > last - 2 for index, asked in enumerate(sampler.asked) if asked[0][0] == 0 and asked[0][2] == 1)
+
+
+def test_both_schedules_give_the_same_rollouts(tmp_path):
+    rows = {"turns": 1}, {"turns": 3}, {"turns": 2, "dies": 1}
+    with played(tmp_path, ["98", "7"]) as (_, play):
+        rounds = play(*rows)
+    with played(tmp_path, ["98", "7"], draws_apart=True) as (_, play):
+        apart = play(*rows)
+    for one, other in zip(rounds, apart, strict=True):
+        assert [each.sequences for each in one.rollouts] == [each.sequences for each in other.rollouts]
+        assert [each.rewards for each in one.rollouts] == [each.rewards for each in other.rollouts]
+        assert [stop(each) for each in one.rollouts] == [stop(each) for each in other.rollouts]
+
+
+def test_an_engine_that_fails_ends_all_rollouts(tmp_path):
+    with played(tmp_path, "98", draws_apart=True, max_turns=1000, max_tokens=256) as (sampler, play):
+        sampler.fails_at = 1
+        with pytest.raises(SamplerError, match="the engine is gone"):
+            play({"turns": 3}, {"turns": 900})
+    assert len(sampler.asked) < 40

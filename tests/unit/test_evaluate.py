@@ -35,6 +35,8 @@ def scripted(completion, row):
 class CountingSampler:
     """The n-th sample of a prompt is n tokens long; the last of a prompt is cut."""
 
+    draws_apart = False
+
     def __init__(self):
         self.asked = []
 

@@ -54,6 +54,8 @@ def with_parts(completion, row):
 class ScriptedSampler:
     """Draws (row, step, sample) as tokens, and one token more for a sample of odd number."""
 
+    draws_apart = False
+
     def __init__(self):
         self.calls: list[list[int]] = []
         self.after_call = lambda: None

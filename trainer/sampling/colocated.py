@@ -37,6 +37,11 @@ class ColocatedSampler:
         self._inner, self._clients, self._world = inner, tuple(clients), world
         self.is_awake = True
 
+    @property
+    def draws_apart(self) -> bool:
+        """See `Sampler`."""
+        return self._inner.draws_apart
+
     def publish(self, policy: Policy, version: int) -> None:
         """Wake the servers and give them the policy's weights; every rank calls it."""
         if not self.is_awake:

@@ -32,6 +32,8 @@ CPU_TILE_CELLS: Final = 1 << 18
 class LocalSampler:
     """Samples from a policy in this process."""
 
+    draws_apart: Final = False
+
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, *, may_copy: bool = True) -> None:
         """Prepare the decoder; `publish` loads the weights.
 

@@ -65,6 +65,13 @@ class SamplingParams:
 class Sampler(Protocol):
     """An engine that samples completions with the policy's weights."""
 
+    @property
+    def draws_apart(self) -> bool:
+        """Whether calls of `sample` may run at the same time, and a completion is the same whatever is drawn beside it.
+
+        In process, the composition of a batch changes the last bits of logprobs.
+        """
+
     def publish(self, policy: Policy, version: int) -> None:
         """Take the policy's current weights; completions carry `version` from now on."""
 

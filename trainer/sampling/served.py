@@ -63,6 +63,8 @@ def request_timeout_s(hang_timeout_s: float) -> float:
 class ServedSampler:
     """Samples on servers that load adapters at run time; each prompt has its server, by the number of its row."""
 
+    draws_apart: Final = True
+
     def __init__(
         self,
         clients: Sequence[ServerClient],

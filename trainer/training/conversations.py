@@ -1,16 +1,19 @@
-"""Groups of rollouts with several turns: the policy and its environments, in rounds by turn.
+"""Groups of rollouts with several turns: the policy and its environments.
 
-A round draws the next turn of every rollout that is not finished, in the order of the rollouts, as one batch. Which
-rollouts are in a batch thus depends on tokens and observations only, never on how long an environment took.
+In process, in rounds: a round draws the next turn of every rollout that is not finished, in the order of the rollouts,
+as one batch. Which rollouts are in a batch thus depends on tokens and observations only, never on how long an
+environment took. On servers, which batch by themselves, a rollout goes on as soon as its own environment has answered.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, final
+from typing import Any, Final, final
 
 from trainer.config.rft_sections import ENVIRONMENT_REWARD, RewardSpec, RolloutSettings
 from trainer.data.forms import read_conversation
@@ -27,10 +30,10 @@ from trainer.sampling.sampler import Sampler, SamplingParams
 from trainer.training.group_sampler import GroupRequest, scored_groups
 from trainer.training.live_rollout import LiveRollout, SequenceInProgress
 from trainer.training.tool_template import refuse_template_without_tools
-from trainer.types import (
-    Group,
-    ToolCall,
-)
+from trainer.types import Group, ToolCall
+
+MAX_CONCURRENT: Final = 64
+"""Rollouts of a rank that are played by themselves at the same time."""
 
 
 @final
@@ -97,17 +100,40 @@ class ConversationSampler:
             self.pool.map(lambda live: self._reset(live, params), lives)
             for live in lives:
                 self._begin(live)
-            turn = 0
-            while current := [live for live in lives if live.stop is None]:
-                self._round(current, params, turn)
-                self.stop.moved()
-                turn += 1
+            play = self._play_apart if self.sampler.draws_apart else self._play_in_rounds
+            play(lives, params)
             if self.pool.compares_groups:
                 ends = iter(lives)
                 self.pool.map(self._compare, [[next(ends) for _ in range(each.num_samples)] for each in requests])
             return self._finish(requests, lives)
         finally:
             self.pool.map(lambda live: live.remote.close(), lives)
+
+    def _play_in_rounds(self, lives: Sequence[LiveRollout], params: SamplingParams) -> None:
+        """Play all rollouts turn by turn; a round ends with its slowest environment."""
+        turn = 0
+        while current := [live for live in lives if live.stop is None]:
+            self._round(current, params, turn)
+            self.stop.moved()
+            turn += 1
+
+    def _play_apart(self, lives: Sequence[LiveRollout], params: SamplingParams) -> None:
+        """Play each rollout by itself; at most `MAX_CONCURRENT` at a time."""
+        has_failed = threading.Event()
+
+        def play(live: LiveRollout) -> None:
+            turn = 0
+            while live.stop is None and not has_failed.is_set():
+                try:
+                    self._round([live], params, turn)
+                except BaseException:
+                    has_failed.set()  # the others end with their turn
+                    raise
+                self.stop.moved()
+                turn += 1
+
+        with ThreadPoolExecutor(max(1, min(len(lives), MAX_CONCURRENT)), thread_name_prefix="rollout") as threads:
+            list(threads.map(play, lives))
 
     def _reset(self, live: LiveRollout, params: SamplingParams) -> None:
         messages: Sequence[Mapping[str, Any]] = ()
