@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -184,6 +185,36 @@ def test_a_run_trains_through_a_server_that_serves_others_too(server, project):
     assert metrics[-1]["train/ref_kld"] > 0
     assert all(len(rollouts(run, step)) == 24 for step in range(5))
     assert len({str(each) for each in answers}) == 1
+
+
+def test_rollouts_of_several_turns_are_played_on_a_server(server, project):
+    """Each by itself: the server batches them. What was drawn is what the policy's own logprobs say."""
+    shutil.copy(Path(__file__).with_name("guessing.py"), project.root / "guessing.py")
+    rows = [{"ask": f"what is {number}?"} for number in range(8)]
+    (project.root / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollout = {
+        "sampler": "served",
+        "server_url": server.url,
+        "group_size": 3,
+        "max_completion_tokens": 12,
+        "stop": ["a", "e", "i", "o", "n", "s", " "],
+        "environment": "guessing.py:Echo",
+    }
+    run = run_here(
+        project,
+        "turns",
+        data={"train": "asks.jsonl", "max_seq_tokens": 128},
+        rows_per_step=4,
+        steps=2,
+        rewards=[],
+        rollout=rollout,
+        algorithm={"normalizer": "sequence"},
+        eval_interval=0,
+    )
+    records = [record for step in range(2) for record in rollouts(run, step)]
+    assert len(records) == 24
+    assert {len(each["conversation"]["turns"]) for each in records} > {1}, "some have several turns"
+    assert all(each["train/sampler_kl"] < 1e-6 for each in run.metrics()), "float32 on both sides"
 
 
 def judged(server: Server, project: Project, said: list[str], **changes: Any) -> tuple[list[Scored], list[Any]]:
