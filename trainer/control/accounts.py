@@ -17,9 +17,13 @@ from trainer.errors import UserError
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-@final
 class AccountError(UserError):
     """An account, key or quota that does not exist or cannot be made."""
+
+
+@final
+class MissingError(AccountError):
+    """What a path of the API names is not there: answered with 404."""
 
 
 @final

@@ -12,7 +12,7 @@ from typing import Any, Final, final
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from trainer.control.accounts import NAME, AccountError, need_account
+from trainer.control.accounts import NAME, AccountError, MissingError, need_account
 from trainer.control.audit import Actor, record
 from trainer.control.lifecycle import Event, State, TransitionError, after
 from trainer.control.store import Store
@@ -269,7 +269,7 @@ def _move(connection: Connection, old: Deployment, event: Event, problem: str, o
 def _one(connection: Connection, name: str) -> Deployment:
     row = connection.execute(select(DEPLOYMENTS).where(DEPLOYMENTS.c.name == name)).first()
     if row is None:
-        raise AccountError(f"no deployment {name!r}; `trainer deploy list` lists them")
+        raise MissingError(f"no deployment {name!r}; `trainer deploy list` lists them")
     return _deployment(row)
 
 

@@ -77,7 +77,7 @@ def add_control(app: FastAPI, store: Store, cache: KeyCache, meter: Meter) -> No
 
 
 def add_store_errors(app: FastAPI) -> None:
-    """Answer for errors of the store: 503 while it is down, 400 for what the client must change."""
+    """Answer for errors of the store: 503 while it is down, 404 for what is not there, 400 for what must be changed."""
 
     @app.exception_handler(StoreDownError)
     async def down(_request: Request, _error: StoreDownError) -> Response:
@@ -86,7 +86,8 @@ def add_store_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def wrong(_request: Request, error: UserError) -> Response:
-        return JSONResponse(ApiError(400, str(error)).body(), 400)
+        found = ApiError(404 if isinstance(error, accounts.MissingError) else 400, str(error))
+        return JSONResponse(found.body(), found.status)
 
 
 async def in_thread(work: Callable[[], T]) -> T:
