@@ -33,12 +33,15 @@ def start(project: Project, name: str, environment: dict[str, str] | None = None
 
 
 def second_rank(project: Project, run: Run) -> psutil.Process:
-    (found,) = [
-        process
-        for process in project.processes()
-        if process.environ().get("RANK") == "1" and run.root.name in process.cmdline()
-    ]
+    (found,) = [process for process in project.processes() if is_second_rank(process, run)]
     return found
+
+
+def is_second_rank(process: psutil.Process, run: Run) -> bool:
+    try:
+        return process.environ().get("RANK") == "1" and run.root.name in process.cmdline()
+    except psutil.NoSuchProcess:  # one that was only short-lived
+        return False
 
 
 def test_a_signal_to_one_rank_in_any_phase_changes_no_bit(project: Project) -> None:
