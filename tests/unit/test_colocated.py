@@ -70,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
 class Inner:
     """Writes into the servers' list of calls what it is asked for."""
 
+    draws_apart = True
+
     def __init__(self, servers: list[Server]) -> None:
         self.servers = servers
 
