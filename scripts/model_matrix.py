@@ -10,13 +10,13 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,10 +25,10 @@ import matrix_measure
 import peft
 import torch
 import transformers
+from matrix_child import start, write_record
 from matrix_verdict import METHODS, table, verdict
 
 LIMIT_S: Final = 240
-MEMORY_GIB: Final = 12
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / "build" / "model_matrix"
 VERSIONS: Final = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
@@ -92,7 +92,7 @@ def _measured(chosen: list[str], sources: str, jobs: int, *, is_fresh: bool) -> 
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             directory = Path(tempfile.mkdtemp(prefix="matrix-"))
-            running[_start(name, directory)] = (name, time.monotonic(), directory)
+            running[start(directory, partial(_measure, name, directory))] = (name, time.monotonic(), directory)
         time.sleep(0.1)
         for child, (name, begin, directory) in list(running.items()):
             is_late = time.monotonic() - begin > LIMIT_S
@@ -109,29 +109,6 @@ def _measured(chosen: list[str], sources: str, jobs: int, *, is_fresh: bool) -> 
     return [record for name in chosen if (record := _cached(name, sources)) is not None]
 
 
-def _start(name: str, directory: Path) -> int:
-    """Fork a child that measures one family into `directory/record.json`; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    os.setsid()  # what it starts ends with it
-    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        limit = MEMORY_GIB << 30
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        _measure(name, directory)
-        code = 0
-    except BaseException:  # the child must never return into the parent's loop
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def _measure(name: str, directory: Path) -> None:
     """Build, train by each method, compare; the record is written after each part."""
     family, changes = matrix_configs.VARIANTS.get(name, (name, {}))
@@ -146,7 +123,7 @@ def _measure(name: str, directory: Path) -> None:
     except Exception as error:  # a model's code may fail in any way
         traceback.print_exc()
         record["unbuilt"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-        _write(directory, record)
+        write_record(directory, record)
         return
     for method in matrix_measure.METHODS:
         try:
@@ -155,14 +132,9 @@ def _measure(name: str, directory: Path) -> None:
             traceback.print_exc()
             reason = (str(error).strip().splitlines() or [""])[0]
             record["outcomes"][method] = ("CRASH", f"{type(error).__name__}: {reason}"[:300])
-        _write(directory, record)
+        write_record(directory, record)
     matrix_measure.measure(here, family, record)
-    _write(directory, record)
-
-
-def _write(directory: Path, record: dict[str, Any]) -> None:
-    (directory / "record.new").write_text(json.dumps(record))
-    (directory / "record.new").rename(directory / "record.json")
+    write_record(directory, record)
 
 
 def _collect(name: str, directory: Path, died: str | None, seconds: float) -> dict[str, Any]:

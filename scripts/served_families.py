@@ -1,10 +1,8 @@
 """Serve a tiny model of every family that transformers knows, and compare its tokens with its own forward pass.
 
-    PYTHONPATH=. .venv/bin/python scripts/served_families.py [FAMILY ...]
-
 Each family runs in a forked child with a time limit. Prints one JSON line for each: `paged`, or `refused` with the
 reason, or `note` with `gap`, the largest distance of a greedy token's logit from the highest one by a pass without a
-cache (0: equal tokens), or `unbuilt`, `crash`, `died`. Ends with 1 where a family crashed, died or has a gap.
+cache (0: equal tokens), or `unbuilt`, or `died` with the last line. Ends with 1 where a family died or has a gap.
 """
 
 from __future__ import annotations
@@ -14,15 +12,13 @@ import os
 import signal
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any, Final
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import matrix_configs
 import matrix_measure
 import torch
+from matrix_child import start, write_record
 
 from trainer.config.recipe import ModelSettings
 from trainer.engine.own_model import OwnModel, open_model
@@ -54,34 +50,25 @@ def serve(name: str, directory: Path) -> dict[str, Any]:
     scheduler.add(sequence)
     while not scheduler.is_idle:
         scheduler.step()
-    ids = torch.tensor([[*prompt, *sequence.drawn]])
-    with torch.no_grad():
-        hidden = model._causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        logits = model._causal_lm.get_output_embeddings()(hidden)[NUM_PROMPT - 1 : -1]
-    gaps = [float(row.max() - row[token]) for row, token in zip(logits, sequence.drawn, strict=True)]
+    rows = model.logprobs([*prompt, *sequence.drawn])[NUM_PROMPT - 1 : -1]
+    gaps = [float(row.max() - row[token]) for row, token in zip(rows, sequence.drawn, strict=True)]
     return {"note": model.note, "gap": max(gaps)}
 
 
 def in_child(name: str) -> dict[str, Any]:
     """Run a family in a child, so that a crash or a hang ends only its own line."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(LIMIT_S)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        with tempfile.TemporaryDirectory() as directory:
-            try:
-                found = serve(name, Path(directory))
-            except Exception as error:
-                found = {"crash": traceback.format_exception(error)[-1].strip()[:300]}
-        os.write(write, json.dumps(found).encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        content = pipe.read()
-    _, status = os.waitpid(child, 0)
-    found = json.loads(content) if content else {"died": os.waitstatus_to_exitcode(status)}
-    return {"family": name, **found}
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+
+        def work() -> None:
+            signal.alarm(LIMIT_S)
+            write_record(directory, serve(name, directory))
+
+        _, status = os.waitpid(start(directory, work), 0)
+        file = directory / "record.json"
+        lines = (directory / "log.txt").read_text().strip().splitlines()
+        died = {"died": os.waitstatus_to_exitcode(status), "last": lines[-1][:300] if lines else ""}
+        return {"family": name, **(json.loads(file.read_text()) if file.is_file() else died)}
 
 
 def main() -> int:
@@ -90,7 +77,7 @@ def main() -> int:
     is_right = True
     for name in sys.argv[1:] or sorted([*matrix_configs.families(), *matrix_configs.VARIANTS]):
         found = in_child(name)
-        is_right &= not ({"crash", "died"} & found.keys()) and found.get("gap", 0) == 0
+        is_right &= "died" not in found and found.get("gap", 0) == 0
         print(json.dumps(found), flush=True)
     return 0 if is_right else 1
 

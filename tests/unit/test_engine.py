@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import peft
 import pytest
 import torch
 from adapter_files import adapter_dir
+from engine_runs import PROMPT, greedy, run, sequence
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model_dir
 from transformers import AutoModelForCausalLM
@@ -20,14 +20,9 @@ from trainer.engine.adapters import AdapterVersion
 from trainer.engine.attention import Segment
 from trainer.engine.model import EngineModel, StepRow
 from trainer.engine.pages import PAGE, PagePool, prefix_keys
-from trainer.engine.protocol import Sampling
 from trainer.engine.scheduler import Scheduler
-from trainer.engine.sequences import LiveSequence
 from trainer.engine.speculate import PromptLookup
 from trainer.errors import ModelError
-
-PROMPT = tuple(range(5, 75))
-"""More than two pages."""
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +41,6 @@ def adapters(model: EngineModel, directory: Path) -> list[AdapterVersion]:
     wide = adapter_dir(directory.parent / "wide", directory, rank=4, seed=1)
     narrow = adapter_dir(directory.parent / "narrow", directory, rank=2, seed=2, target_modules=["q_proj", "v_proj"])
     return [model.adapter("wide", wide), model.adapter("narrow", narrow)]
-
-
-def sequence(prompt: Sequence[int] = PROMPT, adapter: AdapterVersion | None = None, **how: Any) -> LiveSequence:
-    settings = {"max_tokens": 12, "seed": 7, "temperature": 0.0, **how}
-    return LiveSequence(f"{prompt[0]}-{settings}", tuple(prompt), Sampling(**settings), adapter)
-
-
-def run(model: EngineModel, sequences: Sequence[LiveSequence], **settings: Any) -> Scheduler:
-    """Run sequences to their end, all pages free again."""
-    pages = settings.pop("pages", 64)
-    scheduler = Scheduler(model, model.pool(pages), **settings)
-    for each in sequences:
-        scheduler.add(each)
-    while not scheduler.is_idle:
-        scheduler.step()
-    assert scheduler.pool.num_used == 0
-    return scheduler
-
-
-def greedy(causal_lm: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """By the model's own forward pass, without a cache."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(causal_lm(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])  # mistral has a window of 8 tokens

@@ -100,7 +100,7 @@ def test_the_user_reads_why_sampling_is_slow(tmp_path, arch, note):
 
 def test_without_a_usable_cache_every_token_is_a_pass_over_the_sequence(tmp_path, monkeypatch):
     policy = moved_policy(tmp_path, "lfm2")
-    monkeypatch.setattr("trainer.sampling.own_decoder.CACHES", ())
+    monkeypatch.setattr("trainer.model.own_forward.CACHES", ())
     sampler = published(policy)
     assert sampler.note is not None
     assert "with a pass over the whole sequence for each token" in sampler.note

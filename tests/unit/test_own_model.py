@@ -6,27 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import engine_runs
 import peft
 import pytest
 import torch
 from adapter_files import adapter_dir
+from engine_runs import PROMPT, greedy, sequence
 from safetensors.torch import save_file
 from tiny import HIDDEN, VOCAB_SIZE, tiny_model_dir
 from transformers import AutoModelForCausalLM
 
 from trainer.config.recipe import ModelSettings
 from trainer.engine.__main__ import main
-from trainer.engine.adapters import AdapterVersion
 from trainer.engine.model import EngineModel
 from trainer.engine.own_model import OwnModel, open_model
 from trainer.engine.pages import PAGE
-from trainer.engine.protocol import Sampling
 from trainer.engine.scheduler import Scheduler
 from trainer.engine.sequences import LiveSequence
 from trainer.errors import ModelError
 
-PROMPT = tuple(range(5, 75))
-"""More than two pages, more than a chunk of 16 tokens."""
 FAMILIES = ["lfm2", "qwen3_next", "mamba2", "mixtral", "gpt_oss", "gemma2", "falcon", "stablelm"]
 
 
@@ -36,30 +34,11 @@ def opened(directory: Path, **settings: Any) -> OwnModel:
     return model
 
 
-def sequence(prompt: Sequence[int] = PROMPT, adapter: AdapterVersion | None = None, **how: Any) -> LiveSequence:
-    settings = {"max_tokens": 8, "seed": 7, "temperature": 0.0, **how}
-    return LiveSequence(f"{prompt[0]}-{settings}", tuple(prompt), Sampling(**settings), adapter)
-
-
 def run(model: OwnModel, sequences: Sequence[LiveSequence], **settings: Any) -> Scheduler:
     """Run sequences to their end; afterwards nothing is kept of them."""
-    pages = settings.pop("pages", 64)
-    scheduler = Scheduler(model, model.pool(pages), **settings)
-    for each in sequences:
-        scheduler.add(each)
-    while not scheduler.is_idle:
-        scheduler.step()
-    assert (scheduler.pool.num_used, len(model._read)) == (0, 0)
+    scheduler = engine_runs.run(model, sequences, **settings)
+    assert len(model._read) == 0
     return scheduler
-
-
-def greedy(causal_lm: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """By the model's own forward pass, without a cache."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(causal_lm(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -71,7 +50,7 @@ def test_greedy_tokens_are_those_of_the_model(arch: str, tmp_path: Path) -> None
     company = [sequence(prompt) for prompt in prompts]
     run(model, company, chunk_tokens=16)
     for each, prompt in zip(company, prompts, strict=True):
-        assert each.drawn == greedy(reference, prompt, 8), model.note
+        assert each.drawn == greedy(reference, prompt, 12), model.note
     assert "one sequence after another" in model.note
 
 
@@ -91,8 +70,8 @@ def test_a_hybrid_serves_adapters_and_its_base_in_one_step(arch: str, tmp_path: 
     reference = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), str(trained)
     )
-    assert adapted.drawn == greedy(reference, PROMPT, 8)
-    assert adapted.drawn != greedy(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), PROMPT, 8)
+    assert adapted.drawn == greedy(reference, PROMPT, 12)
+    assert adapted.drawn != greedy(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), PROMPT, 12)
 
 
 def test_a_sequence_that_gives_way_is_read_again_and_draws_the_same(tmp_path: Path) -> None:
@@ -124,7 +103,7 @@ def test_a_cache_that_gives_other_logprobs_is_not_used(tmp_path: Path, monkeypat
 
     directory = tiny_model_dir(tmp_path, "lfm2", scale=6.0)
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    expected = greedy(reference, PROMPT, 8)
+    expected = greedy(reference, PROMPT, 12)
     own = modeling_lfm2.Lfm2ShortConv.forward
     monkeypatch.setattr(
         modeling_lfm2.Lfm2ShortConv,
@@ -146,8 +125,8 @@ def test_nf4_is_served_with_its_adapter(tmp_path: Path) -> None:
     assert "quantized layers: served by the model's own forward pass" in model.note
     base, adapted = sequence(), sequence(adapter=model.adapter("trained", trained))
     run(model, [base, adapted])
-    assert base.drawn == greedy(model._causal_lm, PROMPT, 8)
-    assert len(adapted.drawn) == 8
+    assert base.drawn == greedy(model._causal_lm, PROMPT, 12)
+    assert len(adapted.drawn) == 12
     assert adapted.drawn != base.drawn
 
 

@@ -141,7 +141,9 @@ class _Reader:
         return down, up
 
 
-def load_adapter(name: str, directory: Path, linears: Sequence[Adapted], max_rank: int) -> AdapterVersion:
+def load_adapter(
+    name: str, directory: Path, linears: Sequence[Adapted], max_rank: int, head: int | None
+) -> AdapterVersion:
     """Read an adapter and bring it into the layout of the kernels; may run beside the steps.
 
     Args:
@@ -149,9 +151,11 @@ def load_adapter(name: str, directory: Path, linears: Sequence[Adapted], max_ran
         directory: as PEFT writes it.
         linears: of the base model.
         max_rank: the highest rank that is accepted.
+        head: number of the LM head among them; None: it is not.
 
     Raises:
-        ModelError: it cannot be read, is no plain LoRA adapter, belongs to another base, or is not finite.
+        ModelError: it cannot be read, is no plain LoRA adapter, belongs to another base, is not finite, or adapts the
+            LM head.
     """
     config, raw, digest = _files(directory)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -170,22 +174,9 @@ def load_adapter(name: str, directory: Path, linears: Sequence[Adapted], max_ran
             products[linear.number] = pair
     if reader.tensors:
         raise ModelError(f"{directory}: belongs to another base model: there is no layer {min(reader.tensors)} here")
-    return AdapterVersion(name, digest, int(config["r"]), products)
-
-
-def refuse_head(adapter: AdapterVersion, head: int, directory: Path) -> None:
-    """Refuse an adapter of the LM head.
-
-    Args:
-        adapter: what was loaded.
-        head: number of the LM head's product.
-        directory: for the message.
-
-    Raises:
-        ModelError: it adapts the LM head.
-    """
-    if head in adapter.products:
+    if head in products:
         raise ModelError(f"{directory}: adapts the LM head, which is not served; merge it (trainer export --merge)")
+    return AdapterVersion(name, digest, int(config["r"]), products)
 
 
 def _files(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], bytes]:

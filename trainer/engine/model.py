@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import ModelSettings
-from trainer.engine.adapters import AdapterVersion, RoutedLinear, Routing, load_adapter, refuse_head
+from trainer.engine.adapters import AdapterVersion, RoutedLinear, Routing, load_adapter
 from trainer.engine.attention import Segment, StepAttention
 from trainer.engine.pages import PagePool
 from trainer.errors import ModelError
@@ -93,9 +93,7 @@ class EngineModel:
         Raises:
             ModelError: it cannot be served, with the reason.
         """
-        adapter = load_adapter(name, directory, self._linears, self.max_rank)
-        refuse_head(adapter, self._linears[0].number, directory)
-        return adapter
+        return load_adapter(name, directory, self._linears, self.max_rank, self._linears[0].number)
 
     def forget(self, owner: object) -> None:
         """Nothing to do: what is stored of a sequence is in its pages."""

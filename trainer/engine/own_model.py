@@ -15,21 +15,16 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from trainer.config.recipe import ModelSettings
-from trainer.engine.adapters import AdapterVersion, Routing, load_adapter, refuse_head
+from trainer.engine.adapters import AdapterVersion, Routing, load_adapter
 from trainer.engine.model import EngineModel, StepRow
 from trainer.engine.pages import PAGE, PagePool
 from trainer.errors import ModelError
 from trainer.model.base_model import load_base, logit_transform
-from trainer.model.own_forward import UNFIT, reset_rotary, use_own_attention
+from trainer.model.own_forward import TOLERANCE, UNFIT, OwnForward, cannot_run_alone, use_own_attention
 from trainer.sampling.fused import is_fusible
 
-CACHES: Final = ("past_key_values", "cache_params")
-"""Names under which models return their cache, and take it."""
 TRIAL: Final = (9, 4)
 """Tokens of the trial's prompt, and those that are added one by one."""
-TOLERANCE: Final = {torch.float32: 1e-3}
-"""Largest mean difference of logprobs with and without the cache; `ROUNDED` for shorter floats."""
-ROUNDED: Final = 0.1
 UNBOUNDED: Final = 1 << 20
 """Window of a model whose configuration names none (recurrent ones); the budget of tokens limits requests."""
 
@@ -118,16 +113,14 @@ class OwnModel:
             HookedLinear(module, number, name, self._routing, self.dtype) for number, (name, module) in enumerate(named)
         ]
         head = causal_lm.get_output_embeddings()
-        self._head_number = next((number for number, (_, module) in enumerate(named) if module is head), -1)
+        self._head_number = next((number for number, (_, module) in enumerate(named) if module is head), None)
         text: Any = causal_lm.config.get_text_config()
         self.window = int(getattr(text, "max_position_embeddings", None) or UNBOUNDED)
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
         self._read: dict[object, _State] = {}
-        self._cache_name = ""
-        whole = self._whole()
-        self.page_bytes, problem = self._try_cache(whole)
-        self._is_cached = problem is None
-        way = "with its own cache" if self._is_cached else f"with a pass over all tokens for each one ({problem})"
+        self.page_bytes, problem = self._try_cache(self._checked_logprobs())
+        self._forward = OwnForward(causal_lm, is_cached=problem is None)
+        way = "with its own cache" if problem is None else f"with a pass over all tokens for each one ({problem})"
         kind = "quantized layers" if settings.quantization is not None else causal_lm.config.model_type
         self.note = f"{kind}: served by the model's own forward pass, one sequence after another, {way}: slow"
 
@@ -141,9 +134,7 @@ class OwnModel:
         Raises:
             ModelError: it cannot be served, with the reason.
         """
-        adapter = load_adapter(name, directory, self._linears, self.max_rank)
-        refuse_head(adapter, self._head_number, directory)
-        return adapter
+        return load_adapter(name, directory, self._linears, self.max_rank, self._head_number)
 
     def forget(self, owner: object) -> None:
         """Free the state of a sequence that has ended, or waits again."""
@@ -162,53 +153,36 @@ class OwnModel:
             if row.segment.first == 0:
                 self._read[row.owner] = _State()
             self._routing.groups = [] if row.adapter is None else [(slice(0, row.segment.count), row.adapter)]
-            hidden = self._hidden(self._read[row.owner], row.token_ids)
+            hidden = self._read[row.owner].add(self._forward, row.token_ids)
             if len(row.wanted):
                 outputs.append(self._causal_lm.get_output_embeddings()(hidden[list(row.wanted)]))
         self._routing.groups = []
         return torch.cat(outputs) if outputs else torch.empty(0, self.vocab_size)
 
-    def _hidden(self, state: _State, new: Sequence[int]) -> torch.Tensor:
-        """[n, H] hidden states of the n new tokens of a sequence."""
-        state.token_ids += new
-        given: dict[str, Any] = {"use_cache": self._is_cached}
-        ids = state.token_ids
-        if self._is_cached:
-            ids = list(new)
-            if state.cache is not None:
-                given[self._cache_name] = state.cache
-        else:
-            reset_rotary(self._causal_lm)
-        output = self._causal_lm.base_model(input_ids=torch.tensor([ids]), **given)
-        if self._is_cached:
-            self._cache_name = next((name for name in CACHES if isinstance(output.get(name), Cache)), "")
-            if not self._cache_name:
-                raise ValueError("returns no cache")
-            state.cache = output[self._cache_name]
-        hidden: torch.Tensor = output.last_hidden_state[0, -len(new) :]
-        return hidden
-
     @torch.inference_mode()
-    def _whole(self) -> torch.Tensor:
-        """[L, V] logprobs of the trial's tokens, by one pass without the cache.
+    def logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[L, V] of the base, by one pass over all tokens without a cache.
+
+        Args:
+            token_ids: L of them.
+        """
+        return self._logprobs(_State().add(OwnForward(self._causal_lm, is_cached=False), token_ids))
+
+    def _checked_logprobs(self) -> torch.Tensor:
+        """[L, V] logprobs of the trial's tokens.
 
         Raises:
             ModelError: the model cannot run tokens alone, or tokens depend on later ones.
         """
         ids, name = self._trial_ids(), type(self._causal_lm).__name__
-        self._is_cached = False
         try:
-            whole = self._logprobs(self._hidden(_State(), ids))
-            begin = self._logprobs(self._hidden(_State(), ids[: TRIAL[0]]))
+            whole, begin = self.logprobs(ids), self.logprobs(ids[: TRIAL[0]])
         except UNFIT as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ModelError(
-                f"{name} cannot run a sequence of tokens alone ({type(error).__name__}: {reason})"
-            ) from error
+            raise cannot_run_alone(self._causal_lm, error) from error
         if len(whole) != len(ids):
             raise ModelError(f"{name} has no hidden state for each token: not supported")
         seen = float((whole[: TRIAL[0]] - begin).abs().mean())
-        if not seen < TOLERANCE.get(self.dtype, ROUNDED):
+        if not seen < TOLERANCE.get(self.dtype, 1e-3):
             raise ModelError(
                 f"{name}: logprobs change by {seen:.3g} on average with later tokens: no causal language model"
             )
@@ -219,22 +193,20 @@ class OwnModel:
         """Bytes of a sequence for each page of tokens, and why the cache cannot be used; None where it can.
 
         Args:
-            whole: see `_whole`.
+            whole: [L, V] logprobs of the trial's tokens without it.
         """
         ids, short = self._trial_ids(), TRIAL[0]
         fallback = PAGE * 8  # token ids alone
         if any(getattr(module, "rope_type", None) == "dynamic" for module in self._causal_lm.modules()):
             return fallback, "its rotary factors change with the length"
-        self._is_cached, state = True, _State()
+        forward, state, paged = OwnForward(self._causal_lm, is_cached=True), _State(), _State()
         try:
-            parts = [self._hidden(state, ids[:short])]
-            parts += [self._hidden(state, [token]) for token in ids[short:]]
-            paged = _State()
-            self._hidden(paged, [ids[0]] * (2 * PAGE))
+            parts = [state.add(forward, ids[:short]), *(state.add(forward, [token]) for token in ids[short:])]
+            paged.add(forward, [ids[0]] * (2 * PAGE))
         except UNFIT as error:
             return fallback, f"its cache cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
         difference = float((self._logprobs(torch.cat(parts)) - whole).abs().mean())
-        if not difference < TOLERANCE.get(self.dtype, ROUNDED):
+        if not difference < TOLERANCE.get(self.dtype, 1e-3):
             return fallback, f"with its cache logprobs differ by {difference:.2g} on average"
         return math.ceil(sum(each.nbytes for each in _tensors(paged.cache, set())) / 2), None
 
@@ -250,11 +222,25 @@ class OwnModel:
 
 @final
 class _State:
-    """What was read of a sequence."""
+    """What was read of a sequence: its cache, or its token ids where there is none."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.cache: Cache | None = None
+
+    def add(self, forward: OwnForward, new: Sequence[int]) -> torch.Tensor:
+        """[n, H] hidden states of n new tokens.
+
+        Args:
+            forward: of the model.
+            new: the tokens.
+        """
+        ids = list(new)
+        if not forward.is_cached:
+            self.token_ids += new
+            ids = self.token_ids
+        hidden, self.cache = forward(torch.tensor([ids]), self.cache)
+        return hidden[0, -len(new) :]
 
 
 def _tensors(part: Any, seen: set[int]) -> Iterator[torch.Tensor]:

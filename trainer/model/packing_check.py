@@ -16,14 +16,12 @@ from trainer.distributed.sharding import root_gathered
 from trainer.distributed.world import World
 from trainer.errors import ModelError, NumericalError
 from trainer.model.batch import Batch
-from trainer.model.own_forward import UNFIT, attention_as, own_logprobs
+from trainer.model.own_forward import TOLERANCE, UNFIT, attention_as, cannot_run_alone, own_logprobs
 from trainer.model.policy import Policy
 from trainer.planning.batching import NOT_SEPARATED, rotary_switch, why_separate
 
 LENGTHS: Final = (12, 10, 11)
 """Tokens of the test sequences: before, tested, behind."""
-TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Limit of the mean difference of logprobs between our pass and the model's own; rounding is far below it."""
 
 
 def verify_packing(policy: Policy, device: torch.device, max_seq_tokens: int = 0) -> None:
@@ -156,9 +154,7 @@ def _verify_single(policy: Policy, device: torch.device) -> None:
     except torch.OutOfMemoryError:
         raise
     except UNFIT as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot run a sequence of tokens alone ({type(error).__name__}: {error})"
-        ) from error
+        raise cannot_run_alone(model, error) from error
     distance = (ours - own).abs().mean().item()
     if not distance < tolerance:
         raise NumericalError(

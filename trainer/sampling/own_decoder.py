@@ -8,19 +8,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from transformers import Cache
 
-from trainer.model.own_forward import reset_rotary, use_own_attention
+from trainer.model.own_forward import OwnForward, use_own_attention
 from trainer.model.turn_cache import TurnCache
 
 if TYPE_CHECKING:
     from trainer.model.policy import Policy
-
-CACHES: Final = ("past_key_values", "cache_params")
-"""Names under which models return their cache, and take it."""
 
 
 @final
@@ -39,8 +36,12 @@ class OwnDecoder:
         self._causal_lm: Any = copy.deepcopy(source, shared)  # buffers are copied: rotary factors change in place
         use_own_attention(self._causal_lm)
         self._causal_lm.eval()
-        self.is_cached, self._device = is_cached, policy.device
-        self._cache_name = ""
+        self._forward, self._device = OwnForward(self._causal_lm, is_cached=is_cached), policy.device
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the model's cache is kept between tokens."""
+        return self._forward.is_cached
 
     def refresh(self) -> None:
         """Nothing to do: the weights are the policy's."""
@@ -77,16 +78,8 @@ class OwnDecoder:
         Raises:
             ValueError: the model does not return a cache whose rows can be chosen.
         """
-        if not self.is_cached:
-            reset_rotary(self._causal_lm)
-            output = self._causal_lm.base_model(input_ids=token_ids, use_cache=False)
-            return output.last_hidden_state[:, -1], None
-        given = {} if cache is None else {self._cache_name: cache}
-        output = self._causal_lm.base_model(input_ids=token_ids, use_cache=True, **given)
-        self._cache_name = next((name for name in CACHES if isinstance(output.get(name), Cache)), "")
-        if not self._cache_name:
-            raise ValueError(f"{type(self._causal_lm).__name__} returns no cache of transformers")
-        return output.last_hidden_state[:, -1], output[self._cache_name]
+        hidden, cache = self._forward(token_ids, cache)
+        return hidden[:, -1], cache
 
 
 @final
