@@ -225,7 +225,7 @@ class _Noting(TorchDispatchMode):
         "trainer::lora_product": lora_product._product,
         "trainer::lora_gradients": lora_product._gradients_in_operator,
         "trainer::lora_group": lora_group._product,
-        "trainer::lora_group_gradients": lora_group._gradients,
+        "trainer::lora_group_gradients": lora_product.joined_gradients,
         "trainer::lora_mlp": lora_mlp._forward,
         "trainer::lora_mlp_gradients": lora_mlp._backward,
     }

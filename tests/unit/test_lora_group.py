@@ -19,7 +19,7 @@ from trainer.config.recipe import LoraSettings
 from trainer.model import lora_group
 from trainer.model.lora_group import GroupSearch, ProductGroup, _group_gradients, _group_operator, group_product
 from trainer.model.lora_linear import FusedLinear
-from trainer.model.lora_product import LoraProduct
+from trainer.model.lora_product import LoraProduct, joined_gradients
 from trainer.model.policy import Policy
 
 __all__ = ["gpu_path"]
@@ -109,7 +109,7 @@ def test_fewer_products_read_x_and_write_its_gradient():
         y, inner = lora_group._product(x, weight, None, down, ups, list(SCALINGS))
     assert forward.products == 2 + 3  # A, W; B of each layer
     with _Counted() as backward:
-        lora_group._gradients(y, x, inner, weight, down, ups, list(SCALINGS), True)
+        joined_gradients(y, x, inner, weight, down, ups, list(SCALINGS), True)
     assert backward.products == 2 * 3 + 3  # B^T and the gradient of B of each layer; W^T, A^T, the gradient of A
     assert backward.names["cat"] == backward.names["add"] == backward.names["clone"] == 0
     with _Counted() as forward:

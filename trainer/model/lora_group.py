@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from trainer.model.lora_linear import FusedLinear
-from trainer.model.lora_product import fake_product
-from trainer.model.thin_choice import products_for
+from trainer.model.lora_product import fake_product, joined_gradients
+from trainer.model.thin_plain import columns_of
 from trainer.planning.module_names import JOINED
 
 
@@ -54,7 +54,7 @@ def _product(
     flat = x.reshape(-1, x.shape[-1])
     inner = flat @ down.T
     y = nn.functional.linear(flat, weight, bias)
-    for columns, own, up, scaling in zip(*_columns(y, inner, ups), ups, scalings, strict=True):
+    for columns, own, up, scaling in zip(*columns_of(y, inner, ups), ups, scalings, strict=True):
         columns.addmm_(own, up.T, alpha=scaling)
     return y.view(*x.shape[:-1], weight.shape[0]), inner
 
@@ -63,26 +63,7 @@ _group_operator = torch.library.custom_op("trainer::lora_group", _product, mutat
 _group_operator.register_fake(fake_product)
 
 
-def _gradients(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    inner: torch.Tensor,
-    weight: torch.Tensor,
-    down: torch.Tensor,
-    ups: list[torch.Tensor],
-    scalings: list[float],
-    needs_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Gradients of x, which is empty where it is not needed, of the joined A and of each B."""
-    grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    grad_inner, grad_ups = products_for(grad, ups).gradients(grad, inner, ups, scalings)
-    grad_x = grad.new_empty(0)
-    if needs_x:
-        grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
-    return grad_x, grad_inner.T @ flat, grad_ups
-
-
-_group_gradients = torch.library.custom_op("trainer::lora_group_gradients", _gradients, mutates_args=())
+_group_gradients = torch.library.custom_op("trainer::lora_group_gradients", joined_gradients, mutates_args=())
 
 
 @_group_gradients.register_fake
@@ -90,13 +71,6 @@ def _fake_gradients(*given: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch
     grad, x, _, _, down, ups, _, needs_x = given
     grad_x = x.new_empty(x.shape) if needs_x else grad.new_empty(0)
     return grad_x, down.new_empty(down.shape), [up.new_empty(up.shape) for up in ups]
-
-
-def _columns(
-    y: torch.Tensor, inner: torch.Tensor, ups: Sequence[torch.Tensor]
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """The columns of y and of A x that belong to each layer, as views."""
-    return y.split([up.shape[0] for up in ups], 1), inner.split([up.shape[1] for up in ups], 1)
 
 
 def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

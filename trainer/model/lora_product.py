@@ -133,6 +133,36 @@ def fake_product(
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
 
 
+def joined_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    ups: list[torch.Tensor],
+    scalings: list[float],
+    needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Gradients of x, which is empty where it is not needed, of the joined A and of each B of layers that read x.
+
+    Args:
+        grad: [..., sum of out_i].
+        x: [..., in].
+        inner: A x, [T, sum of r_i].
+        weight: [sum of out_i, in] of the base.
+        down: the joined A, [sum of r_i, in].
+        ups: B_i, [out_i, r_i].
+        scalings: of each layer.
+        needs_x: whether the gradient of x is needed.
+    """
+    grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_inner, grad_ups = products_for(grad, ups).gradients(grad, inner, ups, scalings)
+    grad_x = grad.new_empty(0)
+    if needs_x:
+        grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
+    return grad_x, grad_inner.T @ flat, grad_ups
+
+
 def _gradients_in_operator(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -143,12 +173,8 @@ def _gradients_in_operator(
     scaling: float,
     needs_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    grad_inner, (grad_up,) = products_for(grad, [up]).gradients(grad, inner, [up], [scaling])
-    grad_x = grad.new_empty(0)
-    if needs_x:
-        grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
-    return grad_x, grad_inner.T @ flat, grad_up
+    grad_x, grad_down, (grad_up,) = joined_gradients(grad, x, inner, weight, down, [up], [scaling], needs_x)
+    return grad_x, grad_down, grad_up
 
 
 _gradients_operator = torch.library.custom_op("trainer::lora_gradients", _gradients_in_operator, mutates_args=())

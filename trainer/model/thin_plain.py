@@ -8,15 +8,25 @@ import torch
 from torch import nn
 
 
+def columns_of(
+    y: torch.Tensor, inner: torch.Tensor, ups: Sequence[torch.Tensor]
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """The columns of y and of A x that belong to each layer, as views.
+
+    Args:
+        y: [T, sum of out_i].
+        inner: [T, sum of r_i].
+        ups: B_i, [out_i, r_i].
+    """
+    return y.split([up.shape[0] for up in ups], 1), inner.split([up.shape[1] for up in ups], 1)
+
+
 def thin_gradients(
     grad: torch.Tensor, inner: torch.Tensor, ups: Sequence[torch.Tensor], scalings: Sequence[float]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`thin.thin_gradients`; ranks may differ."""
     grad_inner, grad_ups = torch.empty_like(inner), []
-    ranks, widths = [up.shape[1] for up in ups], [len(up) for up in ups]
-    of_layers = zip(
-        grad.split(widths, 1), inner.split(ranks, 1), grad_inner.split(ranks, 1), ups, scalings, strict=True
-    )
+    of_layers = zip(*columns_of(grad, inner, ups), columns_of(grad, grad_inner, ups)[1], ups, scalings, strict=True)
     for columns, own, own_grad, up, scaling in of_layers:
         torch.mm(columns, up, out=own_grad).mul_(scaling)
         grad_ups.append((columns.T @ own).mul_(scaling))
@@ -58,5 +68,5 @@ def swiglu_gradients(
 def _adapted(
     both: torch.Tensor, inner: torch.Tensor, ups: Sequence[torch.Tensor], scalings: Sequence[float]
 ) -> list[torch.Tensor]:
-    parts = zip(both.chunk(2, 1), inner.split([each.shape[1] for each in ups], 1), ups, scalings, strict=True)
+    parts = zip(*columns_of(both, inner, ups), ups, scalings, strict=True)
     return [torch.addmm(base, own, up.T, alpha=scaling) for base, own, up, scaling in parts]
