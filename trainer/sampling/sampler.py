@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,9 @@ from trainer.types import Completion
 
 if TYPE_CHECKING:
     from trainer.model.policy import Policy
+
+MAX_CONCURRENT: Final = 64
+"""Requests of one rank to servers at the same time; a server queues and batches them."""
 
 
 @final

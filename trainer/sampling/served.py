@@ -34,12 +34,10 @@ from trainer.errors import NumericalError
 from trainer.model.adapters import RUN_ADAPTER
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy
-from trainer.sampling.sampler import SampleRequest, SamplingParams, decoded
+from trainer.sampling.sampler import MAX_CONCURRENT, SampleRequest, SamplingParams, decoded
 from trainer.sampling.server_client import UNTOUCHED, RefusedError, SamplerError, Served, ServerClient
 from trainer.types import Completion
 
-MAX_CONCURRENT: Final = 64
-"""Concurrent requests of one rank; the server queues and batches them."""
 SAMPLE_TIMEOUT_S: Final = 3600.0
 HANG_FRAC: Final = 0.8
 """Part of the hang limit that a request may take: it must fail before the watchdog takes its wait for a hang."""

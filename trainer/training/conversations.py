@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, final
+from typing import Any, final
 
 from trainer.config.rft_sections import ENVIRONMENT_REWARD, RewardSpec, RolloutSettings
 from trainer.data.forms import read_conversation
@@ -26,14 +26,11 @@ from trainer.errors import DataError
 from trainer.planning.plan import RFTPlan
 from trainer.rewards.call_result import CallResult
 from trainer.rewards.runner import RewardRunner, Scored, Scoring, weigh
-from trainer.sampling.sampler import Sampler, SamplingParams
+from trainer.sampling.sampler import MAX_CONCURRENT, Sampler, SamplingParams
 from trainer.training.group_sampler import GroupRequest, scored_groups
 from trainer.training.live_rollout import LiveRollout, SequenceInProgress
 from trainer.training.tool_template import refuse_template_without_tools
 from trainer.types import Group, ToolCall
-
-MAX_CONCURRENT: Final = 64
-"""Rollouts of a rank that are played by themselves at the same time."""
 
 
 @final
