@@ -88,6 +88,7 @@ def compared(result: dict[str, Any]) -> list[str]:
 
     from trainer.config.load import known_devices
     from trainer.config.recipe import LoraSettings
+    from trainer.model.flash_choice import problem_of_package
     from trainer.planning.roofline import step_cost
 
     name = str(result["conditions"].get("gpu", result["conditions"]["processor"]))
@@ -104,7 +105,15 @@ def compared(result: dict[str, Any]) -> list[str]:
             lengths = row_lengths(scale["pack_tokens"], scale["rows"], 0)
             scored = sum(length - max(1, length // 4) for length in lengths)
             rank = LoraSettings().rank if "LoRA" in case["name"] else None
-            cost = step_cost(model_facts(scale["model"]), device, lengths, scored, rank=rank, is_compiled=True)
+            cost = step_cost(
+                model_facts(scale["model"]),
+                device,
+                lengths,
+                scored,
+                rank=rank,
+                is_compiled=True,
+                uses_flash=problem_of_package() is None,
+            )
             predicted = " to ".join(f"{1e3 * seconds:.0f}" for seconds in cost.step_s)
         gib = ["-" if case[key] is None else f"{case[key]:.1f}" for key in ("peak_gib", "predicted_gib")]
         lines.append(f"| {case['name']} | {1e3 * case['seconds_per_step']:.0f} | {predicted} | {gib[0]} | {gib[1]} |")

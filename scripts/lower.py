@@ -18,7 +18,7 @@ from typing import Any, Final
 
 TRITON: Final = "triton==3.7.1"
 """The version that torch 2.13 is built with."""
-PARTS: Final = ("attention", "layers", "adapters", "head")
+PARTS: Final = ("attention", "flash", "layers", "adapters", "head")
 VOCABULARIES: Final = ((128_256, None), (151_936, None), (262_144, None), (256_000, 30.0))
 """Llama 3, Qwen, Gemma 3, and Gemma 2 with its soft cap."""
 
@@ -33,6 +33,28 @@ def attention_rows(card: Any, only: Sequence[str]) -> Rows:
         if any(words in geometry.name for words in only):
             for program in programs_of(geometry, card):
                 yield from kernel_rows(geometry.name, program, card)
+
+
+def flash_rows(card: Any, only: Sequence[str]) -> Rows:
+    """The kernels of FlashAttention-4 for each geometry of packs, which it does not take on every card."""
+    from geometries import GEOMETRIES, PACK
+    from lowered_flash import flash_cubins, is_installed
+
+    if not is_installed() or card.capability < (9, 0):  # it has no backward pass for earlier cards
+        reason = "it is not for this card" if is_installed() else "it needs scripts/setup_flash"
+        sys.stderr.write(f"flash: left out, {reason}\n")
+        return
+    for geometry in GEOMETRIES:
+        if geometry.lengths != PACK or not any(words in geometry.name for words in only):
+            continue
+        sys.stderr.write(f"flash-attn-4 {geometry.name}\n")
+        try:
+            found = list(flash_cubins(geometry, card))
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            yield {"of": f"flash-attn-4 {geometry.name}", "refused": str(error).splitlines()[0]}
+            continue
+        for name, cubin in found:
+            yield {"of": f"flash-attn-4 {geometry.name}", "pass": name, **dataclasses.asdict(cubin)}
 
 
 def layer_rows(card: Any, only: Sequence[str]) -> Rows:
@@ -118,6 +140,8 @@ def table_lines(rows: list[dict[str, Any]], card_name: str, card: Any) -> list[s
             f"| {row['of']} | {row['pass']} | {warps} | {row['shared_bytes']:,} | {row['registers']} "
             f"| {row['spilled_bytes']:,} |"
         )
+    refused = [row for row in rows if "refused" in row]
+    lines += ["", *(f"Not compiled: {row['of']}: {row['refused']}" for row in refused)] if refused else []
     layers = [row for row in rows if "launches" in row]
     if layers:
         lines += ["", "| layer, 4,096 tokens | pass | Triton kernels | all kernels | GB | addmm into another buffer |"]
@@ -154,7 +178,13 @@ def main(argv: list[str] | None = None) -> int:
     from lowering import CARDS
 
     card = CARDS[arguments.card]
-    makers = {"attention": attention_rows, "layers": layer_rows, "adapters": adapter_rows, "head": head_rows}
+    makers = {
+        "attention": attention_rows,
+        "flash": flash_rows,
+        "layers": layer_rows,
+        "adapters": adapter_rows,
+        "head": head_rows,
+    }
     rows = []
     for part in arguments.parts:
         for row in makers[part](card, arguments.only):

@@ -209,7 +209,7 @@ def test_learner_and_packs_use_no_other_copy_to_a_device(monkeypatch):
     monkeypatch.setattr("trainer.model.layout.to_device", count)
     monkeypatch.setattr("trainer.model.batch.to_device", count)
     pack = Batch.pack(rows_of((30, 7)), torch.device("meta"))
-    assert moved == [(2, 256), (3, 35), (4, 256), (35,), (0,), (0,)]
+    assert moved == [(2, 256), (3, 35), (4, 256), (4,), (35,), (0,), (0,)]
     held = [pack.token_ids, pack.positions, pack.scored, pack.targets, pack.sequence_ids, pack.inputs.weights]
     assert all(tensor.device.type == "meta" for tensor in held)
 

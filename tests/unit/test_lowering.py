@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import pytest
 
+from trainer.model.flash_choice import VERSION
 from trainer.planning.model_facts import ModelFacts
 from trainer.planning.roofline import LAUNCHES, adapter_bytes, elementwise_bytes
 
@@ -35,6 +36,8 @@ TRITON: Final = ROOT / ".venv-triton"
 pytestmark = pytest.mark.skipif(
     not TRITON.is_dir() and importlib.util.find_spec("triton") is None, reason="needs Triton: scripts/setup_triton"
 )
+
+needs_flash = pytest.mark.skipif(not (ROOT / ".venv-flash" / "flash_attn").is_dir(), reason="needs scripts/setup_flash")
 
 
 def run(*command: str, **variables: str) -> str:
@@ -135,6 +138,33 @@ def test_every_geometry_of_a_known_model_fits_hopper(tmp_path):
     assert_fits(rows, "sm_90")
     assert_no_worse(rows)
     assert {row["tensor_cores"] for row in rows if "_tem_" in row["kernel"]} == {"wgmma.mma_async"}
+
+
+@needs_flash
+def test_flash_attention_of_llama_compiles_for_hopper_without_local_memory(tmp_path):
+    rows = lowered(tmp_path, "--parts", "flash", "--only", "24/8x128")
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    assert_fits(rows, "sm_90")
+    for row in rows:
+        assert row["spilled_bytes"] == row["stack_bytes"] == 0 < row["shared_bytes"], row
+        assert row["tensor_cores"] == "wgmma.mma_async"
+
+
+@needs_flash
+@pytest.mark.heavy
+@pytest.mark.parametrize("card", ["sm_90", "sm_100"])
+def test_flash_attention_of_known_models_compiles(tmp_path, card):
+    """On Blackwell all but heads of 256 with a soft cap or a window; FlexAttention computes those."""
+    rows = lowered(tmp_path, "--card", card, "--parts", "flash")
+    refused = {row["of"] for row in rows if "refused" in row}
+    assert refused == set() if card == "sm_90" else all("256" in name for name in refused)
+    assert len({row["of"] for row in rows} - refused) > 20
+    assert_fits([row for row in rows if row["of"] not in refused], card)
+
+
+def test_the_version_of_the_extra_is_the_one_that_is_called():
+    assert f'"flash-attn-4=={VERSION}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"flash-attn-4=={VERSION}\n" in (ROOT / "constraints.txt").read_text()
 
 
 @pytest.mark.heavy

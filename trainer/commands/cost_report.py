@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from trainer.commands.tables import table_lines
 from trainer.config.devices import KnownDevice
 from trainer.config.load import known_devices
+from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import TrainingShape
 from trainer.errors import RecipeError
 from trainer.planning.communication import Exchanged, exchanged, exchanged_in_attention
@@ -34,22 +36,37 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
     device, facts = _device_of(shape), model_facts(recipe)
     if facts is None:
         raise RecipeError(["--cost: the sizes of the model are unknown; its config.json must be at model.path"])
-    tokens = shape.micro_batch_tokens
+    tokens, is_compiled = shape.micro_batch_tokens, has_compiled_layers(recipe, shape, facts)
+    is_allowed = recipe.model.flash_attention and not recipe.deterministic
+    uses_flash = is_compiled and device.flash_attention and is_allowed
     costs = {
-        documents: step_cost(
-            facts,
-            device,
-            [tokens // documents] * documents,
-            int(SCORED_FRAC * tokens),
-            rank=None if recipe.lora is None else recipe.lora.rank,
-            is_compiled=has_compiled_layers(recipe, shape, facts),
-            recomputed=recipe.model.gradient_checkpointing,
+        documents: replace(
+            step_cost(
+                facts,
+                device,
+                [tokens // documents] * documents,
+                int(SCORED_FRAC * tokens),
+                rank=None if recipe.lora is None else recipe.lora.rank,
+                is_compiled=is_compiled,
+                recomputed=recipe.model.gradient_checkpointing,
+                uses_flash=uses_flash,
+            ),
+            micro_batches=_micro_batches(recipe, shape, documents),
         )
         for documents in DOCUMENTS
     }
     adapter = None if recipe.lora is None else facts.lora_params(recipe.lora)
-    rows = [["documents per pack", "ms per micro-batch", "tokens/s per GPU", "MFU (4N)", "MFU with attention"]]
-    rows += [[str(documents), *_figures(cost)] for documents, cost in costs.items()]
+    rows = [
+        [
+            "documents per pack",
+            "packs per step and GPU",
+            "ms per pack",
+            "tokens/s per GPU",
+            "MFU (4N)",
+            "MFU with attention",
+        ]
+    ]
+    rows += [[str(documents), str(cost.micro_batches), *_figures(cost)] for documents, cost in costs.items()]
     parts = costs[DOCUMENTS[1]]
     by_part = [["part", "ms"], *([name, _milliseconds(pair)] for name, pair in parts.parts_s.items())]
     by_part += [["host, at the same time", _milliseconds(parts.host_s)]]
@@ -58,6 +75,8 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         f"({device.bf16_tflops:g} TFLOP/s, {device.bandwidth_gbps:g} GB/s), {SCORED_FRAC:.0%} of them with a loss.",
         "MFU (4N): 4 FLOPs (full parameters: 6) per parameter without embeddings and token, and the head on scored "
         "tokens, over the data sheet's peak.",
+        "Attention: "
+        + ("flash-attn-4, if the extra `flash` is installed and passes its test." if uses_flash else "FlexAttention."),
         "",
         *table_lines(rows, width=width),
         "",
@@ -66,6 +85,13 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         *_communication(shape, device, exchanged(shape, facts.params, adapter)),
         *_slices(shape, device, exchanged_in_attention(shape, facts, recipe.model.gradient_checkpointing)),
     ]
+
+
+def _micro_batches(recipe: Recipe, shape: TrainingShape, documents: int) -> int:
+    """Micro-batches of an optimizer step on each device, with this many documents per pack."""
+    rows = recipe.rows_per_step * (recipe.rollout.group_size if isinstance(recipe, RFTRecipe) else 1)
+    copies = shape.num_ranks // shape.context_parallel
+    return max(1, -(-rows // (documents * copies)))
 
 
 def _figures(cost: StepCost) -> list[str]:

@@ -48,6 +48,8 @@ class KnownDevice(Section):
     """Bandwidth of the memory in GB/s."""
     nvlink_gbps: NonNegativeFloat
     """Bandwidth to other GPUs in GB/s, both directions together; 0 without NVLink."""
+    flash_attention: bool = False
+    """Whether flash-attn-4 has kernels for it: Hopper and Blackwell of data centers."""
     source: str
     """Where the numbers are published."""
 

@@ -7,7 +7,8 @@ No mask function is registered for the name, so transformers builds no mask.
 
 CPU: sequences are gathered into right-padded rows of similar length, which a causal kernel handles without a mask.
 Up to `EAGER_MAX_TOKENS` eager attention (eager_attention.py) is faster than SDPA (docs/log.md), above it SDPA runs.
-GPU: FlexAttention with a document block mask; no dense mask is built.
+GPU: FlexAttention with a document block mask; no dense mask is built. In compiled layers, FlashAttention-4 computes
+packs of plain sequences where it is installed and passes its test (flash_choice.py).
 
 With context parallelism a `SlicedLayout` is passed: this rank has some of the tokens of a pack (sliced_attention.py).
 
@@ -29,6 +30,8 @@ from transformers import AttentionInterface
 from trainer.config.unsupported import ATTENTION_DROPOUT
 from trainer.errors import ModelError
 from trainer.model.eager_attention import AttentionOptions, causal_mask, eager_attention
+from trainer.model.flash_attention import attend_flash
+from trainer.model.flash_choice import AttentionKind
 from trainer.model.flex import FlexLayout, attend_flex, flex_packed
 from trainer.model.kv_cache import KeyValueCache, LayerCache
 from trainer.model.layout import CachedLayout, PackedLayout, SlicedLayout
@@ -70,8 +73,7 @@ def packed_attention(
     """
     layout = kwargs.get("packed")
     if isinstance(layout, FlexLayout):  # inside a compiled layer: every refusal below was made by an earlier pass
-        options = _options(query, scaling, kwargs)
-        return flex_packed(query, key, value, layout.masks[options.window], options), None
+        return _in_compiled_layer(query, key, value, layout, _options(query, scaling, kwargs)), None
     if not isinstance(layout, PackedLayout | CachedLayout | SlicedLayout):
         raise ModelError(f"{type(module).__name__} does not pass the pack's layout to attention: model not supported")
     if attention_mask is not None or query.shape[0] != 1:
@@ -94,9 +96,17 @@ def packed_attention(
         raise ModelError(f"{type(module).__name__} attends to other tokens than the pack's: model not supported")
     if isinstance(layout, SlicedLayout):
         return sliced_attention(query, key, value, layout, options), None
-    if query.device.type == "cpu":
-        return _bucketed(query, key, value, layout, options), None
-    return attend_flex(query, key, value, layout, options), None
+    layout.kinds.add(AttentionKind.of(query, key, value, options))
+    attend = _bucketed if query.device.type == "cpu" else attend_flex
+    return attend(query, key, value, layout, options), None
+
+
+def _in_compiled_layer(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: FlexLayout, options: AttentionOptions
+) -> torch.Tensor:
+    if layout.starts is not None:
+        return attend_flash(query, key, value, layout.starts, options)
+    return flex_packed(query, key, value, layout.masks[options.window], options)
 
 
 def _options(query: torch.Tensor, scaling: float | None, kwargs: Mapping[str, Any]) -> AttentionOptions:

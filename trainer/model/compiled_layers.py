@@ -2,8 +2,9 @@
 
 A compiled layer receives tensors and block masks (flex.py) instead of the pack's layout, so that packs of any length
 use one compiled graph. Packs are padded to a multiple of a mask block: only kernels for whole blocks are needed. The
-first forward pass runs the layers uncompiled. It shows which windows the layers use and which adapted layers read the
-same input (lora_group.py), and every refusal of a model that packed attention does not support is made there.
+first forward pass runs the layers uncompiled. It shows which kinds of attention the layers have and which adapted
+layers read the same input (lora_group.py), and every refusal of a model that packed attention does not support is made
+there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trainer.config.recipe import LoraSettings
 from trainer.errors import ModelError
 from trainer.model.base_model import has_experts
 from trainer.model.batch import Batch, padding_of
+from trainer.model.flash_choice import uses_flash
 from trainer.model.flex import FlexLayout, prepare_compiler
 from trainer.model.layout import PackedLayout
 from trainer.model.lora_group import GroupSearch, ProductGroup
@@ -31,7 +33,7 @@ from trainer.model.lora_mlp import GatedLayer, find_gated
 
 KEPT: Final = frozenset(
     {"trainer.lora_product.default", "trainer.lora_group.default", "trainer.lora_mlp.default", "flex_attention"}
-    | {"aten.mm.default", "aten.addmm.default"}
+    | {"trainer.flash_attention.default", "aten.mm.default", "aten.addmm.default"}
 )
 """Operators whose results selective checkpointing keeps: products and attention."""
 CHECKPOINTING: Final = "forward_with_checkpointing"
@@ -48,6 +50,7 @@ class CompiledLayers:
         backend: str | Callable[..., Any] = "inductor",
         *,
         is_selective: bool = False,
+        flash_attention: bool = True,
     ) -> None:
         """Prepare the layers; they are compiled when they first receive a `FlexLayout`.
 
@@ -55,9 +58,10 @@ class CompiledLayers:
             causal_lm: with packed attention.
             backend: of torch.compile.
             is_selective: recompute everything but products and attention in the backward pass.
+            flash_attention: use FlashAttention-4 for plain packs where `uses_flash` says so.
         """
         prepare_compiler()
-        self.is_selective = is_selective
+        self.is_selective, self.flash_attention = is_selective, flash_attention
         names = set(causal_lm._no_split_modules or ())
         self.layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
         self.problem: str | None = None
@@ -87,6 +91,7 @@ class CompiledLayers:
         if self._search is not None:
             self.groups, self._search = self._search.finish(), None
             self.gated = find_gated(self.layers, self.groups)
+            self.flash_attention = self.flash_attention and uses_flash(self._first.kinds, batch.token_ids.device)
         for window in self._first.hidden_windows:
             if batch.layout.max_len > window:
                 raise ModelError(
@@ -94,9 +99,9 @@ class CompiledLayers:
                     f"be trained; set data.max_seq_tokens to {window}"
                 )
         padding = padding_of(batch.num_tokens)  # 0 for packs made for a GPU
-        windows = {window for window, _ in self._first.block_masks}
+        windows = {kind.window for kind in self._first.kinds}
         ids, positions = (nn.functional.pad(row, (0, padding)) for row in (batch.token_ids, batch.positions))
-        return ids, positions, FlexLayout.of(batch.layout, windows, padding)
+        return ids, positions, FlexLayout.of(batch.layout, windows, padding, uses_flash=self.flash_attention)
 
     def remove(self) -> None:
         """Run the layers uncompiled from now on."""

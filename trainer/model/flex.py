@@ -27,11 +27,24 @@ class FlexLayout:
     """What a compiled layer receives of a pack: tensors only, so that no length is compiled into it."""
 
     masks: dict[int | None, BlockMask]
-    """By window."""
+    """By window; empty where `starts` is used instead."""
+    starts: torch.Tensor | None = None
+    """[S + 1] int32 of a plain pack for FlashAttention-4: where each sequence begins, and the end."""
 
     @classmethod
-    def of(cls, layout: PackedLayout, windows: Iterable[int | None], padding: int) -> FlexLayout:
-        """The masks of a pack with `padding` more tokens behind it, which attend to themselves only."""
+    def of(
+        cls, layout: PackedLayout, windows: Iterable[int | None], padding: int, *, uses_flash: bool = False
+    ) -> FlexLayout:
+        """What attention reads of a pack with `padding` more tokens behind it, which attend to themselves only.
+
+        Args:
+            layout: of the pack.
+            windows: of the layers.
+            padding: tokens behind the pack.
+            uses_flash: whether FlashAttention-4 computes plain packs.
+        """
+        if uses_flash and layout.is_plain:
+            return cls({}, layout.starts(padding))
         return cls({window: block_mask_of(layout, window, padding) for window in windows})
 
 

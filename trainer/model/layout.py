@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.distributed.context import ContextGroup
+from trainer.model.flash_choice import AttentionKind
 from trainer.model.kv_cache import KeyValueCache
 from trainer.model.transfer import to_device
 from trainer.model.turn_cache import Tails
@@ -69,8 +70,12 @@ class PackedLayout:
     """Tokens behind the trees that attend to themselves only; they belong to no sequence."""
     made_coordinates: torch.Tensor | None = None
     """GPU only: what `coordinates` returns, copied there with the pack."""
+    made_starts: torch.Tensor | None = None
+    """GPU only: what `starts` returns for a pack of plain sequences, copied there with the pack."""
     block_masks: dict[tuple[int | None, int], BlockMask] = field(default_factory=dict, compare=False, repr=False)
     """GPU only: cache by window and tokens of padding, filled by the first layer that needs it."""
+    kinds: set[AttentionKind] = field(default_factory=set, compare=False, repr=False)
+    """Kinds of attention that the layers have; filled by a forward pass of uncompiled layers."""
     hidden_windows: set[int] = field(default_factory=set, compare=False, repr=False)
     """Windows of layers that do not pass theirs to attention; filled by a forward pass."""
     forks: tuple[tuple[int, ...], ...] = ()
@@ -112,7 +117,10 @@ class PackedLayout:
         if device.type != "cpu":
             order = torch.empty(0, dtype=torch.long, device=device)
             made = to_device(_coordinates(numbered, forked, padding), device)
-            return cls(numbered, longest, (), order, padding, made, forks=kept)
+            starts = (
+                None if any(branches for _, branches in numbered) else to_device(_starts(numbered, padding), device)
+            )
+            return cls(numbered, longest, (), order, padding, made, starts, forks=kept)
         start = 0
         plain: dict[str, list[tuple[int, int]]] = {}
         branched: list[tuple[tuple[int, int], dict[int, list[tuple[int, int]]]]] = []
@@ -144,6 +152,21 @@ class PackedLayout:
         """T, the tokens of the pack with its padding."""
         return sum(prefix + sum(branches) for prefix, branches in self.trees) + self.padding
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no sequences share a prefix."""
+        return not any(branches for _, branches in self.trees)
+
+    def starts(self, padding: int = 0) -> torch.Tensor:
+        """[S + 1] int32: where each sequence of a plain pack begins, and its end; all padding is one more sequence.
+
+        Args:
+            padding: further tokens behind the pack.
+        """
+        if self.made_starts is not None and not padding:
+            return self.made_starts
+        return _starts(self.trees, self.padding + padding).to(self.order.device)
+
     def coordinates(self, padding: int = 0) -> torch.Tensor:
         """[4, T + padding]: the tree, the branch (0 is the prefix), its fork and the position in it of each token.
 
@@ -159,6 +182,12 @@ class PackedLayout:
 def _whole_prefixes(trees: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[tuple[int, ...], ...]:
     """`PackedLayout.forks` of trees whose branches continue all of their prefix."""
     return tuple((prefix,) * len(branches) for prefix, branches in trees)
+
+
+def _starts(trees: Sequence[tuple[int, tuple[int, ...]]], padding: int) -> torch.Tensor:
+    """`PackedLayout.starts`, on the CPU."""
+    lengths = [0, *(length for length, _ in trees), *([padding] if padding else [])]
+    return torch.tensor(lengths).cumsum(0, dtype=torch.int32)
 
 
 def _coordinates(

@@ -134,14 +134,14 @@ class Policy(nn.Module):
         self.separate_reason = reason
         self._run_uncompiled()
 
-    def compile_layers(self, backend: str | Callable[..., Any] = "inductor", *, is_selective: bool = False) -> None:
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor", **options: bool) -> None:
         """Compile the decoder layers, which a GPU needs: uncompiled, a third of its step is elementwise kernels.
 
         Args:
             backend: of torch.compile.
-            is_selective: recompute everything but products and attention in the backward pass.
+            **options: of `CompiledLayers`.
         """
-        self.compiled = CompiledLayers(self.causal_lm, backend, is_selective=is_selective)
+        self.compiled = CompiledLayers(self.causal_lm, backend, **options)
 
     def run_on_slices(self) -> None:
         """From now on, packs are computed by several ranks together (context parallelism).
@@ -371,7 +371,7 @@ def _policy(
     if causal_lm.config._attn_implementation != PACKED_ATTENTION:
         policy.run_separately(f"{causal_lm.config.model_type} chooses its attention by itself")
     elif model.compile_layers and policy.device.type == "cuda" and is_compilable(causal_lm, lora):
-        policy.compile_layers(is_selective=is_selective)
+        policy.compile_layers(is_selective=is_selective, flash_attention=model.flash_attention)
     if is_selective and policy.compiled is None:
         raise ModelError(f"model.gradient_checkpointing: selective {SELECTIVE_UNCOMPILED}")
     return policy

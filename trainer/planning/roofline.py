@@ -6,6 +6,8 @@ was measured; other GPUs are assumed to reach the same fractions of their data s
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
@@ -18,8 +20,14 @@ from trainer.planning.thin_cut import GATED_ROWS, MAX_RANK, ROWS, Cut
 
 PRODUCT_FRAC: Final = (0.61, 0.71)
 """Of the peak; measured at 0.70 for Qwen3-8B with 4,096 tokens on an H100 (docs/performance.md)."""
+FLASH_FRAC: Final = ((1024, 0.214), (2048, 0.365), (4096, 0.496), (8192, 0.580))
+"""Of the peak, by FLOPs that the mask leaves, for documents of this many tokens: FlashAttention-3 on an H100, forward
+and backward, 192 heads of 128 (meta-pytorch/tritonbench, pull request 1267). FlashAttention-4 has the same speed there
+(pytorch/torchtitan, pull request 4413)."""
+FLASH_SLOW: Final = 2 / 3
+"""Of that: sequences of unequal length, other heads."""
 ATTENTION_FRAC: Final = 0.30
-"""Of the peak, by FLOPs that the mask leaves, where all blocks are whole."""
+"""The same of FlexAttention, where all blocks are whole."""
 SHORT_ATTENTION: Final = (0.054, 512)
 """The fraction that was measured there, for documents of this many tokens on average, whose blocks are mostly partial;
 it is assumed to grow with their length, up to two thirds of `ATTENTION_FRAC`."""
@@ -36,7 +44,7 @@ LAUNCHES: Final = {"compiled LoRA": 46, "compiled LoRA without kernels": 70, "co
 """Per layer, forward and backward; counted (benchmarks/results/lowering_sm_90.md): 46 are 13 of the compiler's
 kernels and 33 of adapted products."""
 BETWEEN_S: Final = (0.01, 0.04)
-"""Between two steps the device waits for the next pack and for the norm of the gradient."""
+"""Between two optimizer steps the device waits for the next pack and for the norm of the gradient."""
 BYTES: Final = 2
 
 
@@ -56,12 +64,14 @@ class StepCost:
     """The same and attention."""
     peak: float
     """FLOP/s of the data sheet."""
+    micro_batches: int = 1
+    """Of an optimizer step, on each device."""
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """Seconds from step to step."""
+        """Seconds of a micro-batch, with its share of the time between two optimizer steps."""
         fast, slow = (max(sum(part[side] for part in self.parts_s.values()), self.host_s[side]) for side in (0, 1))
-        return fast + BETWEEN_S[0], slow + BETWEEN_S[1]
+        return fast + BETWEEN_S[0] / self.micro_batches, slow + BETWEEN_S[1] / self.micro_batches
 
     @property
     def mfu(self) -> tuple[float, float]:
@@ -85,6 +95,7 @@ def step_cost(
     rank: int | None,
     is_compiled: bool,
     recomputed: Recomputed = False,
+    uses_flash: bool = False,
 ) -> StepCost:
     """Predict a micro-batch.
 
@@ -97,6 +108,7 @@ def step_cost(
         is_compiled: whether decoder layers are compiled.
         recomputed: whether layers are computed a second time in the backward pass; selectively: without products and
             attention.
+        uses_flash: whether FlashAttention-4 computes attention, in compiled layers.
     """
     tokens, peak, bandwidth = sum(lengths), device.bf16_tflops * 1e12, device.bandwidth_gbps * 1e9 * BANDWIDTH_FRAC
     passes = 3 if rank is None else 2
@@ -104,7 +116,6 @@ def step_cost(
     head = 2.0 * facts.vocab * facts.hidden * num_scored
     attention = 2.0 * facts.layers * facts.query_width * sum(length * length for length in lengths)
     again = 1 if recomputed is True else 0
-    short = SHORT_ATTENTION[0] * tokens / len(lengths) / SHORT_ATTENTION[1]
     elementwise = facts.layers * elementwise_bytes(facts, tokens, is_compiled=is_compiled)
     thin = facts.layers * adapter_bytes(facts, tokens, rank, is_compiled=is_compiled)
     extra = 1 + again / 3
@@ -112,7 +123,7 @@ def step_cost(
     parts = {
         "products": _range((passes + again) * block, PRODUCT_FRAC, peak),
         "head": _range(passes * head, PRODUCT_FRAC, peak),
-        "attention": _range((3.5 + again) * attention, (min(short, ATTENTION_FRAC / 1.5), ATTENTION_FRAC), peak),
+        "attention": _range((3.5 + again) * attention, _attention_frac(tokens / len(lengths), uses_flash), peak),
         "elementwise": (elementwise * elementwise_extra / bandwidth,) * 2,
         "adapters": (thin * extra / bandwidth / THIN_FRAC,) * 2,
         "head statistics": (3 * num_scored * facts.vocab * BYTES / bandwidth,) * 2,
@@ -129,6 +140,23 @@ def step_cost(
         flops=passes * (block + head) + 3 * attention,
         peak=peak,
     )
+
+
+def _attention_frac(length: float, uses_flash: bool) -> tuple[float, float]:
+    """(slow, fast) fractions of the peak, for documents of a length; proportional to it below the table's first one."""
+    lengths, fractions = zip(*FLASH_FRAC, strict=True)
+    place = bisect_left(lengths, length)
+    if place == 0:
+        flash = fractions[0] * length / lengths[0]
+    elif place == len(lengths):
+        flash = fractions[-1]
+    else:
+        part = math.log2(length / lengths[place - 1]) / math.log2(lengths[place] / lengths[place - 1])
+        flash = fractions[place - 1] + part * (fractions[place] - fractions[place - 1])
+    if uses_flash:
+        return FLASH_SLOW * flash, flash
+    short = SHORT_ATTENTION[0] * length / SHORT_ATTENTION[1]
+    return min(short, ATTENTION_FRAC / 1.5), min(flash, ATTENTION_FRAC)
 
 
 def _range(flops: float, fractions: tuple[float, float], peak: float) -> tuple[float, float]:

@@ -1,0 +1,126 @@
+"""FlashAttention-4 compiled to machine code without a GPU, for the attention of known models; for scripts/lower.py.
+
+Its kernels are traced on fake tensors. What `ptxas` says of registers and spills is asked of the ptxas that Triton
+brings; shared memory is the structure that a kernel allocates in a thread block.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import site
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+import torch
+import triton
+from geometries import Geometry
+from lowered_kernels import TENSOR_CORES, Cubin
+from lowering import Card
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trainer.model import flash
+from trainer.model.eager_attention import AttentionOptions
+
+PACKAGES: Final = Path(__file__).parents[1] / ".venv-flash"
+TOKENS: Final = 4096
+SEQUENCES: Final = 4
+PASSES: Final = {"flash_fwd_sm": "forward", "flash_bwd_sm": "backward"}
+"""By a part of the file's name; kernels before and behind the backward pass multiply no matrices."""
+_SPILLS: Final = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_THREADS: Final = re.compile(r"\.(?:req|max)ntid\s+(\d+)")
+_REGISTERS: Final = re.compile(r"Used (\d+) registers")
+
+
+def is_installed() -> bool:
+    """Whether scripts/setup_flash has run."""
+    return (PACKAGES / "flash_attn").is_dir()
+
+
+def flash_cubins(geometry: Geometry, card: Card) -> Iterator[tuple[str, Cubin]]:
+    """Pass and machine code of the forward and of the backward kernel of a geometry, in bfloat16.
+
+    Args:
+        geometry: heads, sizes, window and so on.
+        card: to compile for.
+    """
+    folder = _written()
+    for file in folder.iterdir():
+        file.unlink()
+    with _compiling(card, folder), _allocated() as shared_bytes:
+        with FakeTensorMode():
+            _run(geometry)
+        for part, name in PASSES.items():
+            (file,) = (each for each in folder.glob("*.ptx") if part in each.name)
+            yield name, _cubin(f"flash_{name}", file, card, shared_bytes.pop(0))
+
+
+@cache
+def _written() -> Path:
+    """Where the package writes what it compiles; it asks once in a process."""
+    return Path(tempfile.mkdtemp())
+
+
+def _run(geometry: Geometry) -> None:
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    width = geometry.value_width or geometry.width
+    query, grad = make(TOKENS, geometry.heads, geometry.width), make(TOKENS, geometry.heads, width)
+    key, value = make(TOKENS, geometry.kv_heads, geometry.width), make(TOKENS, geometry.kv_heads, width)
+    starts = make(SEQUENCES + 1, dtype=torch.int32)
+    sinks = make(geometry.heads) if geometry.has_sinks else None
+    options = AttentionOptions(geometry.width**-0.5, geometry.window, geometry.softcap, sinks)
+    output, sums = flash.forward(query, key, value, starts, options)
+    flash.gradients(grad, query, key, value, output, sums, starts, options)
+
+
+def _cubin(name: str, file: Path, card: Card, shared_bytes: int) -> Cubin:
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"  # the newer one
+    command = [str(ptxas), "-v", f"-arch=sm_{card.arch}a", str(file), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    stack, stores, loads = map(int, _SPILLS.findall(done.stderr)[-1])
+    registers, source = map(int, _REGISTERS.findall(done.stderr)), file.read_text()
+    cores = next((each for each in TENSOR_CORES if each in source), "")
+    warps = int(_THREADS.findall(source)[0]) // 32
+    return Cubin(name, f"warps={warps}", shared_bytes, max(stores, loads), stack, max(registers), cores)
+
+
+@contextmanager
+def _compiling(card: Card, folder: Path) -> Iterator[None]:
+    """Let the package compile for the card, and keep its PTX in the folder."""
+    arch = f"sm_{card.arch}"
+    os.environ |= {
+        "CUTE_DSL_ARCH": f"{arch}a",
+        "FLASH_ATTENTION_ARCH": arch,
+        "FLASH_ATTENTION_NUM_SMS": str(card.processors),
+        "CUTE_DSL_KEEP_PTX": "1",
+        "CUTE_DSL_DUMP_DIR": str(folder),
+    }
+    site.addsitedir(str(PACKAGES))  # its .pth file adds the compiler's folder
+    with mock.patch.object(fake_tensor, "init_gpu_context"):
+        yield
+
+
+@contextmanager
+def _allocated() -> Iterator[list[int]]:
+    """Bytes of shared memory of each kernel that keeps its tiles in a structure, in the order of compilation."""
+    from cutlass import utils
+
+    found: list[int] = []
+    original = utils.SmemAllocator.allocate
+
+    def allocate(allocator: Any, kind: Any, *arguments: Any, **options: Any) -> Any:
+        if hasattr(kind, "size_in_bytes"):
+            found.append(int(kind.size_in_bytes()))
+        return original(allocator, kind, *arguments, **options)
+
+    with mock.patch.object(utils.SmemAllocator, "allocate", allocate):
+        yield found

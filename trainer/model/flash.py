@@ -1,0 +1,95 @@
+"""FlashAttention-4 over packs of plain sequences, without padding; for flash_choice.py only.
+
+The kernels are those of the package `flash-attn-4` (the extra `flash`), written in CuTe DSL and compiled when they are
+first used: for sm_90 and sm_100, with no compiler or toolkit on the machine.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.model.eager_attention import AttentionOptions
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, H, D_v] causal attention within each sequence, and [H, T] float32 log-sum-exp of the scores.
+
+    Args:
+        query: [T, H, D].
+        key: [T, H_kv, D].
+        value: [T, H_kv, D_v].
+        starts: [S + 1] int32, where each sequence begins, and T.
+        options: of the layer's attention.
+    """
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    left, right = _window(options)
+    output, log_sum_exp, *_ = _flash_attn_fwd(
+        query,
+        key,
+        value,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        softmax_scale=options.scaling,
+        causal=True,
+        softcap=options.softcap,
+        window_size_left=left,
+        window_size_right=right,
+        learnable_sink=options.sinks,
+        return_lse=True,
+    )
+    return output, log_sum_exp
+
+
+def gradients(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    starts: torch.Tensor,
+    options: AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of query, key, value and, if there are any, of the sinks.
+
+    Args:
+        grad: of the output, [T, H, D_v].
+        query: as in `forward`.
+        key: as in `forward`.
+        value: as in `forward`.
+        output: what `forward` returned.
+        log_sum_exp: what `forward` returned.
+        starts: as in `forward`.
+        options: as in `forward`.
+    """
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    left, right = _window(options)
+    found = _flash_attn_bwd(
+        query,
+        key,
+        value,
+        output,
+        grad.contiguous(),
+        log_sum_exp,
+        options.scaling,
+        True,
+        options.softcap or 0.0,
+        window_size_left=left,
+        window_size_right=right,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        learnable_sink=options.sinks,
+        dq=query.new_empty(query.shape),  # by default they have the strides of what was given
+        dk=key.new_empty(key.shape),
+        dv=value.new_empty(value.shape),
+    )
+    return found[0], found[1], found[2], found[3] if options.sinks is not None else None
+
+
+def _window(options: AttentionOptions) -> tuple[int | None, int | None]:
+    """How many tokens before and behind its own a query sees."""
+    return (None, None) if options.window is None else (options.window - 1, 0)
