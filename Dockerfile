@@ -20,7 +20,7 @@ COPY configs configs
 COPY recipes recipes
 COPY datasets datasets
 COPY docs docs
-RUN pip install --constraint constraints.txt . && rm -rf build
+RUN pip install --constraint constraints.txt ".[flash]" && rm -rf build
 
 USER 1000
 WORKDIR /work
