@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.model import flash
 from trainer.model.eager_attention import AttentionOptions
+from trainer.model.flash_trees import Spans
 
 PACKAGES: Final = Path(__file__).parents[1] / ".venv-flash"
 TOKENS: Final = 4096
@@ -44,19 +45,20 @@ def is_installed() -> bool:
     return (PACKAGES / "flash_attn").is_dir()
 
 
-def flash_cubins(geometry: Geometry, card: Card) -> Iterator[tuple[str, Cubin]]:
+def flash_cubins(geometry: Geometry, card: Card, *, is_causal: bool) -> Iterator[tuple[str, Cubin]]:
     """Pass and machine code of the forward and of the backward kernel of a geometry, in bfloat16.
 
     Args:
         geometry: heads, sizes, window and so on.
         card: to compile for.
+        is_causal: as sequences; otherwise as branches to their prefixes.
     """
     folder = _written()
     for file in folder.iterdir():
         file.unlink()
     with _compiling(card, folder), _allocated() as shared_bytes:
         with FakeTensorMode():
-            _run(geometry)
+            _run(geometry, is_causal)
         for part, name in PASSES.items():
             (file,) = (each for each in folder.glob("*.ptx") if part in each.name)
             yield name, _cubin(f"flash_{name}", file, card, shared_bytes.pop(0))
@@ -68,18 +70,18 @@ def _written() -> Path:
     return Path(tempfile.mkdtemp())
 
 
-def _run(geometry: Geometry) -> None:
+def _run(geometry: Geometry, is_causal: bool) -> None:
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     width = geometry.value_width or geometry.width
     query, grad = make(TOKENS, geometry.heads, geometry.width), make(TOKENS, geometry.heads, width)
     key, value = make(TOKENS, geometry.kv_heads, geometry.width), make(TOKENS, geometry.kv_heads, width)
-    starts = make(SEQUENCES + 1, dtype=torch.int32)
+    spans = Spans(make(SEQUENCES + 1, dtype=torch.int32), make(SEQUENCES + 1, dtype=torch.int32), is_causal)
     sinks = make(geometry.heads) if geometry.has_sinks else None
     options = AttentionOptions(geometry.width**-0.5, geometry.window, geometry.softcap, sinks)
-    output, sums = flash.forward(query, key, value, starts, options)
-    flash.gradients(grad, query, key, value, output, sums, starts, options)
+    output, sums = flash.forward(query, key, value, spans, options)
+    flash.gradients(grad, query, key, value, output, sums, spans, options)
 
 
 def _cubin(name: str, file: Path, card: Card, shared_bytes: int) -> Cubin:

@@ -44,17 +44,20 @@ def flash_rows(card: Any, only: Sequence[str]) -> Rows:
         reason = "it is not for this card" if is_installed() else "it needs scripts/setup_flash"
         sys.stderr.write(f"flash: left out, {reason}\n")
         return
-    for geometry in GEOMETRIES:
-        if geometry.lengths != PACK or not any(words in geometry.name for words in only):
-            continue
-        sys.stderr.write(f"flash-attn-4 {geometry.name}\n")
-        try:
-            found = list(flash_cubins(geometry, card))
-        except (AssertionError, NotImplementedError, ValueError) as error:
-            yield {"of": f"flash-attn-4 {geometry.name}", "refused": str(error).splitlines()[0]}
-            continue
-        for name, cubin in found:
-            yield {"of": f"flash-attn-4 {geometry.name}", "pass": name, **dataclasses.asdict(cubin)}
+    for geometry in (each for each in GEOMETRIES if each.lengths == PACK):
+        for is_causal in (True, False):
+            name = f"flash-attn-4 {geometry.name}{'' if is_causal else ' to prefixes'}"
+            has_branches = geometry.window is None and not geometry.has_sinks
+            if (not is_causal and not has_branches) or not any(words in name for words in only):
+                continue
+            sys.stderr.write(f"{name}\n")
+            try:
+                found = list(flash_cubins(geometry, card, is_causal=is_causal))
+            except (AssertionError, NotImplementedError, ValueError) as error:
+                yield {"of": name, "refused": str(error).splitlines()[0]}
+                continue
+            for kind, cubin in found:
+                yield {"of": name, "pass": kind, **dataclasses.asdict(cubin)}
 
 
 def layer_rows(card: Any, only: Sequence[str]) -> Rows:

@@ -52,9 +52,8 @@ class ModelSettings(Section):
     """On a GPU, compile the decoder layers with torch.compile; the first steps take about a minute longer. Layers with
     experts, 4-bit weights, DoRA or dropout are never compiled."""
     flash_attention: bool = True
-    """In compiled layers, compute packs of plain sequences with FlashAttention-4, if the package extra `flash` is
-    installed and its kernels pass a test on the GPU. Otherwise, and with `deterministic`, FlexAttention computes them.
-    """
+    """In compiled layers, compute attention with FlashAttention-4, if the package extra `flash` is installed and its
+    kernels pass a test on the GPU. Otherwise, and with `deterministic`, FlexAttention computes it."""
     quantization: Literal["nf4"] | None = None
     """`nf4` stores the linear layers of the base model in 4 bits (QLoRA, arXiv:2305.14314). Requires `lora` and the
     package extra `qlora`."""

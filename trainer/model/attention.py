@@ -8,7 +8,7 @@ No mask function is registered for the name, so transformers builds no mask.
 CPU: sequences are gathered into right-padded rows of similar length, which a causal kernel handles without a mask.
 Up to `EAGER_MAX_TOKENS` eager attention (eager_attention.py) is faster than SDPA (docs/log.md), above it SDPA runs.
 GPU: FlexAttention with a document block mask; no dense mask is built. In compiled layers, FlashAttention-4 computes
-packs of plain sequences where it is installed and passes its test (flash_choice.py).
+packs where it is installed and passes its test (flash_choice.py).
 
 With context parallelism a `SlicedLayout` is passed: this rank has some of the tokens of a pack (sliced_attention.py).
 
@@ -104,8 +104,8 @@ def packed_attention(
 def _in_compiled_layer(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: FlexLayout, options: AttentionOptions
 ) -> torch.Tensor:
-    if layout.starts is not None:
-        return attend_flash(query, key, value, layout.starts, options)
+    if layout.parts is not None:
+        return attend_flash(query, key, value, layout.parts, options)
     return flex_packed(query, key, value, layout.masks[options.window], options)
 
 

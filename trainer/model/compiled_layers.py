@@ -58,7 +58,7 @@ class CompiledLayers:
             causal_lm: with packed attention.
             backend: of torch.compile.
             is_selective: recompute everything but products and attention in the backward pass.
-            flash_attention: use FlashAttention-4 for plain packs where `uses_flash` says so.
+            flash_attention: use FlashAttention-4 where `uses_flash` says so.
         """
         prepare_compiler()
         self.is_selective, self.flash_attention = is_selective, flash_attention
@@ -99,9 +99,8 @@ class CompiledLayers:
                     f"be trained; set data.max_seq_tokens to {window}"
                 )
         padding = padding_of(batch.num_tokens)  # 0 for packs made for a GPU
-        windows = {kind.window for kind in self._first.kinds}
         ids, positions = (nn.functional.pad(row, (0, padding)) for row in (batch.token_ids, batch.positions))
-        return ids, positions, FlexLayout.of(batch.layout, windows, padding, uses_flash=self.flash_attention)
+        return ids, positions, FlexLayout.of(batch.layout, self._first.kinds, padding, uses_flash=self.flash_attention)
 
     def remove(self) -> None:
         """Run the layers uncompiled from now on."""

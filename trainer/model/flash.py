@@ -1,4 +1,4 @@
-"""FlashAttention-4 over packs of plain sequences, without padding; for flash_choice.py only.
+"""FlashAttention-4 over sequences end to end, without padding; for flash_choice.py only.
 
 The kernels are those of the package `flash-attn-4` (the extra `flash`), written in CuTe DSL and compiled when they are
 first used: for sm_90 and sm_100, with no compiler or toolkit on the machine.
@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 
 from trainer.model.eager_attention import AttentionOptions
+from trainer.model.flash_trees import Gradients, Spans
 
 
 def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, options: AttentionOptions
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, H, D_v] causal attention within each sequence, and [H, T] float32 log-sum-exp of the scores.
+    """[Q, H, D_v] attention within each sequence, and [H, Q] float32 log-sum-exp of the scores.
 
     Args:
-        query: [T, H, D].
-        key: [T, H_kv, D].
-        value: [T, H_kv, D_v].
-        starts: [S + 1] int32, where each sequence begins, and T.
+        query: [Q, H, D].
+        key: [K, H_kv, D].
+        value: [K, H_kv, D_v].
+        spans: which queries attend to which keys.
         options: of the layer's attention.
     """
     from flash_attn.cute.interface import _flash_attn_fwd
@@ -30,10 +31,10 @@ def forward(
         query,
         key,
         value,
-        cu_seqlens_q=starts,
-        cu_seqlens_k=starts,
+        cu_seqlens_q=spans.queries,
+        cu_seqlens_k=spans.keys,
         softmax_scale=options.scaling,
-        causal=True,
+        causal=spans.is_causal,
         softcap=options.softcap,
         window_size_left=left,
         window_size_right=right,
@@ -50,19 +51,19 @@ def gradients(
     value: torch.Tensor,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
-    starts: torch.Tensor,
+    spans: Spans,
     options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> Gradients:
     """Gradients of query, key, value and, if there are any, of the sinks.
 
     Args:
-        grad: of the output, [T, H, D_v].
+        grad: of the output, [Q, H, D_v].
         query: as in `forward`.
         key: as in `forward`.
         value: as in `forward`.
         output: what `forward` returned.
         log_sum_exp: what `forward` returned.
-        starts: as in `forward`.
+        spans: as in `forward`.
         options: as in `forward`.
     """
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -76,12 +77,12 @@ def gradients(
         grad.contiguous(),
         log_sum_exp,
         options.scaling,
-        True,
+        spans.is_causal,
         options.softcap or 0.0,
         window_size_left=left,
         window_size_right=right,
-        cu_seqlens_q=starts,
-        cu_seqlens_k=starts,
+        cu_seqlens_q=spans.queries,
+        cu_seqlens_k=spans.keys,
         learnable_sink=options.sinks,
         dq=query.new_empty(query.shape),  # by default they have the strides of what was given
         dk=key.new_empty(key.shape),

@@ -16,15 +16,16 @@ from typing import Final, NamedTuple
 
 import torch
 
-from trainer.model import flash, flash_plain
+from trainer.model import flash, flash_plain, flash_trees
 from trainer.model.eager_attention import AttentionOptions
+from trainer.model.flash_trees import Gradients, Parts
 
 VERSION: Final = "4.0.0b36"
 """Of flash-attn-4: an exact one, because the functions that flash.py calls are not public."""
 LAUNCHES: Final = 1000
 """Of each kind, forward and backward."""
-LENGTHS: Final = (411, 128, 1, 260, 224)
-"""Tokens of the sequences in the test: whole blocks, parts of blocks, a single token; 1,024 in all."""
+TREES: Final = ((300, ()), (128, ()), (1, ()), (150, (130, 1, 64)), (100, (128, 22)))
+"""Sequences and branches behind prefixes in the test: whole blocks, parts of blocks, a single token; 1,024 in all."""
 TOLERANCE: Final = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest difference to float32, over the largest value: a few roundings of the softmax's weights and of the result."""
 
@@ -64,7 +65,7 @@ class FlashKernels(NamedTuple):
     """The functions of flash.py, or of flash_plain.py."""
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    gradients: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    gradients: Callable[..., Gradients]
 
 
 KERNELS: Final = FlashKernels(flash.forward, flash.gradients)
@@ -150,18 +151,21 @@ def largest_differences(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device).to(kind.dtype)
 
-    total = sum(LENGTHS)
+    has_branches = kind.window is None and not kind.has_sinks  # branches with either are computed by FlexAttention
+    lengths = [prefix + sum(branches) for prefix, branches in TREES]
+    parts = Parts.of(TREES if has_branches else [(length, ()) for length in lengths], 0)
+    parts = parts.moved(lambda each: each.to(device))
+    total = sum(lengths)
     query, grad = normal(total, kind.heads, kind.width), normal(total, kind.heads, kind.value_width)
     key, value = normal(total, kind.kv_heads, kind.width), normal(total, kind.kv_heads, kind.value_width)
     sinks = normal(kind.heads) if kind.has_sinks else None
-    starts = torch.tensor([0, *LENGTHS], device=device).cumsum(0, dtype=torch.int32)
     options = AttentionOptions(kind.scaling, kind.window, kind.softcap, sinks)
 
     def results(of: FlashKernels) -> dict[str, torch.Tensor]:
-        output, log_sum_exp = of.forward(query, key, value, starts, options)
-        found = of.gradients(grad, query, key, value, output, log_sum_exp, starts, options)
+        kept = flash_trees.forward(of, query, key, value, parts, options)
+        found = flash_trees.gradients(of, grad, (query, key, value), kept, parts, options)
         names = ("its output", "its gradient of queries", "of keys", "of values", "of sinks")
-        pairs = zip(names, (output, *found), strict=True)
+        pairs = zip(names, (kept[0], *found), strict=True)
         return {name: tensor.float() for name, tensor in pairs if tensor is not None}
 
     wanted = results(PLAIN)

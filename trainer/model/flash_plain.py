@@ -15,16 +15,17 @@ from itertools import pairwise
 import torch
 
 from trainer.model.eager_attention import AttentionOptions, causal_mask
+from trainer.model.flash_trees import Gradients, Spans
 
 
 def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, options: AttentionOptions
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash.forward`."""
     outputs, sums = [], []
-    for tokens in _sequences(starts):
-        own_query, own_key, own_value = _by_head(query[tokens], key[tokens], value[tokens])
-        scores = _scores(own_query, own_key, options)
+    for tokens, keys in _sequences(spans):
+        own_query, own_key, own_value = _by_head(query[tokens], key[keys], value[keys])
+        scores = _scores(own_query, own_key, options, is_causal=spans.is_causal)
         log_sum_exp = scores.logsumexp(-1)
         if options.sinks is not None:
             log_sum_exp = torch.logaddexp(log_sum_exp, options.sinks.float()[:, None])
@@ -40,17 +41,17 @@ def gradients(
     value: torch.Tensor,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
-    starts: torch.Tensor,
+    spans: Spans,
     options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> Gradients:
     """`flash.gradients`."""
     found: list[list[torch.Tensor]] = [[], [], []]
     kv_heads = key.shape[1]
     dots = (grad.float() * output.float()).sum(-1).T
-    for tokens in _sequences(starts):
-        own_query, own_key, own_value = _by_head(query[tokens], key[tokens], value[tokens])
+    for tokens, keys in _sequences(spans):
+        own_query, own_key, own_value = _by_head(query[tokens], key[keys], value[keys])
         own_grad = grad[tokens].float().transpose(0, 1)
-        scores = _scores(own_query, own_key, options)
+        scores = _scores(own_query, own_key, options, is_causal=spans.is_causal)
         weights = (scores - log_sum_exp[:, tokens, None]).exp()
         grad_scores = weights * (own_grad @ own_value.transpose(1, 2) - dots[:, tokens, None])
         if options.softcap is not None:
@@ -67,8 +68,10 @@ def gradients(
     return of_query, of_key, of_value, of_sinks.to(options.sinks.dtype)
 
 
-def _sequences(starts: torch.Tensor) -> Iterator[slice]:
-    return (slice(begin, end) for begin, end in pairwise(starts.tolist()))
+def _sequences(spans: Spans) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each sequence."""
+    queries, keys = ([slice(*pair) for pair in pairwise(each.tolist())] for each in (spans.queries, spans.keys))
+    return zip(queries, keys, strict=True)
 
 
 def _by_head(
@@ -82,10 +85,12 @@ def _by_head(
     return query, key, value
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """[H, L, L] of one sequence, -inf where a query does not see a key."""
+def _scores(query: torch.Tensor, key: torch.Tensor, options: AttentionOptions, *, is_causal: bool) -> torch.Tensor:
+    """[H, L, n] of one sequence, -inf where a query does not see a key."""
     scores = query @ key.transpose(1, 2) * options.scaling
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
+    if not is_causal:
+        return scores
     length = scores.shape[1]
     return scores.masked_fill(~causal_mask(length, length, options.window, query.device), float("-inf"))

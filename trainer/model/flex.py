@@ -6,7 +6,7 @@ output is the one without sink times sigmoid(lse - s).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, final
@@ -15,6 +15,8 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from trainer.model.eager_attention import AttentionOptions
+from trainer.model.flash_choice import AttentionKind
+from trainer.model.flash_trees import Parts
 from trainer.model.layout import PackedLayout, SlicedLayout
 
 MASK_BLOCK: Final = 128
@@ -27,25 +29,32 @@ class FlexLayout:
     """What a compiled layer receives of a pack: tensors only, so that no length is compiled into it."""
 
     masks: dict[int | None, BlockMask]
-    """By window; empty where `starts` is used instead."""
-    starts: torch.Tensor | None = None
-    """[S + 1] int32 of a plain pack for FlashAttention-4: where each sequence begins, and the end."""
+    """By window; empty where `parts` are used instead."""
+    parts: Parts | None = None
+    """Of a pack that FlashAttention-4 computes."""
 
     @classmethod
     def of(
-        cls, layout: PackedLayout, windows: Iterable[int | None], padding: int, *, uses_flash: bool = False
+        cls, layout: PackedLayout, kinds: Collection[AttentionKind], padding: int, *, uses_flash: bool = False
     ) -> FlexLayout:
         """What attention reads of a pack with `padding` more tokens behind it, which attend to themselves only.
 
         Args:
             layout: of the pack.
-            windows: of the layers.
+            kinds: of attention that the layers have.
             padding: tokens behind the pack.
-            uses_flash: whether FlashAttention-4 computes plain packs.
+            uses_flash: whether FlashAttention-4 computes packs of which it can: without branches that a layer's window
+                or sinks would reach, and without branches of a part of a prefix.
         """
-        if uses_flash and layout.is_plain:
-            return cls({}, layout.starts(padding))
-        return cls({window: block_mask_of(layout, window, padding) for window in windows})
+        parts = layout.parts(padding) if uses_flash and _is_for_flash(layout, kinds) else None
+        if parts is not None:
+            return cls({}, parts)
+        return cls({window: block_mask_of(layout, window, padding) for window in {kind.window for kind in kinds}})
+
+
+def _is_for_flash(layout: PackedLayout, kinds: Iterable[AttentionKind]) -> bool:
+    reached = layout.max_len
+    return layout.is_plain or not any(kind.has_sinks or (kind.window or reached) < reached for kind in kinds)
 
 
 def attend_flex(

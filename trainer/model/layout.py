@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.distributed.context import ContextGroup
 from trainer.model.flash_choice import AttentionKind
+from trainer.model.flash_trees import Parts
 from trainer.model.kv_cache import KeyValueCache
 from trainer.model.transfer import to_device
 from trainer.model.turn_cache import Tails
@@ -70,8 +71,8 @@ class PackedLayout:
     """Tokens behind the trees that attend to themselves only; they belong to no sequence."""
     made_coordinates: torch.Tensor | None = None
     """GPU only: what `coordinates` returns, copied there with the pack."""
-    made_starts: torch.Tensor | None = None
-    """GPU only: what `starts` returns for a pack of plain sequences, copied there with the pack."""
+    made_parts: Parts | None = None
+    """GPU only: what `parts` returns, copied there with the pack."""
     block_masks: dict[tuple[int | None, int], BlockMask] = field(default_factory=dict, compare=False, repr=False)
     """GPU only: cache by window and tokens of padding, filled by the first layer that needs it."""
     kinds: set[AttentionKind] = field(default_factory=set, compare=False, repr=False)
@@ -117,10 +118,8 @@ class PackedLayout:
         if device.type != "cpu":
             order = torch.empty(0, dtype=torch.long, device=device)
             made = to_device(_coordinates(numbered, forked, padding), device)
-            starts = (
-                None if any(branches for _, branches in numbered) else to_device(_starts(numbered, padding), device)
-            )
-            return cls(numbered, longest, (), order, padding, made, starts, forks=kept)
+            parts = None if kept else Parts.of(numbered, padding).moved(lambda each: to_device(each, device))
+            return cls(numbered, longest, (), order, padding, made, parts, forks=kept)
         start = 0
         plain: dict[str, list[tuple[int, int]]] = {}
         branched: list[tuple[tuple[int, int], dict[int, list[tuple[int, int]]]]] = []
@@ -157,15 +156,16 @@ class PackedLayout:
         """Whether no sequences share a prefix."""
         return not any(branches for _, branches in self.trees)
 
-    def starts(self, padding: int = 0) -> torch.Tensor:
-        """[S + 1] int32: where each sequence of a plain pack begins, and its end; all padding is one more sequence.
+    def parts(self, padding: int = 0) -> Parts | None:
+        """The sequences, prefixes and branches; None where a branch continues a part of its prefix.
 
         Args:
-            padding: further tokens behind the pack.
+            padding: further tokens behind the pack; all padding is one more part.
         """
-        if self.made_starts is not None and not padding:
-            return self.made_starts
-        return _starts(self.trees, self.padding + padding).to(self.order.device)
+        if self.forks or (self.made_parts is not None and not padding):
+            return self.made_parts
+        device = self.order.device
+        return Parts.of(self.trees, self.padding + padding).moved(lambda each: to_device(each, device))
 
     def coordinates(self, padding: int = 0) -> torch.Tensor:
         """[4, T + padding]: the tree, the branch (0 is the prefix), its fork and the position in it of each token.
@@ -182,12 +182,6 @@ class PackedLayout:
 def _whole_prefixes(trees: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[tuple[int, ...], ...]:
     """`PackedLayout.forks` of trees whose branches continue all of their prefix."""
     return tuple((prefix,) * len(branches) for prefix, branches in trees)
-
-
-def _starts(trees: Sequence[tuple[int, tuple[int, ...]]], padding: int) -> torch.Tensor:
-    """`PackedLayout.starts`, on the CPU."""
-    lengths = [0, *(length for length, _ in trees), *([padding] if padding else [])]
-    return torch.tensor(lengths).cumsum(0, dtype=torch.int32)
 
 
 def _coordinates(
