@@ -38,7 +38,8 @@ def shard_module(
     """
     names = set(layer_names)
     layers = [module for module in root.modules() if type(module).__name__ in names]
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # Inputs stay as they are: FSDP's cast copies dataclasses, with the caches that layers fill (layout.py).
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*layers, root):
         trained = [
             parameter for parameter in module.parameters() if parameter.requires_grad and parameter not in ignored

@@ -61,6 +61,8 @@ class CompiledLayers:
             is_selective: recompute everything but products and attention in the backward pass.
         """
         prepare_compiler()
+        # Otherwise sizes such as `head_dim` would be constants in whole layers only, and inputs in sharded ones.
+        torch._dynamo.config.skip_fsdp_guards = False
         self.is_selective = is_selective
         names = set(causal_lm._no_split_modules or ())
         self.layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
