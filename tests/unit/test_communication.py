@@ -57,7 +57,8 @@ def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
     shape = find_shape(name)
     policy = sharded_policy(LoraSettings(rank=16) if is_lora else None, ranks, shape.num_shards)
     learner = Learner(policy, World(0, ranks, CPU, mesh=None))
-    params = sum(value.numel() for name, value in policy.named_parameters() if "lora_" not in name)
+    sizes = {name: value.numel() for name, value in policy.named_parameters() if "lora_" not in name}
+    unsplit = sum(size for name, size in sizes.items() if ".layers." not in name)
     adapter = sum(value.numel() for value in policy.trained_parameters().values()) if is_lora else None
     with Counting() as counting:
         learner.forward_backward(make_pack(), sft_loss)
@@ -65,7 +66,7 @@ def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
     with Counting() as counting:
         learner.forward_backward(make_pack(), sft_loss)
     assert dict(counting.received) == first, "each micro-batch gathers again"
-    said = exchanged(shape, params, adapter)
+    said = exchanged(shape, sum(sizes.values()), unsplit, adapter)
     shards = shape.num_shards
     assert counting.received["_allgather_base_", shards] == pytest.approx(said.gathered)
     assert counting.received["_reduce_scatter_base_", shards] == pytest.approx(said.scattered)

@@ -72,8 +72,9 @@ def test_each_pass_gathers_the_bytes_of_the_cost_report(shape, lora):
     """As uncompiled layers do (test_communication.py), from one graph for all layers and packs."""
     policy, graphs = sharded_policy(lora, shape)
     learner = Learner(policy, World(0, shape.num_ranks, CPU, mesh=None))
-    params = sum(value.numel() for name, value in policy.named_parameters() if "lora_" not in name)
-    said = exchanged(shape, params, None if lora is None else 1)
+    sizes = {name: value.numel() for name, value in policy.named_parameters() if "lora_" not in name}
+    unsplit = sum(size for name, size in sizes.items() if ".layers." not in name)
+    said = exchanged(shape, sum(sizes.values()), unsplit, None if lora is None else 1)
     torch._dynamo.utils.counters.clear()
     for number, lengths in enumerate(PACKS):
         with Counting() as counting:

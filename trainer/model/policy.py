@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.config.unsupported import CONTEXT_SEPARATE, SELECTIVE_UNCOMPILED, SHARDED_QUANTIZATION
-from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
+from trainer.distributed.sharding import exchange, is_sharded, local_of, outside_layers, register_output, shard_module
 from trainer.errors import ModelError
 from trainer.model.adapted_layers import without_adapter
 from trainer.model.adapters import RUN_ADAPTER, Adapters
@@ -201,7 +201,7 @@ class Policy(nn.Module):
         return any(is_sharded(parameter) for parameter in self.causal_lm.parameters())
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Split the base over the ranks, or with full parameters everything that is trained.
+        """Split the layers of a frozen base over the ranks, or with full parameters everything that is trained.
 
         Adapters stay whole, and in full-parameter training what is not trained, such as a vision tower.
 
@@ -216,11 +216,12 @@ class Policy(nn.Module):
         if getattr(self.causal_lm, "is_quantized", False):
             raise ModelError(f"the shape {SHARDED_QUANTIZATION}")
         register_output(Scores, ["logprobs", "entropy"])
-        names = () if self.adapters is None else self.adapters.names
-        whole = {parameter for name in names for parameter in self.trained_parameters(name).values()}
+        layers = set(self.causal_lm._no_split_modules or ())
         if self.adapters is None:
             whole = {parameter for parameter in self.causal_lm.parameters() if not parameter.requires_grad}
-        layers = set(self.causal_lm._no_split_modules or ())
+        else:
+            whole = outside_layers(self.causal_lm, layers)
+            whole |= {value for name in self.adapters.names for value in self.trained_parameters(name).values()}
         shard_module(self, layers, mesh, ignored=whole, compute_dtype=self.compute_dtype)
         for parameter in whole:
             parameter.data = parameter.data.to(device)
