@@ -134,6 +134,10 @@ class ProductGroup:
         for base, part in zip(bases, self.weight.split([len(base.weight) for base in bases]), strict=True):
             base.weight.data = part
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ProductGroup:
+        """A copied model, such as a decoder's, is never compiled: it needs no joined weights of its own."""
+        return self
+
     @property
     def weights(self) -> list[torch.Tensor]:
         """Base weights as `group_product` takes them; in a sharded policy those that are gathered at present."""
