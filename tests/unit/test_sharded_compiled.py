@@ -62,8 +62,8 @@ def sharded_policy(lora: LoraSettings | None, shape: TrainingShape) -> tuple[Pol
     ("shape", "lora"),
     [
         ("h100x8", LORA),
+        ("h100x16_hsdp", None),
         pytest.param("h100x8", None, marks=pytest.mark.heavy),
-        pytest.param("h100x16_hsdp", None, marks=pytest.mark.heavy),
         pytest.param("h100x16_hsdp", LORA, marks=pytest.mark.heavy),
     ],
     indirect=["shape"],
@@ -89,9 +89,10 @@ def test_each_pass_gathers_the_bytes_of_the_cost_report(shape, lora):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_no_gathered_weight_is_kept_for_the_backward_pass(shape):
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_no_gathered_weight_is_kept_for_the_backward_pass(shape, lora):
     """Neither itself nor a copy: it is freed behind each layer's forward pass, and gathered again."""
-    policy, graphs = sharded_policy(LORA, shape)
+    policy, graphs = sharded_policy(lora, shape)
     policy.train()
     for lengths in PACKS[:2]:
         policy(make_pack(lengths)).logprobs.sum().backward()
@@ -107,8 +108,8 @@ def test_no_gathered_weight_is_kept_for_the_backward_pass(shape):
     of_weights = [each.untyped_storage() for each in held if tokens.isdisjoint(each.shape)]
     storages = {each._cdata: each.nbytes() for each in of_weights}
     assert sum(size == 0 for size in storages.values()) >= 7 * 3, "gathered for three layers, and freed"
-    adapters = sum(value.nbytes for value in policy.trained_parameters().values())
-    assert sum(storages.values()) < 1.1 * adapters, "A, joined, and B; nothing as large as a base weight"
+    adapters = 0 if lora is None else sum(value.nbytes for value in policy.trained_parameters().values())
+    assert sum(storages.values()) < 1.1 * adapters + 2000, "A, joined, and B; nothing as large as a base weight"
     assert len(graphs) == 1
     del output
 
