@@ -80,8 +80,13 @@ def adapter_bytes(facts: ModelFacts, gpus: int) -> float:
 
 
 def gather_bytes(facts: ModelFacts, gpus: int) -> float:
-    """Received per GPU and micro-batch: every parameter once in forward and once in backward."""
+    """Received per GPU and micro-batch of full parameters: each once in forward and once in backward."""
     return 2 * share(gpus) * COMPUTE_BYTES * facts.params
+
+
+def block_bytes(facts: ModelFacts, gpus: int) -> float:
+    """The same of a frozen base: embedding and head are whole on each GPU."""
+    return 2 * share(gpus) * COMPUTE_BYTES * facts.block_params
 
 
 def scatter_bytes(facts: ModelFacts, gpus: int) -> float:
@@ -138,11 +143,12 @@ def memory_gib(facts: ModelFacts, gpus: int, context: int, parts: int, *, is_lor
     tokens = context / parts
     block = facts.block_params / facts.layers
     if is_lora:
-        held = COMPUTE_BYTES * facts.params / gpus + (COMPUTE_BYTES + 4 + 4 + 8) * facts.lora_params(LORA)
+        base = facts.block_params / gpus + facts.unsplit_params
+        held = COMPUTE_BYTES * base + (COMPUTE_BYTES + 4 + 4 + 8) * facts.lora_params(LORA)
     else:  # one GPU computes with a bf16 copy of its float32 masters; shards are masters, cast as they are gathered
         held = facts.params * ((COMPUTE_BYTES + 16) if gpus == 1 else 16 / gpus)
-    if gpus > 1:  # this block and the next, embedding and head; with full parameters their gradients before the scatter
-        gathered = 2 * block + facts.embedding_params
+    if gpus > 1:  # this block and the next; with full parameters embedding and head, and gradients before the scatter
+        gathered = 2 * block + (0.0 if is_lora else facts.embedding_params)
         held += gathered * COMPUTE_BYTES
         held += 0.0 if is_lora else (block + facts.embedding_params) * 4
     held += tokens * (facts.layers * facts.hidden * COMPUTE_BYTES + block_bytes_per_token(facts))
@@ -177,7 +183,7 @@ def step(facts: ModelFacts, gpus: int, context: int, *, is_lora: bool) -> Step:
     parts = 1
     while parts < gpus and memory_gib(facts, gpus, context, parts, is_lora=is_lora) > GPU_GIB:
         parts *= 2
-    weights = gather_bytes(facts, gpus) + adapter_bytes(facts, gpus) if is_lora else full_bytes(facts, gpus)
+    weights = block_bytes(facts, gpus) + adapter_bytes(facts, gpus) if is_lora else full_bytes(facts, gpus)
     keys = context_bytes(facts, context, parts)
     return Step(
         parts=parts,
@@ -229,7 +235,7 @@ def hiding_table() -> str:
     lines = [f"| {' | '.join(names)} |", "|---|---:|---|---:|---:|---:|"]
     kinds: list[tuple[str, str, bool, Callable[[ModelFacts, int], float]]] = [
         ("LoRA, whole base on each GPU", "step", True, adapter_bytes),
-        ("LoRA, sharded base", "micro-batch", True, gather_bytes),
+        ("LoRA, sharded base", "micro-batch", True, block_bytes),
         ("full, sharded", "micro-batch", False, full_bytes),
     ]
     for name in CARDS:

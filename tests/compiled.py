@@ -6,6 +6,7 @@ A test module imports `gpu_path`, a fixture that is used by all its tests.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,20 @@ PACKS = [(40, 7), (200, 90, 30), (12,), (140, 150, 61, 9)]
 
 
 @pytest.fixture(autouse=True)
-def gpu_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu_path() -> Iterator[None]:
+    """What the tests of a module run in."""
+    with as_on_gpu():
+        yield
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
     """Compiled layers attend as on a GPU, which torch does on a CPU but for its check of devices.
 
     They use the operator of gated layers, which is for GPUs; its products are torch's on a CPU.
     """
     torch._dynamo.reset()
+    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(lora_mlp, "has_kernels", lambda *_: True)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     on_cpu = attention._bucketed
@@ -39,8 +48,11 @@ def gpu_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return on_cpu(query, key, value, layout, options)
 
     monkeypatch.setattr(attention, "_bucketed", with_mask)
-    yield
-    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        monkeypatch.undo()
+        torch._dynamo.reset()
 
 
 def graphs_of() -> tuple[list[Any], Any]:

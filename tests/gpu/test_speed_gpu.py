@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import VOCAB_SIZE
+from torch import distributed
+from torch.distributed import HashStore
+from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config.recipe import LoraSettings, ModelSettings
 from trainer.data.tokens import TokenInputs, TokenSequence
@@ -34,9 +37,9 @@ def rows_of(lengths: tuple[int, ...]) -> list[TokenSequence]:
     return rows
 
 
-def policy_of(model_dir: Any, device: torch.device, **changes: Any) -> Policy:
+def policy_of(model_dir: Any, device: torch.device, run_on: torch.device | None = None, **changes: Any) -> Policy:
     settings = ModelSettings(path=str(model_dir), compute_dtype="float32", **changes)
-    policy = load_policy(settings, LoraSettings(rank=4), 0, device)
+    policy = load_policy(settings, LoraSettings(rank=4), 0, device, run_on)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in policy.trained_parameters().values():
@@ -102,6 +105,26 @@ def test_gradients_are_those_of_compiled_layers(cuda, model_dir, changes):
     assert plain.compiled is not None
     assert plain.compiled.problem is None
     assert ours.compiled is None or ours.compiled.problem is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, "selective"])
+def test_a_sharded_policy_computes_what_a_whole_one_does(cuda, model_dir, checkpointing):
+    """One rank, which has all parts: FSDP's hooks are around the compiled layers, each with its own base weights."""
+    distributed.init_process_group("nccl", store=HashStore(), rank=0, world_size=1, device_id=cuda)
+    try:
+        whole = policy_of(model_dir, cuda)
+        sharded = policy_of(model_dir, torch.device("cpu"), run_on=cuda, gradient_checkpointing=checkpointing)
+        sharded.shard(init_device_mesh("cuda", (1,)), cuda)
+        for lengths in LENGTHS:
+            pack = Batch.pack(rows_of(lengths), cuda)
+            found, wanted = gradients(sharded, pack), gradients(whole, pack)
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+        assert sharded.compiled is not None
+        assert sharded.compiled.problem is None
+        assert [len(group.weights) for group in sharded.compiled.groups] == [3, 2] * 2
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_moments_in_eight_bits_learn_on_the_device(cuda, model_dir):

@@ -32,8 +32,8 @@ def test_operators_of_a_large_layer_compute_what_they_compute_without_kernels(cu
     for products in (KERNELS, PLAIN):
         monkeypatch.setattr(lora_mlp, "products_for", lambda *_, chosen=products: chosen)
         monkeypatch.setattr(lora_product, "products_for", lambda *_, chosen=products: chosen)
-        y, *kept = lora_mlp._operator(x, weight, down, ups, *last, up, [2.0, 2.0, 2.0])
-        gradients = lora_mlp._gradients(grad, x, *kept, weight, down, ups, *last, up, [2.0, 2.0, 2.0])
+        y, *kept = lora_mlp._operator(x, [weight], down, ups, *last, up, [2.0, 2.0, 2.0])
+        gradients = lora_mlp._gradients(grad, x, *kept, [weight], down, ups, *last, up, [2.0, 2.0, 2.0])
         single = lora_product._gradients_operator(grad, x, kept[2], last[0][:, :hidden], down[:rank], up, 2.0, True)
         found.append([y, *gradients, *single])
     for ours, theirs in zip(*found, strict=True):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
+from counted import SLICES, Counting
 from tiny import VOCAB_SIZE, tiny_model
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from trainer.config.load import find_shape
 from trainer.config.recipe import LoraSettings, ModelSettings
@@ -30,32 +27,6 @@ from trainer.training.losses import sft_loss
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.* is already registered as pytree node:UserWarning")
-FACTORS = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
-"""Times (n - 1) / n of the whole tensor that a rank receives: an all-reduce is a reduce-scatter and a gather."""
-
-SLICES = ("all_gather_into_tensor", "reduce_scatter_tensor")
-"""What the slices of a pack exchange."""
-
-
-class Counting(TorchDispatchMode):
-    """Bytes that this rank receives, by operation and number of ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.received: Counter[tuple[str, int]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace == "_c10d_functional" and name in SLICES:
-            tensor, ranks = args[0], args[-2]
-            size = tensor.numel() * tensor.element_size() * (ranks if name == "all_gather_into_tensor" else 1)
-            self.received[name, ranks] += size * (ranks - 1) // ranks
-        if namespace == "c10d" and name in FACTORS:
-            group = next(each for each in args if isinstance(each, torch.ScriptObject))
-            ranks = distributed.ProcessGroup.unbox(group).size()
-            sizes = [each.numel() * each.element_size() for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
-            self.received[name, ranks] += FACTORS[name] * max(sizes) * (ranks - 1) // ranks
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -86,7 +57,8 @@ def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
     shape = find_shape(name)
     policy = sharded_policy(LoraSettings(rank=16) if is_lora else None, ranks, shape.num_shards)
     learner = Learner(policy, World(0, ranks, CPU, mesh=None))
-    params = sum(value.numel() for name, value in policy.named_parameters() if "lora_" not in name)
+    sizes = {name: value.numel() for name, value in policy.named_parameters() if "lora_" not in name}
+    unsplit = sum(size for name, size in sizes.items() if ".layers." not in name)
     adapter = sum(value.numel() for value in policy.trained_parameters().values()) if is_lora else None
     with Counting() as counting:
         learner.forward_backward(make_pack(), sft_loss)
@@ -94,7 +66,7 @@ def test_bytes_are_those_of_the_cost_report(ranks, name, is_lora):
     with Counting() as counting:
         learner.forward_backward(make_pack(), sft_loss)
     assert dict(counting.received) == first, "each micro-batch gathers again"
-    said = exchanged(shape, params, adapter)
+    said = exchanged(shape, sum(sizes.values()), unsplit, adapter)
     shards = shape.num_shards
     assert counting.received["_allgather_base_", shards] == pytest.approx(said.gathered)
     assert counting.received["_reduce_scatter_base_", shards] == pytest.approx(said.scattered)

@@ -5,6 +5,7 @@ The GPU's path is traced here on CPU tensors: the compiler's back end runs its g
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,6 +91,28 @@ def test_dropout_dora_and_experts_stay_uncompiled(tmp_path):
     assert not is_compilable(model, LoraSettings(dora=True))
     experts = load_base(ModelSettings(path=str(tiny_model_dir(tmp_path / "experts", "mixtral"))), CPU)
     assert not is_compilable(experts, LoraSettings())
+
+
+def test_a_copied_model_runs_its_own_layers_and_copies_no_joined_weights(tmp_path):
+    """As decoders of the local sampler copy it; they share parameters and buffers."""
+    policy = make_policy(tiny_model_dir(tmp_path / "model", "qwen3", head_dim=16), LoraSettings(rank=4))
+    policy.compile_layers(graphs_of()[1])
+    for lengths in PACKS[:2]:
+        gradients(policy, make_pack(lengths))
+    compiled = policy.compiled
+    assert compiled is not None
+    source = policy.causal_lm
+    copied: Any = copy.deepcopy(source, {id(each): each for each in (*source.parameters(), *source.buffers())})
+    for layer, original in zip(copied.base_model.layers, compiled.layers, strict=True):
+        assert layer is not original
+        assert layer.forward.__self__ is layer
+        assert layer.self_attn.q_proj.group.weight is original.self_attn.q_proj.group.weight
+    pack = make_pack(PACKS[1])
+    kept = pack.token_ids[None], pack.positions[None]
+    states = [
+        model.base_model(input_ids=kept[0], position_ids=kept[1], packed=pack.layout) for model in (source, copied)
+    ]
+    assert torch.equal(states[0].last_hidden_state, states[1].last_hidden_state)
 
 
 def test_five_graphs_at_most_over_every_mode_and_number_of_blocks(tmp_path):

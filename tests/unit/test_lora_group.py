@@ -32,31 +32,34 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_dir(tmp_path_factory.mktemp("model"), "qwen2", head_dim=16)
 
 
-def made(*, with_bias: bool) -> dict[str, Any]:
+def made(*, with_bias: bool, is_joined: bool = True) -> dict[str, Any]:
+    """Inputs of three layers; the base weights are one matrix, or one of each layer."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    x, weight, bias = normal(2, 5, WIDTH), normal(sum(WIDTHS), WIDTH), normal(sum(WIDTHS))
     return {
-        "x": normal(2, 5, WIDTH).requires_grad_(),
-        "weight": normal(sum(WIDTHS), WIDTH),
-        "bias": normal(sum(WIDTHS)) if with_bias else None,
+        "x": x.requires_grad_(),
+        "weights": [weight] if is_joined else [part.clone() for part in weight.split(WIDTHS)],
+        "biases": [] if not with_bias else [bias] if is_joined else [part.clone() for part in bias.split(WIDTHS)],
         "downs": [normal(rank, WIDTH).requires_grad_() for rank in RANKS],
         "ups": [normal(width, rank).requires_grad_() for width, rank in zip(WIDTHS, RANKS, strict=True)],
     }
 
 
-def apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, downs: Any, ups: Any) -> list[torch.Tensor]:
-    weights = weight.split(WIDTHS)
-    biases = [None] * len(WIDTHS) if bias is None else bias.split(WIDTHS)
-    parts = zip(weights, biases, downs, ups, SCALINGS, strict=True)
+def apart(x: torch.Tensor, weights: Any, biases: Any, downs: Any, ups: Any) -> list[torch.Tensor]:
+    of_layers = torch.cat(weights).split(WIDTHS)
+    of_biases = torch.cat(biases).split(WIDTHS) if biases else [None] * len(WIDTHS)
+    parts = zip(of_layers, of_biases, downs, ups, SCALINGS, strict=True)
     return [LoraProduct.apply(x, *part) for part in parts]
 
 
+@pytest.mark.parametrize("is_joined", [True, False], ids=["joined", "listed"])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_values_and_gradients_are_those_of_products_apart(with_bias):
-    inputs = made(with_bias=with_bias)
+def test_values_and_gradients_are_those_of_products_apart(with_bias, is_joined):
+    inputs = made(with_bias=with_bias, is_joined=is_joined)
     leaves = [inputs["x"], *inputs["downs"], *inputs["ups"]]
     ours, theirs = group_product(**inputs, scalings=SCALINGS), apart(**inputs)
     factors = [torch.randn_like(each) for each in theirs]
@@ -70,18 +73,19 @@ def test_values_and_gradients_are_those_of_products_apart(with_bias):
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_operators_tell_the_compiler_what_they_return():
-    inputs = made(with_bias=True)
+@pytest.mark.parametrize("is_joined", [True, False], ids=["joined", "listed"])
+def test_the_operators_tell_the_compiler_what_they_return(is_joined):
+    inputs = made(with_bias=True, is_joined=is_joined)
     ups = [up.detach().requires_grad_() for up in inputs["ups"]]
     down = torch.cat([each.detach() for each in inputs["downs"]]).requires_grad_()
-    arguments = (inputs["x"], inputs["weight"], inputs["bias"], down, ups, list(SCALINGS))
+    arguments = (inputs["x"], inputs["weights"], inputs["biases"], down, ups, list(SCALINGS))
     checked = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_group_operator, arguments, test_utils=checked)
     x, inner = inputs["x"].detach(), torch.randn(10, sum(RANKS), dtype=torch.float64)
     grad = torch.randn(2, 5, sum(WIDTHS), dtype=torch.float64)
     plain = [up.detach() for up in ups]
     for needs_x in (True, False):
-        of_backward = (grad, x, inner, inputs["weight"], down.detach(), plain, list(SCALINGS), needs_x)
+        of_backward = (grad, x, inner, inputs["weights"], down.detach(), plain, list(SCALINGS), needs_x)
         torch.library.opcheck(_group_gradients, of_backward, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -103,15 +107,24 @@ class _Counted(TorchDispatchMode):
 def test_fewer_products_read_x_and_write_its_gradient():
     """Of three layers, 2 products read x instead of 6, and one accumulation instead of three and their sum."""
     inputs = made(with_bias=False)
-    x, weight, down, ups = inputs["x"].detach(), inputs["weight"], torch.cat(inputs["downs"]).detach(), inputs["ups"]
-    ups = [up.detach() for up in ups]
+    x, weights, down = inputs["x"].detach(), inputs["weights"], torch.cat(inputs["downs"]).detach()
+    ups = [up.detach() for up in inputs["ups"]]
     with _Counted() as forward:
-        y, inner = lora_group._product(x, weight, None, down, ups, list(SCALINGS))
+        y, inner = lora_group._product(x, weights, [], down, ups, list(SCALINGS))
     assert forward.products == 2 + 3  # A, W; B of each layer
     with _Counted() as backward:
-        joined_gradients(y, x, inner, weight, down, ups, list(SCALINGS), True)
+        joined_gradients(y, x, inner, weights, down, ups, list(SCALINGS), True)
     assert backward.products == 2 * 3 + 3  # B^T and the gradient of B of each layer; W^T, A^T, the gradient of A
     assert backward.names["cat"] == backward.names["add"] == backward.names["clone"] == 0
+    each = [part.clone() for part in weights[0].split(WIDTHS)]
+    with _Counted() as forward:
+        y, inner = lora_group._product(x, each, [], down, ups, list(SCALINGS))
+    assert forward.products == 1 + 3 + 3  # A; W and B of each layer
+    with _Counted() as backward:
+        joined_gradients(y, x, inner, each, down, ups, list(SCALINGS), True)
+    assert backward.products == 2 * 3 + 3 + 2  # W^T of each layer, accumulated
+    for counted in (forward, backward):
+        assert not counted.names["cat"] + counted.names["add"] + counted.names["clone"] + counted.names["copy_"]
     with _Counted() as forward:
         outputs = apart(**inputs)
     assert forward.products == 3 * 3
@@ -165,7 +178,7 @@ def test_compiled_layers_compute_what_they_did(tmp_path):
     assert len(graphs) == 1, "two layers share a graph"
     shapes = [node.meta["example_value"].shape for node in graphs[0].graph.nodes if node.op == "placeholder"
               and isinstance(node.meta.get("example_value"), torch.Tensor)]  # fmt: skip
-    widths = {group.weight.shape[0] for group in policy.compiled.groups}
+    widths = {len(weight) for group in policy.compiled.groups for weight in group.weights}
     joined = [shape for shape in shapes if len(shape) == 2 and shape[0] in widths]
     assert len(joined) == 2
     assert all(isinstance(size, int) for shape in joined for size in shape), "weights have one shape"
@@ -182,7 +195,7 @@ def test_compiled_layers_compute_what_they_did(tmp_path):
     assert list(policy.trained_parameters()) == list(plain.trained_parameters())
     for group in policy.compiled.groups:
         storages = {member.base_layer.weight.untyped_storage().data_ptr() for member in group.members}
-        assert storages == {group.weight.untyped_storage().data_ptr()}
+        assert storages == {weight.untyped_storage().data_ptr() for weight in group.weights}
     for name, each in (("ours", policy), ("theirs", plain)):
         (tmp_path / name).mkdir()
         each.save(tmp_path / name, each.trained_parameters())

@@ -194,3 +194,17 @@ def test_layers_keep_their_budget_of_kernels_and_bytes(tmp_path):
     predicted = elementwise_bytes(LLAMA, 4096, is_compiled=True) + adapter_bytes(LLAMA, 4096, 16, is_compiled=True)
     assert predicted == pytest.approx(counted, rel=0.03)  # rotary embedding and attention read a part of q, k, v
     assert LAUNCHES["compiled LoRA"] == llama["forward"]["launches"] + llama["backward"]["launches"]
+
+
+@pytest.mark.heavy
+def test_a_sharded_layer_has_the_kernels_of_a_whole_one() -> None:
+    """To the character, so with the same sizes as constants; operators differ in the base weights that they get."""
+    found = json.loads(run("-m", "lowered_sharded"))
+    assert found["sharded"] == found["whole"]
+    kernels = {kind: len(program["kernels"]) for kind, program in found["sharded"].items()}
+    assert kernels == {"forward": 8, "backward": 5}
+    assert found["sharded"]["forward"]["operators"] == [
+        "trainer.lora_group",
+        "trainer.lora_product",
+        "trainer.lora_mlp",
+    ]

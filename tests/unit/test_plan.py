@@ -331,11 +331,14 @@ def test_memory_parts_are_those_of_the_method():
     assert sft.fits
 
 
-def test_sharding_divides_the_base_and_gathers_a_block():
-    parts = plan_of(SFT, shape="h100x8").memory
-    assert parts is not None
-    assert parts.parts["base weights"] == 28_832 * 2 / 8 / 2**30
-    assert parts.parts["gathered embedding and head"] == 320 * 32 * 2 / 2**30
+def test_sharding_divides_the_blocks_of_a_frozen_base_and_everything_that_is_trained():
+    lora, full = (plan_of(SFT, *changes, shape="h100x8").memory for changes in ([], ["lora=null"]))
+    assert lora is not None
+    assert full is not None
+    whole = 320 * 32 + 32  # embedding, which is the head too, and the last norm
+    assert lora.parts["base weights"] == pytest.approx((whole + (28_832 - whole) / 8) * 2 / 2**30)
+    assert "gathered embedding and head" not in lora.parts
+    assert full.parts["gathered embedding and head"] == 320 * 32 * 2 / 2**30
 
 
 def test_a_broken_model_config_is_refused_in_words():

@@ -128,7 +128,8 @@ def test_selective_checkpointing_without_compiled_layers_is_refused_by_the_run(t
     ("shape", "changes", "problem"),
     [
         ("cpu", ["model.gradient_checkpointing=selective"], SELECTIVE_UNCOMPILED),
-        ("h100x8", ["model.gradient_checkpointing=selective"], SELECTIVE_UNCOMPILED),
+        ("h100x8", ["model.gradient_checkpointing=selective"], None),
+        ("sliced", ["model.gradient_checkpointing=selective"], SELECTIVE_UNCOMPILED),
         ("h100x1", ["model.gradient_checkpointing=selective", "lora.dora=true"], SELECTIVE_UNCOMPILED),
         ("h100x1", ["model.gradient_checkpointing=selective", "lora.dropout=0.1"], SELECTIVE_UNCOMPILED),
         ("h100x1", ["model.gradient_checkpointing=selective", "model.compile_layers=false"], SELECTIVE_UNCOMPILED),
@@ -141,7 +142,8 @@ def test_selective_checkpointing_without_compiled_layers_is_refused_by_the_run(t
 def test_check_refuses_what_the_run_would(tmp_path, monkeypatch, shape, changes, problem):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(write_small(tmp_path, SFT), changes).recipe
-    found = misfit(recipe, find_shape(shape), None)
+    sliced = find_shape("h100x1").model_copy(update={"gpus": 2, "context_parallel": 2})
+    found = misfit(recipe, sliced if shape == "sliced" else find_shape(shape), None)
     assert (found is None) == (problem is None)
     assert problem is None or problem in str(found)
 

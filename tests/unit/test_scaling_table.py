@@ -68,6 +68,8 @@ def test_bytes_are_those_of_a_ring(scaling: ModuleType, gpus: int) -> None:
     facts = scaling.model("8B")
     part = 2 * facts.params / gpus
     assert scaling.gather_bytes(facts, gpus) == pytest.approx(2 * part * received_in_ring(gpus, is_reduced=False))
+    part = 2 * (facts.params - 2 * 128_256 * 4096 - 4096) / gpus  # without embedding, head and last norm
+    assert scaling.block_bytes(facts, gpus) == pytest.approx(2 * part * received_in_ring(gpus, is_reduced=False))
     part = 4 * facts.lora_params(scaling.LORA) / gpus
     assert scaling.adapter_bytes(facts, gpus) == pytest.approx(part * received_in_ring(gpus, is_reduced=True))
 

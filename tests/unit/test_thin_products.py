@@ -114,10 +114,11 @@ def made(hidden: int = 6, width: int = 10, ranks: tuple[int, ...] = (3, 2, 4)) -
     }
 
 
-def test_a_gated_layer_is_its_three_products():
+@pytest.mark.parametrize("num_weights", [1, 2], ids=["joined", "listed"])
+def test_a_gated_layer_is_its_three_products(num_weights):
     given = made()
     x, weight, downs, ups, last = given.values()
-    ours = _operator(x, weight, torch.cat(downs), ups, *last, SCALINGS)[0]
+    ours = _operator(x, [*weight.chunk(num_weights)], torch.cat(downs), ups, *last, SCALINGS)[0]
     gate, up = (
         LoraProduct.apply(x, each, None, down, up, scaling)
         for each, down, up, scaling in zip(weight.chunk(2), downs, ups, SCALINGS[:2], strict=True)
@@ -130,16 +131,19 @@ def test_a_gated_layer_is_its_three_products():
         torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_operators_tell_the_compiler_what_they_return():
+@pytest.mark.parametrize("num_weights", [1, 2], ids=["joined", "listed"])
+def test_the_operators_tell_the_compiler_what_they_return(num_weights):
     x, weight, downs, ups, last = made().values()
+    weights = [part.clone() for part in weight.chunk(num_weights)]
     down = torch.cat(downs).detach().requires_grad_()
     ups = [up.detach().requires_grad_() for up in ups]
-    arguments = (x, weight, down, ups, *last, SCALINGS)
+    arguments = (x, weights, down, ups, *last, SCALINGS)
     checked = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_operator, arguments, test_utils=checked)
     y, *kept = (each.detach() for each in _operator(*arguments))
-    plain = [each.detach() for each in (x, *kept, weight, down)]
-    grad_arguments = (y, *plain, [up.detach() for up in ups], *(each.detach() for each in last), SCALINGS)
+    plain = [each.detach() for each in (x, *kept)]
+    of_adapters = down.detach(), [up.detach() for up in ups], *(each.detach() for each in last)
+    grad_arguments = (y, *plain, weights, *of_adapters, SCALINGS)
     torch.library.opcheck(_gradients, grad_arguments, test_utils=("test_schema", "test_faketensor"))
 
 

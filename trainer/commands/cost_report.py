@@ -11,7 +11,14 @@ from trainer.config.load import known_devices
 from trainer.config.recipe import Recipe, RFTRecipe
 from trainer.config.shape import TrainingShape
 from trainer.errors import RecipeError
-from trainer.planning.communication import Exchanged, exchanged, exchanged_in_attention
+from trainer.planning.communication import (
+    LINK_FRAC,
+    Exchanged,
+    exchanged,
+    exchanged_in_attention,
+    knows_link,
+    sharded_cost,
+)
 from trainer.planning.fit import has_compiled_layers
 from trainer.planning.plan import Plan, model_facts
 from trainer.planning.roofline import StepCost, step_cost
@@ -56,6 +63,8 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         for documents in DOCUMENTS
     }
     adapter = None if recipe.lora is None else facts.lora_params(recipe.lora)
+    said = exchanged(shape, facts.params, facts.unsplit_params, adapter)
+    costs = {documents: sharded_cost(cost, shape, device, facts, said) for documents, cost in costs.items()}
     rows = [
         [
             "documents per pack",
@@ -82,7 +91,7 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
         "",
         f"With {DOCUMENTS[1]} documents:",
         *table_lines(by_part, width=width),
-        *_communication(shape, device, exchanged(shape, facts.params, adapter)),
+        *_communication(shape, device, said),
         *_slices(shape, device, exchanged_in_attention(shape, facts, recipe.model.gradient_checkpointing)),
     ]
 
@@ -110,7 +119,7 @@ def _milliseconds(pair: tuple[float, float]) -> str:
 
 
 def _communication(shape: TrainingShape, device: KnownDevice, said: Exchanged) -> list[str]:
-    """What a rank receives from others; in a sharded model it overlaps with computing."""
+    """What a rank receives from others."""
     if shape.num_ranks == 1:
         return []
     lines = [""]
@@ -118,15 +127,14 @@ def _communication(shape: TrainingShape, device: KnownDevice, said: Exchanged) -
     if said.per_micro_batch:
         parts = {"parameters": said.gathered, "gradients": said.scattered + said.summed_between_copies}
         amounts = " and ".join(f"{value / 1e9:.1f} GB of {name}" for name, value in parts.items() if value)
-        time = (
-            f", {said.per_micro_batch / rate * 1e3:,.0f} ms at {rate / 1e9:g} GB/s, beside the computing"
-            if rate
-            else ""
-        )
-        if shape.num_shards > shape.ranks_per_node:
-            time = ", partly from other machines: `sharding: node` gathers inside each machine"
+        time = ", which is not in the time above"
+        if knows_link(shape, device):
+            slow, fast = (said.per_micro_batch / rate / fraction for fraction in LINK_FRAC)
+            time = f", {_milliseconds((fast, slow))} ms beside the computing; what is not hidden is in the time above"
+        elif shape.num_shards > shape.ranks_per_node:
+            time += ", partly from other machines: `sharding: node` gathers inside each machine"
         elif said.summed_between_copies:
-            time = f", {said.summed_between_copies / 1e9:.1f} GB of it from other machines"
+            time += f", {said.summed_between_copies / 1e9:.1f} GB of it from other machines"
         lines.append(f"Sharded weights: each GPU receives {amounts} per micro-batch{time}.")
     if said.per_step:
         lines.append(f"Gradients: each GPU receives {said.per_step / 1e9:.2f} GB per step, after its last micro-batch.")

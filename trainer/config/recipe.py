@@ -44,7 +44,7 @@ class ModelSettings(Section):
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass: about one third slower, much less memory. `selective` keeps the
     results of products and attention and recomputes norms, rotary embeddings and activation functions: about half of
-    the memory at little cost. It needs compiled layers (`compile_layers`), so a GPU shape without sharding."""
+    the memory at little cost. It needs compiled layers (`compile_layers`), so a GPU shape without context_parallel."""
     activation_offload: bool = False
     """With `gradient_checkpointing: true` on a GPU, keep the inputs of layers in host memory until the backward pass,
     for sequences that do not fit otherwise. Every layer's input crosses the bus twice in each pass."""

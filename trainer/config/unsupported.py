@@ -65,8 +65,8 @@ EIGHT_BIT_MISSING: Final = (
     "optimizer.name: adamw_8bit needs bitsandbytes; install the extra: pip install 'tunesmith[qlora]'"
 )
 SELECTIVE_UNCOMPILED: Final = (
-    "recomputes only in compiled layers, which are on GPU shapes without sharding or context_parallel and have no "
-    "experts, 4-bit weights, DoRA or dropout, with model.compile_layers on: set model.gradient_checkpointing to true"
+    "recomputes only in compiled layers, which are on GPU shapes without context_parallel and have no experts, 4-bit "
+    "weights, DoRA or dropout, with model.compile_layers on: set model.gradient_checkpointing to true"
 )
 """Of `model.gradient_checkpointing: selective`."""
 OFFLOAD_KEEPS: Final = (

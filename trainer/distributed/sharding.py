@@ -1,8 +1,10 @@
 """Parameters split over ranks with FSDP2 (torch `fully_shard`).
 
-A frozen base is gathered layer by layer for each pass, in the compute dtype. With full parameters the shards are the
-float32 masters; they are cast to the compute dtype when gathered. Gradients are summed over ranks, not averaged: the
-learner divides by the denominator of the whole step. No other module uses `DTensor` (tests/unit/test_boundaries.py).
+A frozen base is gathered layer by layer for each pass, in the compute dtype; what is in no layer, such as embedding and
+head, stays whole, because it would be gathered for as long as a pass takes. With full parameters everything is split,
+and the shards are the float32 masters; they are cast to the compute dtype when gathered. Gradients are summed over
+ranks, not averaged: the learner divides by the denominator of the whole step. No other module uses `DTensor`
+(tests/unit/test_boundaries.py).
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ def shard_module(
         ignored: parameters that stay whole on every rank.
         compute_dtype: of the gathered parameters.
     """
-    names = set(layer_names)
-    layers = [module for module in root.modules() if type(module).__name__ in names]
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    layers = _layers_of(root, layer_names)
+    # Inputs stay as they are: FSDP's cast copies dataclasses, with the caches that layers fill (layout.py).
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*layers, root):
         trained = [
             parameter for parameter in module.parameters() if parameter.requires_grad and parameter not in ignored
@@ -51,6 +53,23 @@ def shard_module(
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo supports only SUM, and raises on a factor without it
+
+
+def outside_layers(root: nn.Module, layer_names: Iterable[str]) -> set[nn.Parameter]:
+    """The parameters that are in no layer; none if there are no layers.
+
+    Args:
+        root: a module.
+        layer_names: class names of its layers.
+    """
+    layers = _layers_of(root, layer_names)
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    return {parameter for parameter in root.parameters() if parameter not in inside} if layers else set()
+
+
+def _layers_of(root: nn.Module, layer_names: Iterable[str]) -> list[nn.Module]:
+    names = set(layer_names)
+    return [module for module in root.modules() if type(module).__name__ in names]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -141,4 +160,5 @@ def root_gathered(root: nn.Module) -> Iterator[None]:
 
 def register_output(kind: type, field_names: list[str]) -> None:
     """Register a dataclass that a sharded module returns, so that FSDP finds its tensors and hooks their gradients."""
-    _pytree.register_dataclass(kind, field_names=field_names, drop_field_names=[])
+    if kind not in _pytree.SUPPORTED_NODES:
+        _pytree.register_dataclass(kind, field_names=field_names, drop_field_names=[])

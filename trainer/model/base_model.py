@@ -22,9 +22,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainer.config.recipe import ModelSettings
-from trainer.config.unsupported import LOGIT_SCALE, SCALE_LEFT_OUT
+from trainer.config.unsupported import FULL_EXPERTS, LOGIT_SCALE, SCALE_LEFT_OUT
 from trainer.errors import ModelError
 from trainer.model import attention
+from trainer.model.adapted_layers import beside_language_part
 from trainer.model.lm_head import LogitTransform
 from trainer.model.quantization import keep_differentiable, quantized_loading
 
@@ -168,6 +169,22 @@ def has_experts(causal_lm: PreTrainedModel) -> bool:
     config: dict[str, Any] = causal_lm.config.get_text_config().to_dict()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any((config.get(name) or 0) > 1 for name in names)
+
+
+def train_everything(causal_lm: PreTrainedModel) -> None:
+    """Let all parameters of a model's language part be trained.
+
+    Args:
+        causal_lm: the model.
+
+    Raises:
+        ModelError: it is a mixture of experts.
+    """
+    if has_experts(causal_lm):
+        raise ModelError(FULL_EXPERTS)
+    unused = {id(value) for module in beside_language_part(causal_lm) for value in module.parameters()}
+    for parameter in causal_lm.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in unused)
 
 
 def logit_transform(causal_lm: PreTrainedModel) -> LogitTransform:

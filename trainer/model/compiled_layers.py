@@ -5,12 +5,16 @@ use one compiled graph. Packs are padded to a multiple of a mask block: only ker
 first forward pass runs the layers uncompiled. It shows which kinds of attention the layers have and which adapted
 layers read the same input (lora_group.py), and every refusal of a model that packed attention does not support is made
 there.
+
+What is compiled is a layer's `forward`: hooks of the layer run before and behind it. In a sharded policy those are
+FSDP's, which gather the layer's parameters and free them.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from types import MethodType
 from typing import Any, Final, final
@@ -61,6 +65,8 @@ class CompiledLayers:
             flash_attention: use FlashAttention-4 where `uses_flash` says so.
         """
         prepare_compiler()
+        # Otherwise sizes such as `head_dim` would be constants in whole layers only, and inputs in sharded ones.
+        torch._dynamo.config.skip_fsdp_guards = False
         self.is_selective, self.flash_attention = is_selective, flash_attention
         names = set(causal_lm._no_split_modules or ())
         self.layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
@@ -73,7 +79,7 @@ class CompiledLayers:
         self.gated: list[GatedLayer] = []
         """Those that are one operator with the layer behind them."""
         for layer in self.layers:
-            layer._compiled_call_impl = self._choice(layer, backend)
+            layer.forward = _Forward(self, layer, backend)
         self._hook = causal_lm.get_input_embeddings().register_forward_hook(_with_gradient)
 
     def input_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, PackedLayout | FlexLayout]:
@@ -112,33 +118,43 @@ class CompiledLayers:
         for group in self.groups:
             group.dissolve()
         for layer in self.layers:
-            layer._compiled_call_impl = None
+            del layer.forward
 
-    def _choice(self, layer: Any, backend: str | Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's call: compiled where it receives a `FlexLayout`, as it is elsewhere, such as for sampling."""
+
+@final
+class _Forward:
+    """A layer's forward: compiled where it receives a `FlexLayout`, as it is elsewhere, such as for sampling."""
+
+    def __init__(self, owner: CompiledLayers, layer: Any, backend: str | Callable[..., Any]) -> None:
         forward = type(layer).forward
-        is_wrapped = forward.__code__.co_name == CHECKPOINTING
-        inner = MethodType(forward.__wrapped__ if is_wrapped else forward, layer)
-        compiled = torch.compile(
-            partial(_selectively, inner) if self.is_selective else inner,
+        self._is_wrapped = False
+        while forward.__code__.co_name == CHECKPOINTING:
+            forward, self._is_wrapped = forward.__wrapped__, True
+        inner = MethodType(forward, layer)
+        self._owner, self._layer = owner, layer
+        self._compiled = torch.compile(
+            partial(_selectively, inner) if owner.is_selective else inner,
             fullgraph=True,
             dynamic=True,
             backend=backend,
         )
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self.problem is not None or not isinstance(kwargs.get("packed"), FlexLayout):
-                return layer._call_impl(*args, **kwargs)
-            try:
-                if is_wrapped and layer.gradient_checkpointing and layer.training and not self.is_selective:
-                    return layer._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
-                return compiled(*args, **kwargs)
-            except TorchDynamoException as error:
-                self.problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                warnings.warn(f"decoder layers run uncompiled, which is slower: {self.problem}", stacklevel=2)
-                return layer._call_impl(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner, layer = self._owner, self._layer
+        if owner.problem is not None or not isinstance(kwargs.get("packed"), FlexLayout):
+            return type(layer).forward(layer, *args, **kwargs)
+        try:
+            if self._is_wrapped and layer.gradient_checkpointing and layer.training and not owner.is_selective:
+                return layer._gradient_checkpointing_func(partial(self._compiled, **kwargs), *args)
+            return self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            owner.problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            warnings.warn(f"decoder layers run uncompiled, which is slower: {owner.problem}", stacklevel=2)
+            return type(layer).forward(layer, *args, **kwargs)
 
-        return call
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the layer, such as a decoder's, runs as it is."""
+        return MethodType(type(self._layer).forward, deepcopy(self._layer, memo))
 
 
 def _selectively(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

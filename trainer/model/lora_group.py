@@ -2,28 +2,32 @@
 
     [y_1 .. y_n] = [W_1 .. W_n] x + b,  then  y_i += scaling_i * B_i (A_i x),  with [A_1 .. A_n] x in one product
 
-x is read once instead of n times, and its gradient is one sum of products instead of n sums. The weights W_i become
-views of one matrix: neither memory nor names change. Parameters of the adapters stay those of each layer.
+x is read once by A, and its gradient is one sum of products instead of n sums. The weights W_i become views of one
+matrix, whose product reads x once: neither memory nor names change. Weights that are sharded over ranks (FSDP) cannot
+be views: each layer's own is gathered, and its product is written into its columns of y. Parameters of the adapters
+stay those of each layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
 import torch
 from torch import nn
 
+from trainer.distributed.sharding import is_sharded
 from trainer.model.lora_linear import FusedLinear
-from trainer.model.lora_product import fake_product, joined_gradients
+from trainer.model.lora_product import base_products, joined_gradients
 from trainer.model.thin_plain import columns_of
 from trainer.planning.module_names import JOINED
 
 
 def group_product(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     downs: Sequence[torch.Tensor],
     ups: Sequence[torch.Tensor],
     scalings: Sequence[float],
@@ -32,20 +36,20 @@ def group_product(
 
     Args:
         x: [..., in].
-        weight: [sum of out_i, in].
-        bias: [sum of out_i] or None.
+        weights: [out_i, in] of each layer, or one matrix that holds those of all.
+        biases: [out_i] of each, or one vector, or empty.
         downs: A_i, [r_i, in] of each layer.
         ups: B_i, [out_i, r_i].
         scalings: of each layer.
     """
-    y, _ = _group_operator(x, weight, bias, torch.cat(tuple(downs)), list(ups), list(scalings))
+    y, _ = _group_operator(x, list(weights), list(biases), torch.cat(tuple(downs)), list(ups), list(scalings))
     return y.split([up.shape[0] for up in ups], -1)
 
 
 def _product(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
     down: torch.Tensor,
     ups: list[torch.Tensor],
     scalings: list[float],
@@ -53,14 +57,21 @@ def _product(
     """[..., sum of out_i] outputs, and [T, sum of r_i] A x."""
     flat = x.reshape(-1, x.shape[-1])
     inner = flat @ down.T
-    y = nn.functional.linear(flat, weight, bias)
+    y = base_products(flat, weights, biases)
     for columns, own, up, scaling in zip(*columns_of(y, inner, ups), ups, scalings, strict=True):
         columns.addmm_(own, up.T, alpha=scaling)
-    return y.view(*x.shape[:-1], weight.shape[0]), inner
+    return y.view(*x.shape[:-1], y.shape[1]), inner
 
 
 _group_operator = torch.library.custom_op("trainer::lora_group", _product, mutates_args=())
-_group_operator.register_fake(fake_product)
+
+
+@_group_operator.register_fake
+def _fake_product(
+    x: torch.Tensor, weights: list[torch.Tensor], _biases: list[torch.Tensor], down: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = sum(weight.shape[0] for weight in weights)
+    return x.new_empty(*x.shape[:-1], width), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
 
 
 _group_gradients = torch.library.custom_op("trainer::lora_group_gradients", joined_gradients, mutates_args=())
@@ -74,15 +85,17 @@ def _fake_gradients(*given: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch
 
 
 def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, down, ups, ctx.scalings = inputs
-    ctx.save_for_backward(x, output[1], weight, down, *ups)
+    x, weights, biases, down, ups, ctx.scalings = inputs
+    ctx.num_weights, ctx.num_biases = len(weights), len(biases)
+    ctx.save_for_backward(x, output[1], down, *weights, *ups)
 
 
 def _group_backward(ctx: Any, grad: torch.Tensor, _inner: torch.Tensor) -> tuple[Any, ...]:
-    x, inner, weight, down, *ups = ctx.saved_tensors
-    needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_down, grad_ups = _group_gradients(grad, x, inner, weight, down, ups, ctx.scalings, needs_x)
-    return grad_x if needs_x else None, None, None, grad_down, grad_ups, None
+    x, inner, down, *rest = ctx.saved_tensors
+    weights, ups, needs_x = rest[: ctx.num_weights], rest[ctx.num_weights :], ctx.needs_input_grad[0]
+    grad_x, grad_down, grad_ups = _group_gradients(grad, x, inner, weights, down, ups, ctx.scalings, needs_x)
+    frozen = [None] * ctx.num_weights, [None] * ctx.num_biases
+    return grad_x if needs_x else None, *frozen, grad_down, grad_ups, None
 
 
 _group_operator.register_autograd(_group_backward, setup_context=_save_for_gradients)
@@ -93,26 +106,49 @@ class ProductGroup:
     """Layers whose products are one: the first that is called computes those of all."""
 
     def __init__(self, members: Sequence[FusedLinear]) -> None:
-        """Join the base weights of the layers.
+        """Join the base weights of the layers, unless ranks share them.
 
         Args:
             members: layers that are called with the same input.
         """
         self.members = tuple(members)
-        self.weight = torch.cat([member.base_layer.weight.data for member in members])
-        """[sum of out_i, in]; the layers' own weights are views of it."""
-        biases = [member.base_layer.bias for member in members]
-        self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
-        for tensor in (self.weight, self.bias):  # as the compiler takes parameters: their shapes never change
-            if tensor is not None:
-                torch._dynamo.mark_static(tensor)
-        sizes = [member.base_layer.weight.shape[0] for member in members]
-        for index, (member, part) in enumerate(zip(members, self.weight.split(sizes), strict=True)):
-            member.base_layer.weight.data = part
+        self.weight: torch.Tensor | None = None
+        """[sum of out_i, in]; the layers' own weights are views of it. None: each layer's own is used."""
+        self.bias: torch.Tensor | None = None
+        if not any(is_sharded(member.base_layer.weight) for member in members):
+            self._join()
+        for index, member in enumerate(members):
             member.group, member.group_index = self, index
         self._x: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
         self._num_taken = 0
+
+    def _join(self) -> None:
+        bases = [member.base_layer for member in self.members]
+        self.weight = torch.cat([base.weight.data for base in bases])
+        if bases[0].bias is not None:
+            self.bias = torch.cat([base.bias.data for base in bases])
+        for tensor in (self.weight, self.bias):  # as the compiler takes parameters: their shapes never change
+            if tensor is not None:
+                torch._dynamo.mark_static(tensor)
+        for base, part in zip(bases, self.weight.split([len(base.weight) for base in bases]), strict=True):
+            base.weight.data = part
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ProductGroup:
+        """A copied model, such as a decoder's, is never compiled: it needs no joined weights of its own."""
+        return self
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """Base weights as `group_product` takes them; in a sharded policy those that are gathered at present."""
+        return [self.weight] if self.weight is not None else [member.base_layer.weight for member in self.members]
+
+    @property
+    def biases(self) -> list[torch.Tensor]:
+        """Their biases; empty: the layers have none."""
+        if self.weight is not None:
+            return [] if self.bias is None else [self.bias]
+        return [member.base_layer.bias for member in self.members if member.base_layer.bias is not None]
 
     def output_of(self, index: int, x: torch.Tensor, name: str) -> torch.Tensor:
         """The output of a layer of the group.
@@ -125,8 +161,8 @@ class ProductGroup:
         if self._x is not x:
             self._outputs = group_product(
                 x,
-                self.weight,
-                self.bias,
+                self.weights,
+                self.biases,
                 [member.lora_A[name].weight for member in self.members],
                 [member.lora_B[name].weight for member in self.members],
                 [member.scaling[name] for member in self.members],

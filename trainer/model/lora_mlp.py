@@ -4,6 +4,7 @@
     y = W_down h + s_down * B_down (A_down h)
 
 Only the base products of gate and up are kept, [T, 2 * width], and A x of the adapters: h is computed again from them.
+The base weights of gate and up are one matrix or two (lora_group.py).
 On a GPU the adapters' products with gate, up and h are computed where these are in registers (swiglu_kernels.py).
 """
 
@@ -18,13 +19,14 @@ from torch import nn
 
 from trainer.model.lora_group import ProductGroup
 from trainer.model.lora_linear import FusedLinear
+from trainer.model.lora_product import base_gradient, base_products
 from trainer.model.thin_choice import has_kernels, products_for
 from trainer.planning.module_names import GATED
 
 
 def _forward(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weights: list[torch.Tensor],
     down: torch.Tensor,
     ups: list[torch.Tensor],
     last_weight: torch.Tensor,
@@ -35,7 +37,7 @@ def _forward(
     """[..., out] y; what the backward pass needs: gate and up without adapters, A x of both, and A_down h."""
     flat = x.reshape(-1, x.shape[-1])
     inner = flat @ down.T
-    both = flat @ weight.T
+    both = base_products(flat, weights, [])
     products = products_for(both, [*ups, last_up])
     hidden, last_inner = products.swiglu(both, inner, (ups[0], ups[1]), last_down, (scalings[0], scalings[1]))
     y = (hidden @ last_weight.T).addmm_(last_inner, last_up.T, alpha=scalings[2])
@@ -48,7 +50,7 @@ def _backward(  # noqa: PLR0913 - an operator takes tensors and lists only
     both: torch.Tensor,
     inner: torch.Tensor,
     last_inner: torch.Tensor,
-    weight: torch.Tensor,
+    weights: list[torch.Tensor],
     down: torch.Tensor,
     ups: list[torch.Tensor],
     last_weight: torch.Tensor,
@@ -63,7 +65,7 @@ def _backward(  # noqa: PLR0913 - an operator takes tensors and lists only
     grad_both, grad_inner, grad_gate, grad_up, grad_last_down = products.swiglu_gradients(
         grad @ last_weight, both, inner, grad_last_inner, (ups[0], ups[1]), last_down, (scalings[0], scalings[1])
     )
-    grad_x = (grad_both @ weight).addmm_(grad_inner, down).view(x.shape)
+    grad_x = base_gradient(grad_both, weights).addmm_(grad_inner, down).view(x.shape)
     return grad_x, grad_inner.T @ flat, grad_gate, grad_up, grad_last_down, grad_last_up
 
 
@@ -73,9 +75,9 @@ _gradients = torch.library.custom_op("trainer::lora_mlp_gradients", _backward, m
 
 @_operator.register_fake
 def _fake(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, weight, down, _, last_weight, last_down, *_ = given
+    x, weights, down, _, last_weight, last_down, *_ = given
     rows = x.numel() // x.shape[-1]
-    sizes = (rows, len(weight)), (rows, len(down)), (rows, len(last_down))
+    sizes = (rows, sum(map(len, weights))), (rows, len(down)), (rows, len(last_down))
     y = x.new_empty(*x.shape[:-1], len(last_weight))
     both, inner, last_inner = (x.new_empty(size) for size in sizes)
     return y, both, inner, last_inner
@@ -88,16 +90,16 @@ def _fake_gradients(*given: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, weight, down, ups, last_weight, last_down, last_up, ctx.scalings = inputs
-    ctx.save_for_backward(x, *output[1:], weight, down, *ups, last_weight, last_down, last_up)
+    x, weights, down, ups, last_weight, last_down, last_up, ctx.scalings = inputs
+    ctx.save_for_backward(x, *output[1:], *weights, down, *ups, last_weight, last_down, last_up)
 
 
 def _operator_backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-    *before, gate, up, last_weight, last_down, last_up = ctx.saved_tensors
+    x, both, inner, last_inner, *weights, down, gate, up, last_weight, last_down, last_up = ctx.saved_tensors
     grad_x, grad_down, *grad_ups, grad_last_down, grad_last_up = _gradients(
-        grad, *before, [gate, up], last_weight, last_down, last_up, ctx.scalings
+        grad, x, both, inner, last_inner, weights, down, [gate, up], last_weight, last_down, last_up, ctx.scalings
     )
-    return grad_x, None, grad_down, grad_ups, None, grad_last_down, grad_last_up, None
+    return grad_x, [None] * len(weights), grad_down, grad_ups, None, grad_last_down, grad_last_up, None
 
 
 _operator.register_autograd(_operator_backward, setup_context=_save_for_gradients)
@@ -130,7 +132,7 @@ class GatedLayer:
         layers = (*members, self.last)
         y, *_ = _operator(
             x,
-            self.group.weight,
+            self.group.weights,
             torch.cat([member.lora_A[name].weight for member in members]),
             [member.lora_B[name].weight for member in members],
             self.last.base_layer.weight,
@@ -164,7 +166,7 @@ def find_gated(layers: Sequence[nn.Module], groups: Sequence[ProductGroup]) -> l
     for module in (module for layer in layers for module in layer.modules()):
         gate, up, last = (getattr(module, name, None) for name in GATED)
         group = group_of.get((gate, up))  # type: ignore[arg-type]
-        if group is None or group.bias is not None or not isinstance(last, FusedLinear):
+        if group is None or group.biases or not isinstance(last, FusedLinear):
             continue
         if last.base_layer.bias is None and is_swiglu(module) and _has_kernels((*group.members, last)):
             found.append(GatedLayer(module, group, last))

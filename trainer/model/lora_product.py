@@ -106,6 +106,40 @@ def _gradients(
     return grad_x, grad_down, grad_up
 
 
+def base_products(flat: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[T, sum of out_i] W_i x + b_i of layers that read x, side by side.
+
+    Args:
+        flat: x, [T, in].
+        weights: [out_i, in] of each layer, or one matrix that holds those of all.
+        biases: [out_i] of each, or empty.
+    """
+    if len(weights) == 1:
+        return torch.nn.functional.linear(flat, weights[0], biases[0] if biases else None)
+    widths = [len(weight) for weight in weights]
+    y = flat.new_empty(len(flat), sum(widths))
+    for index, columns in enumerate(y.split(widths, 1)):
+        if biases:
+            torch.addmm(biases[index], flat, weights[index].T, out=columns)
+        else:
+            torch.mm(flat, weights[index].T, out=columns)
+    return y
+
+
+def base_gradient(grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[T, in] gradient of x by the base products.
+
+    Args:
+        grad: [T, sum of out_i].
+        weights: as in `base_products`.
+    """
+    first, *others = grad.split([len(weight) for weight in weights], 1)
+    grad_x = first @ weights[0]
+    for columns, weight in zip(others, weights[1:], strict=True):
+        grad_x.addmm_(columns, weight)
+    return grad_x
+
+
 def compiled_lora_product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -126,10 +160,10 @@ _product_operator = torch.library.custom_op("trainer::lora_product", _product, m
 
 
 @_product_operator.register_fake
-def fake_product(
+def _fake_product(
     x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None, down: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes of [..., out] and of [T, r], for the compiler; also those of joined layers (lora_group.py)."""
+    """Shapes of [..., out] and of [T, r], for the compiler."""
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), down.shape[0])
 
 
@@ -137,7 +171,7 @@ def joined_gradients(
     grad: torch.Tensor,
     x: torch.Tensor,
     inner: torch.Tensor,
-    weight: torch.Tensor,
+    weights: list[torch.Tensor],
     down: torch.Tensor,
     ups: list[torch.Tensor],
     scalings: list[float],
@@ -149,7 +183,7 @@ def joined_gradients(
         grad: [..., sum of out_i].
         x: [..., in].
         inner: A x, [T, sum of r_i].
-        weight: [sum of out_i, in] of the base.
+        weights: of the base, as in `base_products`.
         down: the joined A, [sum of r_i, in].
         ups: B_i, [out_i, r_i].
         scalings: of each layer.
@@ -159,7 +193,7 @@ def joined_gradients(
     grad_inner, grad_ups = products_for(grad, ups).gradients(grad, inner, ups, scalings)
     grad_x = grad.new_empty(0)
     if needs_x:
-        grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
+        grad_x = base_gradient(grad, weights).addmm_(grad_inner, down).view(x.shape)
     return grad_x, grad_inner.T @ flat, grad_ups
 
 
@@ -173,7 +207,7 @@ def _gradients_in_operator(
     scaling: float,
     needs_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_x, grad_down, (grad_up,) = joined_gradients(grad, x, inner, weight, down, [up], [scaling], needs_x)
+    grad_x, grad_down, (grad_up,) = joined_gradients(grad, x, inner, [weight], down, [up], [scaling], needs_x)
     return grad_x, grad_down, grad_up
 
 

@@ -14,13 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.config.unsupported import CONTEXT_SEPARATE, FULL_EXPERTS, SELECTIVE_UNCOMPILED, SHARDED_QUANTIZATION
-from trainer.distributed.sharding import exchange, is_sharded, local_of, register_output, shard_module
+from trainer.config.unsupported import CONTEXT_SEPARATE, SELECTIVE_UNCOMPILED, SHARDED_QUANTIZATION
+from trainer.distributed.sharding import exchange, is_sharded, local_of, outside_layers, register_output, shard_module
 from trainer.errors import ModelError
-from trainer.model.adapted_layers import beside_language_part, without_adapter
+from trainer.model.adapted_layers import without_adapter
 from trainer.model.adapters import RUN_ADAPTER, Adapters
 from trainer.model.attention import PACKED_ATTENTION
-from trainer.model.base_model import has_experts, load_base, logit_transform
+from trainer.model.base_model import has_experts, load_base, logit_transform, train_everything
 from trainer.model.batch import Batch
 from trainer.model.compiled_layers import CompiledLayers, is_compilable
 from trainer.model.lm_head import tile_rows, tiled_logprobs
@@ -201,7 +201,7 @@ class Policy(nn.Module):
         return any(is_sharded(parameter) for parameter in self.causal_lm.parameters())
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Split the base over the ranks, or with full parameters everything that is trained.
+        """Split the layers of a frozen base over the ranks, or with full parameters everything that is trained.
 
         Adapters stay whole, and in full-parameter training what is not trained, such as a vision tower.
 
@@ -212,15 +212,16 @@ class Policy(nn.Module):
         Raises:
             ModelError: the base is quantized.
         """
+        assert self.compiled is None or not self.compiled.groups, "parameters are split before the first pass"
         if getattr(self.causal_lm, "is_quantized", False):
             raise ModelError(f"the shape {SHARDED_QUANTIZATION}")
         register_output(Scores, ["logprobs", "entropy"])
-        names = () if self.adapters is None else self.adapters.names
-        whole = {parameter for name in names for parameter in self.trained_parameters(name).values()}
+        layers = set(self.causal_lm._no_split_modules or ())
         if self.adapters is None:
             whole = {parameter for parameter in self.causal_lm.parameters() if not parameter.requires_grad}
-        self._run_uncompiled()  # compiled layers under FSDP were never run on GPUs
-        layers = set(self.causal_lm._no_split_modules or ())
+        else:
+            whole = outside_layers(self.causal_lm, layers)
+            whole |= {value for name in self.adapters.names for value in self.trained_parameters(name).values()}
         shard_module(self, layers, mesh, ignored=whole, compute_dtype=self.compute_dtype)
         for parameter in whole:
             parameter.data = parameter.data.to(device)
@@ -318,7 +319,13 @@ class Reference:
             exchange(parameters, self.values)
 
 
-def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, device: torch.device) -> Policy:
+def load_policy(
+    model: ModelSettings,
+    lora: LoraSettings | None,
+    seed: int,
+    device: torch.device,
+    run_on: torch.device | None = None,
+) -> Policy:
     """Load the base model and add an adapter.
 
     Args:
@@ -326,14 +333,21 @@ def load_policy(model: ModelSettings, lora: LoraSettings | None, seed: int, devi
         lora: the adapter; None trains every parameter.
         seed: of the adapter's initial values.
         device: where the model goes.
+        run_on: the device of its passes, where `Policy.shard` moves the parts; None: `device`.
 
     Raises:
         ModelError: the directory holds no model that can be trained, with the reason.
     """
-    return make_policy(load_base(model, device), model, lora, seed)
+    return make_policy(load_base(model, device), model, lora, seed, run_on=run_on)
 
 
-def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSettings | None, seed: int) -> Policy:
+def make_policy(
+    causal_lm: PreTrainedModel,
+    model: ModelSettings,
+    lora: LoraSettings | None,
+    seed: int,
+    run_on: torch.device | None = None,
+) -> Policy:
     """Add an adapter to a base model in memory, or make all parameters of its language part trainable.
 
     Args:
@@ -341,36 +355,27 @@ def make_policy(causal_lm: PreTrainedModel, model: ModelSettings, lora: LoraSett
         model: its path, and whether activations are recomputed.
         lora: the adapter; None trains every parameter.
         seed: of the adapter's initial values.
+        run_on: the device of its passes; None: that of the model.
 
     Raises:
         ModelError: the model or the adapter cannot be trained, with the reason.
     """
     use_fused_norms(causal_lm)
-    routing = Routing()
+    routing, adapters = Routing(), None
     if model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": routing.checkpoint_contexts})
     if lora is None:
-        if has_experts(causal_lm):
-            raise ModelError(FULL_EXPERTS)
-        unused = {id(value) for module in beside_language_part(causal_lm) for value in module.parameters()}
-        for parameter in causal_lm.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in unused)
-        return _policy(causal_lm, None, model, lora)
-    adapters = Adapters(causal_lm, routing)
-    adapters.add(RUN_ADAPTER, lora, seed)
-    return _policy(causal_lm, adapters, model, lora)
-
-
-def _policy(
-    causal_lm: PreTrainedModel, adapters: Adapters | None, model: ModelSettings, lora: LoraSettings | None
-) -> Policy:
+        train_everything(causal_lm)
+    else:
+        adapters = Adapters(causal_lm, routing)
+        adapters.add(RUN_ADAPTER, lora, seed)
     policy = Policy(causal_lm, adapters, model.path)
     if model.activation_offload:
         policy.offload = Offload(causal_lm.config.get_text_config().hidden_size)
-    is_selective = model.gradient_checkpointing == "selective"
+    is_selective, device = model.gradient_checkpointing == "selective", run_on or policy.device
     if causal_lm.config._attn_implementation != PACKED_ATTENTION:
         policy.run_separately(f"{causal_lm.config.model_type} chooses its attention by itself")
-    elif model.compile_layers and policy.device.type == "cuda" and is_compilable(causal_lm, lora):
+    elif model.compile_layers and device.type == "cuda" and is_compilable(causal_lm, lora):
         policy.compile_layers(is_selective=is_selective, flash_attention=model.flash_attention)
     if is_selective and policy.compiled is None:
         raise ModelError(f"model.gradient_checkpointing: selective {SELECTIVE_UNCOMPILED}")

@@ -33,7 +33,7 @@ def has_compiled_layers(recipe: Recipe, shape: TrainingShape, facts: ModelFacts 
     model, lora = recipe.model, recipe.lora
     is_plain = model.compile_layers and model.quantization is None and (facts is None or facts.num_experts == 1)
     is_plain = is_plain and (lora is None or not (lora.dora or lora.dropout))
-    return is_plain and shape.device == "cuda" and shape.sharding == "none" and shape.context_parallel == 1
+    return is_plain and shape.device == "cuda" and shape.context_parallel == 1
 
 
 def misfit(recipe: Recipe, shape: TrainingShape, facts: ModelFacts | None) -> str | None:

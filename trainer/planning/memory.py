@@ -138,13 +138,14 @@ def _weights(recipe: Recipe, shape: TrainingShape, facts: ModelFacts) -> dict[st
     c, shards = compute_bytes_of(recipe), _shards(shape)
     # in full-parameter training the shards are the float32 masters, counted in `_trained_state`
     is_master = shards > 1 and recipe.lora is None and c < 4
-    parts = {"base weights": 0.0 if is_master else base_bytes(recipe, facts) / shards}
+    whole = facts.unsplit_params * c if shards > 1 and recipe.lora is not None else 0  # a frozen base: only its blocks
+    parts = {"base weights": 0.0 if is_master else whole + (base_bytes(recipe, facts) - whole) / shards}
     if recipe.lora is not None:
         parts["adapter"] = facts.lora_params(recipe.lora) * c
     if shards > 1:
         parts["gathered block"] = 2 * facts.block_params / facts.layers * c
-        parts["gathered embedding and head"] = facts.embedding_params * c
         if recipe.lora is None:
+            parts["gathered embedding and head"] = facts.embedding_params * c
             parts["gradients before the scatter"] = (facts.block_params / facts.layers + facts.embedding_params) * 4
     return parts
 

@@ -194,6 +194,11 @@ class ModelFacts:
         return self.vocab * self.hidden * (1 if self.is_tied else 2)
 
     @property
+    def unsplit_params(self) -> int:
+        """Parameters of a frozen base that a sharded shape leaves whole on each rank: those in no block."""
+        return self.params - self.block_params
+
+    @property
     def quantizable_params(self) -> int:
         """Parameters of the linear layers that 4-bit loading quantizes; experts are not quantized."""
         return self.layers * sum(i * o for _, i, o in self.plain_linears())

@@ -43,7 +43,8 @@ def open_learner(plan: Plan, world: World, stop: StopFlag) -> Learner:
     if lora is not None and checkpoint is not None:
         lora = lora.model_copy(update={"warm_start": None})
     with world.in_turn() if is_sharded and is_converted(recipe) else nullcontext():
-        policy = load_policy(recipe.model, lora, recipe.seed, torch.device("cpu") if is_sharded else world.device)
+        device = torch.device("cpu") if is_sharded else world.device
+        policy = load_policy(recipe.model, lora, recipe.seed, device, run_on=world.device)
         if world.mesh is not None:
             policy.shard(world.mesh, world.device)
     rotary = rotary_problem(policy.config, recipe.data.max_seq_tokens)
