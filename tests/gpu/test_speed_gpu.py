@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE
 from torch import distributed
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config.recipe import LoraSettings, ModelSettings
