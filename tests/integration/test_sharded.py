@@ -41,8 +41,9 @@ def project(shared: Project) -> Project:
 @pytest.mark.parametrize(
     ("arch", "kind", "ranks"),
     [
-        ("llama", "lora", 2), ("qwen3", "lora", 2), ("mixtral", "lora", 2), ("llama", "full", 2),
-        ("qwen3", "full checkpointing", 2), ("llama", "lora", 4), ("llama", "full", 4),
+        ("llama", "lora", 2), pytest.param("qwen3", "lora", 2, marks=pytest.mark.heavy), ("mixtral", "lora", 2),
+        ("llama", "full", 2), ("qwen3", "full checkpointing", 2),
+        pytest.param("llama", "lora", 4, marks=pytest.mark.heavy), ("llama", "full", 4),
     ],
 )  # fmt: skip
 def test_rft_learns_the_same_numbers(project: Project, arch: str, kind: str, ranks: int) -> None:
@@ -58,8 +59,10 @@ def test_rft_learns_the_same_numbers(project: Project, arch: str, kind: str, ran
 @pytest.mark.parametrize(
     ("arch", "kind", "ranks"),
     [
-        ("llama_16", "lora compiled", 2), ("qwen2_16", "lora compiled-checkpointing", 2),
-        ("llama_16", "full compiled", 4), ("llama_16", "full compiled-selective", 2),
+        pytest.param("llama_16", "lora compiled", 2, marks=pytest.mark.heavy),
+        ("qwen2_16", "lora compiled-checkpointing", 2),
+        ("llama_16", "full compiled", 4),
+        pytest.param("llama_16", "full compiled-selective", 2, marks=pytest.mark.heavy),
     ],
 )  # fmt: skip
 def test_compiled_layers_learn_the_numbers_of_a_whole_uncompiled_model(
