@@ -105,6 +105,7 @@ def test_a_run_is_that_of_one_rank(project: Project, alone: dict[str, Run], kind
     assert_close(run, alone[kind], kind)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_from_two_ranks_to_one_and_to_four(project: Project, alone: dict[str, Run]) -> None:
     """A checkpoint does not depend on how packs were split."""
     for steps, shape in ((4, "split.yaml"), (8, "cpu"), (12, "grouped.yaml")):

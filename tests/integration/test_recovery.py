@@ -138,7 +138,7 @@ def test_a_worker_that_hangs_shows_its_stacks_and_is_started_again(project: Proj
 
 def test_a_stopped_process_is_ended_by_the_supervisor(project: Project) -> None:
     """SIGSTOP stops the watchdog thread too."""
-    recipe = project.recipe("stopped.yaml", name="stopped", recovery__hang_timeout_s=1, steps=2000, dcp_save_interval=5)
+    recipe = project.recipe("stopped.yaml", name="stopped", recovery__hang_timeout_s=3, steps=2000, dcp_save_interval=5)
     started = project.start_trainer("train", recipe)
     run = project.run("stopped")
     wait_for(is_at_step(run, 12), started)

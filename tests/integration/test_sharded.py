@@ -61,7 +61,7 @@ def test_rft_learns_the_same_numbers(project: Project, arch: str, kind: str, ran
     [
         pytest.param("llama_16", "lora compiled", 2, marks=pytest.mark.heavy),
         ("qwen2_16", "lora compiled-checkpointing", 2),
-        ("llama_16", "full compiled", 4),
+        pytest.param("llama_16", "full compiled", 4, marks=pytest.mark.heavy),
         pytest.param("llama_16", "full compiled-selective", 2, marks=pytest.mark.heavy),
     ],
 )  # fmt: skip
@@ -109,7 +109,7 @@ def assert_close(ours: Run, theirs: Run) -> None:
         assert record == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.heavy), "full"])
 def test_a_run_goes_from_two_sharded_ranks_to_one_and_back(project: Project, kind: str) -> None:
     full = {"lora": None} if kind == "full" else {}
     recipe = project.recipe(f"{kind}.yaml", name=kind, **RECIPE, **full)
