@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import triton
 from geometries import Geometry
-from lowered_kernels import TENSOR_CORES, Cubin
+from lowered_kernels import Cubin, read_ptxas
 from lowering import Card
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,9 +35,11 @@ TOKENS: Final = 4096
 SEQUENCES: Final = 4
 PASSES: Final = {"flash_fwd_sm": "forward", "flash_bwd_sm": "backward"}
 """By a part of the file's name; kernels before and behind the backward pass multiply no matrices."""
-_SPILLS: Final = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _THREADS: Final = re.compile(r"\.(?:req|max)ntid\s+(\d+)")
-_REGISTERS: Final = re.compile(r"Used (\d+) registers")
+
+
+class NoKernelError(Exception):
+    """The package has no kernel for this attention on this card."""
 
 
 def is_installed() -> bool:
@@ -52,22 +54,28 @@ def flash_cubins(geometry: Geometry, card: Card, *, is_causal: bool) -> Iterator
         geometry: heads, sizes, window and so on.
         card: to compile for.
         is_causal: as sequences; otherwise as branches to their prefixes.
+
+    Raises:
+        NoKernelError: with the package's words.
     """
-    folder = _written()
+    folder = Path(_written().name)
     for file in folder.iterdir():
         file.unlink()
     with _compiling(card, folder), _allocated() as shared_bytes:
         with FakeTensorMode():
-            _run(geometry, is_causal)
+            try:
+                _run(geometry, is_causal)
+            except (AssertionError, NotImplementedError) as error:  # as the package refuses what it has no kernel for
+                raise NoKernelError(str(error).splitlines()[0]) from error
         for part, name in PASSES.items():
             (file,) = (each for each in folder.glob("*.ptx") if part in each.name)
             yield name, _cubin(f"flash_{name}", file, card, shared_bytes.pop(0))
 
 
 @cache
-def _written() -> Path:
-    """Where the package writes what it compiles; it asks once in a process."""
-    return Path(tempfile.mkdtemp())
+def _written() -> tempfile.TemporaryDirectory[str]:
+    """Where the package writes what it compiles; it asks once in a process, at whose end the folder is removed."""
+    return tempfile.TemporaryDirectory()
 
 
 def _run(geometry: Geometry, is_causal: bool) -> None:
@@ -80,19 +88,17 @@ def _run(geometry: Geometry, is_causal: bool) -> None:
     spans = Spans(make(SEQUENCES + 1, dtype=torch.int32), make(SEQUENCES + 1, dtype=torch.int32), is_causal)
     sinks = make(geometry.heads) if geometry.has_sinks else None
     options = AttentionOptions(geometry.width**-0.5, geometry.window, geometry.softcap, sinks)
-    output, sums = flash.forward(query, key, value, spans, options)
-    flash.gradients(grad, query, key, value, output, sums, spans, options)
+    found = flash.forward(query, key, value, spans, options)
+    flash.gradients(grad, (query, key, value), found, spans, options)
 
 
 def _cubin(name: str, file: Path, card: Card, shared_bytes: int) -> Cubin:
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"  # the newer one
     command = [str(ptxas), "-v", f"-arch=sm_{card.arch}a", str(file), "-o", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    stack, stores, loads = map(int, _SPILLS.findall(done.stderr)[-1])
-    registers, source = map(int, _REGISTERS.findall(done.stderr)), file.read_text()
-    cores = next((each for each in TENSOR_CORES if each in source), "")
+    source = file.read_text()
     warps = int(_THREADS.findall(source)[0]) // 32
-    return Cubin(name, f"warps={warps}", shared_bytes, max(stores, loads), stack, max(registers), cores)
+    return read_ptxas(name, f"warps={warps}", shared_bytes, done.stderr, source)
 
 
 @contextmanager

@@ -98,17 +98,28 @@ def cubin_of(name: str, config: str, source: ASTSource, options: dict[str, Any],
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         binary = triton.compile(source, target=card.target, options=options)
-    frames = [tuple(map(int, each)) for each in _STACK.findall(said.getvalue())]
-    registers = [int(each) for each in _REGISTERS.findall(said.getvalue())]
-    assert frames, f"{name}: ptxas said nothing of its stack: {said.getvalue()}"
-    ptx = str(binary.asm["ptx"])
+    return read_ptxas(name, config, int(binary.metadata.shared), said.getvalue(), str(binary.asm["ptx"]))
+
+
+def read_ptxas(name: str, config: str, shared_bytes: int, said: str, ptx: str) -> Cubin:
+    """What a kernel needs.
+
+    Args:
+        name: of the kernel.
+        config: in words.
+        shared_bytes: of a thread block.
+        said: by `ptxas -v`.
+        ptx: the kernel.
+    """
+    frames = [tuple(map(int, each)) for each in _STACK.findall(said)]
+    assert frames, f"{name}: ptxas said nothing of its stack: {said}"
     return Cubin(
         name,
         config,
-        int(binary.metadata.shared),
+        shared_bytes,
         max(max(stores, loads) for _, stores, loads in frames),
         max(stack for stack, _, _ in frames),
-        max(registers),
+        max(map(int, _REGISTERS.findall(said))),
         next((each for each in TENSOR_CORES if each in ptx), ""),
     )
 

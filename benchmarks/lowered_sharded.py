@@ -13,6 +13,7 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
+from lowered_kernels import kernels_of
 from lowered_layers import first_pass_as_on_gpu, pack_of
 from lowering import CARDS, Program, flex_as_on_gpu, gpu_backend
 from torch import distributed
@@ -27,7 +28,6 @@ from trainer.model.policy import make_policy
 
 CPU: Final = torch.device("cpu")
 RANKS: Final = 8
-KERNEL: Final = re.compile(r"async_compile\.triton\('\w+', '''(.*?)'''", re.DOTALL)
 OPERATOR: Final = re.compile(r"torch\.ops\.(trainer\.\w+)\.default\(")
 PACKS: Final = ((47,), (200, 90, 30), (400, 90))
 """The first is computed uncompiled, the others by one graph."""
@@ -72,7 +72,10 @@ def main() -> None:
         for name in ("whole", "sharded"):
             made = programs(is_sharded=name == "sharded")
             found[name] = {
-                each.kind: {"kernels": KERNEL.findall(each.source), "operators": OPERATOR.findall(each.source)}
+                each.kind: {
+                    "kernels": [source for _, source in kernels_of(each)],
+                    "operators": OPERATOR.findall(each.source),
+                }
                 for each in made
             }
     distributed.destroy_process_group()
