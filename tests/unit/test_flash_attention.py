@@ -22,8 +22,8 @@ from trainer.model.attention import _bucketed
 from trainer.model.batch import Batch
 from trainer.model.eager_attention import AttentionOptions
 from trainer.model.flash_attention import _operator, attend_flash
-from trainer.model.flash_choice import PLAIN, AttentionKind, FlashKernels, problem_of, uses_flash
-from trainer.model.flash_trees import Parts
+from trainer.model.flash_choice import PLAIN, AttentionKind, problem_of, uses_flash
+from trainer.model.flash_trees import Kernels, Parts
 from trainer.model.flex import FlexLayout
 from trainer.model.layout import PackedLayout
 from trainer.model.trees import Tree
@@ -171,7 +171,7 @@ def test_right_kernels_pass_the_test(kind):
     assert problem_of(PLAIN, CPU, kind, 2) is None
 
 
-def wrong_in(launch: int, factor: float) -> FlashKernels:
+def wrong_in(launch: int, factor: float) -> Kernels:
     """Kernels of which one launch of the backward pass gives a wrong gradient of keys."""
     calls = itertools.count()
 
@@ -226,3 +226,11 @@ def test_it_is_never_used_on_a_cpu_or_where_bits_must_be_equal(monkeypatch):
         assert not uses_flash({LLAMA}, GPU)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_layer_with_a_window_is_tested_without_it_too(monkeypatch):
+    """Branches attend to their prefix so where they do not leave the window; those of sinks never do."""
+    tested: list[AttentionKind] = []
+    monkeypatch.setattr(flash_choice, "_problem_on", lambda _device, kind: tested.append(kind))
+    assert uses_flash({GEMMA, OSS}, GPU)
+    assert set(tested) == {GEMMA, GEMMA._replace(window=None), OSS}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from trainer.model.eager_attention import AttentionOptions
-from trainer.model.flash_trees import Gradients, Spans
+from trainer.model.flash_trees import Found, Given, Gradients, Spans
 
 
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, options: AttentionOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Found:
     """[Q, H, D_v] attention within each sequence, and [H, Q] float32 log-sum-exp of the scores.
 
     Args:
@@ -27,7 +27,7 @@ def forward(
     from flash_attn.cute.interface import _flash_attn_fwd
 
     left, right = _window(options)
-    output, log_sum_exp, *_ = _flash_attn_fwd(
+    output, sums, *_ = _flash_attn_fwd(
         query,
         key,
         value,
@@ -41,41 +41,30 @@ def forward(
         learnable_sink=options.sinks,
         return_lse=True,
     )
-    return output, log_sum_exp
+    return output, sums
 
 
-def gradients(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    spans: Spans,
-    options: AttentionOptions,
-) -> Gradients:
+def gradients(grad: torch.Tensor, given: Given, found: Found, spans: Spans, options: AttentionOptions) -> Gradients:
     """Gradients of query, key, value and, if there are any, of the sinks.
 
     Args:
         grad: of the output, [Q, H, D_v].
-        query: as in `forward`.
-        key: as in `forward`.
-        value: as in `forward`.
-        output: what `forward` returned.
-        log_sum_exp: what `forward` returned.
+        given: query, key and value, as in `forward`.
+        found: what `forward` returned.
         spans: as in `forward`.
         options: as in `forward`.
     """
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    (query, key, value), (output, sums) = given, found
     left, right = _window(options)
-    found = _flash_attn_bwd(
+    gradients = _flash_attn_bwd(
         query,
         key,
         value,
         output,
         grad.contiguous(),
-        log_sum_exp,
+        sums,
         options.scaling,
         spans.is_causal,
         options.softcap or 0.0,
@@ -88,7 +77,7 @@ def gradients(
         dk=key.new_empty(key.shape),
         dv=value.new_empty(value.shape),
     )
-    return found[0], found[1], found[2], found[3] if options.sinks is not None else None
+    return gradients[0], gradients[1], gradients[2], gradients[3] if options.sinks is not None else None
 
 
 def _window(options: AttentionOptions) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ backward launches (flash-attention pull request 2756), wrong gradients at a head
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
@@ -18,7 +18,7 @@ import torch
 
 from trainer.model import flash, flash_plain, flash_trees
 from trainer.model.eager_attention import AttentionOptions
-from trainer.model.flash_trees import Gradients, Parts
+from trainer.model.flash_trees import Kernels, Parts
 
 VERSION: Final = "4.0.0b36"
 """Of flash-attn-4: an exact one, because the functions that flash.py calls are not public."""
@@ -61,24 +61,17 @@ class AttentionKind(NamedTuple):
         return cls(*sizes, query.dtype, scaling, options.window, options.softcap, has_sinks)
 
 
-class FlashKernels(NamedTuple):
-    """The functions of flash.py, or of flash_plain.py."""
-
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    gradients: Callable[..., Gradients]
+KERNELS: Final = Kernels(flash.forward, flash.gradients)
+PLAIN: Final = Kernels(flash_plain.forward, flash_plain.gradients)
 
 
-KERNELS: Final = FlashKernels(flash.forward, flash.gradients)
-PLAIN: Final = FlashKernels(flash_plain.forward, flash_plain.gradients)
-
-
-def kernels_for(query: torch.Tensor) -> FlashKernels:
+def kernels_for(query: torch.Tensor) -> Kernels:
     """What computes attention on the tensor's device."""
     return KERNELS if query.device.type == "cuda" else PLAIN
 
 
-def uses_flash(kinds: Iterable[AttentionKind], device: torch.device) -> bool:
-    """Whether FlashAttention-4 computes the attention of plain packs; a warning says why not, where it could.
+def uses_flash(kinds: Collection[AttentionKind], device: torch.device) -> bool:
+    """Whether FlashAttention-4 computes the attention of packs; a warning says why not, where it could.
 
     Args:
         kinds: of all layers.
@@ -86,7 +79,9 @@ def uses_flash(kinds: Iterable[AttentionKind], device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():  # its backward pass adds in any order
         return False
-    for kind in sorted(kinds, key=repr):
+    # A branch attends to its prefix without a window, also where the layer has one that it does not leave.
+    to_prefixes = {kind._replace(window=None) for kind in kinds if not kind.has_sinks}
+    for kind in sorted(to_prefixes.union(kinds), key=repr):
         problem = _problem_on(device, kind)
         if problem is not None:
             warnings.warn(
@@ -112,9 +107,7 @@ def problem_of_package() -> str | None:
     return None if found == VERSION else f"flash-attn-4 {found} is installed, and {VERSION} is needed"
 
 
-def problem_of(
-    kernels: FlashKernels, device: torch.device, kind: AttentionKind, launches: int = LAUNCHES
-) -> str | None:
+def problem_of(kernels: Kernels, device: torch.device, kind: AttentionKind, launches: int = LAUNCHES) -> str | None:
     """What is wrong with the kernels for a kind of attention; None if nothing.
 
     Args:
@@ -135,9 +128,7 @@ def problem_of(
     return None
 
 
-def largest_differences(
-    kernels: FlashKernels, device: torch.device, kind: AttentionKind, launches: int
-) -> dict[str, float]:
+def largest_differences(kernels: Kernels, device: torch.device, kind: AttentionKind, launches: int) -> dict[str, float]:
     """The largest difference of each result to float32 over all launches, over its largest value.
 
     Args:
@@ -161,7 +152,7 @@ def largest_differences(
     sinks = normal(kind.heads) if kind.has_sinks else None
     options = AttentionOptions(kind.scaling, kind.window, kind.softcap, sinks)
 
-    def results(of: FlashKernels) -> dict[str, torch.Tensor]:
+    def results(of: Kernels) -> dict[str, torch.Tensor]:
         kept = flash_trees.forward(of, query, key, value, parts, options)
         found = flash_trees.gradients(of, grad, (query, key, value), kept, parts, options)
         names = ("its output", "its gradient of queries", "of keys", "of values", "of sinks")

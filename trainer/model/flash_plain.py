@@ -15,12 +15,12 @@ from itertools import pairwise
 import torch
 
 from trainer.model.eager_attention import AttentionOptions, causal_mask
-from trainer.model.flash_trees import Gradients, Spans
+from trainer.model.flash_trees import Found, Given, Gradients, Spans
 
 
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, options: AttentionOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Found:
     """`flash.forward`."""
     outputs, sums = [], []
     for tokens, keys in _sequences(spans):
@@ -34,18 +34,10 @@ def forward(
     return torch.cat(outputs).to(query.dtype), torch.cat(sums, 1)
 
 
-def gradients(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    spans: Spans,
-    options: AttentionOptions,
-) -> Gradients:
+def gradients(grad: torch.Tensor, given: Given, found: Found, spans: Spans, options: AttentionOptions) -> Gradients:
     """`flash.gradients`."""
-    found: list[list[torch.Tensor]] = [[], [], []]
+    (query, key, value), (output, log_sum_exp) = given, found
+    parts: list[list[torch.Tensor]] = [[], [], []]
     kv_heads = key.shape[1]
     dots = (grad.float() * output.float()).sum(-1).T
     for tokens, keys in _sequences(spans):
@@ -59,9 +51,9 @@ def gradients(
         grad_scores = grad_scores * options.scaling
         grad_key, grad_value = grad_scores.transpose(1, 2) @ own_query, weights.transpose(1, 2) @ own_grad
         of_heads = grad_scores @ own_key, *(each.unflatten(0, (kv_heads, -1)).sum(1) for each in (grad_key, grad_value))
-        for parts, part in zip(found, of_heads, strict=True):
-            parts.append(part.transpose(0, 1))
-    of_query, of_key, of_value = (torch.cat(parts).to(query.dtype) for parts in found)
+        for of_sequences, part in zip(parts, of_heads, strict=True):
+            of_sequences.append(part.transpose(0, 1))
+    of_query, of_key, of_value = (torch.cat(each).to(query.dtype) for each in parts)
     if options.sinks is None:
         return of_query, of_key, of_value, None
     of_sinks = -((options.sinks.float()[:, None] - log_sum_exp).exp() * dots).sum(1)

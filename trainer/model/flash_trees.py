@@ -13,35 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from trainer.model.eager_attention import AttentionOptions
 
+Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query [Q, H, D], key [K, H_kv, D] and value [K, H_kv, D_v]."""
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Attention [Q, H, D_v], and the float32 log-sum-exp of its scores, [H, Q]."""
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
-class Kernels(Protocol):
-    """The functions of flash.py, or of flash_plain.py."""
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, options: AttentionOptions
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[Q, H, D_v] attention within each sequence, and [H, Q] float32 log-sum-exp."""
-
-    def gradients(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        log_sum_exp: torch.Tensor,
-        spans: Spans,
-        options: AttentionOptions,
-    ) -> Gradients:
-        """Gradients of query, key, value and, if there are any, of the sinks."""
+"""Of query, key, value and, if there are any, of the sinks."""
 
 
 class Spans(NamedTuple):
@@ -105,6 +88,13 @@ class Parts(NamedTuple):
         return Spans(self.starts, self.starts, True)
 
 
+class Kernels(NamedTuple):
+    """The functions of flash.py, or of flash_plain.py."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Spans, AttentionOptions], Found]
+    gradients: Callable[[torch.Tensor, Given, Found, Spans, AttentionOptions], Gradients]
+
+
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
 
@@ -116,7 +106,7 @@ def forward(
     value: torch.Tensor,
     parts: Parts,
     options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Found:
     """[T, H, D_v] attention, and [H, T] float32 log-sum-exp of the scores.
 
     Args:
@@ -143,8 +133,8 @@ def forward(
 def gradients(
     kernels: Kernels,
     grad: torch.Tensor,
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    found: tuple[torch.Tensor, torch.Tensor],
+    given: Given,
+    found: Found,
     parts: Parts,
     options: AttentionOptions,
 ) -> Gradients:
@@ -159,13 +149,12 @@ def gradients(
         options: as in `forward`.
     """
     (query, key, value), (output, sums) = given, found
-    own = kernels.gradients(grad, query, key, value, output, sums, parts.own, options)
+    own = kernels.gradients(grad, given, found, parts.own, options)
     if parts.branch_rows is None:
         return own
     rows, prefix, spans, whole = _to_prefixes(parts, options)
-    there = kernels.gradients(
-        grad[rows], query[rows], key[prefix], value[prefix], output[rows], sums[:, rows].contiguous(), spans, whole
-    )
+    given_there = query[rows], key[prefix], value[prefix]
+    there = kernels.gradients(grad[rows], given_there, (output[rows], sums[:, rows].contiguous()), spans, whole)
     for of_pack, of_part, places in zip(own[:3], there[:3], (rows, prefix, prefix), strict=True):
         assert of_pack is not None
         of_pack[places] += of_part  # each place once, so that nothing is added in an order of chance
