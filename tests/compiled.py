@@ -79,15 +79,18 @@ def make_policy(model_dir: Path, lora: LoraSettings | None, *, checkpointing: bo
     return policy
 
 
-def make_pack(lengths: tuple[int, ...]) -> Batch:
+def rows_of(lengths: tuple[int, ...]) -> list[TokenSequence]:
     generator = torch.Generator().manual_seed(sum(lengths))
     rows = []
     for length in lengths:
         tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
-        rows.append(
-            TokenSequence(tokens, (False,) + (True,) * (length - 1), TokenInputs(weights=(1.0,) * (length - 1)))
-        )
-    return Batch.pack(rows, CPU)
+        inputs = TokenInputs(weights=(1.0,) * (length - 1))
+        rows.append(TokenSequence(tokens, (False,) + (True,) * (length - 1), inputs))
+    return rows
+
+
+def make_pack(lengths: tuple[int, ...], device: torch.device = CPU) -> Batch:
+    return Batch.pack(rows_of(lengths), device)
 
 
 def gradients(policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

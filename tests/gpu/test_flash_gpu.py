@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE
+from compiled import gradients, make_pack
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.tokens import TokenInputs, TokenSequence
-from trainer.model.batch import Batch
 from trainer.model.flash_choice import KERNELS, AttentionKind, problem_of, problem_of_package
-from trainer.model.policy import Policy, load_policy
+from trainer.model.policy import load_policy
 
 pytestmark = pytest.mark.skipif(problem_of_package() is not None, reason=str(problem_of_package()))
 LLAMA = AttentionKind(32, 8, 128, 128, torch.bfloat16, 128**-0.5, None, None, False)
@@ -28,28 +26,14 @@ def test_the_kernels_compute_what_torch_computes_a_thousand_times(cuda, name):
     assert problem_of(KERNELS, cuda, KINDS[name]) is None
 
 
-def pack_of(lengths: tuple[int, ...], device: torch.device) -> Batch:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    rows = []
-    for length in lengths:
-        tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
-        flags, inputs = (False,) + (True,) * (length - 1), TokenInputs(weights=(1.0,) * (length - 1))
-        rows.append(TokenSequence(tokens, flags, inputs))
-    return Batch.pack(rows, device)
-
-
-def trained(policy: Policy) -> list[torch.Tensor]:
-    return list(policy.train().trained_parameters().values())
-
-
 def test_gradients_are_those_of_flex_attention(cuda, model_dir):
     settings = [ModelSettings(path=str(model_dir), flash_attention=flag) for flag in (True, False)]
     ours, plain = (load_policy(each, LoraSettings(rank=4), 0, cuda) for each in settings)
     for lengths in ((200, 90, 30), (140, 150, 61, 9), (250,)):
-        pack = pack_of(lengths, cuda)
-        found, wanted = (torch.autograd.grad(each(pack).logprobs.sum(), trained(each)) for each in (ours, plain))
-        for ours_of_it, gradient in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours_of_it, gradient, rtol=2e-2, atol=2e-2 * float(gradient.abs().max()))
+        pack = make_pack(lengths, cuda)
+        (_, found), (_, wanted) = gradients(ours, pack), gradients(plain, pack)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=2e-2, atol=2e-2 * float(gradient.abs().max()))
     assert ours.compiled is not None
     assert ours.compiled.flash_attention
     assert ours.compiled.problem is None

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE
+from compiled import rows_of
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config.recipe import LoraSettings, ModelSettings
-from trainer.data.tokens import TokenInputs, TokenSequence
 from trainer.distributed.world import World
 from trainer.model.batch import Batch
 from trainer.model.policy import Policy, load_policy
@@ -25,16 +24,6 @@ from trainer.training.schedule import AdamParams
 
 ADAM = AdamParams(1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
 LENGTHS = ((200, 90, 30), (140, 150, 61, 9), (250,))
-
-
-def rows_of(lengths: tuple[int, ...]) -> list[TokenSequence]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    rows = []
-    for length in lengths:
-        tokens = tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist())
-        inputs = TokenInputs(weights=(1.0,) * (length - 1))
-        rows.append(TokenSequence(tokens, (False,) + (True,) * (length - 1), inputs))
-    return rows
 
 
 def policy_of(model_dir: Any, device: torch.device, run_on: torch.device | None = None, **changes: Any) -> Policy:
