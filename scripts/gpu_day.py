@@ -112,7 +112,7 @@ def compared(result: dict[str, Any]) -> list[str]:
                 scored,
                 rank=rank,
                 is_compiled=True,
-                uses_flash=problem_of_package() is None,
+                uses_flash=device.flash_attention and problem_of_package() is None,
             )
             predicted = " to ".join(f"{1e3 * seconds:.0f}" for seconds in cost.step_s)
         gib = ["-" if case[key] is None else f"{case[key]:.1f}" for key in ("peak_gib", "predicted_gib")]

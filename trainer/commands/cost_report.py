@@ -46,25 +46,24 @@ def cost_lines(plan: Plan, *, width: int | None) -> list[str]:
     tokens, is_compiled = shape.micro_batch_tokens, has_compiled_layers(recipe, shape, facts)
     is_allowed = recipe.model.flash_attention and not recipe.deterministic
     uses_flash = is_compiled and device.flash_attention and is_allowed
-    costs = {
-        documents: replace(
-            step_cost(
-                facts,
-                device,
-                [tokens // documents] * documents,
-                int(SCORED_FRAC * tokens),
-                rank=None if recipe.lora is None else recipe.lora.rank,
-                is_compiled=is_compiled,
-                recomputed=recipe.model.gradient_checkpointing,
-                uses_flash=uses_flash,
-            ),
-            micro_batches=_micro_batches(recipe, shape, documents),
-        )
-        for documents in DOCUMENTS
-    }
     adapter = None if recipe.lora is None else facts.lora_params(recipe.lora)
     said = exchanged(shape, facts.params, facts.unsplit_params, adapter)
-    costs = {documents: sharded_cost(cost, shape, device, facts, said) for documents, cost in costs.items()}
+
+    def cost_of(documents: int) -> StepCost:
+        alone = step_cost(
+            facts,
+            device,
+            [tokens // documents] * documents,
+            int(SCORED_FRAC * tokens),
+            rank=None if recipe.lora is None else recipe.lora.rank,
+            is_compiled=is_compiled,
+            recomputed=recipe.model.gradient_checkpointing,
+            uses_flash=uses_flash,
+        )
+        shared = replace(alone, micro_batches=_micro_batches(recipe, shape, documents))
+        return sharded_cost(shared, shape, device, facts, said)
+
+    costs = {documents: cost_of(documents) for documents in DOCUMENTS}
     rows = [
         [
             "documents per pack",

@@ -38,7 +38,7 @@ def shard_module(
         ignored: parameters that stay whole on every rank.
         compute_dtype: of the gathered parameters.
     """
-    layers = _layers_of(root, layer_names)
+    layers = layers_of(root, layer_names)
     # Inputs stay as they are: FSDP's cast copies dataclasses, with the caches that layers fill (layout.py).
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*layers, root):
@@ -62,12 +62,18 @@ def outside_layers(root: nn.Module, layer_names: Iterable[str]) -> set[nn.Parame
         root: a module.
         layer_names: class names of its layers.
     """
-    layers = _layers_of(root, layer_names)
+    layers = layers_of(root, layer_names)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     return {parameter for parameter in root.parameters() if parameter not in inside} if layers else set()
 
 
-def _layers_of(root: nn.Module, layer_names: Iterable[str]) -> list[nn.Module]:
+def layers_of(root: nn.Module, layer_names: Iterable[str]) -> list[nn.Module]:
+    """The modules of these classes.
+
+    Args:
+        root: a module.
+        layer_names: class names.
+    """
     names = set(layer_names)
     return [module for module in root.modules() if type(module).__name__ in names]
 

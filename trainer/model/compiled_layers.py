@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from trainer.config.recipe import LoraSettings
+from trainer.distributed.sharding import layers_of
 from trainer.errors import ModelError
 from trainer.model.base_model import has_experts
 from trainer.model.batch import Batch, padding_of
@@ -68,8 +69,7 @@ class CompiledLayers:
         # Otherwise sizes such as `head_dim` would be constants in whole layers only, and inputs in sharded ones.
         torch._dynamo.config.skip_fsdp_guards = False
         self.is_selective, self.flash_attention = is_selective, flash_attention
-        names = set(causal_lm._no_split_modules or ())
-        self.layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
+        self.layers: list[Any] = layers_of(causal_lm, causal_lm._no_split_modules or ())
         self.problem: str | None = None
         """Why the layers run uncompiled all the same; None: they are compiled."""
         self._first: PackedLayout | None = None

@@ -69,15 +69,7 @@ class OwnDecoder:
         return OwnRows(self, groups)
 
     def last_hidden(self, token_ids: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, Cache | None]:
-        """[n, H] hidden states of the last tokens, and the cache of all tokens.
-
-        Args:
-            token_ids: [n, L]: whole sequences, or what follows the tokens of a cache.
-            cache: of the tokens before; None: there are none.
-
-        Raises:
-            ValueError: the model does not return a cache whose rows can be chosen.
-        """
+        """[n, H] hidden states of the last tokens, and the cache of all tokens; see `OwnForward`."""
         hidden, cache = self._forward(token_ids, cache)
         return hidden[:, -1], cache
 
