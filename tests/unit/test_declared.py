@@ -46,11 +46,11 @@ OURS = {"trainer", "chaos", *ELSEWHERE, *MODULES}
 """The package, and the modules that tests and tools import from beside themselves."""
 OPTIONAL_EXTRAS = (
     "accounts", "math", "s3", "qlora", "evals", "serve", "training", "tensorboard", "trackio", "mlflow", "mcp", "ray",
-    "otel", "lowering",
+    "otel", "flash", "lowering",
 )  # fmt: skip
 SHARED = {"google": "protobuf", "opentelemetry": "opentelemetry-sdk"}
 """Distributions of modules whose first name several distributions share."""
-NAMED_OTHERWISE = {"mlflow": "mlflow-skinny"}
+NAMED_OTHERWISE = {"mlflow": "mlflow-skinny", "flash_attn": "flash-attn-4", "cutlass": "nvidia-cutlass-dsl"}
 """Distributions that need not be installed here, by the module that they bring."""
 OTHER_INTERPRETER = {"verifiers"}
 """What is installed only where the recipe's `python` of an environment points to."""
